@@ -1,0 +1,11 @@
+"""Gradient agreement filtering: average only the micro-gradients that agree, and skip the step where too few do."""
+
+from gaf.accumulate import Accumulator
+from gaf.combine import aggregate
+from gaf.decision import Decision
+from gaf.gram import gram
+from gaf.policies import GAF, Mean, RandomSkip
+from gaf.reference import reference
+
+__version__ = "0.1.0"
+__all__ = ["GAF", "Accumulator", "Decision", "Mean", "RandomSkip", "aggregate", "gram", "reference"]

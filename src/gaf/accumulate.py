@@ -1,0 +1,257 @@
+"""GAF on one device: micro-gradients one after the other in time, as in gradient accumulation."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.amp import GradScaler
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from gaf.batchnorm import BatchNormStatistics
+from gaf.checks import check_model, check_optimizers, check_parameters, check_row, check_scaler, names_of
+from gaf.combine import Policy
+from gaf.decision import Decision
+from gaf.gate import gate
+from gaf.policies import skipped
+from gaf.rows import Rows, rows_for
+from gaf.telemetry import Outcome, Telemetry
+
+LeaveOut = Callable[[str, nn.Parameter], bool]
+
+
+class Accumulator:
+    """Gradient accumulation that filters: k micro-gradients, one decision, a step or none.
+
+        acc = gaf.Accumulator(optimizer, gaf.GAF(tau=0.97))
+        for x, y in micro_batches:                # k of them; each loss is the mean over its own micro-batch
+            acc.backward(loss_fn(model(x), y))
+        decision = acc.step()
+
+    Do not divide the loss by k. After a skip, parameters and optimizer state are bitwise what they were. BatchNorm
+    statistics, random state and the position in the data are not taken back.
+
+    Args:
+        optimizer: any dense torch.optim optimizer, or several that share one decision.
+        policy: `gaf.GAF(...)`, `gaf.Mean()`, or any callable from a Gram matrix to a Decision. With
+            `GAF(start="first")` (the default), Mean and RandomSkip the micro-gradients are added up as they come:
+            one gradient-sized buffer more than plain accumulation, whatever k. Others keep all k.
+        model: needed for bn="accepted"; also gives parameters their names in messages and in `leave_out`.
+        scaler: a torch.amp.GradScaler, of this Accumulator alone. `backward` scales, `decide` unscales, `step` steps
+            and updates it. An overflow makes the scale fall and nothing steps.
+        bn: "all": BatchNorm's running statistics move with every micro-batch, as in the released code;
+            "accepted": only with accepted ones.
+        leave_out: called with (name, parameter); where it is true, the parameter does not take part in the decision.
+            It is still updated, with the same weights.
+
+    Raises:
+        TypeError, ValueError: where an argument cannot be used; the message says what to use instead.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer | Sequence[Optimizer],
+        policy: Policy,
+        *,
+        model: nn.Module | None = None,
+        scaler: GradScaler | None = None,
+        bn: Literal["all", "accepted"] = "all",
+        leave_out: LeaveOut | None = None,
+    ) -> None:
+        self.optimizers = check_optimizers(optimizer)
+        self.policy = policy
+        self.scaler = check_scaler(scaler, self)
+        self.last: Decision | None = None
+        self._model, self._leave_out = model, leave_out
+        self._names = names_of(self.optimizers, model)
+        check_model(model, bn)
+        self._bn = BatchNormStatistics(model) if model is not None and bn == "accepted" else None
+        self._params: list[nn.Parameter] = []
+        self._spare: dict[nn.Parameter, Tensor | None] = {}
+        self._rows: Rows | None = None
+        self._decided: Decision | None = None
+        self._telemetry = Telemetry()
+        check_parameters(self._names, self._parameters())
+
+    def backward(self, loss: Tensor, *, retain_graph: bool = False) -> None:
+        """Computes one micro-gradient. Runs the loss's backward pass for this optimizer's parameters only.
+
+        Args:
+            loss: scalar, the mean over its own micro-batch; neither divided by k nor scaled.
+            retain_graph: as for torch's backward.
+
+        Raises:
+            RuntimeError: between `decide()` and `step()`; where a parameter already holds a gradient from elsewhere.
+            TypeError: for a sparse gradient.
+        """
+        if self._decided is not None:
+            raise RuntimeError("Accumulator: backward() came after decide(); call step() first, it ends the macro-batch.")
+        rows = self._rows if self._rows is not None else self._begin()
+        self._check_clean()
+        scaled = loss if self.scaler is None else self.scaler.scale(loss)
+        lent = self._lend()
+        try:
+            torch.autograd.backward(scaled, inputs=[p for p in self._params if p.requires_grad], retain_graph=retain_graph)
+            row = [None if p.grad is None or lent.get(p) == p.grad._version else p.grad for p in self._params]
+            check_row(self._names, self._params, row)
+        finally:
+            self._clear()
+        with torch.no_grad():
+            self._spare = dict(zip(self._params, rows.add(row), strict=True))
+        if self._bn is not None:
+            self._bn.note()
+
+    def decide(self) -> Decision:
+        """Decides, and puts the update into p.grad, unscaled: the place to clip. After a skip every p.grad is None.
+
+        Raises:
+            RuntimeError: where no backward() came before.
+        """
+        if self._decided is None:
+            if self._rows is None:
+                raise RuntimeError("Accumulator: step() needs at least one backward() before it; got none since the last step. "
+                                   "Call acc.backward(loss) for each micro-batch in place of loss.backward().")  # fmt: skip
+            self._decided = self._decide(self._rows)
+        return self._decided
+
+    @torch.no_grad()
+    def _decide(self, rows: Rows) -> Decision:
+        decision, evidence = rows.decide()
+        outcome = Outcome.fetch(decision, evidence)
+        overflow = self.scaler is not None and any(n != n or n == float("inf") for n in outcome.norms2)
+        if overflow and outcome.stepped:
+            decision = skipped(decision)
+            outcome = Outcome.fetch(decision, evidence)
+        if outcome.stepped:
+            for p, grad in zip(self._params, rows.update(outcome.weights), strict=True):
+                p.grad = grad
+        self._rows = None
+        self._unscale(overflow)
+        self._settle(outcome)
+        return decision
+
+    def step(self) -> Decision:
+        """Steps the optimizer, or leaves it exactly as it was; then clears the gradients and ends the macro-batch.
+
+        Raises:
+            RuntimeError: where no backward() came before.
+        """
+        decision = self.decide()
+        if self._stepped:
+            for optimizer in self.optimizers:
+                if self.scaler is None:
+                    optimizer.step()
+                elif has_gradients(optimizer):
+                    self.scaler.step(optimizer)
+        if self.scaler is not None:
+            self.scaler.update()
+        self._clear()
+        self.last, self._decided = decision, None
+        return decision
+
+    def gate(self, scheduler: LRScheduler) -> LRScheduler:
+        """Makes a scheduler that is stepped once after every `step()` stand still on a skip. In place; returns it.
+
+        Raises:
+            TypeError: for ReduceLROnPlateau, and for what is no torch scheduler.
+            RuntimeError: from the scheduler's step(), where it turns out to be stepped less often (per epoch).
+        """
+        return gate(scheduler, lambda: (self._telemetry.totals["steps"], self._telemetry.totals["stepped"]))
+
+    def stats(self, b: float = 1.0) -> dict[str, float]:
+        """Plain numbers.
+
+        Totals since the start: `steps` decided, `stepped` of them, `micro_gradients` seen, and of these `accepted`,
+        `rejected` and `absent` (zero, NaN or infinite; on a skipped step nothing counts as accepted).
+
+        Over the last 100 steps: `distance_mean` and `distance_min`, cosine distances of the rows that were compared;
+        `norm_dispersion`, standard deviation over mean of the micro-gradients' norms; `noise_scale`, the gradient
+        noise scale B = tr(Sigma) / |g|^2 (McCandlish et al., arXiv 1812.06162), in units of b. NaN where nothing was
+        compared, infinite where no common direction can be made out.
+
+        Args:
+            b: samples per micro-batch. With 1, `noise_scale` counts micro-batches.
+        """
+        return self._telemetry.stats(b)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Counts, averages and the policy's own state. Between macro-batches only: rows are not saved.
+
+        Raises:
+            RuntimeError: where micro-gradients wait for their step().
+        """
+        if self._rows is not None or self._decided is not None:
+            waiting = len(self._rows) if self._rows is not None else "decided"
+            raise RuntimeError(f"Accumulator: state_dict() must come between macro-batches; micro-gradients wait ({waiting}) and "
+                               "would be lost. Call step() first.")  # fmt: skip
+        policy = self.policy.state_dict() if hasattr(self.policy, "state_dict") else {}
+        return {"telemetry": self._telemetry.state_dict(), "policy": policy}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes back what `state_dict` gave."""
+        self._telemetry.load_state_dict(state["telemetry"])
+        if hasattr(self.policy, "load_state_dict"):
+            self.policy.load_state_dict(state["policy"])
+
+    def _parameters(self) -> list[nn.Parameter]:
+        return [p for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]]
+
+    def _begin(self) -> Rows:
+        """The parameters of one macro-batch: groups may have been added, layers thawed, since the last."""
+        params = self._parameters()
+        if len(params) != len(self._params):
+            self._names = names_of(self.optimizers, self._model)
+            check_parameters(self._names, params)
+        self._params = params
+        self._check_clean()
+        voters = [self._leave_out is None or not self._leave_out(self._names[p], p) for p in params]
+        if not any(voters):
+            raise ValueError("Accumulator: leave_out must leave at least one parameter to decide on; it is true for all of them.")
+        self._rows = rows_for(self.policy, voters)
+        return self._rows
+
+    def _lend(self) -> dict[nn.Parameter, int]:
+        """Gives the spare buffers, zeroed, to autograd to add into. Returns their versions: unchanged means no gradient came."""
+        for p in self._params:
+            buffer = self._spare.get(p)
+            if buffer is not None and p.requires_grad:
+                p.grad = buffer.zero_()
+        self._spare = {}
+        return {p: p.grad._version for p in self._params if p.grad is not None}
+
+    def _check_clean(self) -> None:
+        for p in self._params:
+            if p.grad is not None:
+                raise RuntimeError(f"Accumulator: parameter {self._names[p]!r} must have no gradient before backward(); it has one, from "
+                                   "a loss.backward() elsewhere or a zero_grad(set_to_none=False). Give every loss of this "
+                                   "optimizer to acc.backward(), and clear strays with optimizer.zero_grad().")  # fmt: skip
+
+    def _clear(self) -> None:
+        for p in self._params:
+            p.grad = None
+
+    def _unscale(self, overflow: bool) -> None:
+        """Has the scaler look at every optimizer's update. A skip leaves it none to look at: it sees a stand-in."""
+        if self.scaler is None:
+            return
+        for optimizer in self.optimizers:
+            if has_gradients(optimizer):
+                self.scaler.unscale_(optimizer)
+            else:
+                probe = next(p for group in optimizer.param_groups for p in group["params"])
+                probe.grad = torch.full_like(probe, float("inf") if overflow else 0.0)
+                self.scaler.unscale_(optimizer)
+                probe.grad = None
+
+    def _settle(self, outcome: Outcome) -> None:
+        self._stepped = outcome.stepped
+        scale = 1.0 if self.scaler is None else self.scaler.get_scale()
+        self._telemetry.record(outcome, tau=getattr(self.policy, "tau", None), scale=scale)
+        if self._bn is not None:
+            self._bn.settle(outcome.accepted)
+            self._bn.begin()
+
+
+def has_gradients(optimizer: Optimizer) -> bool:
+    return any(p.grad is not None for group in optimizer.param_groups for p in group["params"])

@@ -1,0 +1,95 @@
+"""Contracts of the Accumulator's arguments: each refusal says what to use instead."""
+
+import gc
+import inspect
+from collections.abc import Sequence
+from typing import Any
+from weakref import WeakKeyDictionary, ref
+
+import torch
+from torch import Tensor, nn
+from torch.amp import GradScaler
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+Names = dict[nn.Parameter, str]
+
+_scaler_users: WeakKeyDictionary[GradScaler, ref[Any]] = WeakKeyDictionary()
+
+ACROSS_RANKS = "Accumulator works on one device, where micro-batches follow each other in time, and would filter each rank on its own"
+
+
+def check_optimizers(optimizer: Optimizer | Sequence[Optimizer]) -> list[Optimizer]:
+    optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
+    for one in optimizers:
+        if not isinstance(one, Optimizer):
+            raise TypeError(f"Accumulator: optimizer must be a torch.optim.Optimizer or a sequence of them; got {type(one).__name__}.")
+        kind = type(one).__name__
+        closure = inspect.signature(type(one).step).parameters.get("closure")
+        if closure is not None and closure.default is inspect.Parameter.empty:
+            raise TypeError(f"Accumulator: the optimizer must not need a closure; {kind} evaluates the loss again during its step, "
+                            "and there is no one set of micro-gradients to filter. Use SGD, Adam or another of torch's dense "
+                            "first-order optimizers.")  # fmt: skip
+        if isinstance(one, torch.optim.SparseAdam):
+            raise TypeError("Accumulator: the optimizer must take dense gradients; got SparseAdam. Use Adam with sparse=False embeddings.")
+    params = [p for one in optimizers for group in one.param_groups for p in group["params"]]
+    if not params or len(set(params)) != len(params):
+        raise ValueError(f"Accumulator: the optimizers must hold parameters, each of them once; got {len(params)} entries with "
+                         f"{len(set(params))} parameters.")  # fmt: skip
+    return optimizers
+
+
+def check_scaler(scaler: GradScaler | None, owner: object) -> GradScaler | None:
+    if scaler is None or not scaler.is_enabled():
+        return None
+    user = _scaler_users.get(scaler, lambda: None)()
+    if user is not None:
+        raise ValueError("Accumulator: scaler must belong to one Accumulator, for each step() updates its scale; this one is in use "
+                         "already. Make a GradScaler for each, or give one Accumulator several optimizers.")  # fmt: skip
+    _scaler_users[scaler] = ref(owner)
+    return scaler
+
+
+def check_model(model: nn.Module | None, bn: str) -> None:
+    if bn not in ("all", "accepted"):
+        raise ValueError(f"Accumulator: bn must be 'all' or 'accepted'; got {bn!r}.")
+    if bn == "accepted" and model is None:
+        raise ValueError("Accumulator: bn='accepted' needs the model whose BatchNorm layers it holds still; got model=None. Pass model=.")
+    if isinstance(model, DistributedDataParallel):
+        raise_distributed("model is a DistributedDataParallel")
+
+
+def check_parameters(names: Names, params: list[nn.Parameter]) -> None:
+    for p in params:
+        if p.is_complex():
+            raise TypeError(f"Accumulator: parameters must be real; {names[p]!r} is {p.dtype}. Use torch.view_as_real.")
+        if hasattr(p, "device_mesh"):
+            raise_distributed(f"parameter {names[p]!r} is a DTensor (FSDP2 or tensor parallel)")
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        mine = set(map(id, params))
+        for thing in gc.get_objects():  # DDP leaves no mark on its parameters
+            if issubclass(type(thing), DistributedDataParallel) and any(id(p) in mine for p in thing.parameters()):
+                raise_distributed("the optimizer's parameters belong to a DistributedDataParallel model")
+
+
+def raise_distributed(what: str) -> None:
+    raise TypeError(f"Accumulator: {what}. {ACROSS_RANKS}. Filter across ranks with gaf.attach(model, optimizer, policy), from "
+                    "release 0.2 on, or unwrap the model (ddp.module) and train on one device.")  # fmt: skip
+
+
+def check_row(names: Names, params: list[nn.Parameter], row: list[Tensor | None]) -> None:
+    for p, grad in zip(params, row, strict=True):
+        if grad is not None and grad.layout != torch.strided:
+            raise TypeError(f"Accumulator: gradients must be dense; that of {names[p]!r} is {grad.layout}. "
+                            "Use nn.Embedding(..., sparse=False).")  # fmt: skip
+
+
+def names_of(optimizers: list[Optimizer], model: nn.Module | None) -> Names:
+    """A name for every parameter: the model's, where it has one, else its place in the optimizer."""
+    names = {
+        p: f"{j} of group {i}" + (f" of optimizer {n}" if len(optimizers) > 1 else "")
+        for n, optimizer in enumerate(optimizers)
+        for i, group in enumerate(optimizer.param_groups)
+        for j, p in enumerate(group["params"])
+    }
+    return names | {p: name for name, p in (model.named_parameters() if model is not None else ()) if p in names}

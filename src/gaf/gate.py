@@ -1,0 +1,57 @@
+"""Makes a learning-rate scheduler stand still on a skipped step."""
+
+from collections.abc import Callable
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+_gates: WeakKeyDictionary[Any, "Gate"] = WeakKeyDictionary()
+
+
+class Gate:
+    """Open for one call of scheduler.step() after each step that was taken.
+
+    Args:
+        progress: gives (steps decided, steps taken) so far.
+    """
+
+    def __init__(self, progress: Callable[[], tuple[int, int]]) -> None:
+        self.progress = progress
+        self.decided, self.taken = progress()
+        self.called = False
+
+    def passes(self, name: str) -> bool:
+        decided, taken = self.progress()
+        if self.called and decided - self.decided > 1:
+            raise RuntimeError(
+                f"gate: {name}.step() must be called after every step, for that is what a skip holds back; "
+                f"{decided - self.decided} steps went by since the last call. A scheduler stepped once per epoch needs no gate: "
+                "use the ungated one."
+            )
+        moved = taken > self.taken
+        self.decided, self.taken, self.called = decided, taken, True
+        return moved
+
+
+class Gated:
+    def step(self, *args: Any, **kwargs: Any) -> None:
+        if _gates[self].passes(type(self).__name__):
+            super().step(*args, **kwargs)  # type: ignore[misc]
+
+
+def gate(scheduler: LRScheduler, progress: Callable[[], tuple[int, int]]) -> LRScheduler:
+    """Changes the scheduler in place: whoever holds it, sees it stand still. Its state_dict stays as it was."""
+    if isinstance(scheduler, ReduceLROnPlateau):
+        raise TypeError(
+            "gate: ReduceLROnPlateau is stepped once per evaluation with a metric, not once per optimizer step; got one. "
+            "Use it as it is: a skip does not touch it."
+        )
+    if not isinstance(scheduler, LRScheduler):
+        raise TypeError(f"gate: the scheduler must be a torch.optim.lr_scheduler.LRScheduler; got {type(scheduler).__name__}. "
+                        "Call its step() only where `acc.step().stepped`.")  # fmt: skip
+    if not isinstance(scheduler, Gated):
+        kind = type(scheduler)
+        scheduler.__class__ = type(kind.__name__, (Gated, kind), {"__module__": kind.__module__, "__doc__": kind.__doc__})
+    _gates[scheduler] = Gate(progress)
+    return scheduler

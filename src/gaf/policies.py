@@ -1,0 +1,287 @@
+"""Policies: from the k x k Gram matrix of the micro-gradients to a Decision, on the Gram's device.
+
+A policy is any callable `gram -> Decision`. The ones here visit the rows one by one and look only at the running sum
+of the rows taken so far (`Sequential`). What they need of a row, its inner product with that sum and both norms, can
+be read off the Gram matrix (`walk`) or measured while the rows stream by (`gaf.Accumulator`); `visit` is the one
+rule behind both.
+"""
+
+import math
+import random
+from dataclasses import KW_ONLY, dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from gaf.decision import Decision
+from gaf.shapes import Bool, Float64, Int
+
+TIE = 1e-12  # a distance equal to tau is accepted; rounding in float64 must not turn such a tie into a rejection
+
+
+def visit(
+    count: Int[Tensor, "*s"],
+    inner: Float64[Tensor, "*s"],
+    sum2: Float64[Tensor, "*s"],
+    norm2: Float64[Tensor, "*s"],
+    tau: float,
+) -> tuple[Bool[Tensor, "*s"], Float64[Tensor, "*s"]]:
+    """The accept rule: one row g against the running sum s of `count` rows (paper, algorithm 1).
+
+        distance = 1 - <s, g> / (|s| |g|), in [0, 2]        accepted: distance <= tau
+
+    The first present row starts the sum: distance 0. An absent row (norm zero or not finite) is never accepted:
+    distance NaN. Rows that cancelled have left a sum without direction: distance 1.
+
+    Args:
+        count: rows in the sum. inner: <s, g>. sum2: |s|^2. norm2: |g|^2.
+        tau: the largest distance that is accepted; a higher one accepts more.
+
+    Returns:
+        accepted, distance.
+    """
+    cosine = torch.where(sum2 > 0, inner / (sum2.sqrt() * norm2.sqrt()), 0.0)
+    distance = torch.where(count > 0, (1 - cosine).clamp(0, 2), 0.0)
+    distance = torch.where(present(norm2), distance, math.nan)
+    return distance <= tau + TIE, distance
+
+
+def present(norm2: Float64[Tensor, "*s"]) -> Bool[Tensor, "*s"]:
+    return (norm2 > 0) & norm2.isfinite()
+
+
+class Sequential:
+    """A policy that visits the rows in order, each against the running sum of those accepted before it."""
+
+    average: Literal["mean", "halving"] = "mean"
+    streams = True  # the rows may be added up as they come: nothing is decided later that needs them apart
+
+    def visit(
+        self, count: Int[Tensor, "*s"], inner: Float64[Tensor, "*s"], sum2: Float64[Tensor, "*s"], norm2: Float64[Tensor, "*s"]
+    ) -> tuple[Bool[Tensor, "*s"], Float64[Tensor, "*s"]]:
+        """Whether a row joins the running sum, and its distance to it; see `gaf.policies.visit`."""
+        raise NotImplementedError
+
+    def shrink(self, count: Int[Tensor, "*s"]) -> Float64[Tensor, "*s"]:
+        """What the running sum of `count` rows is multiplied by once another has joined: 1, or 1/2 for average="halving"."""
+        halved = (count > 0) & (self.average == "halving")
+        return 1.0 - 0.5 * halved.double()
+
+    def conclude(self, accepted: Bool[Tensor, " k"], distances: Float64[Tensor, " k"]) -> Decision:
+        """The decision, once every row was visited."""
+        raise NotImplementedError
+
+    def __call__(self, gram: Float64[Tensor, "k k"]) -> Decision:
+        """Decides from the Gram matrix, (k, k) float64; a diagonal entry of zero, NaN or infinity marks an absent row."""
+        k = len(gram)
+        accepted, distances = walk(self, gram, torch.arange(k, device=gram.device).expand(1, k))
+        return self.conclude(accepted[0], distances[0])
+
+
+def walk(
+    policy: Sequential, gram: Float64[Tensor, "k k"], orders: Int[Tensor, "s k"]
+) -> tuple[Bool[Tensor, "s k"], Float64[Tensor, "s k"]]:
+    """Visits the rows in each of s orders at once. Returns accepted and distances, by row: O(s k^2), no look at the host."""
+    norms2, sound = gram.diagonal(), present(gram.diagonal())
+    gram = torch.where(sound & sound[:, None], gram, 0.0)
+    s, k = orders.shape
+    inner = gram.new_zeros(s, k)  # <running sum, g_i>
+    sum2, count = gram.new_zeros(s), torch.zeros(s, dtype=torch.int64, device=gram.device)
+    accepted = torch.zeros(s, k, dtype=torch.bool, device=gram.device)
+    distances = gram.new_zeros(s, k)
+    for row in orders.unbind(1):
+        here = row[:, None]
+        inner_row, own = inner.gather(1, here)[:, 0], gram.diagonal()[row]
+        joins, distance = policy.visit(count, inner_row, sum2, norms2[row])
+        shrink = policy.shrink(count)
+        inner = torch.where(joins[:, None], (inner + gram[row]) * shrink[:, None], inner)
+        sum2 = torch.where(joins, (sum2 + 2 * inner_row + own).clamp_min(0) * shrink**2, sum2)
+        count = count + joins
+        accepted.scatter_(1, here, joins[:, None])
+        distances.scatter_(1, here, distance[:, None])
+    return accepted, distances
+
+
+@dataclass(frozen=True)
+class GAF(Sequential):
+    """Gradient agreement filtering (arXiv 2412.18052, algorithm 1).
+
+        s <- g_1, c <- 1
+        for i = 2..k:   if 1 - <s, g_i> / (|s| |g_i|) <= tau:   s <- s + g_i,  c <- c + 1
+        c < min_accepted: skip        else: step with s / c
+
+    Args:
+        tau: the largest cosine DISTANCE to the running sum that is accepted, in [0, 2]. Lower filters more; 2 accepts
+            every present row; the paper used 0.97 under label noise and 1.0 without. It does not transfer between
+            tasks: the mean distance between micro-gradients falls as the micro-batch grows.
+        start: which row the sum starts from. "first": the first present one (the paper). "best": every present row is
+            tried, visiting the others around the ring; the start that accepts most rows is kept, then the one whose
+            accepted rows have the highest mean pairwise cosine, then the lowest. "worst": among the starts that reach
+            min_accepted the one that accepts fewest, then the lowest mean cosine, then the lowest. Trying all costs
+            O(k^3) scalars.
+        average: "mean" of the accepted rows (the paper), or "halving", s <- (s + g_i) / 2 at each acceptance (the
+            authors' released code), which weighs later rows more and changes later decisions. The same for k = 2.
+        min_accepted: accepted rows, the start included, without which the step is skipped; at least 1. Higher skips
+            more. With 1 the start alone is enough.
+
+    A single row (k = 1) has nothing to agree with: it steps as plain training does, unless it is absent.
+
+    Raises:
+        ValueError: where an argument is out of its range.
+
+    >>> policy = GAF(tau=0.5)
+    >>> policy(torch.tensor([[1.0, 0.9, -1.0], [0.9, 1.0, -0.9], [-1.0, -0.9, 1.0]], dtype=torch.float64)).weights
+    tensor([0.5000, 0.5000, 0.0000], dtype=torch.float64)
+    """
+
+    tau: float = 0.97
+    _: KW_ONLY
+    start: Literal["first", "best", "worst"] = "first"
+    average: Literal["mean", "halving"] = "mean"
+    min_accepted: int = 2
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.tau <= 2:
+            raise ValueError(
+                f"GAF: tau is a cosine distance and must lie in [0, 2]; got {self.tau}. The paper uses 0.97; 2 accepts everything."
+            )
+        check_choice("start", self.start, ("first", "best", "worst"))
+        check_choice("average", self.average, ("mean", "halving"))
+        if not (isinstance(self.min_accepted, int) and self.min_accepted >= 1):
+            raise ValueError(f"GAF: min_accepted must be a whole number of at least 1; got {self.min_accepted}. The paper uses 2.")
+
+    @property
+    def streams(self) -> bool:  # type: ignore[override]
+        return self.start == "first"
+
+    def visit(self, count: Tensor, inner: Tensor, sum2: Tensor, norm2: Tensor) -> tuple[Tensor, Tensor]:
+        return visit(count, inner, sum2, norm2, self.tau)
+
+    def conclude(self, accepted: Bool[Tensor, " k"], distances: Float64[Tensor, " k"]) -> Decision:
+        return self._decision(accepted, distances, torch.arange(len(accepted), device=accepted.device))
+
+    def __call__(self, gram: Float64[Tensor, "k k"]) -> Decision:
+        if self.start == "first":
+            return super().__call__(gram)
+        k = len(gram)
+        row = torch.arange(k, device=gram.device)
+        orders = (row[:, None] + row) % k  # start s visits s, s + 1, ... around the ring
+        accepted, distances = walk(self, gram, orders)
+        chosen = self._choose(gram, accepted)
+        return self._decision(accepted[chosen], distances[chosen], orders[chosen])
+
+    def _least(self, k: int) -> int:
+        return 1 if k == 1 else self.min_accepted
+
+    def _decision(self, accepted: Bool[Tensor, " k"], distances: Float64[Tensor, " k"], order: Int[Tensor, " k"]) -> Decision:
+        stepped = accepted.sum() >= self._least(len(accepted))
+        accepted = accepted & stepped
+        visited = accepted[order]
+        weights = torch.zeros_like(distances)
+        weights[order] = mean_weights(visited) if self.average == "mean" else halving_weights(visited)
+        return Decision(weights, accepted, stepped, distances)
+
+    def _choose(self, gram: Float64[Tensor, "k k"], accepted: Bool[Tensor, "s k"]) -> Int[Tensor, ""]:
+        """The start that start="best" or "worst" asks for."""
+        count, cosine = accepted.sum(1).double(), mean_pairwise_cosine(gram, accepted)
+        least = 1 if self.start == "best" else self._least(len(gram))
+        sign = 1.0 if self.start == "best" else -1.0
+        left = present(gram.diagonal()) & (count >= least)
+        for score in (sign * count, sign * cosine):
+            score = torch.where(left, score, -math.inf)
+            left = left & (score == score.max())
+        return left.int().argmax()
+
+
+def mean_pairwise_cosine(gram: Float64[Tensor, "k k"], accepted: Bool[Tensor, "s k"]) -> Float64[Tensor, " s"]:
+    """Per start, the mean cosine over pairs i < j of accepted rows; equal sets give equal bits. 0 where there is no pair."""
+    norm = gram.diagonal().sqrt()
+    cosines = torch.where(present(gram.diagonal()) & present(gram.diagonal())[:, None], gram / norm / norm[:, None], 0.0)
+    total, taken = gram.new_zeros(len(accepted)), accepted.double()
+    for j in range(1, len(gram)):
+        total = total + taken[:, j] * (taken[:, :j] * cosines[:j, j]).sum(1)
+    count = taken.sum(1)
+    return total / (count * (count - 1) / 2).clamp_min(1)
+
+
+def mean_weights(accepted: Bool[Tensor, " k"]) -> Float64[Tensor, " k"]:
+    return accepted.double() / accepted.sum().clamp_min(1)
+
+
+def halving_weights(accepted: Bool[Tensor, " k"]) -> Float64[Tensor, " k"]:
+    """1/2 for the last accepted row, 1/4 for the one before, ...; the first has what is left. In the order of the visit."""
+    count = accepted.cumsum(0)
+    after = count[-1] - count
+    exponent = torch.where(count == 1, after, after + 1)
+    return torch.where(accepted, 0.5**exponent.double(), 0.0)
+
+
+class Mean(Sequential):
+    """Plain averaging, weights 1 / k: every row counts, and a NaN goes through, as under DistributedDataParallel.
+
+    Distances are those that `GAF(2.0)` would report.
+
+    >>> Mean()(torch.eye(4, dtype=torch.float64)).weights
+    tensor([0.2500, 0.2500, 0.2500, 0.2500], dtype=torch.float64)
+    """
+
+    def visit(self, count: Tensor, inner: Tensor, sum2: Tensor, norm2: Tensor) -> tuple[Tensor, Tensor]:
+        _, distance = visit(count, inner, sum2, norm2, tau=2.0)
+        return torch.ones_like(distance, dtype=torch.bool), distance
+
+    def conclude(self, accepted: Bool[Tensor, " k"], distances: Float64[Tensor, " k"]) -> Decision:
+        weights = torch.full_like(distances, 1 / len(distances))
+        return Decision(weights, accepted, torch.ones_like(accepted[0]), distances)
+
+    def __repr__(self) -> str:
+        return "Mean()"
+
+
+@dataclass
+class RandomSkip(Mean):
+    """The control for "GAF only takes fewer steps": averages as Mean and steps with a fixed probability.
+
+    Step t is drawn from (seed, t), so that all ranks and a resumed run agree. Every call is one step.
+
+    Args:
+        step_probability: chance that a step is taken, in [0, 1]. Higher steps more often.
+        seed: of the draws.
+
+    Raises:
+        ValueError: where step_probability is not in [0, 1].
+    """
+
+    step_probability: float
+    seed: int = 0
+    step: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.step_probability <= 1:
+            raise ValueError(
+                f"RandomSkip: step_probability must lie in [0, 1]; got {self.step_probability}. "
+                "Give the share of steps that GAF took."
+            )
+
+    def conclude(self, accepted: Bool[Tensor, " k"], distances: Float64[Tensor, " k"]) -> Decision:
+        draw = random.Random(f"{self.seed}/{self.step}").random()
+        self.step += 1
+        decision = super().conclude(accepted, distances)
+        return decision if draw < self.step_probability else skipped(decision)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"step": self.step}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.step = state["step"]
+
+
+def skipped(decision: Decision) -> Decision:
+    """The same evidence, no step."""
+    d = decision
+    return Decision(torch.zeros_like(d.weights), torch.zeros_like(d.accepted), torch.zeros_like(d.stepped), d.distances)
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"GAF: {name} must be one of {', '.join(map(repr, choices))}; got {value!r}.")

@@ -1,0 +1,170 @@
+"""Holds the micro-gradients of one macro-batch until the decision: added up as they come, or kept apart."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from gaf.combine import Policy
+from gaf.decision import Decision
+from gaf.gram import Row, gram_of, inner_products
+from gaf.policies import Sequential, present
+from gaf.shapes import Float64
+from gaf.telemetry import Evidence
+
+
+class Rows(Protocol):
+    """What the Accumulator asks of a holder."""
+
+    def add(self, row: list[Tensor | None]) -> list[Tensor | None]: ...
+    def decide(self) -> tuple[Decision, Evidence]: ...
+    def update(self, weights: list[float]) -> list[Tensor | None]: ...
+    def __len__(self) -> int: ...
+
+
+def rows_for(policy: Policy, voters: Sequence[bool]) -> Rows:
+    if isinstance(policy, Sequential) and policy.streams:
+        return Streamed(policy, voters)
+    return Stacked(policy, voters)
+
+
+def norm2_of_rest(row: Row, voters: Sequence[bool]) -> Tensor | float:
+    """0 x |the coordinates that do not vote|^2: NaN where one of them is not finite, so that the row counts as absent."""
+    rest = [t for t, votes in zip(row, voters, strict=True) if not votes]
+    return 0.0 * gram_of([rest])[0, 0] if rest else 0.0
+
+
+def voting(row: Row, voters: Sequence[bool]) -> Row:
+    return [t for t, votes in zip(row, voters, strict=True) if votes]
+
+
+class Streamed:
+    """The running sum and the current row: one gradient-sized buffer beyond plain accumulation, whatever k.
+
+    Args:
+        policy: gives the accept rule (`visit`) and the verdict (`conclude`).
+        voters: which parameters the decision looks at.
+    """
+
+    def __init__(self, policy: Sequential, voters: Sequence[bool]) -> None:
+        self.policy, self.voters = policy, voters
+        self.total: list[Tensor | None] = [None] * len(voters)
+        self.holds: list[list[bool]] = []  # per row, the parameters that got a gradient
+        self.count = torch.zeros((), dtype=torch.int64)
+        self.sum2 = torch.zeros((), dtype=torch.float64)  # |s|^2
+        self.accepted: list[Tensor] = []
+        self.distances: list[Tensor] = []
+        self.norms2: list[Tensor] = []
+        self.signals: list[Tensor] = []  # <s, g_i> / c, an estimate of |g|^2 for each row but the start
+
+    def __len__(self) -> int:
+        return len(self.holds)
+
+    def add(self, row: list[Tensor | None]) -> list[Tensor | None]:
+        """Visits a row. Returns its buffers that are free again.
+
+        Only on a CPU, where memory that is given back and asked for anew at every micro-batch costs page faults, some
+        5% of a small network's step; on an accelerator PyTorch's own allocator keeps it at hand.
+        """
+        inner, norm2 = self._measure(row)
+        count, sum2 = self.count.to(norm2.device), self.sum2.to(norm2.device)
+        joins, distance = self.policy.visit(count, inner, sum2, norm2)
+        shrink = self.policy.shrink(count)
+        self._absorb(row, joins, shrink)
+        self.holds.append([t is not None for t in row])
+        self.accepted.append(joins)
+        self.distances.append(distance)
+        self.norms2.append(norm2)
+        terms = count if self.policy.average == "mean" else count.clamp_max(1)
+        self.signals.append(torch.where(present(norm2), inner / terms, torch.nan))
+        self.sum2 = torch.where(joins, (sum2 + 2 * inner + norm2).clamp_min(0) * shrink**2, sum2)
+        self.count = count + joins
+        held = {id(t) for t in self.total}
+        return [None if g is None or g.device.type != "cpu" or id(g) in held else g for g in row]
+
+    def _measure(self, row: list[Tensor | None]) -> tuple[Tensor, Tensor]:
+        """<s, g> and |g|^2; |s|^2 follows from those before."""
+        rest, g = norm2_of_rest(row, self.voters), voting(row, self.voters)
+        if not self.holds:
+            (norm2,) = inner_products([g], [(0, 0)])
+            return torch.zeros_like(norm2), norm2 + rest
+        inner, norm2 = inner_products([voting(self.total, self.voters), g], [(0, 1), (1, 1)])
+        return inner, norm2 + rest
+
+    def _absorb(self, row: list[Tensor | None], joins: Tensor, shrink: Tensor) -> None:
+        """s <- s + g where the row joins; on an accelerator without asking the host whether it does."""
+        if joins.device.type != "cpu":
+            row = [None if g is None else g.masked_fill_(~joins.to(g.device), 0) for g in row]
+        elif not joins:
+            return
+        both = [j for j, g in enumerate(row) if g is not None and self.total[j] is not None]
+        if both:
+            torch._foreach_add_([self.total[j] for j in both], [row[j] for j in both])  # type: ignore[arg-type]
+        self.total = [g if s is None else s for s, g in zip(self.total, row, strict=True)]
+        if self.policy.average == "halving":
+            scale_(self.total, torch.where(joins, shrink, 1.0))
+
+    def decide(self) -> tuple[Decision, Evidence]:
+        decision = self.policy.conclude(torch.stack(self.accepted), torch.stack(self.distances))
+        return decision, Evidence(torch.stack(self.norms2), torch.stack(self.signals).nanmean())
+
+    def update(self, weights: list[float]) -> list[Tensor | None]:
+        """w^T G; None for a parameter that no accepted row has a gradient for."""
+        used = [holds for holds, weight in zip(self.holds, weights, strict=True) if weight]
+        total = [s if any(column) else None for s, column in zip(self.total, zip(*used, strict=True), strict=True)]
+        if self.policy.average == "mean":
+            scale_(total, max(weights))
+        return total
+
+
+def scale_(tensors: Sequence[Tensor | None], factor: Tensor | float) -> None:
+    held = [t for t in tensors if t is not None]
+    if isinstance(factor, Tensor) and factor.device.type == "cpu":
+        factor = float(factor)
+    if held and not (isinstance(factor, float) and factor == 1.0):
+        torch._foreach_mul_(held, factor)
+
+
+class Stacked:
+    """All k rows, for policies that need them apart."""
+
+    def __init__(self, policy: Policy, voters: Sequence[bool]) -> None:
+        self.policy, self.voters = policy, voters
+        self.rows: list[list[Tensor | None]] = []
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def add(self, row: list[Tensor | None]) -> list[Tensor | None]:
+        self.rows.append(row)
+        return [None] * len(row)
+
+    def decide(self) -> tuple[Decision, Evidence]:
+        gram = gram_of([voting(row, self.voters) for row in self.rows])
+        for own, row in zip(gram.diagonal(), self.rows, strict=True):
+            own += norm2_of_rest(row, self.voters)
+        return self.policy(gram), Evidence(gram.diagonal(), mean_off_diagonal(gram))
+
+    def update(self, weights: list[float]) -> list[Tensor | None]:
+        """w^T G; None for a parameter that no accepted row has a gradient for."""
+        used = [(row, w) for row, w in zip(self.rows, weights, strict=True) if w]
+        return [weighted([(row[j], w) for row, w in used]) for j in range(len(self.voters))]
+
+
+def weighted(terms: list[tuple[Tensor | None, float]]) -> Tensor | None:
+    """The weighted sum of one parameter's gradients, added in float32 or wider."""
+    total, dtype = None, None
+    for grad, weight in terms:
+        if grad is not None:
+            dtype = grad.dtype
+            term = grad.to(torch.promote_types(dtype, torch.float32)) * weight
+            total = term if total is None else total.add_(term)
+    return None if total is None else total.to(dtype)
+
+
+def mean_off_diagonal(gram: Float64[Tensor, "k k"]) -> Float64[Tensor, ""]:
+    """Over pairs of present rows, an estimate of |g|^2; NaN where there is no pair."""
+    sound = present(gram.diagonal())
+    pairs = (sound & sound[:, None]).triu(1)
+    return torch.where(pairs, gram, 0.0).sum() / pairs.sum()

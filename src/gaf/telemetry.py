@@ -1,0 +1,156 @@
+"""What the decisions said, as plain numbers. Counts what a Decision holds; computes no decision again."""
+
+import math
+import warnings
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gaf.decision import Decision
+
+WINDOW = 100  # steps that the averages and the warning look back
+
+
+@dataclass(frozen=True, eq=False)
+class Evidence:
+    """What was measured of the rows beside the decision: squared norms (k,), and an estimate of |g|^2 ()."""
+
+    norms2: Tensor
+    signal: Tensor
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A Decision with its evidence, on the host, as plain numbers."""
+
+    stepped: bool
+    accepted: list[bool]
+    distances: list[float]
+    weights: list[float]
+    norms2: list[float]
+    signal: float
+
+    @classmethod
+    def fetch(cls, decision: Decision, evidence: Evidence) -> "Outcome":
+        """The one transfer to the host that a step needs anyway, with all that is worth knowing in it."""
+        k = len(decision.weights)
+        parts = (decision.accepted, decision.distances, decision.weights, evidence.norms2, decision.stepped, evidence.signal)
+        flat = torch.cat([p.reshape(-1).to(evidence.norms2) for p in parts]).tolist()
+        return cls(
+            accepted=[bool(a) for a in flat[:k]],
+            distances=flat[k : 2 * k],
+            weights=flat[2 * k : 3 * k],
+            norms2=flat[3 * k : 4 * k],
+            stepped=bool(flat[4 * k]),
+            signal=flat[4 * k + 1],
+        )
+
+    @property
+    def absent(self) -> int:
+        return sum(map(math.isnan, self.distances))
+
+    @property
+    def compared(self) -> list[float]:
+        """Distances of the rows that were compared with a running sum: all present ones but the start, whose own is 0."""
+        return sorted(d for d in self.distances if not math.isnan(d))[1:]
+
+
+@dataclass(frozen=True)
+class Recent:
+    """One step, condensed to what the averages need. Norm and signal as shares of the mean squared norm."""
+
+    compared: int
+    accepted: int  # of the compared rows
+    distance_sum: float
+    distance_min: float
+    dispersion: float
+    norm2: float
+    signal: float
+
+    @classmethod
+    def of(cls, outcome: Outcome, scale: float) -> "Recent":
+        norms = [math.sqrt(n) / scale for n in outcome.norms2 if 0 < n < math.inf]
+        mean = sum(norms) / len(norms) if norms else math.nan
+        spread = math.sqrt(sum((n - mean) ** 2 for n in norms) / len(norms)) if norms else math.nan
+        return cls(
+            compared=len(outcome.compared),
+            accepted=max(sum(outcome.accepted) - 1, 0),
+            distance_sum=sum(outcome.compared),
+            distance_min=min(outcome.compared, default=math.nan),
+            dispersion=spread / mean if norms else math.nan,
+            norm2=sum(n * n for n in norms) / len(norms) if norms else math.nan,
+            signal=outcome.signal / scale**2,
+        )
+
+
+class Telemetry:
+    """Counts since the start, averages over the last 100 steps."""
+
+    def __init__(self) -> None:
+        self.totals = dict.fromkeys(("steps", "stepped", "micro_gradients", "accepted", "rejected", "absent"), 0)
+        self.recent: deque[Recent] = deque(maxlen=WINDOW)
+        self.warned: set[str] = set()
+
+    def record(self, outcome: Outcome, tau: float | None, scale: float = 1.0) -> None:
+        """Adds one step. tau: the policy's threshold, if it has one. scale: what a GradScaler multiplied the rows by."""
+        k, accepted, absent = len(outcome.accepted), sum(outcome.accepted), outcome.absent
+        rejected = sum(not a and not math.isnan(d) for a, d in zip(outcome.accepted, outcome.distances, strict=True))
+        moved = {"steps": 1, "stepped": outcome.stepped, "micro_gradients": k}
+        for key, value in (moved | {"accepted": accepted, "rejected": rejected, "absent": absent}).items():
+            self.totals[key] += int(value)
+        self.recent.append(Recent.of(outcome, scale))
+        if tau is not None:
+            self._warn(k, tau)
+
+    def _warn(self, k: int, tau: float) -> None:
+        if k == 1:
+            self._warn_once("one", "One micro-gradient has nothing to agree with: it was stepped on as in plain training.")
+        seen = [r for r in self.recent if r.compared]
+        if len(seen) < WINDOW:
+            return
+        if not any(r.accepted for r in seen):
+            least = min(r.distance_min for r in seen)
+            self._warn_once("none", f"No micro-gradient was accepted in {WINDOW} steps: tau = {tau} does not fit this task. "
+                f"The smallest distance seen was {least:.3f}: raise tau above that, or use larger micro-batches. "
+                "tau does not transfer between tasks; acc.stats() shows the distances.")  # fmt: skip
+        elif tau < 2 and all(r.accepted == r.compared for r in seen):
+            mean = total(r.distance_sum for r in seen) / total(r.compared for r in seen)
+            self._warn_once("all", f"Every micro-gradient was accepted in {WINDOW} steps: tau = {tau} filters nothing here. "
+                f"The mean distance was {mean:.3f}: lower tau to about that, or use smaller micro-batches. "
+                "tau does not transfer between tasks; acc.stats() shows the distances.")  # fmt: skip
+
+    def _warn_once(self, key: str, message: str) -> None:
+        if key not in self.warned:
+            self.warned.add(key)
+            warnings.warn(f"gaf: {message}", stacklevel=4)
+
+    def stats(self, b: float = 1.0) -> dict[str, float]:
+        recent = self.recent
+        norm2, signal = total(r.norm2 for r in recent), total(r.signal for r in recent)
+        noise = max(norm2 - signal, 0.0)
+        return self.totals | {
+            "distance_mean": ratio(total(r.distance_sum for r in recent), total(r.compared for r in recent)),
+            "distance_min": min((r.distance_min for r in recent if r.compared), default=math.nan),
+            "norm_dispersion": ratio(total(r.dispersion for r in recent), sum(math.isfinite(r.dispersion) for r in recent)),
+            "noise_scale": math.nan if not any(r.compared for r in recent) else b * noise / signal if signal > 0 else math.inf,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"totals": dict(self.totals), "recent": [asdict(r) for r in self.recent], "warned": sorted(self.warned)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.totals = dict(state["totals"])
+        self.recent = deque((Recent(**r) for r in state["recent"]), maxlen=WINDOW)
+        self.warned = set(state["warned"])
+
+
+def total(values: Iterable[float]) -> float:
+    return math.fsum(v for v in values if math.isfinite(v))
+
+
+def ratio(a: float, b: float) -> float:
+    return a / b if b else math.nan

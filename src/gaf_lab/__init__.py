@@ -1,0 +1,1 @@
+"""The lab: experiments with gradient agreement filtering. It imports `gaf`; `gaf` never imports it."""

@@ -1,0 +1,103 @@
+"""A run's records: one folder, `records.jsonl` in it; a header line, then one line per evaluation, then an end line.
+
+Every figure and table is a function of these files alone.
+
+header: {"kind": "run", "name", "arm", "config": {...}, "config_hash", "versions": {...}, "machine": {...}, "commit", "started"}
+eval:   {"kind": "eval", "step", "steps_taken", "samples", "passes", "seconds", "lr", "train_loss",
+         "acceptance", "distance_mean", "distance_min", "noise_scale", "norm_dispersion",
+         "heldout_accuracy", "heldout_loss", "test_accuracy", "test_loss",
+         "memorised", "corrected", "clean_accuracy", "samples_per_second", "rows": [...]}
+end:    {"kind": "end", "status": "finished" | "stopped" | "interrupted" | "diverged", "seconds"}
+
+Accuracies and shares are in [0, 1]; samples and passes count what was drawn, stepped on or not; `seconds` is time in
+training and evaluation, resumed runs added up. `memorised`, `corrected`: of the training samples whose label was
+flipped, the share predicted as the wrong label, and as the true one; null without flips. `clean_accuracy`: of the
+others. `acceptance`, distances: since the line before; acceptance is accepted over all micro-gradients, 0 for a
+skipped step. `rows`: for each step since the line before, how many rows were accepted, 0 for a skip. A value that
+does not exist is null.
+"""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+FILE = "records.jsonl"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run as read back from its folder."""
+
+    folder: Path
+    header: dict[str, Any]
+    evals: list[dict[str, Any]]
+    end: dict[str, Any] | None
+
+    @property
+    def arm(self) -> str:
+        return str(self.header["arm"])
+
+    @property
+    def seed(self) -> int:
+        return int(self.header["config"]["seed"])
+
+    @property
+    def rows(self) -> list[int]:
+        """Rows accepted at each step, 0 for a skip."""
+        return [n for line in self.evals for n in line["rows"]]
+
+    @property
+    def selected(self) -> dict[str, Any]:
+        """The evaluation with the best accuracy on the held-out noisy labels, the earliest of equals; the last without held-out."""
+        scored = [line for line in self.evals if line["heldout_accuracy"] is not None]
+        return max(scored, key=lambda line: line["heldout_accuracy"]) if scored else self.evals[-1]
+
+
+def append(folder: Path, line: dict[str, Any]) -> None:
+    with (folder / FILE).open("a") as file:
+        file.write(json.dumps(plain(line), allow_nan=False) + "\n")
+
+
+def plain(value: Any) -> Any:
+    """Without what JSON does not know: NaN and infinities become null, paths text."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, bool | int | str) else str(value)
+
+
+def read(folder: Path) -> Run:
+    """A finished, running or interrupted run; a last line that was cut off while being written is left out.
+
+    Raises:
+        ValueError: where there are no records in the folder, or a line other than the last is broken.
+    """
+    path = folder / FILE
+    if not path.is_file():
+        raise ValueError(f"{folder}: must hold a run, that is a file {FILE}; it does not. Give the folder that `gaf train --out` wrote.")
+    lines = path.read_text().splitlines()
+    parsed: list[dict[str, Any]] = []
+    for number, text in enumerate(lines, 1):
+        try:
+            parsed.append(json.loads(text))
+        except json.JSONDecodeError as error:
+            if number < len(lines):
+                raise ValueError(f"{path}: line {number} must be JSON; it is not ({error.msg}). Was the file edited?") from None
+    if not parsed or parsed[0].get("kind") != "run":
+        raise ValueError(f"{path}: the first line must be a header of kind 'run'; it is not. Was the file edited?")
+    evals = [line for line in parsed if line["kind"] == "eval"]
+    ends = [line for line in parsed if line["kind"] == "end"]
+    return Run(folder, parsed[0], evals, ends[-1] if ends else None)
+
+
+def find(places: list[Path]) -> list[Run]:
+    """All runs in or below the folders, in order of their paths."""
+    folders = sorted({file.parent for place in places for file in place.rglob(FILE)})
+    if not folders:
+        raise ValueError(f"{', '.join(map(str, places))}: must hold at least one run (a file {FILE}); none was found.")
+    return [read(folder) for folder in folders]
