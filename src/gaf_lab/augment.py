@@ -1,0 +1,56 @@
+"""Augmentation and normalisation, a whole batch at once, on the batch's device."""
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+
+def crop_and_flip(x: Tensor, generator: torch.Generator, padding: int = 4) -> Tensor:
+    """Each picture shifted by up to `padding` pixels either way, black outside, and mirrored left to right with probability 1/2.
+
+    Pad uint8 pictures, before normalising: then what comes in is black.
+
+    Args:
+        x: pictures (b, C, H, W), any dtype and device.
+        generator: on the CPU, so that all devices draw the same.
+        padding: pixels, at least 0; more shifts further.
+
+    Returns:
+        pictures like x, new memory.
+    """
+    b, channels, height, width = x.shape
+    offsets = torch.randint(2 * padding + 1, (2, b, 1), generator=generator)
+    mirrored = torch.randint(2, (1, b, 1), generator=generator)
+    top, left, mirror = torch.cat([offsets, mirrored]).to(x.device, non_blocking=True)
+    rows = top + torch.arange(height, device=x.device)
+    across = torch.arange(width, device=x.device)
+    columns = left + torch.where(mirror == 1, width - 1 - across, across)
+    padded = pad(x, (padding,) * 4)
+    pixels = rows[:, :, None] * padded.shape[3] + columns[:, None, :]  # (b, H, W), into the padded picture laid flat
+    picked = padded.flatten(2).gather(2, pixels.view(b, 1, -1).expand(-1, channels, -1))
+    return picked.view(b, channels, height, width)
+
+
+def normalise(x: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    """(x / 255 - mean) / std per channel, as float32.
+
+    Args:
+        x: pictures (b, C, H, W) in 0..255.
+        mean: C numbers, of pictures in [0, 1].
+        std: C numbers, above 0.
+    """
+    if not len(mean) == len(std) == x.shape[1]:
+        raise ValueError(f"normalise: mean and std must have one number per channel, {x.shape[1]}; got {len(mean)} and {len(std)}. "
+                         "Use those of the data set that the pictures are of.")  # fmt: skip
+    scale, shift = _affine(mean, std, x.device)
+    return x.to(torch.float32, copy=True).mul_(scale).sub_(shift)
+
+
+@lru_cache(maxsize=16)
+def _affine(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """What to multiply bytes by, then to subtract; kept, for each copy to a device costs a wait."""
+    scale = torch.tensor([1 / (255 * s) for s in std], device=device).view(-1, 1, 1)
+    shift = torch.tensor([m / s for m, s in zip(mean, std, strict=True)], device=device).view(-1, 1, 1)
+    return scale, shift

@@ -1,0 +1,107 @@
+"""Which samples a micro-batch holds: a function of the seed and of the micro-batch's number, and of nothing else.
+
+Micro-batches are numbered over the whole run: number = step * k + i for the i-th of step `step`. A resumed run, or a rank
+that draws only its own numbers, therefore sees exactly what an uninterrupted run on one device saw.
+"""
+
+import hashlib
+import json
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+def key(seed: int, *parts: int | str) -> int:
+    """A number in [0, 2^63) that depends on the seed and all parts in order, the same on every machine and in every run."""
+    digest = hashlib.blake2b(json.dumps([seed, *parts]).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def generator(seed: int, *parts: int | str) -> torch.Generator:
+    """A CPU generator for one purpose: what is drawn for one never moves what is drawn for another."""
+    return torch.Generator().manual_seed(key(seed, *parts))
+
+
+class Sampler(Protocol):
+    """Draws micro-batches of b samples."""
+
+    b: int
+
+    def draw(self, number: int) -> Tensor:
+        """Indices (b,) int64 into the training set of micro-batch `number` >= 0 of the run."""
+        ...
+
+
+class Stream:
+    """An endless row of permutations of `items`, one after the other, the p-th keyed by (seed, name, p)."""
+
+    def __init__(self, items: Tensor, seed: int, name: str) -> None:
+        self.items, self.seed, self.name = items, seed, name
+        self._current: tuple[int, Tensor] | None = None
+
+    def take(self, start: int, count: int) -> Tensor:
+        """Positions start to start + count of the row."""
+        parts = []
+        while count > 0:
+            p, offset = divmod(start, len(self.items))
+            parts.append(self._permutation(p)[offset : offset + count])
+            start, count = start + len(parts[-1]), count - len(parts[-1])
+        return torch.cat(parts)
+
+    def _permutation(self, p: int) -> Tensor:
+        if self._current is None or self._current[0] != p:
+            order = torch.randperm(len(self.items), generator=generator(self.seed, self.name, p))
+            self._current = p, self.items[order]
+        return self._current[1]
+
+
+class Iid:
+    """Micro-batch m is positions m b to (m + 1) b of the permutations, laid end to end: each pass visits every sample once.
+
+    A micro-batch across the end of a pass can hold a sample twice.
+
+    Args:
+        n: samples in the training set, at least 1. b: samples per micro-batch, at least 1.
+    """
+
+    def __init__(self, n: int, b: int, seed: int) -> None:
+        if n < 1 or b < 1:
+            raise ValueError(f"iid: needs at least one sample, and one per micro-batch; got n={n}, b={b}. Give positive numbers.")
+        self.b = b
+        self._stream = Stream(torch.arange(n), seed, "iid")
+
+    def draw(self, number: int) -> Tensor:
+        _check_number(number)
+        return self._stream.take(number * self.b, self.b)
+
+
+class Stratified:
+    """b / classes samples of each class, each class in an `Iid` row of its own; within a micro-batch ordered by class.
+
+    Args:
+        labels: (N,) int64 in [0, classes): those observed, or the clean ones, if the experiment may know them.
+        b: samples per micro-batch: a multiple of `classes`, with at most as many per class as the rarest class has.
+    """
+
+    def __init__(self, labels: Tensor, classes: int, b: int, seed: int) -> None:
+        if b < 1 or b % classes:
+            raise ValueError(f"stratified: b must be a multiple of the {classes} classes; got {b}. "
+                             f"Use b={max(round(b / classes), 1) * classes}, or the iid sampler.")  # fmt: skip
+        self.b, self._each = b, b // classes
+        counts = torch.bincount(labels, minlength=classes).tolist()
+        for label, count in enumerate(counts):
+            if count < self._each:
+                smaller = f"b={min(counts) * classes} or fewer, or " if min(counts) else ""
+                raise ValueError(f"stratified: every class must have b / classes = {self._each} samples; class {label} has {count}. "
+                                 f"Use {smaller}the iid sampler.")  # fmt: skip
+        self._streams = [Stream((labels == c).nonzero().flatten(), seed, f"class {c}") for c in range(classes)]
+
+    def draw(self, number: int) -> Tensor:
+        _check_number(number)
+        return torch.cat([stream.take(number * self._each, self._each) for stream in self._streams])
+
+
+def _check_number(number: int) -> None:
+    if number < 0:
+        raise ValueError(f"draw: the micro-batch's number must be at least 0; got {number}. Count from the start of the run.")
