@@ -6,6 +6,7 @@ from gaf.decision import Decision
 from gaf.gram import gram
 from gaf.policies import GAF, Mean, RandomSkip
 from gaf.reference import reference
+from gaf.telemetry import Outcome
 
 __version__ = "0.1.0"
-__all__ = ["GAF", "Accumulator", "Decision", "Mean", "RandomSkip", "aggregate", "gram", "reference"]
+__all__ = ["GAF", "Accumulator", "Decision", "Mean", "Outcome", "RandomSkip", "aggregate", "gram", "reference"]

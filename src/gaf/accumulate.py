@@ -15,7 +15,7 @@ from gaf.combine import Policy
 from gaf.decision import Decision
 from gaf.gate import gate
 from gaf.policies import skipped
-from gaf.rows import Rows, rows_for
+from gaf.rows import Stacked, Streamed, rows_for
 from gaf.telemetry import Outcome, Telemetry
 
 LeaveOut = Callable[[str, nn.Parameter], bool]
@@ -62,16 +62,18 @@ class Accumulator:
         self.optimizers = check_optimizers(optimizer)
         self.policy = policy
         self.scaler = check_scaler(scaler, self)
-        self.last: Decision | None = None
+        self.last: Decision | None = None  # of the last step
+        self.outcome: Outcome | None = None  # the same with its evidence, as plain numbers
         self._model, self._leave_out = model, leave_out
         self._names = names_of(self.optimizers, model)
         check_model(model, bn)
         self._bn = BatchNormStatistics(model) if model is not None and bn == "accepted" else None
         self._params: list[nn.Parameter] = []
-        self._spare: dict[nn.Parameter, Tensor | None] = {}
-        self._rows: Rows | None = None
+        self._spare: list[Tensor | None] = []
+        self._rows: Streamed | Stacked | None = None
         self._decided: Decision | None = None
         self._telemetry = Telemetry()
+        self._progress = (0, 0)  # steps decided and steps taken by this object; unlike stats, not restored
         check_parameters(self._names, self._parameters())
 
     def backward(self, loss: Tensor, *, retain_graph: bool = False) -> None:
@@ -93,12 +95,12 @@ class Accumulator:
         lent = self._lend()
         try:
             torch.autograd.backward(scaled, inputs=[p for p in self._params if p.requires_grad], retain_graph=retain_graph)
-            row = [None if p.grad is None or lent.get(p) == p.grad._version else p.grad for p in self._params]
+            row = [None if p.grad is None or p.grad._version == version else p.grad for p, version in zip(self._params, lent, strict=True)]
             check_row(self._names, self._params, row)
         finally:
             self._clear()
         with torch.no_grad():
-            self._spare = dict(zip(self._params, rows.add(row), strict=True))
+            self._spare = rows.add(row)
         if self._bn is not None:
             self._bn.note()
 
@@ -116,7 +118,7 @@ class Accumulator:
         return self._decided
 
     @torch.no_grad()
-    def _decide(self, rows: Rows) -> Decision:
+    def _decide(self, rows: Streamed | Stacked) -> Decision:
         decision, evidence = rows.decide()
         outcome = Outcome.fetch(decision, evidence)
         overflow = self.scaler is not None and any(n != n or n == float("inf") for n in outcome.norms2)
@@ -138,7 +140,7 @@ class Accumulator:
             RuntimeError: where no backward() came before.
         """
         decision = self.decide()
-        if self._stepped:
+        if self.outcome is not None and self.outcome.stepped:
             for optimizer in self.optimizers:
                 if self.scaler is None:
                     optimizer.step()
@@ -157,9 +159,9 @@ class Accumulator:
             TypeError: for ReduceLROnPlateau, and for what is no torch scheduler.
             RuntimeError: from the scheduler's step(), where it turns out to be stepped less often (per epoch).
         """
-        return gate(scheduler, lambda: (self._telemetry.totals["steps"], self._telemetry.totals["stepped"]))
+        return gate(scheduler, lambda: self._progress)
 
-    def stats(self, b: float = 1.0) -> dict[str, float]:
+    def stats(self, b: float = 1) -> dict[str, float]:
         """Plain numbers.
 
         Totals since the start: `steps` decided, `stepped` of them, `micro_gradients` seen, and of these `accepted`,
@@ -197,10 +199,11 @@ class Accumulator:
     def _parameters(self) -> list[nn.Parameter]:
         return [p for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]]
 
-    def _begin(self) -> Rows:
+    def _begin(self) -> Streamed | Stacked:
         """The parameters of one macro-batch: groups may have been added, layers thawed, since the last."""
         params = self._parameters()
-        if len(params) != len(self._params):
+        if len(params) != len(self._params) or any(p is not q for p, q in zip(params, self._params, strict=True)):
+            self._spare = [None] * len(params)
             self._names = names_of(self.optimizers, self._model)
             check_parameters(self._names, params)
         self._params = params
@@ -211,14 +214,13 @@ class Accumulator:
         self._rows = rows_for(self.policy, voters)
         return self._rows
 
-    def _lend(self) -> dict[nn.Parameter, int]:
+    def _lend(self) -> list[int | None]:
         """Gives the spare buffers, zeroed, to autograd to add into. Returns their versions: unchanged means no gradient came."""
-        for p in self._params:
-            buffer = self._spare.get(p)
+        for p, buffer in zip(self._params, self._spare, strict=True):
             if buffer is not None and p.requires_grad:
                 p.grad = buffer.zero_()
-        self._spare = {}
-        return {p: p.grad._version for p in self._params if p.grad is not None}
+        self._spare = [None] * len(self._params)
+        return [None if p.grad is None else p.grad._version for p in self._params]
 
     def _check_clean(self) -> None:
         for p in self._params:
@@ -245,7 +247,8 @@ class Accumulator:
                 probe.grad = None
 
     def _settle(self, outcome: Outcome) -> None:
-        self._stepped = outcome.stepped
+        self.outcome = outcome
+        self._progress = (self._progress[0] + 1, self._progress[1] + outcome.stepped)
         scale = 1.0 if self.scaler is None else self.scaler.get_scale()
         self._telemetry.record(outcome, tau=getattr(self.policy, "tau", None), scale=scale)
         if self._bn is not None:

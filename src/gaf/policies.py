@@ -214,7 +214,7 @@ def halving_weights(accepted: Bool[Tensor, " k"]) -> Float64[Tensor, " k"]:
     count = accepted.cumsum(0)
     after = count[-1] - count
     exponent = torch.where(count == 1, after, after + 1)
-    return torch.where(accepted, 0.5**exponent.double(), 0.0)
+    return torch.where(accepted, 0.5 ** exponent.double(), 0.0)
 
 
 class Mean(Sequential):
@@ -259,8 +259,7 @@ class RandomSkip(Mean):
     def __post_init__(self) -> None:
         if not 0 <= self.step_probability <= 1:
             raise ValueError(
-                f"RandomSkip: step_probability must lie in [0, 1]; got {self.step_probability}. "
-                "Give the share of steps that GAF took."
+                f"RandomSkip: step_probability must lie in [0, 1]; got {self.step_probability}. Give the share of steps that GAF took."
             )
 
     def conclude(self, accepted: Bool[Tensor, " k"], distances: Float64[Tensor, " k"]) -> Decision:

@@ -1,7 +1,6 @@
 """Holds the micro-gradients of one macro-batch until the decision: added up as they come, or kept apart."""
 
 from collections.abc import Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -14,16 +13,7 @@ from gaf.shapes import Float64
 from gaf.telemetry import Evidence
 
 
-class Rows(Protocol):
-    """What the Accumulator asks of a holder."""
-
-    def add(self, row: list[Tensor | None]) -> list[Tensor | None]: ...
-    def decide(self) -> tuple[Decision, Evidence]: ...
-    def update(self, weights: list[float]) -> list[Tensor | None]: ...
-    def __len__(self) -> int: ...
-
-
-def rows_for(policy: Policy, voters: Sequence[bool]) -> Rows:
+def rows_for(policy: Policy, voters: Sequence[bool]) -> "Streamed | Stacked":
     if isinstance(policy, Sequential) and policy.streams:
         return Streamed(policy, voters)
     return Stacked(policy, voters)
@@ -98,9 +88,9 @@ class Streamed:
             row = [None if g is None else g.masked_fill_(~joins.to(g.device), 0) for g in row]
         elif not joins:
             return
-        both = [j for j, g in enumerate(row) if g is not None and self.total[j] is not None]
-        if both:
-            torch._foreach_add_([self.total[j] for j in both], [row[j] for j in both])  # type: ignore[arg-type]
+        pairs = [(s, g) for s, g in zip(self.total, row, strict=True) if s is not None and g is not None]
+        if pairs:
+            torch._foreach_add_([s for s, _ in pairs], [g for _, g in pairs])
         self.total = [g if s is None else s for s, g in zip(self.total, row, strict=True)]
         if self.policy.average == "halving":
             scale_(self.total, torch.where(joins, shrink, 1.0))

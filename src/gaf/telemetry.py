@@ -128,7 +128,7 @@ class Telemetry:
             self.warned.add(key)
             warnings.warn(f"gaf: {message}", stacklevel=4)
 
-    def stats(self, b: float = 1.0) -> dict[str, float]:
+    def stats(self, b: float = 1) -> dict[str, float]:
         recent = self.recent
         norm2, signal = total(r.norm2 for r in recent), total(r.signal for r in recent)
         noise = max(norm2 - signal, 0.0)

@@ -1,0 +1,34 @@
+# make demo: the main job.  make test: the tests.  Both install what they need into .venv first.
+PYTHON ?= python3
+BIN := .venv/bin
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.PHONY: demo test check bench wheel clean
+
+demo: .venv/installed
+	$(BIN)/gaf demo
+
+test: .venv/installed
+	$(BIN)/python -m pytest -n 2 --dist loadfile tests
+
+check: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -p no:cacheprovider --doctest-modules src/gaf
+
+bench: .venv/installed
+	$(BIN)/gaf bench accumulate --out benchmarks/accumulate.jsonl
+
+wheel: .venv/installed
+	$(BIN)/python -m build --wheel
+
+# The tested versions; torch first and by name, so that no other package fetches another build of it.
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv build dist runs

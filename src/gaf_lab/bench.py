@@ -1,0 +1,142 @@
+"""What filtering costs: the same step under plain accumulation, averaging and GAF, alternating in one process.
+
+Machines are noisy, so every figure is a ratio to the plain step of the same round, with its spread. Memory is counted
+from the allocator's own events, not sampled: the peak of a fresh model's first two steps.
+"""
+
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import Tensor, nn
+
+import gaf
+from gaf_lab import environment, models
+from gaf_lab.config import ModelName
+
+MICRO_BATCHES = tuple[Tensor, Tensor]
+Step = Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One way of stepping: milliseconds a step, ratio to plain by rounds, peak bytes, and the peak beyond plain in gradients."""
+
+    name: str
+    k: int
+    milliseconds: list[float]
+    ratios: list[float]
+    peak_bytes: int
+    extra_gradients: float
+
+    def line(self) -> dict[str, Any]:
+        low, *_, high = statistics.quantiles(self.ratios, n=10)
+        return {
+            "kind": "bench-accumulate", "way": self.name, "k": self.k, "rounds": len(self.ratios),
+            "ms_median": statistics.median(self.milliseconds), "ms_min": min(self.milliseconds),
+            "ratio_median": statistics.median(self.ratios), "ratio_p10": low, "ratio_p90": high,
+            "peak_mib": self.peak_bytes / 2**20, "extra_gradients": self.extra_gradients,
+        }  # fmt: skip
+
+
+def plain_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: MICRO_BATCHES, k: int) -> None:
+    for _ in range(k):
+        (nn.functional.cross_entropy(model(batch[0]), batch[1]) / k).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def accumulator_step(model: nn.Module, accumulator: gaf.Accumulator, batch: MICRO_BATCHES, k: int) -> None:
+    for _ in range(k):
+        accumulator.backward(nn.functional.cross_entropy(model(batch[0]), batch[1]))
+    accumulator.step()
+
+
+WAYS: dict[str, Any] = {
+    "plain accumulation": None,
+    "gaf.Mean()": gaf.Mean,
+    "gaf.GAF()": lambda: gaf.GAF(2.0),  # accepts every row: the most work
+    "gaf.GAF(start='best')": lambda: gaf.GAF(2.0, start="best"),
+}
+
+
+def make_step(way: str, k: int, b: int, name: ModelName, stem: models.Stem) -> tuple[Step, int]:
+    """A step of a fresh model, and the bytes of one gradient."""
+    torch.manual_seed(0)
+    model = models.build(name, (3, 32, 32), 100, stem)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, nesterov=True, weight_decay=0.01)
+    batch = torch.randn(b, 3, 32, 32), torch.randint(0, 100, (b,))
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    if WAYS[way] is None:
+        return lambda: plain_step(model, optimizer, batch, k), size
+    accumulator = gaf.Accumulator(optimizer, WAYS[way]())
+    return lambda: accumulator_step(model, accumulator, batch, k), size
+
+
+def peak_bytes(make: Callable[[], Step]) -> int:
+    """The most memory held by tensors at once while a model is made and two steps are taken."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        step = make()
+        step()
+        step()
+    assert profile.profiler is not None
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = most = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        most = max(most, held)
+    return most
+
+
+def accumulate(
+    name: ModelName = "resnet18", stem: models.Stem = "imagenet", b: int = 100, ks: tuple[int, ...] = (2, 4), rounds: int = 30
+) -> list[Measured]:
+    """Measures every way at every k, one step of each in turn, `rounds` times."""
+    found = []
+    for k in ks:
+        steps = {way: make_step(way, k, b, name, stem) for way in WAYS}
+        size = next(iter(steps.values()))[1]
+        times: dict[str, list[float]] = {way: [] for way in WAYS}
+        for number in range(rounds + 1):
+            for way in sorted(WAYS, key=lambda w: (list(WAYS).index(w) + number) % len(WAYS)):
+                started = time.perf_counter()
+                steps[way][0]()
+                times[way].append(1000 * (time.perf_counter() - started))
+        del steps
+        peaks = {way: peak_bytes(lambda way=way: make_step(way, k, b, name, stem)[0]) for way in WAYS}  # type: ignore[misc]  # noqa: B023
+        plain = next(iter(WAYS))
+        for way in WAYS:
+            ratios = [a / p for a, p in zip(times[way][1:], times[plain][1:], strict=True)]
+            found.append(Measured(way, k, times[way][1:], ratios, peaks[way], (peaks[way] - peaks[plain]) / size))
+    return found
+
+
+def table(found: list[Measured]) -> Table:
+    result = Table(title="One step, against plain accumulation in the same round")
+    for column in ("k", "way", "ms (median)", "ratio (median)", "10% to 90%", "peak MiB", "extra gradients held"):
+        result.add_column(column, justify="left" if column == "way" else "right")
+    for line in (m.line() for m in found):
+        spread = f"{line['ratio_p10']:.3f} to {line['ratio_p90']:.3f}"
+        cells = (
+            f"{line['ms_median']:.0f}",
+            f"{line['ratio_median']:.3f}",
+            spread,
+            f"{line['peak_mib']:.0f}",
+            f"{line['extra_gradients']:.2f}",
+        )
+        result.add_row(str(line["k"]), line["way"], *cells)
+    return result
+
+
+def write(found: list[Measured], path: Path, conditions: dict[str, Any]) -> None:
+    """JSON lines: conditions first, then a line per way and k."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    where = {"versions": environment.versions(), "machine": environment.machine(torch.device("cpu")), "commit": environment.commit()}
+    lines = [{"kind": "conditions", **conditions, **where}, *(m.line() for m in found)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))

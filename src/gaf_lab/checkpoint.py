@@ -1,0 +1,65 @@
+"""Saving a run so that it goes on bit for bit: written to a temporary name and renamed, so that a kill loses nothing."""
+
+import io
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+FILE = "checkpoint.pt"
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be written or used."""
+
+
+def save(folder: Path, state: dict[str, Any]) -> Path:
+    """Replaces the folder's checkpoint; whatever goes wrong, the one before stays whole.
+
+    Raises:
+        CheckpointError: where the disk is full or the folder cannot be written.
+    """
+    path, temporary = folder / FILE, folder / (FILE + ".part")
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    try:
+        with temporary.open("wb") as file:
+            file.write(buffer.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        kept = f"The checkpoint before it is whole: go on from there with --resume {folder}" if path.exists() else "There is none before it"
+        size = len(buffer.getbuffer()) / 2**20
+        raise CheckpointError(
+            f"checkpoint {path}: must be written ({size:.1f} MiB); {error.strerror}. {kept}, once there is space."
+        ) from None
+    return path
+
+
+def load(folder: Path, config_hash: str) -> dict[str, Any]:
+    """The folder's checkpoint, read without running any code in it.
+
+    Raises:
+        CheckpointError: where there is none, it is damaged, or it belongs to another config.
+    """
+    path = folder / FILE
+    if not path.is_file():
+        raise CheckpointError(f"checkpoint {path}: must exist to resume; it does not. Start the run without --resume.")
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        found = state["config_hash"]
+    except Exception as error:
+        raise CheckpointError(
+            f"checkpoint {path}: must be whole; it cannot be read ({first_line(error)}). Start again in another folder."
+        ) from None
+    if found != config_hash:
+        raise CheckpointError(f"checkpoint {path}: must be of the same config; it has hash {found}, this config {config_hash}. "
+                              "Resume with the config in the folder's records.jsonl, or start in another folder.")  # fmt: skip
+    return state
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:160]

@@ -1,0 +1,251 @@
+"""The command `gaf`. Each command's options are the fields of its dataclass below."""
+
+import shlex
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from rich.console import Console
+from tyro.conf import OmitArgPrefixes, Positional, arg
+
+from gaf_lab.config import ConfigError, TrainConfig, from_toml, nearest
+
+Words = list[str]
+
+
+@dataclass
+class Demo:
+    """Label noise on MNIST-5k in about a minute: averaging, GAF and its control, 3 paired seeds; a table, figures, a page."""
+
+    out: Path = Path("runs/demo")
+    """Folder for records, figures and report.html. Runs of an earlier demo in it are replaced."""
+    seeds: int = 3
+    """Paired seeds, at least 1. Higher narrows the intervals and takes longer."""
+
+
+def demo(words: Words, console: Console) -> int:
+    options = tyro.cli(Demo, prog="gaf demo", args=words)
+    import shutil
+
+    from gaf_lab import demo as job
+    from gaf_lab import report
+
+    if options.seeds < 1:
+        raise ConfigError(f"seeds must be at least 1; got {options.seeds}.")
+    for old in options.out.glob("*/records.jsonl"):
+        shutil.rmtree(old.parent)
+    started = time.perf_counter()
+    runs = job.demo(options.out, console, options.seeds)
+    if not runs:
+        console.print("No run was finished; there is nothing to report.")
+        return 1
+    console.print(report.table(runs))
+    page = report.write(runs, options.out, title="GAF demo: label noise on MNIST-5k")
+    console.print(f"{len(runs)} runs in {time.perf_counter() - started:.0f} s. Page: {page}", highlight=False)
+    return 0
+
+
+@dataclass
+class Train:
+    """Trains one run. Options come from the defaults, then --preset, then --toml, then the command line."""
+
+    config: OmitArgPrefixes[TrainConfig]
+    out: Path = Path("runs/train")
+    """Folder for records and checkpoint."""
+    preset: str | None = None
+    """A config by name; `gaf presets` lists them."""
+    toml: Path | None = None
+    """A TOML file with config keys."""
+    data: Path | None = None
+    """Folder with the data set's archive or its unpacked folder; without it, it is downloaded."""
+    steps: int | None = None
+    """Ends the run at this step."""
+    resume: bool = False
+    """Goes on from the checkpoint in --out, to the same result as a run that was never stopped."""
+    tensorboard: bool = False
+    """Also writes TensorBoard events, to tensorboard/ in --out."""
+
+
+def train(words: Words, console: Console) -> int:
+    base = base_config(words)
+    options = tyro.cli(Train, prog="gaf train", args=words, default=Train(base))
+    if options.steps is not None and options.steps < 1:
+        raise ConfigError(f"steps must be at least 1; got {options.steps}. Leave it out to run all passes.")
+    from gaf_lab import console as shown
+    from gaf_lab.train import prepare_folder
+    from gaf_lab.train import train as run
+
+    prepare_folder(options.out, options.resume)
+    listener = shown.ConsoleListener(console)
+    board = shown.TensorBoardListener(options.out) if options.tensorboard else None
+    both = shown.Listeners(listener, board) if board else listener
+    command = "gaf train " + shlex.join(words)
+    try:
+        run(options.config, options.out, both, data_folder=options.data, steps=options.steps, resume=options.resume, command=command)
+    except KeyboardInterrupt:
+        console.print(f"\nStopped. Go on with: gaf train {shlex.join(w for w in words if w != '--resume')} --resume", highlight=False)
+        return 130
+    finally:
+        listener.close()
+        if board:
+            board.close()
+    console.print(f"Records: {options.out / 'records.jsonl'}. Page: gaf report {options.out}", highlight=False)
+    return 0
+
+
+def base_config(words: Words) -> TrainConfig:
+    """The config before the command line's own options: defaults, preset, TOML file."""
+    from gaf_lab.presets import preset
+
+    given = {name: value_of(words, name) for name in ("--preset", "--toml")}
+    base = preset(given["--preset"]) if given["--preset"] is not None else TrainConfig()
+    return from_toml(Path(given["--toml"]), base) if given["--toml"] is not None else base
+
+
+def value_of(words: Words, option: str) -> str | None:
+    for word, following in zip(words, [*words[1:], None], strict=True):
+        if word == option:
+            return following
+        if word.startswith(option + "="):
+            return word.split("=", 1)[1]
+    return None
+
+
+@dataclass
+class Report:
+    """The table, figures and page of any set of runs."""
+
+    runs: Positional[tuple[Path, ...]]
+    """Folders of runs, or folders that hold such."""
+    out: Path | None = None
+    """Folder for report.html and the figures; without it, the first of the runs' folders."""
+    title: str | None = None
+    """Heading of the page."""
+
+
+def report(words: Words, console: Console) -> int:
+    options = tyro.cli(Report, prog="gaf report", args=words)
+    from gaf_lab import records
+    from gaf_lab import report as page
+
+    if not options.runs:
+        raise ConfigError("report needs at least one folder of runs; got none. Give what `gaf train --out` or `gaf demo --out` wrote.")
+    found = [run for run in records.find(list(options.runs)) if run.evals]
+    if not found:
+        raise ConfigError("report needs a run with at least one evaluation; these have none yet.")
+    console.print(page.table(found))
+    console.print(f"Page: {page.write(found, options.out or options.runs[0], title=options.title)}", highlight=False)
+    return 0
+
+
+@dataclass
+class Data:
+    """Fetches a data set, verifies it, and shows what is in it."""
+
+    name: Positional[str]
+    """digits, mnist5k, fashion-mnist, cifar10, cifar100, cifar100n, cifar100n-coarse or noise."""
+    data: Path | None = None
+    """Folder with the archive or its unpacked folder; without it, it is downloaded."""
+
+
+def data(words: Words, console: Console) -> int:
+    options = tyro.cli(Data, prog="gaf data", args=words)
+    from rich.table import Table
+
+    from gaf_lab.data import describe, load
+
+    table = Table(show_header=False)
+    for fact, value in describe(load(options.name, options.data)).items():
+        table.add_row(fact, value)
+    console.print(table)
+    return 0
+
+
+@dataclass
+class BenchAccumulate:
+    """Time and memory of a step: plain accumulation, averaging and GAF in turn, in one process."""
+
+    model: Annotated[str, arg(help_behavior_hint="(default: resnet18)")] = "resnet18"
+    """Network, as in gaf train."""
+    stem: str = "imagenet"
+    """First layers of a ResNet: imagenet or cifar."""
+    b: int = 100
+    """Samples per micro-batch."""
+    k: tuple[int, ...] = (2, 4)
+    """Micro-batches per step."""
+    rounds: int = 30
+    """Steps of each kind. Higher narrows the spread."""
+    out: Path | None = None
+    """File for the figures, JSON lines."""
+
+
+def bench(words: Words, console: Console) -> int:
+    if words[:1] != ["accumulate"]:
+        raise ConfigError(f"bench must be told what to measure; got {' '.join(words[:1])!r}. There is: gaf bench accumulate.")
+    options: Any = tyro.cli(BenchAccumulate, prog="gaf bench accumulate", args=words[1:])
+    from gaf_lab import bench as job
+
+    with console.status(f"{options.model}, b = {options.b}, k = {options.k}: {options.rounds} rounds"):
+        found = job.accumulate(options.model, options.stem, options.b, options.k, options.rounds)
+    console.print(job.table(found))
+    if options.out is not None:
+        conditions = {"model": options.model, "stem": options.stem, "b": options.b, "rounds": options.rounds, "pictures": "3x32x32"}
+        job.write(found, options.out, conditions)
+        console.print(f"Figures: {options.out}", highlight=False)
+    return 0
+
+
+def presets(words: Words, console: Console) -> int:
+    from gaf_lab.presets import PRESETS
+
+    for name, c in PRESETS.items():
+        sizes = f"k {c.k}, b {c.b}, noise {c.noise} {c.noise_rate:g}"
+        console.print(
+            f"{name:20} {c.dataset:10} {c.model:16} {c.arm:10} {sizes}" + (f", tau {c.tau:g}" if c.policy == "gaf" else ""), highlight=False
+        )
+    return 0
+
+
+COMMANDS = {
+    "demo": (demo, Demo.__doc__),
+    "train": (train, Train.__doc__),
+    "report": (report, Report.__doc__),
+    "data": (data, Data.__doc__),
+    "bench": (bench, "gaf bench accumulate: time and memory of a step against plain accumulation."),
+    "presets": (presets, "Lists the configs that have a name."),
+}
+
+
+def main(words: Words | None = None) -> int:
+    """Runs `gaf WORDS...`; an error that a user can mend becomes one message and exit code 2."""
+    words = sys.argv[1:] if words is None else words
+    console = Console()
+    if not words or words[0] in ("-h", "--help"):
+        console.print("gaf: gradient agreement filtering\n\nusage: gaf COMMAND [OPTIONS]; gaf COMMAND --help\n", highlight=False)
+        for name, (_, text) in COMMANDS.items():
+            console.print(f"  {name:8} {text}", highlight=False)
+        return 0
+    if words[0] not in COMMANDS:
+        Console(stderr=True).print(f"gaf: unknown command {words[0]!r}.{nearest(words[0], COMMANDS)} There are: {', '.join(COMMANDS)}.")
+        return 2
+    try:
+        return COMMANDS[words[0]][0](words[1:], console)
+    except mendable() as error:
+        Console(stderr=True, soft_wrap=True).print(f"gaf {words[0]}: {error}", style="red", markup=False, highlight=False)
+        return 2
+
+
+def mendable() -> tuple[type[Exception], ...]:
+    """Errors whose message says all that a user needs."""
+    from gaf_lab.archives import DataError
+    from gaf_lab.checkpoint import CheckpointError
+    from gaf_lab.train import Diverged
+
+    return ConfigError, ValueError, OSError, DataError, CheckpointError, Diverged
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

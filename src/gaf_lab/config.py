@@ -1,0 +1,207 @@
+"""What one training run is: a frozen, typed config. The command line and TOML files are both derived from it."""
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+DataName = Literal["digits", "mnist5k", "fashion-mnist", "cifar10", "cifar100", "cifar100n", "cifar100n-coarse", "noise"]
+NoiseName = Literal["none", "symmetric", "asymmetric", "human"]
+SamplerName = Literal["iid", "stratified-observed", "stratified-clean"]
+ModelName = Literal["mlp", "convnet", "resnet18", "resnet34", "preact-resnet34"]
+PolicyName = Literal["mean", "gaf", "random-skip", "replay-skip", "random-subset"]
+
+
+class ConfigError(ValueError):
+    """A config that cannot be run; the message names the field, what it must be, its value and the fix."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run. The defaults are those of the demo."""
+
+    dataset: DataName = "mnist5k"
+    """Pictures to train on."""
+    noise: NoiseName = "symmetric"
+    """How training labels are made wrong: to any other class, to the next class (of the super-class), or as people did."""
+    noise_rate: float = 0.4
+    """Share of training labels that are flipped, in [0, 1); for symmetric and asymmetric. Higher is harder."""
+    heldout: float = 0.1
+    """Share of the training set that is kept, with its noisy labels, to select an epoch, in [0, 1). Higher selects better, trains less."""
+    sampler: SamplerName = "iid"
+    """How micro-batches are drawn: in shuffled passes, or with as many of each class, by the observed or by the clean label."""
+    augment: bool = False
+    """Random crop with padding 4 and horizontal flip."""
+
+    model: ModelName = "mlp"
+    """Network. mlp: pixels-512-512-classes."""
+    stem: Literal["imagenet", "cifar"] = "cifar"
+    """First layers of a ResNet: 7x7 with stride 2 and max-pool, or 3x3. "imagenet" is faster and less accurate on small pictures."""
+
+    k: int = 8
+    """Micro-batches per step, at least 1. Higher lets the filter choose among more and averages over more."""
+    b: int = 20
+    """Samples per micro-batch, at least 1. Higher makes micro-gradients agree more, so that the same tau filters less."""
+    passes: float = 40.0
+    """Length of the run in passes over the training set (k * b samples a step, stepped on or not)."""
+    eval_every: float = 2.0
+    """Passes between evaluations, each with a checkpoint. Lower gives finer curves and costs time."""
+    probe: int = 5000
+    """Training samples, a fixed draw, on which memorisation is measured. Higher is more exact and costs time."""
+
+    optimizer: Literal["sgd", "adam", "adamw", "rmsprop"] = "sgd"
+    """Optimizer of torch.optim."""
+    lr: float = 0.05
+    """Learning rate, above 0. Higher learns and memorises faster."""
+    momentum: float = 0.9
+    """Momentum of sgd and rmsprop, in [0, 1)."""
+    nesterov: bool = False
+    """Nesterov momentum, for sgd."""
+    weight_decay: float = 0.0
+    """Weight decay, at least 0. Higher keeps weights smaller."""
+    schedule: Literal["constant", "cosine", "multi-step", "plateau"] = "constant"
+    """Learning rate over the run: as it is, to 0 along a cosine, times gamma at milestones, times gamma at a plateau of the loss."""
+    milestones: tuple[float, ...] = (0.5, 0.75)
+    """For multi-step: shares of the run after which the learning rate falls, in (0, 1)."""
+    gamma: float = 0.1
+    """For multi-step and plateau: what the learning rate is multiplied by, in (0, 1)."""
+    patience: int = 100
+    """For plateau: looks at the loss without improvement before the learning rate falls. Higher waits longer."""
+    plateau_every: int = 1
+    """For plateau: evaluations between looks at the loss, at least 1."""
+    schedule_waits: bool = False
+    """Whether a skipped step holds the schedule back (the paper) or not, so that all arms see the same learning rates."""
+    select_on: Literal["heldout", "test"] = "heldout"
+    """What drives the plateau schedule. The released code uses the test set."""
+
+    policy: PolicyName = "gaf"
+    """What is done with the k micro-gradients. replay-skip and random-subset need `replay`."""
+    tau: float = 0.8
+    """For gaf: largest cosine distance to the running sum that is accepted, in [0, 2]. Lower filters more."""
+    start: Literal["first", "best", "worst"] = "first"
+    """For gaf: the micro-gradient that the running sum starts from."""
+    average: Literal["mean", "halving"] = "mean"
+    """For gaf: the paper's mean, or the released code's halving."""
+    min_accepted: int = 2
+    """For gaf: accepted micro-gradients without which the step is skipped, at least 1. Higher skips more."""
+    step_probability: float = 0.5
+    """For random-skip: chance that a step is taken, in [0, 1]."""
+    replay: Path | None = None
+    """For replay-skip and random-subset: folder of the run whose recorded steps are taken over."""
+    bn: Literal["all", "accepted"] = "all"
+    """Which micro-batches move BatchNorm's running statistics."""
+
+    seed: int = 0
+    """Of noise, split, initial weights, sampling and augmentation. Runs with the same seed are paired."""
+    autocast: Literal["none", "bfloat16"] = "none"
+    """Precision of the forward pass."""
+    channels_last: bool = False
+    """Memory layout of pictures and weights; changes the speed."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to run; auto takes CUDA where there is one."""
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            check_type(field.name, field.type, getattr(self, field.name))
+        rules = {
+            "noise_rate": (0 <= self.noise_rate < 1, "must lie in [0, 1)", "It is the share of labels that are flipped."),
+            "heldout": (0 <= self.heldout < 1, "must lie in [0, 1)", "0.1 keeps a tenth."),
+            "k": (self.k >= 1, "must be at least 1", "It is the number of micro-batches per step."),
+            "b": (self.b >= 1, "must be at least 1", "It is the number of samples per micro-batch."),
+            "passes": (0 < self.passes < math.inf, "must be above 0", "It is the length of the run."),
+            "eval_every": (0 < self.eval_every < math.inf, "must be above 0", "It is in passes."),
+            "probe": (self.probe >= 1, "must be at least 1", "5000 is usual."),
+            "lr": (0 < self.lr < math.inf, "must be above 0", "0.05 suits the demo."),
+            "momentum": (0 <= self.momentum < 1, "must lie in [0, 1)", "0.9 is usual."),
+            "weight_decay": (0 <= self.weight_decay < math.inf, "must be at least 0", "5e-4 is usual."),
+            "gamma": (0 < self.gamma < 1, "must lie in (0, 1)", "0.1 is usual."),
+            "milestones": (all(0 < m < 1 for m in self.milestones), "must lie in (0, 1)", "They are shares of the run."),
+            "patience": (self.patience >= 0, "must be at least 0", "It counts looks at the loss."),
+            "plateau_every": (self.plateau_every >= 1, "must be at least 1", "It counts evaluations."),
+            "tau": (0 <= self.tau <= 2, "must lie in [0, 2]", "It is a cosine distance; the paper uses 0.97."),
+            "min_accepted": (self.min_accepted >= 1, "must be at least 1", "The paper uses 2."),
+            "step_probability": (0 <= self.step_probability <= 1, "must lie in [0, 1]", "Give GAF's share of steps."),
+            "nesterov": (not self.nesterov or self.momentum > 0, "needs momentum above 0", "Set momentum, or nesterov off."),
+            "replay": (self.replay is not None or self.policy not in REPLAYING, f"must be set for policy {self.policy!r}",
+                       "Give the folder of a gaf run."),
+            "select_on": (self.select_on == "test" or self.heldout > 0 or self.schedule != "plateau",
+                          "needs heldout above 0 for a plateau schedule", "Set heldout, or select_on 'test'."),
+        }  # fmt: skip
+        for name, (holds, requirement, fix) in rules.items():
+            if not holds:
+                raise ConfigError(f"{name} {requirement}; got {getattr(self, name)!r}. {fix}")
+        if self.noise == "human" and self.dataset not in ("cifar100n", "cifar100n-coarse"):
+            raise ConfigError(f"noise 'human' needs a data set with human labels; got {self.dataset!r}. Use cifar100n or cifar100n-coarse.")
+
+    @property
+    def arm(self) -> str:
+        return ARMS[self.policy]
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON has it."""
+        values = dataclasses.asdict(self)
+        return values | {"replay": None if self.replay is None else str(self.replay), "milestones": list(self.milestones)}
+
+    @property
+    def hash(self) -> str:
+        """Twelve hex digits that differ where the config does; equal configs give the same run."""
+        return hashlib.sha256(json.dumps(self.plain(), sort_keys=True).encode()).hexdigest()[:12]
+
+
+REPLAYING = ("replay-skip", "random-subset")
+ARMS = {"mean": "averaging", "gaf": "GAF", "random-skip": "random skip", "replay-skip": "replay skip", "random-subset": "random subset"}
+
+
+def check_type(name: str, kind: Any, value: Any) -> None:
+    choices = get_args(kind)
+    if choices and all(isinstance(c, str) for c in choices) and value not in choices:
+        raise ConfigError(f"{name} must be one of {', '.join(choices)}; got {value!r}.{nearest(str(value), choices)}")
+    expected: Any = {int: int, float: (int, float), bool: bool, tuple[float, ...]: tuple}.get(kind)
+    wrong_bool = isinstance(value, bool) and kind is not bool
+    if expected is not None and (wrong_bool or not isinstance(value, expected)):
+        raise ConfigError(f"{name} must be of type {getattr(kind, '__name__', kind)}; got {value!r}.")
+
+
+def nearest(word: str, known: Any) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def from_dict(values: dict[str, Any], base: TrainConfig, source: str) -> TrainConfig:
+    """`base` with values from a TOML file or a record. An unknown key is refused with the nearest known one."""
+    known = [field.name for field in dataclasses.fields(TrainConfig)]
+    for key in values:
+        if key not in known:
+            raise ConfigError(f"{source}: unknown key {key!r}.{nearest(key, known)} Known keys: {', '.join(known)}.")
+    converted = dict(values)
+    if isinstance(converted.get("milestones"), list):
+        converted["milestones"] = tuple(float(m) for m in converted["milestones"])
+    if converted.get("replay") is not None:
+        converted["replay"] = Path(converted["replay"])
+    for name, value in converted.items():
+        if isinstance(value, int) and not isinstance(value, bool) and isinstance(getattr(base, name), float):
+            converted[name] = float(value)
+    try:
+        return dataclasses.replace(base, **converted)
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from None
+
+
+def from_toml(path: Path, base: TrainConfig) -> TrainConfig:
+    if not path.is_file():
+        raise ConfigError(f"config file {path}: must exist; it does not. Write one with keys as in `gaf train --help`.")
+    try:
+        values = tomllib.loads(path.read_text())
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"config file {path}: must be TOML; {error}.") from None
+    return from_dict(values, base, f"config file {path}")

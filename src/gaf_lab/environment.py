@@ -1,0 +1,41 @@
+"""Under what a run ran: versions, machine, commit."""
+
+import os
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import gaf
+
+
+def versions() -> dict[str, str]:
+    return {"gaf": gaf.__version__, "python": platform.python_version()} | {name: metadata.version(name) for name in ("torch", "numpy")}
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    facts: dict[str, Any] = {"system": platform.platform(), "cpu": cpu_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    return facts | ({"gpu": torch.cuda.get_device_name(device)} if device.type == "cuda" else {})
+
+
+def cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+
+
+def commit() -> str | None:
+    """The project's commit, with "+" where files were changed since; None outside a checkout."""
+    here = Path(__file__).parent
+    try:
+        head = git(here, "rev-parse", "--short=12", "HEAD")
+        return head + ("+" if git(here, "status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def git(folder: Path, *args: str) -> str:
+    return subprocess.run(["git", "-C", str(folder), *args], capture_output=True, text=True, check=True).stdout.strip()

@@ -1,0 +1,104 @@
+"""From a config to what is trained on: pictures on the device, noisy labels, the split, and one micro-batch at a time."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from gaf_lab import noise
+from gaf_lab.augment import crop_and_flip, normalise
+from gaf_lab.config import ConfigError, TrainConfig
+from gaf_lab.data import DataSet, load
+from gaf_lab.sampling import Iid, Sampler, Stratified, generator
+
+
+@dataclass(frozen=True, eq=False)
+class Pictures:
+    """Pictures (N, C, H, W) uint8 and their labels (N,): observed is trained on, clean is the truth."""
+
+    x: Tensor
+    observed: Tensor
+    clean: Tensor
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, index: Tensor) -> "Pictures":
+        return Pictures(self.x[index], self.observed[index], self.clean[index])
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """All the data of one run, on its device.
+
+    Attributes:
+        train, heldout: disjoint parts of the training set, with noisy labels. test: clean, only reported.
+        probe: the training samples on which memorisation is measured.
+    """
+
+    config: TrainConfig
+    data: DataSet
+    train: Pictures
+    heldout: Pictures
+    test: Pictures
+    probe: Pictures
+    sampler: Sampler
+
+    @property
+    def steps(self) -> int:
+        return max(1, round(self.config.passes * len(self.train) / (self.config.k * self.config.b)))
+
+    @property
+    def eval_steps(self) -> int:
+        return max(1, round(self.config.eval_every * len(self.train) / (self.config.k * self.config.b)))
+
+    def micro_batch(self, step: int, i: int) -> tuple[Tensor, Tensor]:
+        """Micro-batch i of a step: pictures (b, C, H, W) float32 and observed labels (b,). Depends on seed, step and i alone."""
+        config = self.config
+        index = self.sampler.draw(step * config.k + i).to(self.train.x.device)
+        x = self.train.x[index]
+        if config.augment:
+            x = crop_and_flip(x, generator(config.seed, "augment", step, i))
+        return self.inputs(x), self.train.observed[index]
+
+    def inputs(self, x: Tensor) -> Tensor:
+        x = normalise(x, self.data.mean, self.data.std)
+        return x.to(memory_format=torch.channels_last) if self.config.channels_last else x
+
+
+def build(config: TrainConfig, folder: Path | None, device: torch.device) -> Problem:
+    """Loads the data, flips labels, splits, all from the config's seed."""
+    data = load(config.dataset, folder)
+    observed = observed_labels(config, data)
+    whole = Pictures(data.train_x, observed, data.train_y)
+    order = torch.randperm(len(whole), generator=generator(config.seed, "split"))
+    kept = round(config.heldout * len(whole))
+    train, heldout = whole[order[kept:]], whole[order[:kept]]
+    probe = train[torch.randperm(len(train), generator=generator(config.seed, "probe"))[: config.probe]]
+    test = Pictures(data.test_x, data.test_y, data.test_y)
+    if config.b > len(train):
+        raise ConfigError(f"b must not exceed the training samples; got {config.b} of {len(train)}. Lower b or heldout.")
+    sampler = make_sampler(config, train, data.classes)
+    return Problem(config, data, on(train, device), on(heldout, device), on(test, device), on(probe, device), sampler)
+
+
+def observed_labels(config: TrainConfig, data: DataSet) -> Tensor:
+    if config.noise == "human":
+        return noise.human(data.train_y, data.human)[0]
+    if config.noise == "symmetric":
+        return noise.symmetric(data.train_y, config.noise_rate, data.classes, config.seed)[0]
+    if config.noise == "asymmetric":
+        return noise.asymmetric(data.train_y, config.noise_rate, data.classes, config.seed, data.coarse)[0]
+    return data.train_y
+
+
+def make_sampler(config: TrainConfig, train: Pictures, classes: int) -> Sampler:
+    if config.sampler == "iid":
+        return Iid(len(train), config.b, config.seed)
+    labels = train.observed if config.sampler == "stratified-observed" else train.clean
+    return Stratified(labels, classes, config.b, config.seed)
+
+
+def on(part: Pictures, device: torch.device) -> Pictures:
+    return Pictures(part.x.to(device), part.observed.to(device), part.clean.to(device))

@@ -1,0 +1,298 @@
+"""One training run, from a config to records: the loop, and what it takes to stop and go on.
+
+data -> micro-batch -> micro-gradient -> decision -> step or skip -> evaluation -> records, checkpoint
+"""
+
+import math
+import os
+import time
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, MultiStepLR, ReduceLROnPlateau
+
+import gaf
+from gaf_lab import checkpoint, environment, models, records
+from gaf_lab.config import REPLAYING, ConfigError, TrainConfig
+from gaf_lab.controls import RandomSubset, ReplaySkip
+from gaf_lab.evaluate import evaluate
+from gaf_lab.problem import Problem, build
+from gaf_lab.sampling import key
+
+LOOK_EVERY = 50  # steps between looks at the loss on an accelerator, each of which waits for it
+
+
+class Listener(Protocol):
+    """What follows a run: the console, TensorBoard, a test."""
+
+    def begin(self, problem: Problem, step: int, steps: int) -> None: ...
+    def stepped(self, step: int, outcome: gaf.Outcome) -> None: ...
+    def evaluated(self, line: dict[str, Any]) -> None: ...
+
+
+class Diverged(RuntimeError):
+    """The loss is no longer a number."""
+
+
+@dataclass(eq=False)
+class Interval:
+    """What is gathered between two evaluations."""
+
+    losses: Tensor
+    rows: list[int]
+    accepted: int = 0
+    micro_gradients: int = 0
+    distances: int = 0
+    distance_sum: float = 0.0
+    distance_min: float = math.nan
+    seconds: float = 0.0
+
+    def add(self, outcome: gaf.Outcome) -> None:
+        self.rows.append(sum(outcome.accepted))
+        self.accepted += sum(outcome.accepted)
+        self.micro_gradients += len(outcome.accepted)
+        self.distances += len(outcome.compared)
+        self.distance_sum += sum(outcome.compared)
+        self.distance_min = min([d for d in (self.distance_min, *outcome.compared) if not math.isnan(d)], default=math.nan)
+
+    def line(self, b: int) -> dict[str, Any]:
+        return {
+            "train_loss": float(self.losses) / self.micro_gradients,
+            "acceptance": self.accepted / self.micro_gradients,
+            "distance_mean": self.distance_sum / self.distances if self.distances else None,
+            "distance_min": self.distance_min,
+            "samples_per_second": self.micro_gradients * b / self.seconds if self.seconds else None,
+            "rows": self.rows,
+        }
+
+
+class Training:
+    """Everything that changes while a run goes on, and the loop that changes it."""
+
+    def __init__(self, config: TrainConfig, data_folder: Path | None) -> None:
+        self.config, self.device = config, pick_device(config.device)
+        self.problem = build(config, data_folder, self.device)
+        torch.manual_seed(key(config.seed, "weights"))
+        channels, height, width = self.problem.data.train_x.shape[1:]
+        self.model = models.build(config.model, (channels, height, width), self.problem.data.classes, config.stem).to(self.device)
+        if config.channels_last:
+            self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.optimizer = make_optimizer(config, self.model)
+        self.scheduler = make_scheduler(config, self.optimizer, self.problem.steps)
+        self.accumulator = gaf.Accumulator(self.optimizer, make_policy(config), model=self.model, bn=config.bn)
+        self.plateau = self.scheduler if isinstance(self.scheduler, ReduceLROnPlateau) else None
+        if self.scheduler is not None and self.plateau is None and config.schedule_waits:
+            self.accumulator.gate(self.scheduler)
+        self.step, self.seconds = 0, 0.0
+        self.interval = self._new_interval()
+
+    def run(self, folder: Path, listener: Listener, steps: int | None = None, keep_checkpoints: bool = True) -> str:
+        """Trains to the end, or to step `steps`. Returns the status of the end line.
+
+        Raises:
+            Diverged: where every loss of a step is NaN or infinite.
+        """
+        last = min(self.problem.steps, steps or self.problem.steps)
+        listener.begin(self.problem, self.step, last)
+        while self.step < last:
+            started = time.perf_counter()
+            outcome = self.macro_batch()
+            self.interval.seconds += time.perf_counter() - started
+            listener.stepped(self.step, outcome)
+            if self.step % self.problem.eval_steps == 0 or self.step == last:
+                line = self.evaluation()
+                records.append(folder, line)
+                if keep_checkpoints:
+                    checkpoint.save(folder, self.state_dict(folder))
+                listener.evaluated(line)
+        return "finished" if last == self.problem.steps else "stopped"
+
+    def macro_batch(self) -> gaf.Outcome:
+        """k micro-gradients, one decision, a step or none."""
+        losses = []
+        for i in range(self.config.k):
+            x, y = self.problem.micro_batch(self.step, i)
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.autocast == "bfloat16"):
+                loss = nn.functional.cross_entropy(self.model(x), y)
+            self.accumulator.backward(loss)
+            losses.append(loss.detach())
+        self._look_at(torch.stack(losses))
+        self.accumulator.step()
+        outcome = self.accumulator.outcome
+        assert outcome is not None
+        if self.scheduler is not None and self.plateau is None:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")  # so it is, where the first steps are skipped
+                self.scheduler.step()
+        self.step += 1
+        self.interval.add(outcome)
+        return outcome
+
+    def _look_at(self, losses: Tensor) -> None:
+        self.interval.losses += losses.sum()
+        if (self.device.type == "cpu" or self.step % LOOK_EVERY == 0) and not bool(losses.isfinite().any()):
+            raise Diverged(f"step {self.step}: the loss must be a number; all {len(losses)} micro-batches gave NaN or infinity.")
+
+    def evaluation(self) -> dict[str, Any]:
+        """The line of records that closes an interval; moves a plateau schedule on."""
+        started = time.perf_counter()
+        measured = evaluate(self.model, self.problem)
+        stats = self.accumulator.stats(self.config.b)
+        if self.plateau is not None and self.step % (self.problem.eval_steps * self.config.plateau_every) == 0:
+            self.plateau.step(measured[f"{self.config.select_on}_loss"])  # type: ignore[arg-type]
+        self.seconds += self.interval.seconds + time.perf_counter() - started
+        samples = self.step * self.config.k * self.config.b
+        position = {"kind": "eval", "step": self.step, "steps_taken": stats["stepped"], "samples": samples}
+        progress = {"passes": samples / len(self.problem.train), "seconds": self.seconds, "lr": self.optimizer.param_groups[0]["lr"]}
+        noise = {key: stats[key] for key in ("noise_scale", "norm_dispersion")}
+        line = position | progress | self.interval.line(self.config.b) | noise | measured
+        self.interval = self._new_interval()
+        return line
+
+    def _new_interval(self) -> Interval:
+        return Interval(losses=torch.zeros((), device=self.device), rows=[])
+
+    def state_dict(self, folder: Path) -> dict[str, Any]:
+        """Everything that the rest of the run depends on, at the end of an interval, and how far the records go."""
+        return {
+            "config_hash": self.config.hash,
+            "step": self.step,
+            "seconds": self.seconds,
+            "records_size": (folder / records.FILE).stat().st_size,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
+            "accumulator": self.accumulator.state_dict(),
+            "random": torch.get_rng_state(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any], folder: Path) -> None:
+        """Goes back to that point; records written after it are cut off, for they will be written again."""
+        self.step, self.seconds = state["step"], state["seconds"]
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.scheduler is not None:
+            self.scheduler.load_state_dict(state["scheduler"])
+        self.accumulator.load_state_dict(state["accumulator"])
+        torch.set_rng_state(state["random"])
+        os.truncate(folder / records.FILE, state["records_size"])
+
+
+def train(
+    config: TrainConfig,
+    folder: Path,
+    listener: Listener,
+    *,
+    data_folder: Path | None = None,
+    steps: int | None = None,
+    resume: bool = False,
+    keep_checkpoints: bool = True,
+    command: str | None = None,
+) -> records.Run:
+    """Runs a config in `folder`; see `gaf_lab.records` for what it leaves there.
+
+    Args:
+        config: what to run.
+        folder: made where it is missing; must not hold another run unless `resume`.
+        listener: is told of every step and evaluation.
+        data_folder: where the data set's archive or files are; None downloads it.
+        steps: ends the run early, at this step.
+        resume: go on from the folder's checkpoint.
+        keep_checkpoints: write one at each evaluation.
+        command: recorded, so that a reader can run it again.
+
+    Raises:
+        ConfigError, CheckpointError, DataError, OSError: where something given cannot be used.
+        Diverged: where the loss is no longer a number; the message names the last good checkpoint.
+    """
+    prepare_folder(folder, resume)
+    training = Training(config, data_folder)
+    if resume:
+        training.load_state_dict(checkpoint.load(folder, config.hash), folder)
+    else:
+        records.append(folder, header(config, folder, training.device, command))
+    status = "interrupted"
+    try:
+        status = training.run(folder, listener, steps, keep_checkpoints)
+    except Diverged as error:
+        status = "diverged"
+        kept = folder / checkpoint.FILE
+        raise Diverged(f"{error} {last_good(kept)} A lower learning rate is the usual way out.") from None
+    finally:
+        records.append(folder, {"kind": "end", "status": status, "seconds": training.seconds + training.interval.seconds})
+    return records.read(folder)
+
+
+def last_good(path: Path) -> str:
+    return f"The last good checkpoint is {path}." if path.is_file() else "There was no checkpoint yet."
+
+
+def prepare_folder(folder: Path, resume: bool) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(f"output folder {folder}: must be writable; {error.strerror}. Give another one with --out.") from None
+    if not resume and (folder / records.FILE).exists():
+        raise ConfigError(f"output folder {folder}: must not hold a run yet; it does. Go on with --resume, or give another --out.")
+
+
+def header(config: TrainConfig, folder: Path, device: torch.device, command: str | None) -> dict[str, Any]:
+    what = {"kind": "run", "name": folder.name, "arm": config.arm, "config": config.plain(), "config_hash": config.hash, "command": command}
+    started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    where = {"versions": environment.versions(), "machine": environment.machine(device), "commit": environment.commit(), "started": started}
+    return what | where
+
+
+def pick_device(name: str) -> torch.device:
+    cuda = torch.cuda.is_available()
+    if name == "cuda" and not cuda:
+        raise ConfigError("device must be one that is there; got 'cuda', and torch sees no CUDA device. Use --device cpu.")
+    return torch.device("cuda" if name == "cuda" or (name == "auto" and cuda) else "cpu")
+
+
+def make_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
+    shared: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay}
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(model.parameters(), momentum=config.momentum, nesterov=config.nesterov, **shared)
+    if config.optimizer == "rmsprop":
+        return torch.optim.RMSprop(model.parameters(), momentum=config.momentum, **shared)
+    return (torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW)(model.parameters(), **shared)
+
+
+def make_scheduler(config: TrainConfig, optimizer: torch.optim.Optimizer, steps: int) -> LRScheduler | None:
+    if config.schedule == "cosine":
+        return CosineAnnealingLR(optimizer, T_max=steps)
+    if config.schedule == "multi-step":
+        return MultiStepLR(optimizer, [round(m * steps) for m in config.milestones], gamma=config.gamma)
+    if config.schedule == "plateau":
+        return ReduceLROnPlateau(optimizer, factor=config.gamma, patience=config.patience)
+    return None
+
+
+def make_policy(config: TrainConfig) -> Any:
+    if config.policy == "gaf":
+        return gaf.GAF(config.tau, start=config.start, average=config.average, min_accepted=config.min_accepted)
+    if config.policy == "random-skip":
+        return gaf.RandomSkip(config.step_probability, config.seed)
+    if config.policy in REPLAYING:
+        rows = recorded_rows(config)
+        return ReplaySkip(rows) if config.policy == "replay-skip" else RandomSubset(rows, config.seed)
+    return gaf.Mean()
+
+
+def recorded_rows(config: TrainConfig) -> list[int]:
+    assert config.replay is not None
+    run = records.read(config.replay)
+    recorded = run.header["config"]
+    for name in ("k", "b"):
+        if recorded.get(name) != getattr(config, name):
+            raise ConfigError(f"replay: the recorded run must have the same {name}; it has {recorded.get(name)}, this one "
+                              f"{getattr(config, name)}. Set --{name} to match.")  # fmt: skip
+    return run.rows

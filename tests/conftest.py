@@ -1,0 +1,30 @@
+"""Every annotated shape in `gaf` is checked at every call while the tests run."""
+
+import jaxtyping
+
+# Before the first import of gaf: gaf.shapes looks for jaxtyping in sys.modules, and the hook sees only what is imported later.
+jaxtyping.install_import_hook("gaf", "typechecker.check")
+
+from collections.abc import Iterator  # noqa: E402
+
+import hypothesis  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+torch.set_num_threads(1)
+hypothesis.settings.register_profile("gaf", deadline=None, derandomize=True, database=None, print_blob=True)
+hypothesis.settings.load_profile("gaf")
+
+
+@pytest.fixture(autouse=True)
+def _same_random_numbers() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def unchecked() -> Iterator[None]:
+    """Without the type checks, as for users: an argument of the wrong type reaches gaf's own message."""
+    before = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", before)
