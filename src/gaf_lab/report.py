@@ -1,0 +1,442 @@
+"""What runs say together: a table for the terminal, and a page with figures. Both are functions of the records alone."""
+
+import base64
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gaf_lab import figures
+from gaf_lab import statistics as st
+from gaf_lab.records import Run
+from gaf_lab.statistics import Arm, Difference, Measure, Spread
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+NONE, MINUS = "\N{EN DASH}", "\N{MINUS SIGN}"
+FEW = 6  # seeds: with fewer, an interval by bootstrap is too narrow, and the page says so
+NARROW = 79  # columns of a terminal that the table fits into
+SHOWN = 3  # arms that the summary speaks of one by one
+SPOKEN = ((st.LAST, "At the last evaluation"), (st.SELECTED, "At the evaluation selected on noisy held-out labels"))
+BRIEF = {
+    "selected": "selected",
+    "last": "last",
+    "memorised": "memorised",
+    "acceptance": "accepted",
+    "steps_taken": "steps",
+    "seconds": "time",
+}
+UNPAIRED = ("seed", "replay")  # differ from run to run by design
+CONTROLS = {
+    "mean": "averages all micro-gradients at every step: plain data-parallel training.",
+    "random-skip": "averages all micro-gradients, and takes a step with a fixed probability{step_probability}.",
+    "replay-skip": "averages all micro-gradients, at the steps that GAF took in a recorded run: GAF's skips without its choice.",
+    "random-subset": "averages random micro-gradients, as many as GAF accepted, at the steps that GAF took in a recorded run: "
+    "GAF's skips and batch sizes without its choice.",
+}
+
+
+# --- numbers as text ---------------------------------------------------------------------------------------------
+
+
+def percent(value: float, digits: int = 1) -> str:
+    """A share as a percentage, without its sign %, and without a negative zero."""
+    return signed(value * 100, digits).lstrip("+")
+
+
+def signed(value: float, digits: int = 1) -> str:
+    text = f"{value:+.{digits}f}".replace("-", MINUS)
+    return text if float(f"{value:.{digits}f}") else text[1:]
+
+
+def clock(longest: float) -> tuple[str, float]:
+    """The unit of time that suits the longest of some times in seconds, and its length in seconds."""
+    return ("s", 1.0) if longest < 120 else ("min", 60.0) if longest < 7200 else ("h", 3600.0)
+
+
+def spelled(found: Spread | None, measure: Measure, second: float) -> tuple[str, str]:
+    """Mean and deviation; the latter empty for one seed."""
+    if found is None:
+        return NONE, ""
+    scale = 100.0 if measure.unit == "share" else 1 / second
+    deviation = "" if found.deviation is None else f"± {found.deviation * scale:.1f}"
+    return f"{found.mean * scale:.1f}", deviation
+
+
+def headings(of: list[Arm]) -> tuple[list[tuple[Measure, str]], float]:
+    """The measures that some arm has, each with its heading and unit, and the length of the time unit in seconds."""
+    times = [value for arm in of if (value := st.spread(arm, st.SECONDS)) is not None]
+    unit, second = clock(max((one.mean for one in times), default=0.0))
+    had = [measure for measure in st.MEASURES if any(st.spread(arm, measure) for arm in of)]
+    return [(measure, f"{measure.label} ({'%' if measure.unit == 'share' else unit})") for measure in had], second
+
+
+def marked(arm: Arm) -> str:
+    """The arm's name, with a star where its numbers are those of unfinished runs."""
+    return arm.name + ("" if arm.finished else " *")
+
+
+def table(runs: list[Run]) -> "Table":
+    """One row per arm, mean ± sample standard deviation over seeds; the paired differences beneath. Raises ValueError without runs."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    of = arms_of(runs)
+    columns, second = headings(of)
+    columns = [(measure, heading) for measure, heading in columns if measure.name in BRIEF]
+    shown = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, header_style="bold", caption_justify="left")
+    notes = reading(of)
+    shown.caption, shown.min_width = Text("\n".join(notes), style="dim"), min(NARROW, max(map(len, notes)))
+    shown.add_column("arm", overflow="fold")
+    shown.add_column("n", justify="right")
+    for measure, heading in columns:
+        unit = heading[heading.rindex("(") :]
+        shown.add_column(BRIEF[measure.name] + (f" {unit}" if measure is st.SECONDS else ""), justify="right", no_wrap=True)
+    for arm in of:
+        cells = [cell(arm, measure, second) for measure, _ in columns]
+        shown.add_row(Text(marked(arm)), str(len(arm.seeds)), *cells)
+    return shown
+
+
+def cell(arm: Arm, measure: Measure, second: float) -> str:
+    """The mean; for accuracies with the deviation."""
+    mean, deviation = spelled(st.spread(arm, measure), measure, second)
+    return f"{mean} {deviation}".strip() if measure in (st.SELECTED, st.LAST) else mean
+
+
+def reading(of: list[Arm]) -> list[str]:
+    """How to read the table, and the differences at the last evaluation."""
+    lines = ["in %, means over n seeds; selected, last: test accuracy ± standard deviation"]
+    if any(not arm.finished for arm in of):
+        lines.append("* unfinished runs only, as far as they got")
+    gaps = [gap for one, other in pairs(of) if (gap := st.difference(one, other, st.LAST)) is not None]
+    return lines + [f"{gap.arm} {MINUS} {gap.other}, last: {signed(gap.mean * 100)} {certainty(gap)}" for gap in gaps]
+
+
+def arms_of(runs: list[Run]) -> list[Arm]:
+    if not runs:
+        raise ValueError("report: must have at least one run; got none. Give the folder that `gaf train --out` wrote.")
+    return st.arms(runs)
+
+
+# --- sentences ---------------------------------------------------------------------------------------------------
+
+
+def is_gaf(arm: Arm) -> bool:
+    policy = arm.config.get("policy")
+    return policy == "gaf" or (policy is None and arm.name.lower().startswith("gaf"))
+
+
+def pairs(of: list[Arm]) -> list[tuple[Arm, Arm]]:
+    """What is compared: each arm with the baseline, then each GAF arm with each control."""
+    baseline = st.baseline(of)
+    rest = [arm for arm in of if arm is not baseline]
+    controls = [arm for arm in rest if not is_gaf(arm)]
+    return [(arm, baseline) for arm in rest] + [(arm, control) for arm in rest if is_gaf(arm) for control in controls]
+
+
+def summary(of: list[Arm]) -> str:
+    """The page's first paragraph: what was run, what came out, and what cannot be told."""
+    baseline = st.baseline(of)
+    focus = [arm for arm in of if is_gaf(arm) and arm is not baseline] or [arm for arm in of if arm is not baseline]
+    sentences = [setting(of)]
+    if not focus:
+        sentences += alone(baseline)
+    elif len(focus) > SHOWN:
+        sentences.append(tally(focus, baseline))
+    else:
+        others = [baseline, *(one for one in of if one is not baseline and one not in focus)]
+        sentences += [sentence for arm in focus for sentence in against(arm, others)]
+    return unbroken(" ".join([*sentences, *caveats(of)]))
+
+
+def unbroken(text: str) -> str:
+    """Without line breaks around "=", nor within "95% CI"."""
+    return text.replace(" = ", "\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}").replace("95% CI ", "95%\N{NO-BREAK SPACE}CI ")
+
+
+def setting(of: list[Arm]) -> str:
+    """What was run: counts, and the conditions that all runs share."""
+    runs = [run for arm in of for run in arm.runs]
+    common = {key: values[0] for key, values in gathered(of).items() if uniform(values)}
+    seeds = sorted({run.seed for run in runs})
+    data = common.get("dataset", common.get("data"))
+    on = f" on {data}" if data else ""
+    rate, noise = common.get("noise_rate"), common.get("noise")
+    if noise and noise != "none":
+        on += f" with {percent(rate, 0)}% {noise} label noise" if isinstance(rate, float) and rate > 0 else f" with {noise} label noise"
+    if common.get("k") and common.get("b"):
+        on += f", k = {common['k']} micro-batches of b = {common['b']} samples a step"
+    return f"{count(len(runs), 'run')} of {count(len(of), 'arm')} over {count(len(seeds), 'seed')}{on}."
+
+
+def count(n: int, noun: str) -> str:
+    return f"{n} {noun}{'' if n == 1 else 's'}"
+
+
+def alone(arm: Arm) -> list[str]:
+    found = st.spread(arm, st.LAST)
+    if found is None:
+        return ["No test accuracy was recorded yet."]
+    value, deviation = spelled(found, st.LAST, 1.0)
+    return [f"{arm.name} has a test accuracy of {value}%{' ' + deviation if deviation else ''} at the last evaluation (n = {found.n}). "
+            "There is no other arm to compare it with."]  # fmt: skip
+
+
+def against(arm: Arm, others: list[Arm]) -> list[str]:
+    """A sentence on the arm's test accuracy against the others', at the last evaluation and at the selected one."""
+    found = []
+    for measure, when in SPOKEN:
+        gaps = [gap for other in others if (gap := st.difference(arm, other, measure)) is not None]
+        if gaps:
+            found.append(
+                f"{when}, {arm.name}'s test accuracy is {listing([f'{amount(gap)} {gap.other} {certainty(gap)}' for gap in gaps])}."
+            )
+    missing = [other.name for other in others if st.difference(arm, other, st.LAST) is None]
+    if missing:
+        found.append(f"{arm.name} cannot be compared with {listing(missing)}: there is no seed that both have finished.")
+    return found
+
+
+def listing(parts: list[str]) -> str:
+    return " and ".join([", ".join(parts[:-1]), parts[-1]]) if len(parts) > 1 else parts[0]
+
+
+def amount(gap: Difference) -> str:
+    """How far, and on which side."""
+    size = f"{abs(gap.mean) * 100:.1f}"
+    return "level with" if not float(size) else f"{size} points {'above' if gap.mean > 0 else 'below'}"
+
+
+def certainty(gap: Difference) -> str:
+    """The interval, and whether it tells a difference."""
+    if gap.low is None or gap.high is None:
+        return "(n = 1: from one seed, no difference can be told)"
+    interval = f"95% CI {signed(gap.low * 100).lstrip('+')} to {signed(gap.high * 100).lstrip('+')}, n = {gap.n}"
+    if gap.told:
+        return f"({interval})"
+    why = "too few seeds to tell a difference" if gap.n < st.ENOUGH else "no difference can be told"
+    return f"({interval}: {why})"
+
+
+def tally(focus: list[Arm], baseline: Arm) -> str:
+    """For many arms: how many are above, below and untold."""
+    gaps = [gap for arm in focus if (gap := st.difference(arm, baseline, st.LAST)) is not None]
+    above, below = sum(gap.told and gap.mean > 0 for gap in gaps), sum(gap.told and gap.mean < 0 for gap in gaps)
+    return (f"Of {len(focus)} arms compared with {baseline.name} in test accuracy at the last evaluation, {above} can be told to be above, "
+            f"{below} below, and {len(focus) - above - below} neither. The best of many arms is partly the luckiest.")  # fmt: skip
+
+
+def caveats(of: list[Arm]) -> list[str]:
+    """What weakens the numbers: few seeds, and runs that are left out."""
+    found = []
+    sizes = [gap.n for one, other in pairs(of) if (gap := st.difference(one, other, st.LAST)) is not None]
+    sizes = [n for n in sizes if n >= st.ENOUGH]  # with fewer, each sentence says so
+    if sizes and min(sizes) < FEW:
+        chance = 2 ** (min(sizes) - 1)
+        found.append(f"With {min(sizes)} seeds these intervals are too narrow: an arm that changes nothing would still have all its "
+                     f"differences on one side in 1 case of {chance}.")  # fmt: skip
+    left = [run for arm in of for run in arm.runs if arm.finished and run not in arm.finished]
+    if left:
+        found.append(f"{count(len(left), 'unfinished run')} {'is' if len(left) == 1 else 'are'} left out of these numbers.")
+    diverged = [run for run in left if st.status(run) == "diverged"]
+    if diverged:
+        found.append(f"{count(len(diverged), 'run')} diverged: leaving them out flatters {listing(sorted({run.arm for run in diverged}))}.")
+    return found
+
+
+def described(arm: Arm) -> str:
+    """One line on what the arm does with the k micro-gradients."""
+    policy = arm.config.get("policy") or ("gaf" if is_gaf(arm) else None)
+    if policy == "gaf":
+        tau, least = arm.config.get("tau"), arm.config.get("min_accepted")
+        near = "whose cosine distance to their running sum is at most τ" + ("" if tau is None else f" = {tau:g}")
+        fewer = "too few agree" if least is None else f"fewer than {least} agree"
+        return f"averages the micro-gradients {near}, one after the other, and skips the step where {fewer}."
+    if policy not in CONTROLS:
+        return f"policy {policy!r}." if policy else "its policy was not recorded."
+    chance = arm.config.get("step_probability")
+    return CONTROLS[policy].format(step_probability="" if chance is None else f" of {chance:g}")
+
+
+# --- conditions --------------------------------------------------------------------------------------------------
+
+
+def flat(run: Run) -> dict[str, Any]:
+    """Under what a run ran, by name: config, versions, machine, commit."""
+    found = {key: value for key, value in run.header["config"].items() if key not in UNPAIRED}
+    for part in ("versions", "machine"):
+        inner = run.header.get(part)
+        found |= inner if isinstance(inner, dict) else {part: inner} if inner else {}
+    return found | {key: run.header[key] for key in ("commit",) if run.header.get(key)}
+
+
+def gathered(of: list[Arm]) -> dict[str, list[Any]]:
+    """For each condition its value in every run, None where a run does not have it."""
+    rows = [flat(run) for arm in of for run in arm.runs]
+    keys = dict.fromkeys(key for row in rows for key in row)
+    return {key: [row.get(key) for row in rows] for key in keys}
+
+
+def uniform(values: list[Any]) -> bool:
+    return all(value == values[0] for value in values)
+
+
+def written(value: Any) -> str:
+    """A condition as text."""
+    if value is None or value == "":
+        return NONE
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, list | tuple):
+        return ", ".join(map(written, value))
+    return str(value)
+
+
+def conditions(of: list[Arm]) -> tuple[list[tuple[str, str]], list[tuple[str, list[str]]]]:
+    """Those that all runs share, (name, value), and the others, (name, value in each arm)."""
+    common, differing = [], []
+    for key, values in gathered(of).items():
+        name = key.replace("_", " ")
+        if uniform(values):
+            common += [(name, written(values[0]))] if values[0] is not None else []
+        else:
+            each = [dict.fromkeys(written(flat(run).get(key)) for run in arm.runs) for arm in of]
+            differing.append((name, [" / ".join(texts) for texts in each]))
+    return common, differing
+
+
+def commands(runs: Iterable[Run]) -> list[str]:
+    """The commands that made the runs, each once."""
+    found = [run.header.get("command") for run in runs]
+    return list(dict.fromkeys(" ".join(map(str, one)) if isinstance(one, list) else str(one) for one in found if one))
+
+
+# --- the page ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A difference on a scale of 0 to 100 across all differences of its measure: zero, mean, interval."""
+
+    zero: float
+    mean: float
+    low: float | None
+    high: float | None
+
+
+def bars(gaps: list[Difference]) -> list[Bar]:
+    """Every difference on the common scale, which holds 0."""
+    ends = [0.0, *(end for gap in gaps for end in (gap.mean, gap.low, gap.high) if end is not None)]
+    low, width = min(ends), (max(ends) - min(ends)) or 1.0
+
+    def place(value: float) -> float:
+        return round(4 + 92 * (value - low) / width, 2)
+
+    return [Bar(place(0), place(g.mean), None if g.low is None else place(g.low), None if g.high is None else place(g.high)) for g in gaps]
+
+
+def verdict(gap: Difference) -> str:
+    if gap.told:
+        return "higher" if gap.mean > 0 else "lower"
+    return "too few seeds" if gap.n < st.ENOUGH else "cannot be told"
+
+
+def compared(of: list[Arm]) -> list[dict[str, Any]]:
+    """The paired differences, by measure."""
+    groups = []
+    for measure in st.COMPARED:
+        gaps = [gap for one, other in pairs(of) if (gap := st.difference(one, other, measure)) is not None]
+        rows = [{"gap": gap, "bar": bar, "verdict": verdict(gap)} for gap, bar in zip(gaps, bars(gaps), strict=True)]
+        if rows:
+            groups.append({"label": measure.label, "rows": rows})
+    return groups
+
+
+def listed(run: Run) -> dict[str, Any]:
+    """A run in one row."""
+    passes, last = st.last(run, "passes"), st.last(run, "test_accuracy")
+    return {
+        "name": str(run.header.get("name") or run.folder.name),
+        "arm": run.arm,
+        "seed": run.seed,
+        "status": st.status(run),
+        "samples": f"{run.evals[-1]['samples']:,}" if run.evals else "0",
+        "passes": NONE if passes is None else f"{passes:g}",
+        "last": NONE if last is None else percent(last),
+        "hash": str(run.header.get("config_hash") or NONE),
+    }
+
+
+def charts(runs: list[Run], pictures: dict[str, Path]) -> list[dict[str, Any]]:
+    """The figures: picture as data URL, and what plotly draws."""
+    found = []
+    for chart in figures.CHARTS:
+        drawing = json.loads(figures.interactive(runs, chart).to_json())
+        encoded = base64.b64encode(pictures[chart.name].read_bytes()).decode()
+        recorded = any(trace.get("x") for trace in drawing["data"])
+        found.append({"name": chart.name, "title": chart.title, "caption": chart.caption, "png": f"data:image/png;base64,{encoded}",
+                      "drawing": {"data": drawing["data"], "layout": drawing["layout"]} if recorded else None})  # fmt: skip
+    return found
+
+
+def rows_of(of: list[Arm], columns: list[tuple[Measure, str]], second: float) -> list[dict[str, Any]]:
+    return [
+        {"arm": arm, "name": marked(arm), "cells": [spelled(st.spread(arm, measure), measure, second) for measure, _ in columns]}
+        for arm in of
+    ]
+
+
+def titled(of: list[Arm], title: str | None) -> str:
+    """The title given, else the arms."""
+    names = [arm.name for arm in of]
+    more = [f"{len(names) - SHOWN + 1} more arms"] if len(names) > SHOWN else []
+    listed = listing(names[: SHOWN - len(more)] + more)
+    return title or listed[:1].upper() + listed[1:]
+
+
+def write(runs: list[Run], out: Path, title: str | None = None) -> Path:
+    """Writes `accuracy.png`, `distance.png`, `memorisation.png` and `report.html`, one file that needs no other, into the folder `out`.
+
+    The same runs give the same bytes.
+
+    Returns:
+        The path of report.html.
+
+    Raises:
+        ValueError: without runs.
+    """
+    import jinja2
+    from plotly.offline import get_plotlyjs
+
+    of = arms_of(runs)
+    columns, second = headings(of)
+    common, differing = conditions(of)
+    folder = Path(__file__).parent / "templates"
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(folder), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"percent": percent, "signed": signed, "described": described}
+    page = environment.get_template("report.html.j2").render(
+        title=titled(of, title),
+        summary=summary(of),
+        columns=[heading for _, heading in columns],
+        rows=rows_of(of, columns, second),
+        starred=any(not arm.finished for arm in of),
+        compared=compared(of),
+        charts=charts(runs, figures.write(runs, out)),
+        palette=figures.palette([arm.name for arm in of]),
+        common=common,
+        differing=differing,
+        runs=[listed(run) for run in runs],
+        commands=commands(runs),
+        plotly=get_plotlyjs(),
+    )
+    path = out / "report.html"
+    path.write_text(page, encoding="utf-8")
+    return path

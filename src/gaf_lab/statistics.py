@@ -1,0 +1,242 @@
+"""The numbers of a report: means over seeds, paired differences between arms, curves. Each is a function of the runs alone.
+
+Runs of one arm differ by their seed. Only finished runs are compared; an arm that has none is described by the runs
+that it has, as far as they got, and takes part in no difference. Runs that share arm and seed are averaged first, so n
+always counts seeds. Missing values (null in the records) are left out, never replaced.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gaf_lab.records import Run
+
+Values = NDArray[np.float64]
+
+BASELINE = "averaging"  # the arm that the others are compared with, where there is one of this name
+ENOUGH = 3  # seeds: with fewer, no difference is claimed
+LEVEL = 0.95
+RESAMPLES = 10_000
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A number per run. unit: "share" in [0, 1], or "seconds". value: None where the run does not have it."""
+
+    name: str
+    label: str
+    unit: Literal["share", "seconds"]
+    value: Callable[[Run], float | None]
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean and sample standard deviation (n - 1) over n seeds; the deviation is None for n = 1."""
+
+    mean: float
+    deviation: float | None
+    n: int
+
+    @classmethod
+    def of(cls, values: Iterable[float]) -> "Spread | None":
+        """None without values."""
+        array = np.array(list(values), dtype=np.float64)
+        if not array.size:
+            return None
+        return cls(float(array.mean()), float(array.std(ddof=1)) if array.size > 1 else None, array.size)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """The runs of one arm, in the order given."""
+
+    name: str
+    runs: list[Run]
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The first run's; the arm's other runs should differ from it in the seed alone."""
+        config: dict[str, Any] = self.runs[0].header["config"]
+        return config
+
+    @property
+    def finished(self) -> list[Run]:
+        return [run for run in self.runs if status(run) == "finished" and run.evals]
+
+    @property
+    def counted(self) -> list[Run]:
+        """The runs behind the arm's means and curves: the finished ones, or, without any, all that were evaluated."""
+        return self.finished or [run for run in self.runs if run.evals]
+
+    @property
+    def seeds(self) -> list[int]:
+        return sorted({run.seed for run in self.counted})
+
+
+@dataclass(frozen=True)
+class Difference:
+    """arm - other in one measure, over the n seeds that both finished.
+
+    Attributes:
+        mean: in the measure's unit, so in [-1, 1] for a share.
+        low, high: paired bootstrap interval of the mean, at 95%; None for n = 1.
+    """
+
+    arm: str
+    other: str
+    measure: Measure
+    mean: float
+    low: float | None
+    high: float | None
+    n: int
+
+    @property
+    def told(self) -> bool:
+        """Whether a difference can be told: three seeds or more, and an interval without 0."""
+        return self.low is not None and self.high is not None and self.n >= ENOUGH and (self.low > 0 or self.high < 0)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A key of the evaluations over the samples seen, all (p,): the mean over n runs, their lowest and highest value."""
+
+    samples: Values
+    mean: Values
+    low: Values
+    high: Values
+    n: int
+
+
+def status(run: Run) -> str:
+    """The end line's word; "unfinished" without one: the run still goes on, or was killed."""
+    return str(run.end["status"]) if run.end else "unfinished"
+
+
+def last(run: Run, key: str) -> float | None:
+    """The value at the last evaluation that holds one."""
+    return next((float(line[key]) for line in reversed(run.evals) if line.get(key) is not None), None)
+
+
+def selected(run: Run) -> dict[str, Any] | None:
+    """The evaluation that noisy held-out labels select; None where the run held nothing out, for then nothing selects."""
+    return run.selected if any(line.get("heldout_accuracy") is not None for line in run.evals) else None
+
+
+def selected_accuracy(run: Run) -> float | None:
+    line = selected(run)
+    return None if line is None or line.get("test_accuracy") is None else float(line["test_accuracy"])
+
+
+def acceptance(run: Run) -> float | None:
+    """Accepted over all micro-gradients of the run: each line speaks of the steps since the line before, and weighs as many."""
+    steps = [0, *(line["step"] for line in run.evals)]
+    parts = [(line.get("acceptance"), after - before) for line, before, after in zip(run.evals, steps, steps[1:], strict=False)]
+    held = [(float(share), weight) for share, weight in parts if share is not None and weight > 0]
+    total = sum(weight for _, weight in held)
+    return sum(share * weight for share, weight in held) / total if total else None
+
+
+def steps_taken(run: Run) -> float | None:
+    """Steps taken over steps tried."""
+    return run.evals[-1]["steps_taken"] / run.evals[-1]["step"] if run.evals and run.evals[-1]["step"] else None
+
+
+def seconds(run: Run) -> float | None:
+    recorded = run.end.get("seconds") if run.end else None
+    return last(run, "seconds") if recorded is None else float(recorded)
+
+
+SELECTED = Measure("selected", "test accuracy, selected on held-out", "share", selected_accuracy)
+LAST = Measure("last", "test accuracy, last", "share", lambda run: last(run, "test_accuracy"))
+MEMORISED = Measure("memorised", "memorised", "share", lambda run: last(run, "memorised"))
+CORRECTED = Measure("corrected", "corrected", "share", lambda run: last(run, "corrected"))
+ACCEPTANCE = Measure("acceptance", "accepted", "share", acceptance)
+STEPS = Measure("steps_taken", "steps taken", "share", steps_taken)
+SECONDS = Measure("seconds", "time", "seconds", seconds)
+
+MEASURES = (SELECTED, LAST, MEMORISED, CORRECTED, ACCEPTANCE, STEPS, SECONDS)
+COMPARED = (LAST, SELECTED, MEMORISED, CORRECTED)  # those that differences are taken of
+
+
+def arms(runs: Iterable[Run]) -> list[Arm]:
+    """The runs grouped by arm, in order of first appearance."""
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(run.arm, []).append(run)
+    return [Arm(name, group) for name, group in groups.items()]
+
+
+def baseline(of: list[Arm]) -> Arm:
+    """The arm "averaging"; the first one where there is none of that name."""
+    return next((arm for arm in of if arm.name == BASELINE), of[0])
+
+
+def by_seed(runs: Iterable[Run], measure: Measure) -> dict[int, float]:
+    """The measure per seed, where it exists; the mean of runs that share a seed."""
+    values: dict[int, list[float]] = {}
+    for run in runs:
+        value = measure.value(run)
+        if value is not None:
+            values.setdefault(run.seed, []).append(value)
+    return {seed: float(np.mean(group)) for seed, group in values.items()}
+
+
+def spread(arm: Arm, measure: Measure) -> Spread | None:
+    """Mean and spread over the arm's seeds; None where no run has a value."""
+    return Spread.of(by_seed(arm.counted, measure).values())
+
+
+def difference(arm: Arm, other: Arm, measure: Measure) -> Difference | None:
+    """arm - other, paired by seed; None where no seed finished in both."""
+    mine, theirs = by_seed(arm.finished, measure), by_seed(other.finished, measure)
+    pairs = np.array([mine[seed] - theirs[seed] for seed in sorted(mine.keys() & theirs.keys())], dtype=np.float64)
+    if not pairs.size:
+        return None
+    low, high = bootstrap(pairs) if pairs.size > 1 else (None, None)
+    return Difference(arm.name, other.name, measure, float(pairs.mean()), low, high, pairs.size)
+
+
+def differences(of: list[Arm], measure: Measure, against: Arm | None = None) -> list[Difference]:
+    """Each arm against one, the baseline unless told otherwise; arms without a common seed are left out."""
+    other = against or baseline(of)
+    found = [difference(arm, other, measure) for arm in of if arm.name != other.name]
+    return [one for one in found if one is not None]
+
+
+def bootstrap(values: Values, resamples: int = RESAMPLES, seed: int = 0) -> tuple[float, float]:
+    """95% percentile interval of the mean of `values` (n,), n >= 1, from means of n draws with replacement.
+
+    With n = 2 or 3 this is the range of the values itself: one resample in n^n is the lowest value throughout, which is
+    more than the 2.5% that is cut off. It is too narrow for few seeds; the page says so.
+    """
+    draws = np.random.default_rng(seed).integers(len(values), size=(resamples, len(values)))
+    low, high = np.quantile(values[draws].mean(axis=1), ((1 - LEVEL) / 2, (1 + LEVEL) / 2))
+    return float(low), float(high)
+
+
+def points(run: Run, key: str) -> tuple[Values, Values]:
+    """Samples seen (p,), strictly rising, and the key's values there (p,); evaluations without a value are left out."""
+    found = {float(line["samples"]): float(line[key]) for line in run.evals if line.get(key) is not None}
+    samples = sorted(found)
+    return np.array(samples, dtype=np.float64), np.array([found[s] for s in samples], dtype=np.float64)
+
+
+def curve(arm: Arm, key: str) -> Curve | None:
+    """The key over samples seen, over the arm's counted runs, where all of them have values.
+
+    The x axis is the union of the runs' evaluation points, each run interpolated linearly between its own, and none
+    beyond its ends; None where the runs share no range, or none has the key.
+    """
+    tracks = [track for track in (points(run, key) for run in arm.counted) if track[0].size]
+    if not tracks:
+        return None
+    start, stop = max(x[0] for x, _ in tracks), min(x[-1] for x, _ in tracks)
+    grid = np.unique(np.concatenate([x for x, _ in tracks]))
+    grid = grid[(grid >= start) & (grid <= stop)]
+    if not grid.size:
+        return None
+    values = np.stack([np.interp(grid, x, y) for x, y in tracks])
+    return Curve(grid, values.mean(axis=0), values.min(axis=0), values.max(axis=0), len(tracks))

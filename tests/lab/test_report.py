@@ -1,0 +1,411 @@
+"""The page, the figures and the terminal table, from synthetic runs."""
+
+import html
+import io
+import itertools
+import json
+import math
+import random
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.image import imread
+from rich.console import Console
+
+from gaf_lab import figures, records, report, statistics
+from gaf_lab.records import Run
+
+STEPS = 28  # per pass
+POLICIES = {"averaging": "mean", "GAF": "gaf", "random subset": "random-subset"}
+LAST = {"averaging": 0.64, "GAF": 0.85, "random subset": 0.81}
+ONE_COLOUR = 0.02  # largest distance of a pixel's channels from a colour, to count as that colour
+NASTY = [
+    "<script>alert(1)</script>",
+    '"><img src=x onerror=alert(1)>',
+    "</script><!--",
+    "{{ 7 * 7 }} %{x} $\\frac{",
+    "[red]GAF[/red] &amp;",
+    "a name " * 30,
+]
+
+
+def simulate(
+    folder: Path,
+    arm: str,
+    seed: int,
+    *,
+    last: float | None = None,
+    status: str = "finished",
+    passes: int = 40,
+    nulls: tuple[str, ...] = (),
+    **header,
+) -> Run:
+    """A run that learns to 88%, and then forgets down to `last` as it memorises; `passes` evaluations of 40, one each."""
+    folder.mkdir(parents=True)
+    records.append(folder, head(folder.name, arm, seed) | header)
+    draw = random.Random(f"{arm}/{seed}")
+    fallen = 0.88 - (LAST[arm] if last is None else last)
+    for t in range(1, passes + 1):
+        rise, fall = 1 - math.exp(-t / 3), 1 / (1 + math.exp(4.5 - t * 9 / 40))
+        accuracy = 0.1 + 0.78 * rise - fallen * fall + draw.gauss(0, 0.004)
+        line = {"kind": "eval", "step": t * STEPS, "steps_taken": t * STEPS // 2, "samples": t * STEPS * 160, "passes": t,
+                "seconds": 1.5 * t, "acceptance": 0.4, "distance_mean": 0.45 + 0.4 * rise + 0.2 * fallen * fall,
+                "heldout_accuracy": 0.1 + 0.6 * (accuracy - 0.1), "test_accuracy": accuracy, "memorised": 0.03 + 3.5 * fallen * fall,
+                "corrected": 0.85 * rise - 3 * fallen * fall, "rows": [3] * STEPS}  # fmt: skip
+        records.append(folder, line | dict.fromkeys(nulls))
+    if status:
+        records.append(folder, {"kind": "end", "status": status, "seconds": 1.5 * passes})
+    return records.read(folder)
+
+
+def head(name: str, arm: str, seed: int) -> dict:
+    config = {"dataset": "mnist5k", "noise": "symmetric", "noise_rate": 0.4, "model": "mlp", "k": 8, "b": 20, "lr": 0.05,
+              "policy": POLICIES.get(arm, "gaf"), "tau": 0.8, "min_accepted": 2, "seed": seed}  # fmt: skip
+    return {"kind": "run", "name": name, "arm": arm, "config": config, "config_hash": "0123456789ab", "command": "gaf demo --seeds 3",
+            "versions": {"torch": "2.13.0"}, "machine": {"cores": 8}, "commit": "b3bf7001"}  # fmt: skip
+
+
+def nine(folder: Path) -> list[Run]:
+    return [simulate(folder / f"{arm}-{seed}", arm, seed) for arm in POLICIES for seed in range(3)]
+
+
+def flat_runs(folder: Path, levels: dict[str, list[float]]) -> list[Run]:
+    """Runs of one evaluation, of exactly the test accuracies given, seed by seed."""
+    runs = []
+    for arm, values in levels.items():
+        for seed, value in enumerate(values):
+            line = {"step": 1, "steps_taken": 1, "samples": 160, "test_accuracy": value, "heldout_accuracy": None, "rows": [8]}
+            runs.append(Run(folder / f"{arm}-{seed}", head(f"{arm}-{seed}", arm, seed), [line], {"status": "finished", "seconds": 1.0}))
+    return runs
+
+
+@dataclass
+class Page(HTMLParser):
+    """What a browser would make of a page: elements with their attributes, and the text outside scripts and styles."""
+
+    source: str
+    elements: list[tuple[str, dict[str, str | None]]] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
+    raw: dict[str, list[str]] = field(default_factory=lambda: {"script": [], "style": []})
+
+    def __post_init__(self):
+        super().__init__()
+        self.inside = ""
+        self.feed(self.source)
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        self.inside = tag
+
+    def handle_endtag(self, tag):
+        self.inside = ""
+
+    def handle_data(self, data):
+        self.raw.get(self.inside, self.texts).append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.texts).split())
+
+    @property
+    def tags(self) -> list[str]:
+        return [tag for tag, _ in self.elements]
+
+
+def page(runs: list[Run], out: Path, title: str | None = None) -> Page:
+    return Page(report.write(runs, out, title).read_text(encoding="utf-8"))
+
+
+def share_of(colour: str, path: Path) -> float:
+    """The share of a picture's pixels that have a colour."""
+    rgb = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)]) / 255
+    return float((np.abs(imread(path)[..., :3] - rgb).max(axis=-1) < ONE_COLOUR).mean())
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> list[Run]:
+    return nine(tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture(scope="module")
+def out(runs, tmp_path_factory) -> Path:
+    return report.write(runs, tmp_path_factory.mktemp("report"), "Nine runs").parent
+
+
+@pytest.fixture(scope="module")
+def nine_page(out) -> Page:
+    return Page((out / "report.html").read_text(encoding="utf-8"))
+
+
+# --- the page ----------------------------------------------------------------------------------------------------
+
+
+def test_the_page_loads_nothing(nine_page):
+    loads = [
+        value
+        for _, attrs in nine_page.elements
+        for name, value in attrs.items()
+        if name in ("src", "srcset", "href", "data", "action", "poster")
+    ]
+    assert len(loads) == 3  # the pictures
+    assert all(value.startswith("data:image/png;base64,") for value in loads)
+    assert not {"link", "base", "iframe", "object", "embed", "form"} & set(nine_page.tags)
+    assert not any(word in css for css in nine_page.raw["style"] for word in ("url(", "@import", "http"))
+
+
+def test_the_browser_is_told_to_load_nothing(nine_page):
+    (policy,) = [
+        attrs["content"] for tag, attrs in nine_page.elements if tag == "meta" and attrs.get("http-equiv") == "Content-Security-Policy"
+    ]
+    assert "default-src 'none'" in policy
+    assert "http" not in policy
+    assert "connect-src" not in policy
+
+
+def test_plotly_is_inside_once_and_the_page_stays_small(nine_page):
+    bundles = [script for script in nine_page.raw["script"] if len(script) > 1_000_000]
+    assert len(bundles) == 1
+    assert not any("http" in script for script in nine_page.raw["script"] if script not in bundles)
+    assert "showSendToCloud: false" in nine_page.source
+    assert len(nine_page.source.encode()) < 6_000_000
+
+
+def test_long_runs_do_not_bloat_the_page(tmp_path):
+    many = nine(tmp_path)
+    for run in many:
+        run.evals[:] = [line | {"samples": line["samples"] + i} for line in run.evals for i in range(100)]
+    assert len(page(many, tmp_path).source.encode()) < 6_000_000
+
+
+def test_the_same_runs_give_the_same_page(runs, out, nine_page, tmp_path):
+    assert page(runs, tmp_path, "Nine runs").source == nine_page.source
+    assert all((tmp_path / file.name).read_bytes() == file.read_bytes() for file in out.glob("*.png"))
+
+
+def test_the_title(runs, nine_page, tmp_path):
+    assert "<h1>Nine runs</h1>" in nine_page.source
+    assert report.titled(statistics.arms(runs), None) == "Averaging, GAF and random subset"
+
+
+@pytest.mark.parametrize("name", NASTY)
+def test_names_are_shown_as_they_are_and_never_run(name, runs, nine_page, tmp_path):
+    header = {"name": name, "commit": name, "command": name, "machine": {name: name}}
+    bad = simulate(tmp_path / "run", name, 0, last=0.7, **header)
+    found = page([*runs, bad], tmp_path / "out", name)
+    assert found.tags.count("script") == nine_page.tags.count("script")
+    assert found.tags.count("img") == nine_page.tags.count("img")
+    assert not [key for _, attrs in found.elements for key in attrs if key.startswith("on")]
+    shown = " ".join(name.split())
+    assert found.text.count(shown) >= 6  # title, heading, result, arm, run, conditions or command
+
+
+def test_hover_labels_show_names_as_they_are(runs, tmp_path):
+    bad = simulate(tmp_path / "run", '<b>"bold"</b> %{x}', 0, last=0.7)
+    names = {trace.name for trace in figures.interactive([*runs, bad], figures.CHARTS[0]).data}
+    (shown,) = names - set(POLICIES)
+    assert html.unescape(shown).replace("\N{ZERO WIDTH SPACE}", "") == bad.arm
+    assert not {"<", "%{"} & {shown[i : i + n] for n in (1, 2) for i in range(len(shown))}
+
+
+# --- what it says ------------------------------------------------------------------------------------------------
+
+
+def test_the_summary_says_how_far_and_how_sure(tmp_path):
+    text = report.summary(statistics.arms(flat_runs(tmp_path, {"averaging": [0.6, 0.6, 0.7], "GAF": [0.8, 0.81, 0.92]})))
+    assert "GAF's test accuracy is 21.0 points above averaging (95%\xa0CI 20.0 to 22.0, n\xa0=\xa03)" in text
+    assert "1 case of 4" in text
+
+
+def test_the_summary_says_where_no_difference_can_be_told(tmp_path):
+    text = report.summary(statistics.arms(flat_runs(tmp_path, {"averaging": [0.6, 0.6, 0.7], "GAF": [0.61, 0.61, 0.6]})))
+    assert "2.7 points below averaging (95%\xa0CI \N{MINUS SIGN}10.0 to 1.0, n\xa0=\xa03: no difference can be told)" in text
+
+
+@pytest.mark.parametrize(("seeds", "words"), [(1, "from one seed, no difference can be told"), (2, "too few seeds to tell")])
+def test_the_summary_claims_nothing_from_one_or_two_seeds(seeds, words, tmp_path):
+    text = report.summary(statistics.arms(flat_runs(tmp_path, {"averaging": [0.6] * seeds, "GAF": [0.9] * seeds})))
+    assert words in text
+
+
+def test_the_summary_compares_gaf_with_its_controls(tmp_path):
+    text = report.summary(statistics.arms(flat_runs(tmp_path, {"averaging": [0.6] * 6, "GAF": [0.8] * 6, "random subset": [0.75] * 6})))
+    assert "20.0 points above averaging" in text
+    assert "5.0 points above random subset" in text
+    assert "1 case of" not in text  # six seeds are enough
+
+
+def test_one_arm_is_compared_with_nothing(tmp_path):
+    found = page(flat_runs(tmp_path, {"GAF": [0.8, 0.9]}), tmp_path)
+    assert "GAF has a test accuracy of 85.0% ± 7.1 at the last evaluation" in found.text
+    assert "Paired differences" not in found.text
+
+
+def test_seeds_that_never_meet_are_said_to_be_incomparable(tmp_path):
+    runs = [simulate(tmp_path / "a", "averaging", 0), simulate(tmp_path / "b", "GAF", 1)]
+    assert "GAF cannot be compared with averaging" in report.summary(statistics.arms(runs))
+
+
+def test_unfinished_runs_are_named_and_left_out(runs, tmp_path):
+    more = [
+        simulate(tmp_path / "cut", "GAF", 3, status="interrupted", passes=3, last=0.1),
+        simulate(tmp_path / "blown", "averaging", 4, status="diverged", passes=5),
+        simulate(tmp_path / "begun", "averaging", 5, status="", passes=0),
+    ]
+    found = page([*runs, *more], tmp_path)
+    assert "3 of 12 not finished" in found.text
+    assert all(word in found.text for word in ("interrupted", "diverged", "unfinished", "flatters averaging"))
+    before, after = (statistics.spread(statistics.arms(group)[1], statistics.LAST) for group in (runs, [*runs, *more]))
+    assert before == after
+
+
+def test_an_arm_of_unfinished_runs_is_starred(runs, tmp_path):
+    found = page([*runs, simulate(tmp_path / "cut", "random skip", 0, status="", passes=3, last=0.7)], tmp_path)
+    assert "random skip *" in found.text
+    assert "averaging *" not in found.text
+
+
+@pytest.mark.parametrize("passes", [0, 2])
+def test_runs_without_values_still_make_a_page(passes, tmp_path):
+    keys = ("heldout_accuracy", "test_accuracy", "memorised", "corrected", "acceptance", "distance_mean")
+    found = page([simulate(tmp_path / "run", "GAF", 0, passes=passes, nulls=keys)], tmp_path)
+    assert "No test accuracy was recorded yet" in found.text
+    pictures = [tmp_path / f"{chart.name}.png" for chart in figures.CHARTS]
+    assert all(0 < share_of(figures.SOFT, picture) < 0.1 for picture in pictures)  # a word that nothing was recorded
+    assert not any(share_of(figures.KNOWN["GAF"].light, picture) for picture in pictures)
+
+
+def test_conditions_stand_once_where_common_and_by_arm_where_not(runs):
+    common, differing = report.conditions(statistics.arms(runs))
+    assert ("noise rate", "0.4") in common
+    assert ("torch", "2.13.0") in common
+    assert differing == [("policy", ["mean", "gaf", "random-subset"])]
+
+
+def test_a_condition_that_varies_within_an_arm_shows_all_its_values(runs):
+    other = Run(Path(), json.loads(json.dumps(runs[0].header)), runs[0].evals, runs[0].end)
+    other.header["config"]["lr"] = 0.1
+    _, differing = report.conditions(statistics.arms([*runs, other]))
+    assert ("lr", ["0.05 / 0.1", "0.05", "0.05"]) in differing
+
+
+def test_each_command_is_given_once(nine_page):
+    assert nine_page.text.count("gaf demo --seeds 3") == 1
+
+
+def test_each_arm_is_explained(nine_page):
+    assert "at most τ = 0.8, one after the other, and skips the step where fewer than 2 agree" in nine_page.text
+    assert "averages random micro-gradients, as many as GAF accepted" in nine_page.text
+
+
+def test_no_runs_no_report(tmp_path):
+    with pytest.raises(ValueError, match="at least one run"):
+        report.write([], tmp_path)
+
+
+# --- numbers as text ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("value", "text"), [(1.25, "+1.2"), (-3.0, "\N{MINUS SIGN}3.0"), (0.04, "0.0"), (-0.04, "0.0"), (0.0, "0.0")])
+def test_signed(value, text):
+    assert report.signed(value) == text
+
+
+@pytest.mark.parametrize(("longest", "unit"), [(60, "s"), (600, "min"), (36000, "h")])
+def test_time_has_a_fitting_unit(longest, unit):
+    assert report.clock(longest)[0] == unit
+
+
+# --- the figures -------------------------------------------------------------------------------------------------
+
+
+def test_every_figure_shows_every_arm(out):
+    for name in ("accuracy", "distance", "memorisation"):
+        shades = figures.palette(list(POLICIES)).values()
+        assert all(share_of(shade.light, out / f"{name}.png") > 0.001 for shade in shades)  # a bold line: 0.3% of the pixels
+
+
+def test_pages_and_pictures_show_the_same_numbers(runs):
+    gaf = next(arm for arm in statistics.arms(runs) if arm.name == "GAF")
+    curve = statistics.curve(gaf, "test_accuracy")
+    (bold,) = [trace for trace in figures.interactive(runs, figures.CHARTS[0]).data if trace.name == "GAF" and trace.showlegend]
+    line = max(
+        (line for line in figures.static(runs, figures.CHARTS[0]).axes[0].lines if line.get_color() == "#1559c9"),
+        key=lambda a: a.get_linewidth(),
+    )
+    np.testing.assert_allclose(bold.y, curve.mean * 100, atol=1e-5)  # rounded to five digits
+    np.testing.assert_allclose(line.get_ydata(), curve.mean * 100)
+    np.testing.assert_allclose(bold.x, line.get_xdata())
+
+
+def test_the_circle_is_where_the_held_out_labels_select(runs):
+    figure = figures.interactive(runs[:1], figures.CHARTS[0])
+    (circle,) = [trace for trace in figure.data if trace.mode == "markers"]
+    assert circle.x == (runs[0].selected["samples"] / 1000,)
+    assert circle.y == (runs[0].selected["test_accuracy"] * 100,)
+
+
+@pytest.mark.parametrize(("tau", "lines"), [(0.8, 1), (2.0, 0), (None, 0)])
+def test_tau_is_drawn_for_gaf_alone(tau, lines, tmp_path):
+    runs = [simulate(tmp_path / arm, arm, 0) for arm in ("averaging", "GAF")]
+    for run in runs:
+        run.header["config"]["tau"] = tau
+    assert len(figures.interactive(runs, figures.CHARTS[1]).layout.shapes) == lines
+    assert figures.thresholds(statistics.arms(runs[:1])) == {}
+
+
+def test_an_arm_keeps_its_colour_whatever_it_is_shown_with():
+    assert figures.palette(["GAF", "averaging"])["GAF"] == figures.palette(["x", "random skip", "GAF"])["GAF"]
+    names = [*figures.KNOWN, "GAF 0.7", "GAF 0.9", "sam", "mixup", "ema", "elr"]
+    assert len(set(figures.palette(names).values())) == len(names)
+
+
+@pytest.mark.parametrize("heights", [[0.5], [0.5, 0.5, 0.5], [0.0, 0.01, 0.9, 0.99, 1.0], [0.97, 0.98, 0.99]])
+def test_labels_are_moved_apart_and_stay_in_order(heights):
+    moved = figures.apart(heights, 0.1)
+    assert all(b - a > 0.1 - 1e-12 for a, b in itertools.pairwise(moved))
+    assert max(moved) <= 1
+
+
+def test_labels_with_room_stay_and_a_crowd_keeps_its_centre():
+    assert figures.apart([0.1, 0.3, 0.9], 0.1) == pytest.approx([0.1, 0.3, 0.9])
+    assert figures.apart([0.5, 0.5, 0.5], 0.1) == pytest.approx([0.4, 0.5, 0.6])
+
+
+# --- the terminal ------------------------------------------------------------------------------------------------
+
+
+def rendered(runs: list[Run]) -> str:
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(report.table(runs))
+    return console.export_text()
+
+
+def test_the_table_fits_a_terminal_and_holds_the_numbers(tmp_path):
+    text = rendered(flat_runs(tmp_path, {"averaging": [0.6, 0.6, 0.7], "GAF": [0.8, 0.81, 0.92]}))
+    assert "63.3 ± 5.8" in text
+    assert "84.3 ± 6.7" in text
+    assert "+21.0 (95% CI 20.0 to 22.0, n = 3)" in text
+
+
+def test_the_table_takes_names_as_text(tmp_path):
+    assert "[red]x[/red]" in rendered([simulate(tmp_path / "run", "[red]x[/red]", 0, last=0.7)])
+
+
+# --- the process -------------------------------------------------------------------------------------------------
+
+
+def test_nothing_heavy_is_imported_early_and_pyplot_never(runs, tmp_path):
+    code = f"""
+import sys
+from pathlib import Path
+from gaf_lab import records, report
+assert not {{"matplotlib", "plotly", "rich", "jinja2"}} & sys.modules.keys()
+report.write(records.find([Path({str(runs[0].folder.parent)!r})]), Path({str(tmp_path)!r}))
+assert "matplotlib.pyplot" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
