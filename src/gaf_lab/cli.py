@@ -1,17 +1,20 @@
 """The command `gaf`. Each command's options are the fields of its dataclass below."""
 
+import dataclasses
 import shlex
+import shutil
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any, Literal
 
 import tyro
 from rich.console import Console
-from tyro.conf import OmitArgPrefixes, Positional, arg
+from tyro.conf import OmitArgPrefixes, Positional
 
-from gaf_lab.config import ConfigError, TrainConfig, from_toml, nearest
+from gaf_lab.config import ConfigError, ModelName, TrainConfig, from_toml, nearest
+from gaf_lab.presets import DEMO
 
 Words = list[str]
 
@@ -24,12 +27,12 @@ class Demo:
     """Folder for records, figures and report.html. Runs of an earlier demo in it are replaced."""
     seeds: int = 3
     """Paired seeds, at least 1. Higher narrows the intervals and takes longer."""
+    passes: float = DEMO.passes
+    """Length of each run in passes over the training set. Lower is faster and shows less memorisation."""
 
 
 def demo(words: Words, console: Console) -> int:
     options = tyro.cli(Demo, prog="gaf demo", args=words)
-    import shutil
-
     from gaf_lab import demo as job
     from gaf_lab import report
 
@@ -38,7 +41,8 @@ def demo(words: Words, console: Console) -> int:
     for old in options.out.glob("*/records.jsonl"):
         shutil.rmtree(old.parent)
     started = time.perf_counter()
-    runs = job.demo(options.out, console, options.seeds)
+    base = dataclasses.replace(DEMO, passes=options.passes)
+    runs = job.demo(options.out, console, options.seeds, base)
     if not runs:
         console.print("No run was finished; there is nothing to report.")
         return 1
@@ -168,9 +172,9 @@ def data(words: Words, console: Console) -> int:
 class BenchAccumulate:
     """Time and memory of a step: plain accumulation, averaging and GAF in turn, in one process."""
 
-    model: Annotated[str, arg(help_behavior_hint="(default: resnet18)")] = "resnet18"
+    model: ModelName = "resnet18"
     """Network, as in gaf train."""
-    stem: str = "imagenet"
+    stem: Literal["imagenet", "cifar"] = "imagenet"
     """First layers of a ResNet: imagenet or cifar."""
     b: int = 100
     """Samples per micro-batch."""
@@ -233,6 +237,8 @@ def main(words: Words | None = None) -> int:
         return 2
     try:
         return COMMANDS[words[0]][0](words[1:], console)
+    except BrokenPipeError:  # the reader of our output, such as head, has gone
+        return 1
     except mendable() as error:
         Console(stderr=True, soft_wrap=True).print(f"gaf {words[0]}: {error}", style="red", markup=False, highlight=False)
         return 2

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 import gaf
 from gaf_lab.problem import Problem
@@ -12,16 +12,21 @@ from gaf_lab.train import Listener
 
 
 def progress(console: Console) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn("{task.fields[facts]}"))
-    return Progress(*columns, TimeElapsedColumn(), TextColumn("eta"), TimeRemainingColumn(), console=console)
+    """Bars that fit 80 columns: what, how far, some facts, time left."""
+    columns = (TextColumn("{task.description:16}"), BarColumn(bar_width=16), TaskProgressColumn(), TextColumn("{task.fields[facts]}"))
+    return Progress(*columns, TextColumn("eta"), TimeRemainingColumn(compact=True), console=console)
 
 
 def percent(value: float | None) -> str:
-    return "–" if value is None else f"{100 * value:.1f}%"
+    return "-" if value is None else f"{100 * value:.1f}%"
 
 
 def number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3f}"
+    return "-" if value is None else f"{value:.3f}"
+
+
+TITLES = ("pass", "step", "loss", "held-out", "test", "memorised", "accepted", "distance", "samples/s")
+WIDTHS = (7, 9, 8, 10, 8, 11, 10, 10, 11)
 
 
 class ConsoleListener:
@@ -36,21 +41,24 @@ class ConsoleListener:
             f"{c.dataset}: {len(problem.train):,} training pictures, {len(problem.heldout):,} held out, {len(problem.test):,} for test; "
             f"{c.model}; {c.arm}, k = {c.k}, b = {c.b}; {steps:,} steps" + (f", from step {step:,}" if step else "")
         )
+        self.console.print("".join(title.rjust(width) for title, width in zip(TITLES, WIDTHS, strict=True)), style="bold")
         self.bar.start()
         self.task = self.bar.add_task("training", total=steps, completed=step, facts="")
 
     def stepped(self, step: int, outcome: gaf.Outcome) -> None:
-        facts = f"accepted {sum(outcome.accepted)} of {len(outcome.accepted)}"
+        facts = f"step {step:,}, accepted {sum(outcome.accepted)} of {len(outcome.accepted)}"
         self.bar.update(self.task, completed=step, facts=facts)
 
     def evaluated(self, line: dict[str, Any]) -> None:
-        self.bar.console.print(
-            f"pass {line['passes']:7.2f}  step {line['step']:>7,}  loss {number(line['train_loss'])}  "
-            f"held-out {percent(line['heldout_accuracy'])}  test {percent(line['test_accuracy'])}  memorised {percent(line['memorised'])}  "
-            f"accepted {percent(line['acceptance'])}  distance {number(line['distance_mean'])}  "
-            f"{line['samples_per_second'] or 0:,.0f} samples/s",
-            highlight=False,
+        cells = (
+            f"{line['passes']:.2f}",
+            f"{line['step']:,}",
+            number(line["train_loss"]),
+            *(percent(line[key]) for key in ("heldout_accuracy", "test_accuracy", "memorised", "acceptance")),
+            number(line["distance_mean"]),
+            f"{line['samples_per_second'] or 0:,.0f}",
         )
+        self.bar.console.print("".join(cell.rjust(width) for cell, width in zip(cells, WIDTHS, strict=True)), highlight=False)
 
     def close(self) -> None:
         self.bar.stop()

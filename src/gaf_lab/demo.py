@@ -51,9 +51,7 @@ class SharedProgress:
             self.board[self.name] = (step, self.steps, self.facts)
 
     def evaluated(self, line: dict[str, Any]) -> None:
-        self.facts = (
-            f"test {percent(line['test_accuracy'])}  memorised {percent(line['memorised'])}  accepted {percent(line['acceptance'])}"
-        )
+        self.facts = f"test {percent(line['test_accuracy'])}, memorised {percent(line['memorised'])}"
 
 
 def work(name: str, config: TrainConfig, folder: Path, board: "DictProxy[str, Any]", command: str) -> str:
@@ -66,7 +64,7 @@ def work(name: str, config: TrainConfig, folder: Path, board: "DictProxy[str, An
 def demo(folder: Path, console: Console, seeds: int = 3, base: TrainConfig = DEMO, workers: int | None = None) -> list[records.Run]:
     """Runs all arms for all seeds and returns what is finished; Ctrl-C stops early and keeps that."""
     plan = {name: job for seed in range(seeds) for name, job in arms(seed, folder, base).items()}
-    command = f"gaf demo --seeds {seeds} --out {folder}"
+    command = f"gaf demo --seeds {seeds} --passes {base.passes:g} --out {folder}"
     workers = workers or min(2, os.cpu_count() or 1)
     context = multiprocessing.get_context("spawn")
     with context.Manager() as manager, ProcessPoolExecutor(workers, mp_context=context) as pool:
@@ -108,4 +106,4 @@ def follow(
                     bars.start_task(tasks[name])
                 bars.update(tasks[name], completed=step, total=steps, visible=True, facts=facts)
                 shown[name] = 100 * step // steps
-            bars.update(whole, completed=sum(shown.values()), facts=f"{len(done)} of {len(plan)} runs finished")
+            bars.update(whole, completed=sum(shown.values()), facts=f"{len(done)} of {len(plan)} finished")

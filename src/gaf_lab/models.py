@@ -1,5 +1,6 @@
 """The networks of the experiments, for pictures (b, channels, height, width). Initialised from torch's global generator."""
 
+import itertools
 from collections.abc import Callable
 from typing import Literal
 
@@ -19,7 +20,7 @@ def convnet(channels: int, classes: int, width: int = 32) -> nn.Module:
     """Three convolutions with BatchNorm, halved in size twice; a baseline that trains in minutes on a CPU."""
     widths = (channels, width, 2 * width, 4 * width)
     layers: list[nn.Module] = []
-    for i, (before, after) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
+    for i, (before, after) in enumerate(itertools.pairwise(widths)):
         layers += [nn.Conv2d(before, after, 3, padding=1, bias=False), nn.BatchNorm2d(after), nn.ReLU()]
         layers += [nn.MaxPool2d(2)] if i < 2 else []
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], classes))

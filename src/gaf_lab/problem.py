@@ -49,9 +49,11 @@ class Problem:
     def steps(self) -> int:
         return max(1, round(self.config.passes * len(self.train) / (self.config.k * self.config.b)))
 
-    @property
-    def eval_steps(self) -> int:
-        return max(1, round(self.config.eval_every * len(self.train) / (self.config.k * self.config.b)))
+    def evaluation(self, step: int) -> int | None:
+        """Which evaluation, counted from 1, is due after `step` steps; None where none is."""
+        between = self.config.eval_every * len(self.train) / (self.config.k * self.config.b)
+        number = max(1, round(step / between))
+        return number if step == max(1, round(number * between)) else None
 
     def micro_batch(self, step: int, i: int) -> tuple[Tensor, Tensor]:
         """Micro-batch i of a step: pictures (b, C, H, W) float32 and observed labels (b,). Depends on seed, step and i alone."""

@@ -103,7 +103,7 @@ class Training:
             outcome = self.macro_batch()
             self.interval.seconds += time.perf_counter() - started
             listener.stepped(self.step, outcome)
-            if self.step % self.problem.eval_steps == 0 or self.step == last:
+            if self.problem.evaluation(self.step) or self.step == last:
                 line = self.evaluation()
                 records.append(folder, line)
                 if keep_checkpoints:
@@ -142,7 +142,8 @@ class Training:
         started = time.perf_counter()
         measured = evaluate(self.model, self.problem)
         stats = self.accumulator.stats(self.config.b)
-        if self.plateau is not None and self.step % (self.problem.eval_steps * self.config.plateau_every) == 0:
+        number = self.problem.evaluation(self.step)
+        if self.plateau is not None and number and number % self.config.plateau_every == 0:
             self.plateau.step(measured[f"{self.config.select_on}_loss"])  # type: ignore[arg-type]
         self.seconds += self.interval.seconds + time.perf_counter() - started
         samples = self.step * self.config.k * self.config.b

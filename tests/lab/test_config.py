@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import inspect
+import itertools
 
 import pytest
 
@@ -13,7 +14,7 @@ from gaf_lab.presets import PRESETS, preset
 
 def test_every_field_has_a_docstring():
     (tree,) = (n for n in ast.parse(inspect.getsource(module)).body if isinstance(n, ast.ClassDef) and n.name == "TrainConfig")
-    fields = [(n, after) for n, after in zip(tree.body, tree.body[1:]) if isinstance(n, ast.AnnAssign)]
+    fields = [(n, after) for n, after in itertools.pairwise(tree.body) if isinstance(n, ast.AnnAssign)]
     assert len(fields) == len(dataclasses.fields(TrainConfig))
     for field, after in fields:
         assert isinstance(after, ast.Expr), field.target.id

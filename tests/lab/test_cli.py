@@ -1,0 +1,151 @@
+"""The commands as a person types them; every mistake becomes one message, with exit code 2."""
+
+import io
+import json
+import subprocess
+import sys
+
+import pytest
+from rich.console import Console
+
+from gaf_lab import cli, records
+
+SMALL = ["--dataset", "digits", "--model", "mlp", "--k", "3", "--b", "16", "--passes", "1.5", "--eval-every", "0.5"]
+
+
+@pytest.fixture
+def run(capsys, monkeypatch):
+    """Runs `gaf WORDS` in this process; returns exit code, output and errors."""
+    monkeypatch.setattr(cli, "Console", lambda **options: Console(**{"width": 200, **options}))
+
+    def call(*words):
+        try:
+            code = cli.main([str(w) for w in words])
+        except SystemExit as stop:  # the parser of options ends the program itself
+            code = stop.code
+        seen = capsys.readouterr()
+        return code, seen.out, " ".join(seen.err.replace("│", " ").split())  # without the lines of a box
+
+    return call
+
+
+def test_train_writes_records_that_report_turns_into_a_page(run, tmp_path):
+    for policy, seed in (("gaf", 0), ("mean", 0)):
+        code, out, _ = run("train", *SMALL, "--policy", policy, "--seed", seed, "--out", tmp_path / f"{policy}-{seed}")
+        assert code == 0
+        assert "held-out" in out
+    recorded = records.read(tmp_path / "gaf-0")
+    assert recorded.header["command"].startswith("gaf train --dataset digits")
+    assert (recorded.header["config"]["k"], recorded.end["status"]) == (3, "finished")
+    code, out, _ = run("report", tmp_path, "--out", tmp_path / "page")
+    assert code == 0
+    assert "averaging" in out
+    assert {p.name for p in (tmp_path / "page").iterdir()} >= {"report.html", "accuracy.png", "distance.png", "memorisation.png"}
+
+
+def test_the_command_line_wins_over_toml_and_toml_over_the_preset(run, tmp_path):
+    toml = tmp_path / "run.toml"
+    toml.write_text('dataset = "digits"\nk = 5\ntau = 0.6\n')
+    words = ["--preset", "demo-gaf", "--toml", toml, "--tau", "0.7", "--steps", "2", "--out", tmp_path / "run"]
+    assert run("train", *words)[0] == 0
+    config = records.read(tmp_path / "run").header["config"]
+    assert (config["dataset"], config["k"], config["tau"], config["b"]) == ("digits", 5, 0.7, 20)
+
+
+def test_resume_goes_on_and_says_from_where(run, tmp_path):
+    assert run("train", *SMALL, "--steps", 5, "--out", tmp_path)[0] == 0
+    code, out, _ = run("train", *SMALL, "--resume", "--out", tmp_path)
+    assert code == 0
+    assert "from step 5" in out
+    assert records.read(tmp_path).end["status"] == "finished"
+
+
+def test_tensorboard_writes_events(run, tmp_path):
+    assert run("train", *SMALL, "--tensorboard", "--out", tmp_path)[0] == 0
+    assert list((tmp_path / "tensorboard").glob("events*"))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["trian"], "unknown command 'trian'. Did you mean 'train'?"),
+        (["train", "--preset", "cifar100-gad"], "unknown preset 'cifar100-gad'. Did you mean 'cifar100-gaf'?"),
+        (["train", "--tau", "3"], "tau must lie in [0, 2]; got 3.0"),
+        (["train", "--k", "0"], "k must be at least 1; got 0"),
+        (["train", "--noise-rate", "1"], "noise_rate must lie in [0, 1); got 1.0"),
+        (["train", "--steps", "0"], "steps must be at least 1; got 0"),
+        (["train", "--out", "/dev/null/run"], "output folder /dev/null/run: must be writable"),
+        (["train", "--toml", "/nowhere.toml"], "config file /nowhere.toml: must exist"),
+        (["data", "cifar-100"], "cifar100"),
+        (["report", "/nowhere"], "must hold at least one run"),
+        (["bench", "ddp"], "There is: gaf bench accumulate"),
+        (["bench", "accumulate", "--model", "resnet-18"], "invalid choice 'resnet-18' for argument '--model'"),
+        (["demo", "--seeds", "0"], "seeds must be at least 1; got 0"),
+    ],
+)
+def test_a_mistake_becomes_one_message(run, words, message):
+    code, _, err = run(*words)
+    assert code == 2
+    assert message in err
+    assert "Traceback" not in err
+
+
+def test_an_archive_that_is_not_there_is_asked_for_by_name(run, tmp_path):
+    code, _, err = run("train", "--dataset", "cifar100", "--data", tmp_path, "--out", tmp_path / "run")
+    assert code == 2
+    assert "cifar-100-python.tar.gz" in err
+
+
+def test_an_unknown_option_is_refused_with_the_nearest():
+    done = subprocess.run([sys.executable, "-m", "gaf_lab", "train", "--taus", "0.5"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "--tau" in done.stderr
+
+
+def test_data_shows_what_is_in_a_data_set(run):
+    code, out, _ = run("data", "digits")
+    assert code == 0
+    assert "10" in out
+
+
+def test_help_names_every_command(run):
+    code, out, _ = run("--help")
+    assert code == 0
+    assert all(name in out for name in cli.COMMANDS)
+
+
+def test_bench_compares_all_ways_and_writes_its_figures(run, tmp_path):
+    out = tmp_path / "bench.jsonl"
+    code, shown, _ = run("bench", "accumulate", "--model", "convnet", "--b", 4, "--k", 6, "--rounds", 3, "--out", out)
+    assert code == 0
+    assert "plain accumulation" in shown
+    conditions, *lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert conditions["model"] == "convnet"
+    assert [line["ratio_median"] for line in lines if line["way"] == "plain accumulation"] == [1.0]
+    held = {line["way"]: line["extra_gradients"] for line in lines}
+    # streaming holds one gradient more; start="best" holds k rows where plain holds one, and autograd's own beside them
+    assert held["gaf.GAF()"] < 2 < held["gaf.GAF(start='best')"]
+
+
+def test_presets_are_listed(run):
+    code, out, _ = run("presets")
+    assert code == 0
+    assert "cifar100-gaf-code" in out
+
+
+def test_python_dash_m_is_the_command():
+    done = subprocess.run([sys.executable, "-m", "gaf_lab", "--help"], capture_output=True, text=True, check=True)
+    assert "usage: gaf COMMAND" in done.stdout
+
+
+def test_the_progress_bar_fits_80_columns():
+    from gaf_lab.console import progress
+
+    screen = io.StringIO()
+    with progress(Console(file=screen, width=80, force_terminal=True)) as bars:
+        bars.add_task("random-subset-0", total=100, completed=50, facts="test 83.7%, memorised 100.0%")
+        bars.refresh()
+    text = screen.getvalue()
+    assert "memorised 100.0%" in text
+    assert "50%" in text
+    assert "…" not in text
