@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from gaf.batchnorm import BatchNormStatistics
-from gaf.checks import check_model, check_optimizers, check_parameters, check_row, check_scaler, names_of
+from gaf.checks import check_model, check_optimizers, check_parameters, check_reentrant, check_row, check_scaler, names_of
 from gaf.combine import Policy
 from gaf.decision import Decision
 from gaf.gate import gate
@@ -70,6 +70,7 @@ class Accumulator:
         self._bn = BatchNormStatistics(model) if model is not None and bn == "accepted" else None
         self._params: list[nn.Parameter] = []
         self._spare: list[Tensor | None] = []
+        self._missing: list[bool] = []  # which trainable parameters got no gradient the last time that some did not
         self._rows: Streamed | Stacked | None = None
         self._decided: Decision | None = None
         self._telemetry = Telemetry()
@@ -84,25 +85,43 @@ class Accumulator:
             retain_graph: as for torch's backward.
 
         Raises:
-            RuntimeError: between `decide()` and `step()`; where a parameter already holds a gradient from elsewhere.
+            RuntimeError: between `decide()` and `step()`; where a parameter already holds a gradient from elsewhere; for
+                reentrant checkpointing.
             TypeError: for a sparse gradient.
         """
         if self._decided is not None:
             raise RuntimeError("Accumulator: backward() came after decide(); call step() first, it ends the macro-batch.")
         rows = self._rows if self._rows is not None else self._begin()
         self._check_clean()
-        scaled = loss if self.scaler is None else self.scaler.scale(loss)
-        lent = self._lend()
         try:
-            torch.autograd.backward(scaled, inputs=[p for p in self._params if p.requires_grad], retain_graph=retain_graph)
-            row = [None if p.grad is None or p.grad._version == version else p.grad for p, version in zip(self._params, lent, strict=True)]
-            check_row(self._names, self._params, row)
+            row = self._micro_gradient(loss if self.scaler is None else self.scaler.scale(loss), retain_graph)
+        except BaseException:
+            self._forget()
+            raise
         finally:
             self._clear()
         with torch.no_grad():
             self._spare = rows.add(row)
         if self._bn is not None:
             self._bn.note()
+
+    def _micro_gradient(self, loss: Tensor, retain_graph: bool) -> list[Tensor | None]:
+        lent = self._lend()
+        torch.autograd.backward(loss, inputs=[p for p in self._params if p.requires_grad], retain_graph=retain_graph)
+        row = [None if p.grad is None or p.grad._version == version else p.grad for p, version in zip(self._params, lent, strict=True)]
+        check_row(self._names, self._params, row)
+        missing = [p.requires_grad and g is None for p, g in zip(self._params, row, strict=True)]
+        if any(missing) and missing != self._missing:
+            check_reentrant(loss)
+            self._missing = missing
+        return row
+
+    def _forget(self) -> None:
+        """Leaves no trace of a micro-batch whose backward pass failed."""
+        if self._bn is not None:
+            self._bn.settle([])
+        if not self._rows:
+            self._rows = None
 
     def decide(self) -> Decision:
         """Decides, and puts the update into p.grad, unscaled: the place to clip. After a skip every p.grad is None.
@@ -127,7 +146,7 @@ class Accumulator:
             outcome = Outcome.fetch(decision, evidence)
         if outcome.stepped:
             for p, grad in zip(self._params, rows.update(outcome.weights), strict=True):
-                p.grad = grad
+                p.grad = None if grad is None else grad.to(p.dtype)
         self._rows = None
         self._unscale(overflow)
         self._settle(outcome)
@@ -217,7 +236,7 @@ class Accumulator:
     def _lend(self) -> list[int | None]:
         """Gives the spare buffers, zeroed, to autograd to add into. Returns their versions: unchanged means no gradient came."""
         for p, buffer in zip(self._params, self._spare, strict=True):
-            if buffer is not None and p.requires_grad:
+            if buffer is not None and p.requires_grad and (buffer.dtype, buffer.shape, buffer.device) == (p.dtype, p.shape, p.device):
                 p.grad = buffer.zero_()
         self._spare = [None] * len(self._params)
         return [None if p.grad is None else p.grad._version for p in self._params]
@@ -241,7 +260,9 @@ class Accumulator:
             if has_gradients(optimizer):
                 self.scaler.unscale_(optimizer)
             else:
-                probe = next(p for group in optimizer.param_groups for p in group["params"])
+                probe = next((p for group in optimizer.param_groups for p in group["params"] if p.requires_grad), None)
+                if probe is None:
+                    continue
                 probe.grad = torch.full_like(probe, float("inf") if overflow else 0.0)
                 self.scaler.unscale_(optimizer)
                 probe.grad = None

@@ -53,8 +53,10 @@ def buffers_copy(norm: _BatchNorm) -> list[Tensor]:
 def replay(state: list[Tensor], start: list[Tensor], after: list[Tensor], momentum: float | None) -> list[Tensor]:
     """Makes upon `state` the move that led from `start` to `after`; momentum None is the cumulative average."""
     passes = after[2] - start[2]  # forward passes in this micro-batch: two for a GAN's discriminator
+    if not passes:
+        return state
     if momentum is None:
-        count = (state[2] + passes).clamp_min(1)
+        count = state[2] + passes
         moved = [(s * state[2] + a * after[2] - b * start[2]) / count for s, b, a in zip(state[:2], start[:2], after[:2], strict=True)]
     else:
         decay = (1 - momentum) ** passes

@@ -84,6 +84,20 @@ def check_row(names: Names, params: list[nn.Parameter], row: list[Tensor | None]
                             "Use nn.Embedding(..., sparse=False).")  # fmt: skip
 
 
+def check_reentrant(loss: Tensor) -> None:
+    """A reentrant checkpoint stays out of a backward pass that names its inputs: its parameters would lack gradients, silently."""
+    seen, waiting = set(), [loss.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node.name() == "CheckpointFunctionBackward":
+            raise RuntimeError("Accumulator: activation checkpoints must not be reentrant; the loss went through one that is. "
+                               "Use torch.utils.checkpoint.checkpoint(..., use_reentrant=False).")  # fmt: skip
+        waiting.extend(following for following, _ in node.next_functions)
+
+
 def names_of(optimizers: list[Optimizer], model: nn.Module | None) -> Names:
     """A name for every parameter: the model's, where it has one, else its place in the optimizer."""
     names = {

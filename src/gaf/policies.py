@@ -23,8 +23,8 @@ TIE = 1e-12  # a distance equal to tau is accepted; rounding in float64 must not
 def visit(
     count: Int[Tensor, "*s"],
     inner: Float64[Tensor, "*s"],
-    sum2: Float64[Tensor, "*s"],
     norm2: Float64[Tensor, "*s"],
+    own: Float64[Tensor, "*s"],
     tau: float,
 ) -> tuple[Bool[Tensor, "*s"], Float64[Tensor, "*s"]]:
     """The accept rule: one row g against the running sum s of `count` rows (paper, algorithm 1).
@@ -35,15 +35,18 @@ def visit(
     distance NaN. Rows that cancelled have left a sum without direction: distance 1.
 
     Args:
-        count: rows in the sum. inner: <s, g>. sum2: |s|^2. norm2: |g|^2.
+        count: rows in the sum.
+        inner: <s, g>.
+        norm2: |s|^2.
+        own: |g|^2.
         tau: the largest distance that is accepted; a higher one accepts more.
 
     Returns:
         accepted, distance.
     """
-    cosine = torch.where(sum2 > 0, inner / (sum2.sqrt() * norm2.sqrt()), 0.0)
+    cosine = torch.where(norm2 > 0, inner / (norm2.sqrt() * own.sqrt()), 0.0)
     distance = torch.where(count > 0, (1 - cosine).clamp(0, 2), 0.0)
-    distance = torch.where(present(norm2), distance, math.nan)
+    distance = torch.where(present(own), distance, math.nan)
     return distance <= tau + TIE, distance
 
 
@@ -56,15 +59,16 @@ class Sequential:
 
     average: Literal["mean", "halving"] = "mean"
     streams = True  # the rows may be added up as they come: nothing is decided later that needs them apart
+    adds_absent = False  # whether an absent row is added all the same, so that its NaN goes through
 
     def visit(
-        self, count: Int[Tensor, "*s"], inner: Float64[Tensor, "*s"], sum2: Float64[Tensor, "*s"], norm2: Float64[Tensor, "*s"]
+        self, count: Int[Tensor, "*s"], inner: Float64[Tensor, "*s"], norm2: Float64[Tensor, "*s"], own: Float64[Tensor, "*s"]
     ) -> tuple[Bool[Tensor, "*s"], Float64[Tensor, "*s"]]:
         """Whether a row joins the running sum, and its distance to it; see `gaf.policies.visit`."""
         raise NotImplementedError
 
     def shrink(self, count: Int[Tensor, "*s"]) -> Float64[Tensor, "*s"]:
-        """What the running sum of `count` rows is multiplied by once another has joined: 1, or 1/2 for average="halving"."""
+        """What the sum is multiplied by once a row has joined `count` others: 1, or 1/2 for average="halving"."""
         halved = (count > 0) & (self.average == "halving")
         return 1.0 - 0.5 * halved.double()
 
@@ -87,20 +91,26 @@ def walk(
     gram = torch.where(sound & sound[:, None], gram, 0.0)
     s, k = orders.shape
     inner = gram.new_zeros(s, k)  # <running sum, g_i>
-    sum2, count = gram.new_zeros(s), torch.zeros(s, dtype=torch.int64, device=gram.device)
+    norm2, count = gram.new_zeros(s), torch.zeros(s, dtype=torch.int64, device=gram.device)
     accepted = torch.zeros(s, k, dtype=torch.bool, device=gram.device)
     distances = gram.new_zeros(s, k)
     for row in orders.unbind(1):
         here = row[:, None]
-        inner_row, own = inner.gather(1, here)[:, 0], gram.diagonal()[row]
-        joins, distance = policy.visit(count, inner_row, sum2, norms2[row])
-        shrink = policy.shrink(count)
+        inner_row, shrink = inner.gather(1, here)[:, 0], policy.shrink(count)
+        joins, distance = policy.visit(count, inner_row, norm2, norms2[row])
+        norm2 = torch.where(joins, norm2_after(norm2, inner_row, gram.diagonal()[row], shrink), norm2)
         inner = torch.where(joins[:, None], (inner + gram[row]) * shrink[:, None], inner)
-        sum2 = torch.where(joins, (sum2 + 2 * inner_row + own).clamp_min(0) * shrink**2, sum2)
         count = count + joins
         accepted.scatter_(1, here, joins[:, None])
         distances.scatter_(1, here, distance[:, None])
     return accepted, distances
+
+
+def norm2_after(
+    norm2: Float64[Tensor, "*s"], inner: Float64[Tensor, "*s"], own: Float64[Tensor, "*s"], shrink: Float64[Tensor, "*s"]
+) -> Float64[Tensor, "*s"]:
+    """|shrink (s + g)|^2 from |s|^2, <s, g> and |g|^2."""
+    return (norm2 + 2 * inner + own).clamp_min(0) * shrink**2
 
 
 @dataclass(frozen=True)
@@ -155,8 +165,8 @@ class GAF(Sequential):
     def streams(self) -> bool:  # type: ignore[override]
         return self.start == "first"
 
-    def visit(self, count: Tensor, inner: Tensor, sum2: Tensor, norm2: Tensor) -> tuple[Tensor, Tensor]:
-        return visit(count, inner, sum2, norm2, self.tau)
+    def visit(self, count: Tensor, inner: Tensor, norm2: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
+        return visit(count, inner, norm2, own, self.tau)
 
     def conclude(self, accepted: Bool[Tensor, " k"], distances: Float64[Tensor, " k"]) -> Decision:
         return self._decision(accepted, distances, torch.arange(len(accepted), device=accepted.device))
@@ -168,8 +178,8 @@ class GAF(Sequential):
         row = torch.arange(k, device=gram.device)
         orders = (row[:, None] + row) % k  # start s visits s, s + 1, ... around the ring
         accepted, distances = walk(self, gram, orders)
-        chosen = self._choose(gram, accepted)
-        return self._decision(accepted[chosen], distances[chosen], orders[chosen])
+        chosen = self._choose(gram, accepted)[None]  # an index of its own dimension: a scalar one would be fetched
+        return self._decision(accepted[chosen][0], distances[chosen][0], orders[chosen][0])
 
     def _least(self, k: int) -> int:
         return 1 if k == 1 else self.min_accepted
@@ -226,13 +236,14 @@ class Mean(Sequential):
     tensor([0.2500, 0.2500, 0.2500, 0.2500], dtype=torch.float64)
     """
 
-    def visit(self, count: Tensor, inner: Tensor, sum2: Tensor, norm2: Tensor) -> tuple[Tensor, Tensor]:
-        _, distance = visit(count, inner, sum2, norm2, tau=2.0)
-        return torch.ones_like(distance, dtype=torch.bool), distance
+    adds_absent = True
+
+    def visit(self, count: Tensor, inner: Tensor, norm2: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
+        return visit(count, inner, norm2, own, tau=2.0)
 
     def conclude(self, accepted: Bool[Tensor, " k"], distances: Float64[Tensor, " k"]) -> Decision:
         weights = torch.full_like(distances, 1 / len(distances))
-        return Decision(weights, accepted, torch.ones_like(accepted[0]), distances)
+        return Decision(weights, torch.ones_like(accepted), torch.ones_like(accepted[0]), distances)
 
     def __repr__(self) -> str:
         return "Mean()"

@@ -8,7 +8,7 @@ from torch import Tensor
 from gaf.combine import Policy
 from gaf.decision import Decision
 from gaf.gram import Row, gram_of, inner_products
-from gaf.policies import Sequential, present
+from gaf.policies import Sequential, norm2_after, present
 from gaf.shapes import Float64
 from gaf.telemetry import Evidence
 
@@ -39,14 +39,14 @@ class Streamed:
 
     def __init__(self, policy: Sequential, voters: Sequence[bool]) -> None:
         self.policy, self.voters = policy, voters
-        self.total: list[Tensor | None] = [None] * len(voters)
+        self.total: list[Tensor | None] = [None] * len(voters)  # the running sum s
         self.holds: list[list[bool]] = []  # per row, the parameters that got a gradient
         self.count = torch.zeros((), dtype=torch.int64)
-        self.sum2 = torch.zeros((), dtype=torch.float64)  # |s|^2
+        self.norm2 = torch.zeros((), dtype=torch.float64)  # |s|^2
         self.accepted: list[Tensor] = []
         self.distances: list[Tensor] = []
         self.norms2: list[Tensor] = []
-        self.signals: list[Tensor] = []  # <s, g_i> / c, an estimate of |g|^2 for each row but the start
+        self.signals: list[Tensor] = []  # <a, g_i>, an estimate of |g|^2 for each row but the start
 
     def __len__(self) -> int:
         return len(self.holds)
@@ -57,18 +57,18 @@ class Streamed:
         Only on a CPU, where memory that is given back and asked for anew at every micro-batch costs page faults, some
         5% of a small network's step; on an accelerator PyTorch's own allocator keeps it at hand.
         """
-        inner, norm2 = self._measure(row)
-        count, sum2 = self.count.to(norm2.device), self.sum2.to(norm2.device)
-        joins, distance = self.policy.visit(count, inner, sum2, norm2)
+        inner, own = self._measure(row)
+        count, norm2 = self.count.to(own.device), self.norm2.to(own.device)
+        joins, distance = self.policy.visit(count, inner, norm2, own)
         shrink = self.policy.shrink(count)
-        self._absorb(row, joins, shrink)
+        self._absorb(row, joins | self.policy.adds_absent, shrink)
         self.holds.append([t is not None for t in row])
         self.accepted.append(joins)
         self.distances.append(distance)
-        self.norms2.append(norm2)
+        self.norms2.append(own)
         terms = count if self.policy.average == "mean" else count.clamp_max(1)
-        self.signals.append(torch.where(present(norm2), inner / terms, torch.nan))
-        self.sum2 = torch.where(joins, (sum2 + 2 * inner + norm2).clamp_min(0) * shrink**2, sum2)
+        self.signals.append(torch.where(present(own) & (count > 0), inner / terms, torch.nan))
+        self.norm2 = torch.where(joins, norm2_after(norm2, inner, own, shrink), norm2)
         self.count = count + joins
         held = {id(t) for t in self.total}
         return [None if g is None or g.device.type != "cpu" or id(g) in held else g for g in row]
@@ -77,10 +77,10 @@ class Streamed:
         """<s, g> and |g|^2; |s|^2 follows from those before."""
         rest, g = norm2_of_rest(row, self.voters), voting(row, self.voters)
         if not self.holds:
-            (norm2,) = inner_products([g], [(0, 0)])
-            return torch.zeros_like(norm2), norm2 + rest
-        inner, norm2 = inner_products([voting(self.total, self.voters), g], [(0, 1), (1, 1)])
-        return inner, norm2 + rest
+            (own,) = inner_products([g], [(0, 0)])
+            return torch.zeros_like(own), own + rest
+        inner, own = inner_products([voting(self.total, self.voters), g], [(0, 1), (1, 1)])
+        return inner, own + rest
 
     def _absorb(self, row: list[Tensor | None], joins: Tensor, shrink: Tensor) -> None:
         """s <- s + g where the row joins; on an accelerator without asking the host whether it does."""
@@ -91,7 +91,7 @@ class Streamed:
         pairs = [(s, g) for s, g in zip(self.total, row, strict=True) if s is not None and g is not None]
         if pairs:
             torch._foreach_add_([s for s, _ in pairs], [g for _, g in pairs])
-        self.total = [g if s is None else s for s, g in zip(self.total, row, strict=True)]
+        self.total = [in_range_of_sums(g) if s is None else s for s, g in zip(self.total, row, strict=True)]
         if self.policy.average == "halving":
             scale_(self.total, torch.where(joins, shrink, 1.0))
 
@@ -106,6 +106,11 @@ class Streamed:
         if self.policy.average == "mean":
             scale_(total, max(weights))
         return total
+
+
+def in_range_of_sums(grad: Tensor | None) -> Tensor | None:
+    """float16 sums are held in float32: they leave float16's range where their mean does not."""
+    return grad.float() if grad is not None and grad.dtype == torch.float16 else grad
 
 
 def scale_(tensors: Sequence[Tensor | None], factor: Tensor | float) -> None:

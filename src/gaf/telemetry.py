@@ -82,7 +82,7 @@ class Recent:
             distance_sum=sum(outcome.compared),
             distance_min=min(outcome.compared, default=math.nan),
             dispersion=spread / mean if norms else math.nan,
-            norm2=sum(n * n for n in norms) / len(norms) if norms else math.nan,
+            norm2=sum(n * n for n in norms) / len(norms) if math.isfinite(outcome.signal) else math.nan,
             signal=outcome.signal / scale**2,
         )
 
@@ -93,6 +93,7 @@ class Telemetry:
     def __init__(self) -> None:
         self.totals = dict.fromkeys(("steps", "stepped", "micro_gradients", "accepted", "rejected", "absent"), 0)
         self.recent: deque[Recent] = deque(maxlen=WINDOW)
+        self.none_for = self.all_for = 0  # steps in a row with none, and with all, of the compared rows accepted
         self.warned: set[str] = set()
 
     def record(self, outcome: Outcome, tau: float | None, scale: float = 1.0) -> None:
@@ -104,20 +105,22 @@ class Telemetry:
             self.totals[key] += int(value)
         self.recent.append(Recent.of(outcome, scale))
         if tau is not None:
-            self._warn(k, tau)
+            self._warn(outcome, self.recent[-1], tau)
 
-    def _warn(self, k: int, tau: float) -> None:
-        if k == 1:
+    def _warn(self, outcome: Outcome, step: Recent, tau: float) -> None:
+        if len(outcome.accepted) == 1 and outcome.stepped:
             self._warn_once("one", "One micro-gradient has nothing to agree with: it was stepped on as in plain training.")
-        seen = [r for r in self.recent if r.compared]
-        if len(seen) < WINDOW:
+        if not step.compared:
             return
-        if not any(r.accepted for r in seen):
+        self.none_for = 0 if step.accepted else self.none_for + 1
+        self.all_for = self.all_for + 1 if step.accepted == step.compared else 0
+        seen = [r for r in self.recent if r.compared]
+        if self.none_for >= WINDOW:
             least = min(r.distance_min for r in seen)
             self._warn_once("none", f"No micro-gradient was accepted in {WINDOW} steps: tau = {tau} does not fit this task. "
                 f"The smallest distance seen was {least:.3f}: raise tau above that, or use larger micro-batches. "
                 "tau does not transfer between tasks; acc.stats() shows the distances.")  # fmt: skip
-        elif tau < 2 and all(r.accepted == r.compared for r in seen):
+        if self.all_for >= WINDOW and tau < 2:
             mean = total(r.distance_sum for r in seen) / total(r.compared for r in seen)
             self._warn_once("all", f"Every micro-gradient was accepted in {WINDOW} steps: tau = {tau} filters nothing here. "
                 f"The mean distance was {mean:.3f}: lower tau to about that, or use smaller micro-batches. "
@@ -140,11 +143,13 @@ class Telemetry:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        return {"totals": dict(self.totals), "recent": [asdict(r) for r in self.recent], "warned": sorted(self.warned)}
+        lately = {"recent": [asdict(r) for r in self.recent], "none_for": self.none_for, "all_for": self.all_for}
+        return {"totals": dict(self.totals), "warned": sorted(self.warned)} | lately
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.totals = dict(state["totals"])
         self.recent = deque((Recent(**r) for r in state["recent"]), maxlen=WINDOW)
+        self.none_for, self.all_for = state["none_for"], state["all_for"]
         self.warned = set(state["warned"])
 
 

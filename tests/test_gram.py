@@ -1,0 +1,203 @@
+"""gaf.gram: closed forms, every dtype, accuracy at length and at the ends of the range, any memory layout."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import gaf
+from gaf.gram import CHUNK, gram_of, inner_products
+
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+MILLIONS = 10_000_000
+
+
+def dense(rows: torch.Tensor) -> torch.Tensor:
+    return rows.double() @ rows.double().T
+
+
+def dense_in_parts(rows: torch.Tensor) -> torch.Tensor:
+    return torch.stack([dense(part) for part in rows.split(1_000_000, dim=1)]).sum(0)
+
+
+def relative_error(found: torch.Tensor, want: torch.Tensor) -> float:
+    """The largest error of an entry relative to |g_i| |g_j|."""
+    norms = want.diagonal().sqrt()
+    return ((found - want).abs() / (norms[:, None] * norms)).max().item()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_3_4_5_triangle_has_gram_25_in_every_dtype(dtype: torch.dtype) -> None:
+    found = gaf.gram(torch.tensor([[3, 4], [4, -3], [-3, -4]], dtype=dtype))
+    assert found.dtype == torch.float64
+    assert found.tolist() == [[25, 0, -25], [0, 25, 0], [-25, 0, 25]]
+
+
+@pytest.mark.parametrize("angle", [0.0, 0.1, 1.0, math.pi / 2, 3.0, math.pi])
+def test_unit_vectors_at_an_angle_have_its_cosine_as_inner_product(angle: float) -> None:
+    found = gaf.gram(torch.tensor([[1.0, 0.0], [math.cos(angle), math.sin(angle)]], dtype=torch.float64))
+    want = [[1.0, math.cos(angle)], [math.cos(angle), 1.0]]
+    torch.testing.assert_close(found, torch.tensor(want, dtype=torch.float64), rtol=0, atol=1e-15)  # a few roundings of numbers below 1
+
+
+def test_one_row_gives_its_squared_norm() -> None:
+    assert gaf.gram(torch.tensor([[1.0, 2.0, 2.0]])).tolist() == [[9.0]]
+
+
+@given(st.lists(st.lists(st.integers(-50, 50), min_size=3, max_size=3), min_size=1, max_size=6), st.sampled_from(DTYPES))
+def test_integer_rows_are_exact_in_every_dtype(rows: list[list[int]], dtype: torch.dtype) -> None:
+    """Integers below 128 are exact even in bfloat16, and so are their products once widened."""
+    found = gaf.gram(torch.tensor(rows, dtype=dtype))
+    assert found.tolist() == [[sum(a * b for a, b in zip(x, y, strict=True)) for y in rows] for x in rows]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_gram_matrix_is_exactly_symmetric(dtype: torch.dtype) -> None:
+    found = gaf.gram(torch.randn(7, 1001).to(dtype))
+    assert torch.equal(found, found.T)
+
+
+@pytest.mark.parametrize("kind", ["normal", "all positive"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_ten_million_coordinates_are_accurate_to_1e_5(dtype: torch.dtype, kind: str) -> None:
+    """Of like sign, the terms make a plain float32 sum drift: it was off by 7.5e-4 at half this length."""
+    rows = torch.randn(2, MILLIONS)
+    rows = (rows.abs_().add_(0.5) if kind == "all positive" else rows).to(dtype)
+    # 1e-5 is what gram's docstring promises; float64 sums of 1e7 like terms, here and there, differ by some 1e-12
+    assert relative_error(gaf.gram(rows), dense_in_parts(rows)) < (1e-11 if dtype == torch.float64 else 1e-5)
+
+
+def test_ten_million_coordinates_with_a_heavy_head_are_accurate_to_1e_5() -> None:
+    """One coordinate in 10,000 is 1, the others 1e-3: their 1e-6 is rounded off beside a sum of some ones."""
+    rows = torch.full((2, MILLIONS), 1e-3)
+    rows[:, ::10_000] = 1.0
+    assert relative_error(gaf.gram(rows), dense_in_parts(rows)) < 1e-5  # what gram's docstring promises
+
+
+def test_float16_squares_do_not_overflow() -> None:
+    assert gaf.gram(torch.full((2, 4), 60_000, dtype=torch.float16)).tolist() == [[4 * 60_000**2] * 2] * 2
+
+
+@pytest.mark.parametrize("scale", [1e25, 1e-25])
+def test_float32_rows_out_of_the_range_of_float32_squares_are_as_accurate(scale: float) -> None:
+    rows = torch.randn(3, 1000) * scale
+    assert relative_error(gaf.gram(rows), dense(rows)) < 1e-13  # the second look is in float64
+
+
+def test_a_huge_a_tiny_and_an_ordinary_row_together_are_accurate() -> None:
+    rows = torch.randn(3, 1000) * torch.tensor([[1e25], [1e-25], [1.0]])
+    assert relative_error(gaf.gram(rows), dense(rows)) < 1e-13  # the second look is in float64
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_that_is_not_finite_marks_its_own_diagonal_alone(dtype: torch.dtype, bad: float) -> None:
+    rows = torch.randn(3, 5).to(dtype)
+    rows[1, 2] = bad
+    assert gaf.gram(rows).diagonal().isfinite().tolist() == [True, False, True]
+
+
+def test_the_largest_finite_float32_is_not_taken_for_an_infinity() -> None:
+    assert gaf.gram(torch.full((2, 3), torch.finfo(torch.float32).max)).isfinite().all()
+
+
+@pytest.mark.parametrize("cuts", [[0], [1], [500, 1], [999, 3, 2000], [CHUNK - 1, 2, CHUNK]])
+def test_gram_adds_up_over_slices_wherever_they_are_cut(cuts: list[int]) -> None:
+    rows = torch.randn(4, sum(cuts) + 17)
+    pieces = rows.split([*cuts, 17], dim=1)
+    # float32 dot products of up to 2^18 terms, cut in two ways, round differently: by some 1e-7 of |g_i| |g_j|.
+    assert relative_error(sum(map(gaf.gram, pieces), torch.zeros(4, 4, dtype=torch.float64)), gaf.gram(rows)) < 1e-6
+
+
+@given(st.integers(1, 5), st.lists(st.integers(0, 4), min_size=1, max_size=5), st.randoms(use_true_random=False))
+def test_a_row_cut_into_parameters_is_the_same_row(k: int, sizes: list[int], rng: object) -> None:
+    """Of integers, so that both are exact. Empty parameters take part."""
+    rows = torch.tensor([[rng.randint(-9, 9) for _ in range(sum(sizes))] for _ in range(k)], dtype=torch.float32)  # type: ignore[attr-defined]
+    rows = rows.reshape(k, sum(sizes))
+    assert torch.equal(gram_of([list(row.split(sizes)) for row in rows]), gaf.gram(rows))
+
+
+def test_rows_without_coordinates_have_gram_zero() -> None:
+    assert gaf.gram(torch.zeros(3, 0)).tolist() == [[0.0] * 3] * 3
+    assert gram_of([[torch.zeros(0), torch.zeros(2, 0)]] * 2).tolist() == [[0.0] * 2] * 2
+
+
+def test_none_counts_as_zeros() -> None:
+    a, b = torch.tensor([1.0, 2.0]), torch.tensor([[3.0]])
+    assert gram_of([[a, None], [None, b], [a, b], [None, None]]).tolist() == [[5, 0, 5, 0], [0, 9, 9, 0], [5, 9, 14, 0], [0, 0, 0, 0]]
+    assert gram_of([[None], [None]]).tolist() == [[0, 0], [0, 0]]
+
+
+def test_parameters_of_different_dtypes_add_up() -> None:
+    row = [torch.ones(2, dtype=dtype) for dtype in DTYPES]
+    assert gram_of([row, [2 * t for t in row]]).tolist() == [[8, 16], [16, 32]]
+
+
+LAYOUTS = {
+    "contiguous": lambda t: t.contiguous(),
+    "channels_last": lambda t: t.contiguous(memory_format=torch.channels_last),
+    "transposed": lambda t: t.transpose(0, 3).contiguous().transpose(0, 3),
+    "every second": lambda t: torch.stack([t, t], -1)[..., 0],
+    "expanded": lambda t: t[:1, :1].expand(t.shape),
+}
+
+
+@pytest.mark.parametrize("second", LAYOUTS)
+@pytest.mark.parametrize("first", LAYOUTS)
+def test_the_memory_layout_of_a_row_does_not_matter(first: str, second: str) -> None:
+    a, b = LAYOUTS[first](torch.randint(-9, 9, (3, 4, 5, 2)).float()), LAYOUTS[second](torch.randint(-9, 9, (3, 4, 5, 2)).float())
+    want = dense(torch.stack([a.reshape(-1), b.reshape(-1)]))  # reshape reads in logical order
+    assert torch.equal(gram_of([[a], [b]]), want)  # integers: exact
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_none_beside_any_layout_counts_as_zeros(layout: str) -> None:
+    a = LAYOUTS[layout](torch.randint(-9, 9, (3, 4, 5, 2)).float())
+    assert gram_of([[a], [None]]).tolist() == [[a.square().sum().item(), 0], [0, 0]]
+
+
+def test_columns_of_a_matrix_can_be_rows() -> None:
+    rows = torch.randint(-9, 9, (50, 3)).float()
+    assert torch.equal(gaf.gram(rows.T), dense(rows.T))
+
+
+def test_inner_products_gives_the_pairs_in_the_order_asked_for() -> None:
+    rows = [[torch.tensor([1.0, 0.0])], [torch.tensor([2.0, 3.0])]]
+    assert inner_products(rows, [(1, 1), (0, 1), (0, 0)]).tolist() == [13, 2, 1]
+
+
+def test_gram_asks_nothing_of_the_host_off_the_cpu() -> None:
+    """The meta device has no values: whatever wanted one would raise."""
+    assert gaf.gram(torch.empty(4, 1000, device="meta")).shape == (4, 4)
+    assert gram_of([[torch.empty(3, device="meta"), None], [None, torch.empty(2, 2, device="meta")]]).shape == (2, 2)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    "rows",
+    [
+        torch.zeros(3),
+        torch.zeros(2, 2, 2),
+        torch.zeros(0, 3),
+        torch.zeros(2, 3, dtype=torch.int64),
+        torch.zeros(2, 3, dtype=torch.complex64),
+    ],
+    ids=["vector", "cube", "no rows", "integers", "complex"],
+)
+def test_what_is_no_real_matrix_is_refused_by_name_shape_and_dtype(rows: torch.Tensor) -> None:
+    for call in (gaf.gram, lambda r: gaf.aggregate(r, gaf.Mean())):
+        with pytest.raises(ValueError, match=r"rows must be a \(k, n\) matrix of real floating-point numbers") as caught:
+            call(rows)
+        assert str(tuple(rows.shape)) in str(caught.value)
+        assert str(rows.dtype) in str(caught.value)
+        assert "Stack the flattened micro-gradients" in str(caught.value)
+
+
+def test_the_type_checks_are_on() -> None:
+    """Else every shape in these tests would go unchecked."""
+    with pytest.raises(TypeError, match="Type-check error"):
+        gaf.GAF(0.5)(torch.eye(2))  # float32 where the Gram matrix is float64
+    with pytest.raises(TypeError, match="Type-check error"):
+        gaf.GAF(0.5)(torch.zeros(2, 3, dtype=torch.float64))
