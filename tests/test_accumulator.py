@@ -5,6 +5,7 @@ import gc
 import io
 import json
 import math
+import pickle
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -842,14 +843,29 @@ def test_a_disabled_scaler_is_none_and_may_be_shared() -> None:
         assert acc.step().stepped
 
 
-def test_a_scaler_belongs_to_one_accumulator_while_that_lives() -> None:
-    p, amp = vector(), scaler()
-    acc = gaf.Accumulator(SGD([p], 0.1), gaf.GAF(0.5), scaler=amp)
-    with pytest.raises(ValueError, match="scaler must belong to one Accumulator"):
-        gaf.Accumulator(SGD([p], 0.1), gaf.GAF(0.5), scaler=amp)
-    del acc
-    gc.collect()
-    gaf.Accumulator(SGD([p], 0.1), gaf.GAF(0.5), scaler=amp)
+def test_a_scaler_serves_one_macro_batch_at_a_time() -> None:
+    """One after the other, as a GAN's two players, two Accumulators may share it; at once, a step would change the other's scale."""
+    p, q, amp = vector(), vector(), scaler()
+    first, second = (gaf.Accumulator(SGD([v], 0.1), gaf.GAF(0.5), scaler=amp) for v in (p, q))
+    for _ in range(2):
+        feed(first, p, [[1.0, 0.0], [1.0, 0.0]])
+        with pytest.raises(ValueError, match=r"scaler must serve one macro-batch at a time.*Call its step\(\) first"):
+            second.backward(q.sum())
+        first.step()
+        feed(second, q, [[0.0, 1.0], [0.0, 1.0]])
+        second.step()
+    torch.testing.assert_close(p.detach(), torch.tensor([0.8, 1.0]))
+    torch.testing.assert_close(q.detach(), torch.tensor([1.0, 0.8]))
+
+
+def test_a_copy_of_a_gated_scheduler_is_a_plain_one() -> None:
+    p = vector()
+    optimizer = SGD([p], 1.0)
+    acc = gaf.Accumulator(optimizer, gaf.GAF(0.5))
+    gated = acc.gate(torch.optim.lr_scheduler.StepLR(optimizer, 1))
+    for other in (copy.deepcopy(gated), pickle.loads(pickle.dumps(gated))):
+        assert type(other) is torch.optim.lr_scheduler.StepLR
+        assert other.state_dict() == gated.state_dict()
 
 
 # ---------------------------------------------------------------------------------------------------------- leave_out

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from gaf.batchnorm import BatchNormStatistics
-from gaf.checks import check_model, check_optimizers, check_parameters, check_reentrant, check_row, check_scaler, names_of
+from gaf.checks import check_model, check_optimizers, check_parameters, check_reentrant, check_row, claim_scaler, names_of
 from gaf.combine import Policy
 from gaf.decision import Decision
 from gaf.gate import gate
@@ -30,7 +30,8 @@ class Accumulator:
         decision = acc.step()
 
     Do not divide the loss by k. After a skip, parameters and optimizer state are bitwise what they were. BatchNorm
-    statistics, random state and the position in the data are not taken back.
+    statistics, random state and the position in the data are not taken back. Micro-gradients that stream add up in the
+    precision that they have, as in plain accumulation (float16 in float32); those that are kept, in float32 or wider.
 
     Args:
         optimizer: any dense torch.optim optimizer, or several that share one decision.
@@ -38,10 +39,10 @@ class Accumulator:
             `GAF(start="first")` (the default), Mean and RandomSkip the micro-gradients are added up as they come:
             one gradient-sized buffer more than plain accumulation, whatever k. Others keep all k.
         model: needed for bn="accepted"; also gives parameters their names in messages and in `leave_out`.
-        scaler: a torch.amp.GradScaler, of this Accumulator alone. `backward` scales, `decide` unscales, `step` steps
-            and updates it. An overflow makes the scale fall and nothing steps.
+        scaler: a torch.amp.GradScaler. `backward` scales, `decide` unscales, `step` steps and updates it. An overflow
+            makes the scale fall and nothing steps.
         bn: "all": BatchNorm's running statistics move with every micro-batch, as in the released code;
-            "accepted": only with accepted ones.
+            "accepted": only with accepted ones; run other forward passes of the model in evaluation mode then.
         leave_out: called with (name, parameter); where it is true, the parameter does not take part in the decision.
             It is still updated, with the same weights.
 
@@ -61,7 +62,7 @@ class Accumulator:
     ) -> None:
         self.optimizers = check_optimizers(optimizer)
         self.policy = policy
-        self.scaler = check_scaler(scaler, self)
+        self.scaler = scaler if scaler is not None and scaler.is_enabled() else None
         self.last: Decision | None = None  # of the last step
         self.outcome: Outcome | None = None  # the same with its evidence, as plain numbers
         self._model, self._leave_out = model, leave_out
@@ -70,7 +71,7 @@ class Accumulator:
         self._bn = BatchNormStatistics(model) if model is not None and bn == "accepted" else None
         self._params: list[nn.Parameter] = []
         self._spare: list[Tensor | None] = []
-        self._missing: list[bool] = []  # which trainable parameters got no gradient the last time that some did not
+        self._missing: list[bool] | None = None  # which trainable parameters got no gradient when the graph was last looked at
         self._rows: Streamed | Stacked | None = None
         self._decided: Decision | None = None
         self._telemetry = Telemetry()
@@ -91,6 +92,8 @@ class Accumulator:
         """
         if self._decided is not None:
             raise RuntimeError("Accumulator: backward() came after decide(); call step() first, it ends the macro-batch.")
+        if self.scaler is not None:
+            claim_scaler(self.scaler, self)
         rows = self._rows if self._rows is not None else self._begin()
         self._check_clean()
         try:
@@ -111,7 +114,7 @@ class Accumulator:
         row = [None if p.grad is None or p.grad._version == version else p.grad for p, version in zip(self._params, lent, strict=True)]
         check_row(self._names, self._params, row)
         missing = [p.requires_grad and g is None for p, g in zip(self._params, row, strict=True)]
-        if any(missing) and missing != self._missing:
+        if self._missing is None or (any(missing) and missing != self._missing):
             check_reentrant(loss)
             self._missing = missing
         return row
@@ -171,6 +174,11 @@ class Accumulator:
         self.last, self._decided = decision, None
         return decision
 
+    @property
+    def waiting(self) -> bool:
+        """Whether a macro-batch is under way: micro-gradients wait for their step()."""
+        return self._rows is not None or self._decided is not None
+
     def gate(self, scheduler: LRScheduler) -> LRScheduler:
         """Makes a scheduler that is stepped once after every `step()` stand still on a skip. In place; returns it.
 
@@ -202,7 +210,7 @@ class Accumulator:
         Raises:
             RuntimeError: where micro-gradients wait for their step().
         """
-        if self._rows is not None or self._decided is not None:
+        if self.waiting:
             waiting = len(self._rows) if self._rows is not None else "decided"
             raise RuntimeError(f"Accumulator: state_dict() must come between macro-batches; micro-gradients wait ({waiting}) and "
                                "would be lost. Call step() first.")  # fmt: skip
@@ -260,7 +268,7 @@ class Accumulator:
             if has_gradients(optimizer):
                 self.scaler.unscale_(optimizer)
             else:
-                probe = next((p for group in optimizer.param_groups for p in group["params"] if p.requires_grad), None)
+                probe = next((p for group in optimizer.param_groups for p in group["params"] if p.requires_grad and p.numel()), None)
                 if probe is None:
                     continue
                 probe.grad = torch.full_like(probe, float("inf") if overflow else 0.0)

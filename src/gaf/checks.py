@@ -39,15 +39,13 @@ def check_optimizers(optimizer: Optimizer | Sequence[Optimizer]) -> list[Optimiz
     return optimizers
 
 
-def check_scaler(scaler: GradScaler | None, owner: object) -> GradScaler | None:
-    if scaler is None or not scaler.is_enabled():
-        return None
-    user = _scaler_users.get(scaler, lambda: None)()
-    if user is not None:
-        raise ValueError("Accumulator: scaler must belong to one Accumulator, for each step() updates its scale; this one is in use "
-                         "already. Make a GradScaler for each, or give one Accumulator several optimizers.")  # fmt: skip
-    _scaler_users[scaler] = ref(owner)
-    return scaler
+def claim_scaler(scaler: GradScaler, user: Any) -> None:
+    """Two macro-batches under way at once must not share a scaler: the first to step would change the other's scale."""
+    other = _scaler_users.get(scaler, lambda: None)()
+    if other is not None and other is not user and other.waiting:
+        raise ValueError("Accumulator: scaler must serve one macro-batch at a time, for step() updates its scale; another Accumulator "
+                         "has micro-gradients waiting under it. Call its step() first, or make a GradScaler for each.")  # fmt: skip
+    _scaler_users[scaler] = ref(user)
 
 
 def check_model(model: nn.Module | None, bn: str) -> None:

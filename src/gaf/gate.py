@@ -39,9 +39,20 @@ class Gated:
         if _gates[self].passes(type(self).__name__):
             super().step(*args, **kwargs)  # type: ignore[misc]
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """A copy is a plain scheduler: nobody tells it of skips."""
+        return empty, (type(self).__mro__[2],), self.__dict__
+
+
+def empty(kind: type) -> Any:
+    return kind.__new__(kind)
+
 
 def gate(scheduler: LRScheduler, progress: Callable[[], tuple[int, int]]) -> LRScheduler:
-    """Changes the scheduler in place: whoever holds it, sees it stand still. Its state_dict stays as it was."""
+    """Changes the scheduler in place: whoever holds it, sees it stand still. Its state_dict stays as it was.
+
+    A copied or unpickled scheduler is not gated.
+    """
     if isinstance(scheduler, ReduceLROnPlateau):
         raise TypeError(
             "gate: ReduceLROnPlateau is stepped once per evaluation with a metric, not once per optimizer step; got one. "

@@ -77,9 +77,10 @@ class Streamed:
         """<s, g> and |g|^2; |s|^2 follows from those before."""
         rest, g = norm2_of_rest(row, self.voters), voting(row, self.voters)
         if not self.holds:
-            (own,) = inner_products([g], [(0, 0)])
+            (own,) = inner_products([g], [(0, 0)], fast=True)
             return torch.zeros_like(own), own + rest
-        inner, own = inner_products([voting(self.total, self.voters), g], [(0, 1), (1, 1)])
+        strange = self.norm2.device.type == "cpu" and not 1e-30 < float(self.norm2) < 1e38
+        inner, own = inner_products([voting(self.total, self.voters), g], [(0, 1), (1, 1)], fast=True, wide=strange)
         return inner, own + rest
 
     def _absorb(self, row: list[Tensor | None], joins: Tensor, shrink: Tensor) -> None:

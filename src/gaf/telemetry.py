@@ -1,10 +1,12 @@
 """What the decisions said, as plain numbers. Counts what a Decision holds; computes no decision again."""
 
 import math
+import sys
 import warnings
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -129,7 +131,7 @@ class Telemetry:
     def _warn_once(self, key: str, message: str) -> None:
         if key not in self.warned:
             self.warned.add(key)
-            warnings.warn(f"gaf: {message}", stacklevel=4)
+            warnings.warn(f"gaf: {message}", stacklevel=frames_inside() + 1)
 
     def stats(self, b: float = 1) -> dict[str, float]:
         recent = self.recent
@@ -151,6 +153,14 @@ class Telemetry:
         self.recent = deque((Recent(**r) for r in state["recent"]), maxlen=WINDOW)
         self.none_for, self.all_for = state["none_for"], state["all_for"]
         self.warned = set(state["warned"])
+
+
+def frames_inside() -> int:
+    """Calls between here and the first line outside this package: the user's, which a warning is to name."""
+    here, frame, count = str(Path(__file__).parent), sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(here):
+        frame, count = frame.f_back, count + 1
+    return count - 1
 
 
 def total(values: Iterable[float]) -> float:
