@@ -109,15 +109,27 @@ class Accumulator:
             self._bn.note()
 
     def _micro_gradient(self, loss: Tensor, retain_graph: bool) -> list[Tensor | None]:
-        lent = self._lend()
-        torch.autograd.backward(loss, inputs=[p for p in self._params if p.requires_grad], retain_graph=retain_graph)
-        row = [None if p.grad is None or p.grad._version == version else p.grad for p, version in zip(self._params, lent, strict=True)]
+        row: list[Tensor | None] = [None] * len(self._params)
+        trained = [(j, p) for j, p in enumerate(self._params) if p.requires_grad]
+        hooks = [p.register_post_accumulate_grad_hook(lambda p, j=j: self._take(row, j, p)) for j, p in trained]
+        try:
+            torch.autograd.backward(loss, inputs=[p for _, p in trained], retain_graph=retain_graph)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        self._spare = [None] * len(self._params)
         check_row(self._names, self._params, row)
         missing = [p.requires_grad and g is None for p, g in zip(self._params, row, strict=True)]
         if self._missing is None or (any(missing) and missing != self._missing):
             check_reentrant(loss)
             self._missing = missing
         return row
+
+    def _take(self, row: list[Tensor | None], j: int, p: Tensor) -> None:
+        """Takes a gradient as soon as it is there; its memory goes back at once where a spare buffer can hold it."""
+        grad, spare = p.grad, self._spare[j]
+        p.grad = None
+        row[j] = spare.copy_(grad) if grad is not None and spare is not None and alike(spare, grad) else grad
 
     def _forget(self) -> None:
         """Leaves no trace of a micro-batch whose backward pass failed."""
@@ -283,6 +295,10 @@ class Accumulator:
         if self._bn is not None:
             self._bn.settle(outcome.accepted)
             self._bn.begin()
+
+
+def alike(a: Tensor, b: Tensor) -> bool:
+    return all(getattr(a, x) == getattr(b, x) for x in ("dtype", "shape", "device", "layout")) and a.stride() == b.stride()
 
 
 def has_gradients(optimizer: Optimizer) -> bool:

@@ -44,7 +44,7 @@ class Gated:
         return empty, (type(self).__mro__[2],), self.__dict__
 
 
-def empty(kind: type) -> Any:
+def empty(kind: Any) -> Any:
     return kind.__new__(kind)
 
 

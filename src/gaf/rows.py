@@ -54,8 +54,8 @@ class Streamed:
     def add(self, row: list[Tensor | None]) -> list[Tensor | None]:
         """Visits a row. Returns its buffers that are free again.
 
-        Only on a CPU, where memory that is given back and asked for anew at every micro-batch costs page faults, some
-        5% of a small network's step; on an accelerator PyTorch's own allocator keeps it at hand.
+        Only on a CPU, where a gradient's worth of memory given back and asked for anew at every micro-batch costs page
+        faults, some 5% of a small network's step; on an accelerator PyTorch's own allocator keeps it at hand.
         """
         inner, own = self._measure(row)
         count, norm2 = self.count.to(own.device), self.norm2.to(own.device)
