@@ -1,6 +1,7 @@
 """GAF on one device: micro-gradients one after the other in time, as in gradient accumulation."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -70,7 +71,7 @@ class Accumulator:
         check_model(model, bn)
         self._bn = BatchNormStatistics(model) if model is not None and bn == "accepted" else None
         self._params: list[nn.Parameter] = []
-        self._spare: list[Tensor | None] = []
+        self._spare: list[Tensor | None] = []  # buffers of the last macro-batch
         self._missing: list[bool] | None = None  # which trainable parameters got no gradient when the graph was last looked at
         self._rows: Streamed | Stacked | None = None
         self._decided: Decision | None = None
@@ -97,27 +98,32 @@ class Accumulator:
         rows = self._rows if self._rows is not None else self._begin()
         self._check_clean()
         try:
-            row = self._micro_gradient(loss if self.scaler is None else self.scaler.scale(loss), retain_graph)
+            row = self._micro_gradient(loss if self.scaler is None else self.scaler.scale(loss), rows, retain_graph)
         except BaseException:
-            self._forget()
+            self._forget(rows)
             raise
         finally:
             self._clear()
         with torch.no_grad():
-            self._spare = rows.add(row)
+            rows.add(row)
         if self._bn is not None:
             self._bn.note()
 
-    def _micro_gradient(self, loss: Tensor, retain_graph: bool) -> list[Tensor | None]:
+    def _micro_gradient(self, loss: Tensor, rows: Streamed | Stacked, retain_graph: bool) -> list[Tensor | None]:
         row: list[Tensor | None] = [None] * len(self._params)
+
+        @torch.no_grad()
+        def take(j: int, p: Tensor) -> None:
+            grad, p.grad = p.grad, None
+            row[j] = None if grad is None else rows.take(j, grad)
+
         trained = [(j, p) for j, p in enumerate(self._params) if p.requires_grad]
-        hooks = [p.register_post_accumulate_grad_hook(lambda p, j=j: self._take(row, j, p)) for j, p in trained]
+        hooks = [p.register_post_accumulate_grad_hook(partial(take, j)) for j, p in trained]
         try:
             torch.autograd.backward(loss, inputs=[p for _, p in trained], retain_graph=retain_graph)
         finally:
             for hook in hooks:
                 hook.remove()
-        self._spare = [None] * len(self._params)
         check_row(self._names, self._params, row)
         missing = [p.requires_grad and g is None for p, g in zip(self._params, row, strict=True)]
         if self._missing is None or (any(missing) and missing != self._missing):
@@ -125,14 +131,9 @@ class Accumulator:
             self._missing = missing
         return row
 
-    def _take(self, row: list[Tensor | None], j: int, p: Tensor) -> None:
-        """Takes a gradient as soon as it is there; its memory goes back at once where a spare buffer can hold it."""
-        grad, spare = p.grad, self._spare[j]
-        p.grad = None
-        row[j] = spare.copy_(grad) if grad is not None and spare is not None and alike(spare, grad) else grad
-
-    def _forget(self) -> None:
+    def _forget(self, rows: Streamed | Stacked) -> None:
         """Leaves no trace of a micro-batch whose backward pass failed."""
+        rows.drop()
         if self._bn is not None:
             self._bn.settle([])
         if not self._rows:
@@ -162,6 +163,7 @@ class Accumulator:
         if outcome.stepped:
             for p, grad in zip(self._params, rows.update(outcome.weights), strict=True):
                 p.grad = None if grad is None else grad.to(p.dtype)
+        self._spare = rows.spare
         self._rows = None
         self._unscale(overflow)
         self._settle(outcome)
@@ -250,7 +252,7 @@ class Accumulator:
         voters = [self._leave_out is None or not self._leave_out(self._names[p], p) for p in params]
         if not any(voters):
             raise ValueError("Accumulator: leave_out must leave at least one parameter to decide on; it is true for all of them.")
-        self._rows = rows_for(self.policy, voters)
+        self._rows = rows_for(self.policy, voters, self._spare)
         return self._rows
 
     def _lend(self) -> list[int | None]:
@@ -295,10 +297,6 @@ class Accumulator:
         if self._bn is not None:
             self._bn.settle(outcome.accepted)
             self._bn.begin()
-
-
-def alike(a: Tensor, b: Tensor) -> bool:
-    return all(getattr(a, x) == getattr(b, x) for x in ("dtype", "shape", "device", "layout")) and a.stride() == b.stride()
 
 
 def has_gradients(optimizer: Optimizer) -> bool:

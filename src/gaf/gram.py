@@ -5,7 +5,7 @@ rows, or each row as a list of parameter-shaped tensors. Pieces are multiplied i
 and added in float64.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -63,23 +63,21 @@ def gram_of(rows: Sequence[Row]) -> Float64[Tensor, "k k"]:
     return full
 
 
-def inner_products(rows: Sequence[Row], pairs: list[tuple[int, int]], *, fast: bool = False, wide: bool = False) -> Float64[Tensor, " p"]:
+def inner_products(rows: Sequence[Row], pairs: list[tuple[int, int]], wide: bool = False) -> Float64[Tensor, " p"]:
     """<g_i, g_j> for the pairs (i, j) of rows that are wanted.
 
     Args:
         rows: each a tensor per parameter.
         pairs: indices of rows.
-        fast: take dot products on a CPU, half the time, in place of sums in a tree. Errors stay below 1e-6 on ordinary
-            gradients and reach 1e-4 where few coordinates hold nearly all.
         wide: multiply in float64, for rows known to be out of float32's range. A row that turns out to be is done again.
     """
-    found = added(products(s, pairs, fast, wide) for s in slices(rows))
+    found = added([products(s, pairs, wide=wide) for s in slices(rows)])
     if found.device.type == "cpu" and not wide and not in_range(found, pairs):
-        found = added(products(s, pairs, fast, wide=True) for s in slices(rows))
+        return inner_products(rows, pairs, wide=True)
     return found if found.numel() else torch.zeros(len(pairs), dtype=torch.float64)
 
 
-def added(partial: Iterable[list[Tensor]]) -> Float64[Tensor, " p"]:
+def added(partial: list[list[Tensor]]) -> Float64[Tensor, " p"]:
     columns = [torch.stack(column) for column in zip(*partial, strict=True)]
     return torch.stack([c.sum(dtype=torch.float64) for c in columns]) if columns else torch.zeros(0, dtype=torch.float64)
 
@@ -89,12 +87,14 @@ def in_range(found: Tensor, pairs: list[tuple[int, int]]) -> bool:
     return all(1e-30 < value < 1e38 for value, (i, j) in zip(found.tolist(), pairs, strict=False) if i == j)
 
 
-def products(vectors: Vectors, pairs: list[tuple[int, int]], fast: bool, wide: bool) -> list[Tensor]:
+def products(vectors: Vectors, pairs: list[tuple[int, int]], *, fast: bool = False, wide: bool = False) -> list[Tensor]:
     """One slice's share of the inner products, each ().
 
     On a CPU pair by pair: for the few long rows at hand, some ten times faster than a matrix product. `sum` adds in a
-    tree, which keeps float32's digits whatever the rows. Elsewhere one float64 product: exact for half and single
-    precision, out of reach of TF32, and without a look at the host.
+    tree, which keeps float32's digits whatever the rows; `fast` takes dot products, half the time, whose errors stay
+    below 1e-6 on ordinary gradients and reach 1e-4 where few coordinates hold nearly all; `wide` multiplies in float64.
+    Elsewhere one float64 product: exact for half and single precision, out of reach of TF32, and without a look at the
+    host.
     """
     if vectors[0].device.type == "cpu":
         held = [v.double() if wide else v.float() if v.dtype in HALF else v for v in vectors]

@@ -7,16 +7,19 @@ from torch import Tensor
 
 from gaf.combine import Policy
 from gaf.decision import Decision
-from gaf.gram import Row, gram_of, inner_products
+from gaf.gram import Row, added, gram_of, in_range, inner_products, products, slices
 from gaf.policies import Sequential, norm2_after, present
 from gaf.shapes import Float64
 from gaf.telemetry import Evidence
 
+PAIR = [(0, 1), (1, 1)]  # of the rows (s, g): <s, g> and |g|^2
+Buffers = list[Tensor | None]
 
-def rows_for(policy: Policy, voters: Sequence[bool]) -> "Streamed | Stacked":
+
+def rows_for(policy: Policy, voters: Sequence[bool], spare: Buffers) -> "Streamed | Stacked":
     if isinstance(policy, Sequential) and policy.streams:
-        return Streamed(policy, voters)
-    return Stacked(policy, voters)
+        return Streamed(policy, voters, spare)
+    return Stacked(policy, voters, spare)
 
 
 def norm2_of_rest(row: Row, voters: Sequence[bool]) -> Tensor | float:
@@ -32,31 +35,51 @@ def voting(row: Row, voters: Sequence[bool]) -> Row:
 class Streamed:
     """The running sum and the current row: one gradient-sized buffer beyond plain accumulation, whatever k.
 
+    On a CPU a gradient is measured as it arrives, while it is in the cache, and copied to a spare buffer, so that
+    autograd's own memory is free for the next layer: memory given back and asked for anew at every micro-batch costs
+    page faults. On an accelerator, whose allocator keeps memory at hand, all are measured at once at the end.
+
     Args:
         policy: gives the accept rule (`visit`) and the verdict (`conclude`).
         voters: which parameters the decision looks at.
+        spare: buffers that may be written over, one per parameter.
     """
 
-    def __init__(self, policy: Sequential, voters: Sequence[bool]) -> None:
-        self.policy, self.voters = policy, voters
-        self.total: list[Tensor | None] = [None] * len(voters)  # the running sum s
+    def __init__(self, policy: Sequential, voters: Sequence[bool], spare: Buffers) -> None:
+        self.policy, self.voters, self.spare = policy, voters, spare
+        self.total: Buffers = [None] * len(voters)  # the running sum s
         self.holds: list[list[bool]] = []  # per row, the parameters that got a gradient
+        self.measured: dict[int, list[list[Tensor]]] = {}  # by parameter, its shares of <s, g> and |g|^2
         self.count = torch.zeros((), dtype=torch.int64)
         self.norm2 = torch.zeros((), dtype=torch.float64)  # |s|^2
         self.accepted: list[Tensor] = []
         self.distances: list[Tensor] = []
         self.norms2: list[Tensor] = []
-        self.signals: list[Tensor] = []  # <a, g_i>, an estimate of |g|^2 for each row but the start
+        self.signals: list[Tensor] = []  # <s, g_i> / c, an estimate of |g|^2 for each row but the start
 
     def __len__(self) -> int:
         return len(self.holds)
 
-    def add(self, row: list[Tensor | None]) -> list[Tensor | None]:
-        """Visits a row. Returns its buffers that are free again.
+    def take(self, j: int, grad: Tensor) -> Tensor:
+        """Takes parameter j's gradient during the backward pass. Returns it, or the buffer that it was copied to."""
+        if grad.device.type != "cpu" or grad.layout != torch.strided:
+            return grad
+        if self.voters[j]:
+            self.measured[j] = self._shares(self.total[j], grad)
+        spare, self.spare[j] = self.spare[j], None
+        return spare.copy_(grad) if spare is not None and alike(spare, grad) else grad
 
-        Only on a CPU, where a gradient's worth of memory given back and asked for anew at every micro-batch costs page
-        faults, some 5% of a small network's step; on an accelerator PyTorch's own allocator keeps it at hand.
-        """
+    def _shares(self, total: Tensor | None, grad: Tensor) -> list[list[Tensor]]:
+        if total is None:
+            return [[torch.zeros(()), *products(part, [(0, 0)], fast=True)] for part in slices([[grad]])]
+        return [products(part, PAIR, fast=True) for part in slices([[total], [grad]])]
+
+    def drop(self) -> None:
+        """Forgets what was measured of a row whose backward pass failed."""
+        self.measured = {}
+
+    def add(self, row: Buffers) -> None:
+        """Visits a row."""
         inner, own = self._measure(row)
         count, norm2 = self.count.to(own.device), self.norm2.to(own.device)
         joins, distance = self.policy.visit(count, inner, norm2, own)
@@ -71,19 +94,22 @@ class Streamed:
         self.norm2 = torch.where(joins, norm2_after(norm2, inner, own, shrink), norm2)
         self.count = count + joins
         held = {id(t) for t in self.total}
-        return [None if g is None or g.device.type != "cpu" or id(g) in held else g for g in row]
+        self.spare = [g if g is not None and g.device.type == "cpu" and id(g) not in held else None for g in row]
 
-    def _measure(self, row: list[Tensor | None]) -> tuple[Tensor, Tensor]:
+    def _measure(self, row: Buffers) -> tuple[Tensor, Tensor]:
         """<s, g> and |g|^2; |s|^2 follows from those before."""
-        rest, g = norm2_of_rest(row, self.voters), voting(row, self.voters)
-        if not self.holds:
-            (own,) = inner_products([g], [(0, 0)], fast=True)
-            return torch.zeros_like(own), own + rest
-        strange = self.norm2.device.type == "cpu" and not 1e-30 < float(self.norm2) < 1e38
-        inner, own = inner_products([voting(self.total, self.voters), g], [(0, 1), (1, 1)], fast=True, wide=strange)
-        return inner, own + rest
+        rows = [voting(self.total, self.voters), voting(row, self.voters)]
+        measured, self.measured = self.measured, {}
+        if measured and len(measured) == sum(g is not None for g in rows[1]):
+            found = added([share for shares in measured.values() for share in shares])
+            in_reach = not self.holds or 1e-30 < float(self.norm2) < 1e38
+            if not (in_reach and in_range(found, PAIR)):  # out of float32's range: a rare second look
+                found = inner_products(rows, PAIR, wide=True)
+        else:
+            found = inner_products(rows, PAIR)
+        return found[0], found[1] + norm2_of_rest(row, self.voters)
 
-    def _absorb(self, row: list[Tensor | None], joins: Tensor, shrink: Tensor) -> None:
+    def _absorb(self, row: Buffers, joins: Tensor, shrink: Tensor) -> None:
         """s <- s + g where the row joins; on an accelerator without asking the host whether it does."""
         if joins.device.type != "cpu":
             row = [None if g is None else g.masked_fill_(~joins.to(g.device), 0) for g in row]
@@ -100,7 +126,7 @@ class Streamed:
         decision = self.policy.conclude(torch.stack(self.accepted), torch.stack(self.distances))
         return decision, Evidence(torch.stack(self.norms2), torch.stack(self.signals).nanmean())
 
-    def update(self, weights: list[float]) -> list[Tensor | None]:
+    def update(self, weights: list[float]) -> Buffers:
         """w^T G; None for a parameter that no accepted row has a gradient for."""
         used = [holds for holds, weight in zip(self.holds, weights, strict=True) if weight]
         total = [s if any(column) else None for s, column in zip(self.total, zip(*used, strict=True), strict=True)]
@@ -114,6 +140,10 @@ def in_range_of_sums(grad: Tensor | None) -> Tensor | None:
     return grad.float() if grad is not None and grad.dtype == torch.float16 else grad
 
 
+def alike(a: Tensor, b: Tensor) -> bool:
+    return (a.dtype, a.shape, a.device, a.stride()) == (b.dtype, b.shape, b.device, b.stride())
+
+
 def scale_(tensors: Sequence[Tensor | None], factor: Tensor | float) -> None:
     held = [t for t in tensors if t is not None]
     if isinstance(factor, Tensor) and factor.device.type == "cpu":
@@ -125,16 +155,21 @@ def scale_(tensors: Sequence[Tensor | None], factor: Tensor | float) -> None:
 class Stacked:
     """All k rows, for policies that need them apart."""
 
-    def __init__(self, policy: Policy, voters: Sequence[bool]) -> None:
-        self.policy, self.voters = policy, voters
-        self.rows: list[list[Tensor | None]] = []
+    def __init__(self, policy: Policy, voters: Sequence[bool], spare: Buffers) -> None:
+        self.policy, self.voters, self.spare = policy, voters, spare
+        self.rows: list[Buffers] = []
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def add(self, row: list[Tensor | None]) -> list[Tensor | None]:
+    def take(self, j: int, grad: Tensor) -> Tensor:
+        return grad
+
+    def drop(self) -> None:
+        pass
+
+    def add(self, row: Buffers) -> None:
         self.rows.append(row)
-        return [None] * len(row)
 
     def decide(self) -> tuple[Decision, Evidence]:
         gram = gram_of([voting(row, self.voters) for row in self.rows])
@@ -142,7 +177,7 @@ class Stacked:
             own += norm2_of_rest(row, self.voters)
         return self.policy(gram), Evidence(gram.diagonal(), mean_off_diagonal(gram))
 
-    def update(self, weights: list[float]) -> list[Tensor | None]:
+    def update(self, weights: list[float]) -> Buffers:
         """w^T G; None for a parameter that no accepted row has a gradient for."""
         used = [(row, w) for row, w in zip(self.rows, weights, strict=True) if w]
         return [weighted([(row[j], w) for row, w in used]) for j in range(len(self.voters))]
