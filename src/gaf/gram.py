@@ -12,7 +12,8 @@ from torch import Tensor
 
 from gaf.shapes import Float, Float64
 
-CHUNK = 2**18  # coordinates in a partial product: small enough for a CPU's cache
+CHUNK = 2**16  # coordinates in a partial sum on a CPU, whose products then stay in its cache
+FAST_CHUNK = 2**18  # the same for dot products, which keep none
 DEVICE_CHUNK = 2**22  # an accelerator does few large products faster than many small
 SHORT = 2**15  # vectors below this are joined first, to save calls
 
@@ -71,7 +72,7 @@ def inner_products(rows: Sequence[Row], pairs: list[tuple[int, int]], wide: bool
         pairs: indices of rows.
         wide: multiply in float64, for rows known to be out of float32's range. A row that turns out to be is done again.
     """
-    found = added([products(s, pairs, wide=wide) for s in slices(rows)])
+    found = added([products(s, pairs, wide) for s in slices(rows)])
     if found.device.type == "cpu" and not wide and not in_range(found, pairs):
         return inner_products(rows, pairs, wide=True)
     return found if found.numel() else torch.zeros(len(pairs), dtype=torch.float64)
@@ -87,21 +88,34 @@ def in_range(found: Tensor, pairs: list[tuple[int, int]]) -> bool:
     return all(1e-30 < value < 1e38 for value, (i, j) in zip(found.tolist(), pairs, strict=False) if i == j)
 
 
-def products(vectors: Vectors, pairs: list[tuple[int, int]], *, fast: bool = False, wide: bool = False) -> list[Tensor]:
+def products(vectors: Vectors, pairs: list[tuple[int, int]], wide: bool = False) -> list[Tensor]:
     """One slice's share of the inner products, each ().
 
-    On a CPU pair by pair: for the few long rows at hand, some ten times faster than a matrix product. `sum` adds in a
-    tree, which keeps float32's digits whatever the rows; `fast` takes dot products, half the time, whose errors stay
-    below 1e-6 on ordinary gradients and reach 1e-4 where few coordinates hold nearly all; `wide` multiplies in float64.
-    Elsewhere one float64 product: exact for half and single precision, out of reach of TF32, and without a look at the
-    host.
+    On a CPU pair by pair: for the few long rows at hand, some ten times faster than a matrix product; `sum` adds in a
+    tree, which keeps float32's digits whatever the rows. Elsewhere one float64 product: exact for half and single
+    precision, out of reach of TF32, and without a look at the host.
     """
     if vectors[0].device.type == "cpu":
         held = [v.double() if wide else v.float() if v.dtype in HALF else v for v in vectors]
-        return [held[i].dot(held[j]) if fast else (held[i] * held[j]).sum() for i, j in pairs]
+        return [(held[i] * held[j]).sum() for i, j in pairs]
     block = torch.stack(list(vectors)).to(vectors[0].device if has_float64(vectors[0].device) else "cpu").double()
     full = block @ block.T
     return [full[i, j] for i, j in pairs]
+
+
+def quick_products(s: Tensor | None, g: Tensor) -> list[list[Tensor]]:
+    """<s, g> and |g|^2 of one parameter on a CPU, slice by slice, by dot products: half the time of `products`.
+
+    Errors stay below 1e-6 on ordinary gradients and reach 1e-4 where few coordinates hold nearly all.
+    """
+    first, second = flatten([g if s is None else s, g])
+    if second.dtype in HALF or first.dtype in HALF:
+        first, second = first.float(), second.float()
+    if s is None:
+        return [[torch.zeros(()), b.dot(b)] for b in second.split(FAST_CHUNK)]
+    if len(second) <= FAST_CHUNK:
+        return [[first.dot(second), second.dot(second)]]
+    return [[a.dot(b), b.dot(b)] for a, b in zip(first.split(FAST_CHUNK), second.split(FAST_CHUNK), strict=True)]
 
 
 def has_float64(device: torch.device) -> bool:

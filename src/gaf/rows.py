@@ -7,7 +7,7 @@ from torch import Tensor
 
 from gaf.combine import Policy
 from gaf.decision import Decision
-from gaf.gram import Row, added, gram_of, in_range, inner_products, products, slices
+from gaf.gram import Row, added, gram_of, in_range, inner_products, quick_products
 from gaf.policies import Sequential, norm2_after, present
 from gaf.shapes import Float64
 from gaf.telemetry import Evidence
@@ -65,14 +65,9 @@ class Streamed:
         if grad.device.type != "cpu" or grad.layout != torch.strided:
             return grad
         if self.voters[j]:
-            self.measured[j] = self._shares(self.total[j], grad)
+            self.measured[j] = quick_products(self.total[j], grad)
         spare, self.spare[j] = self.spare[j], None
         return spare.copy_(grad) if spare is not None and alike(spare, grad) else grad
-
-    def _shares(self, total: Tensor | None, grad: Tensor) -> list[list[Tensor]]:
-        if total is None:
-            return [[torch.zeros(()), *products(part, [(0, 0)], fast=True)] for part in slices([[grad]])]
-        return [products(part, PAIR, fast=True) for part in slices([[total], [grad]])]
 
     def drop(self) -> None:
         """Forgets what was measured of a row whose backward pass failed."""
@@ -141,7 +136,7 @@ def in_range_of_sums(grad: Tensor | None) -> Tensor | None:
 
 
 def alike(a: Tensor, b: Tensor) -> bool:
-    return (a.dtype, a.shape, a.device, a.stride()) == (b.dtype, b.shape, b.device, b.stride())
+    return a.dtype == b.dtype and a.shape == b.shape and a.stride() == b.stride() and a.device == b.device
 
 
 def scale_(tensors: Sequence[Tensor | None], factor: Tensor | float) -> None:

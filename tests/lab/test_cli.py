@@ -118,10 +118,10 @@ def test_bench_compares_all_ways_and_writes_its_figures(run, tmp_path):
     out = tmp_path / "bench.jsonl"
     code, shown, _ = run("bench", "accumulate", "--model", "convnet", "--b", 4, "--k", 6, "--rounds", 3, "--out", out)
     assert code == 0
-    assert "plain accumulation" in shown
+    assert "gaf.GAF()" in shown
     conditions, *lines = [json.loads(line) for line in out.read_text().splitlines()]
     assert conditions["model"] == "convnet"
-    assert [line["ratio_median"] for line in lines if line["way"] == "plain accumulation"] == [1.0]
+    assert all(line["ratio_p10"] <= line["ratio_median"] <= line["ratio_p90"] for line in lines)
     held = {line["way"]: line["extra_gradients"] for line in lines}
     # streaming holds one gradient more; start="best" holds k rows where plain holds one, and autograd's own beside them
     assert held["gaf.GAF()"] < 2 < held["gaf.GAF(start='best')"]
