@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from gaf.batchnorm import BatchNormStatistics
-from gaf.checks import check_model, check_optimizers, check_parameters, check_reentrant, check_row, claim_scaler, names_of
+from gaf.checks import check_dense, check_model, check_optimizers, check_parameters, check_reentrant, claim_scaler, names_of
 from gaf.combine import Policy
 from gaf.decision import Decision
 from gaf.gate import gate
@@ -98,24 +98,24 @@ class Accumulator:
         rows = self._rows if self._rows is not None else self._begin()
         self._check_clean()
         try:
-            row = self._micro_gradient(loss if self.scaler is None else self.scaler.scale(loss), rows, retain_graph)
+            self._micro_gradient(loss if self.scaler is None else self.scaler.scale(loss), rows, retain_graph)
         except BaseException:
             self._forget(rows)
             raise
         finally:
             self._clear()
-        with torch.no_grad():
-            rows.add(row)
         if self._bn is not None:
             self._bn.note()
 
-    def _micro_gradient(self, loss: Tensor, rows: Streamed | Stacked, retain_graph: bool) -> list[Tensor | None]:
-        row: list[Tensor | None] = [None] * len(self._params)
+    def _micro_gradient(self, loss: Tensor, rows: Streamed | Stacked, retain_graph: bool) -> None:
+        """Runs the backward pass; each gradient goes to `rows` as soon as it is there."""
 
         @torch.no_grad()
         def take(j: int, p: Tensor) -> None:
             grad, p.grad = p.grad, None
-            row[j] = None if grad is None else rows.take(j, grad)
+            if grad is not None:
+                check_dense(self._names[self._params[j]], grad)
+                rows.take(j, grad)
 
         trained = [(j, p) for j, p in enumerate(self._params) if p.requires_grad]
         hooks = [p.register_post_accumulate_grad_hook(partial(take, j)) for j, p in trained]
@@ -124,12 +124,12 @@ class Accumulator:
         finally:
             for hook in hooks:
                 hook.remove()
-        check_row(self._names, self._params, row)
-        missing = [p.requires_grad and g is None for p, g in zip(self._params, row, strict=True)]
+        missing = [p.requires_grad and not g for p, g in zip(self._params, rows.got, strict=True)]
         if self._missing is None or (any(missing) and missing != self._missing):
             check_reentrant(loss)
             self._missing = missing
-        return row
+        with torch.no_grad():
+            rows.add()
 
     def _forget(self, rows: Streamed | Stacked) -> None:
         """Leaves no trace of a micro-batch whose backward pass failed."""
@@ -252,7 +252,8 @@ class Accumulator:
         voters = [self._leave_out is None or not self._leave_out(self._names[p], p) for p in params]
         if not any(voters):
             raise ValueError("Accumulator: leave_out must leave at least one parameter to decide on; it is true for all of them.")
-        self._rows = rows_for(self.policy, voters, self._spare)
+        self._rows = rows_for(self.policy, voters, self._spare, all(p.device.type == "cpu" for p in params))
+        self._spare = [None] * len(params)
         return self._rows
 
     def _lend(self) -> list[int | None]:

@@ -75,11 +75,9 @@ def raise_distributed(what: str) -> None:
                     "release 0.2 on, or unwrap the model (ddp.module) and train on one device.")  # fmt: skip
 
 
-def check_row(names: Names, params: list[nn.Parameter], row: list[Tensor | None]) -> None:
-    for p, grad in zip(params, row, strict=True):
-        if grad is not None and grad.layout != torch.strided:
-            raise TypeError(f"Accumulator: gradients must be dense; that of {names[p]!r} is {grad.layout}. "
-                            "Use nn.Embedding(..., sparse=False).")  # fmt: skip
+def check_dense(name: str, grad: Tensor) -> None:
+    if grad.layout != torch.strided:
+        raise TypeError(f"Accumulator: gradients must be dense; that of {name!r} is {grad.layout}. Use nn.Embedding(..., sparse=False).")
 
 
 def check_reentrant(loss: Tensor) -> None:

@@ -103,19 +103,28 @@ def products(vectors: Vectors, pairs: list[tuple[int, int]], wide: bool = False)
     return [full[i, j] for i, j in pairs]
 
 
-def quick_products(s: Tensor | None, g: Tensor) -> list[list[Tensor]]:
-    """<s, g> and |g|^2 of one parameter on a CPU, slice by slice, by dot products: half the time of `products`.
+def quick_products(s: Tensor | None, g: Tensor) -> tuple[float, float]:
+    """<s, g> and |g|^2 of one parameter on a CPU by dot products: half the time of `products`. No s counts as zeros.
 
-    Errors stay below 1e-6 on ordinary gradients and reach 1e-4 where few coordinates hold nearly all.
+    Errors stay below 1e-6 on ordinary gradients and reach 1e-4 where few coordinates hold nearly all. Out of float32's
+    range, and where g is zero or not finite, it looks again in float64.
     """
     first, second = flatten([g if s is None else s, g])
-    if second.dtype in HALF or first.dtype in HALF:
+    if g.dtype in HALF:
         first, second = first.float(), second.float()
+    inner, own = dots(None if s is None else first, second)
+    small = s is not None and own < 1e-15 and abs(inner) < 1e-30  # s may be smaller still, and the product too small
+    if not 1e-30 < own < 1e38 or not abs(inner) < 1e38 or small:
+        inner, own = dots(None if s is None else first.double(), second.double())
+    return inner, own
+
+
+def dots(s: Tensor | None, g: Tensor) -> tuple[float, float]:
+    chunks = g.split(FAST_CHUNK) if len(g) > FAST_CHUNK else (g,)
+    own = sum(float(b.dot(b)) for b in chunks)
     if s is None:
-        return [[torch.zeros(()), b.dot(b)] for b in second.split(FAST_CHUNK)]
-    if len(second) <= FAST_CHUNK:
-        return [[first.dot(second), second.dot(second)]]
-    return [[a.dot(b), b.dot(b)] for a, b in zip(first.split(FAST_CHUNK), second.split(FAST_CHUNK), strict=True)]
+        return 0.0, own
+    return sum(float(a.dot(b)) for a, b in zip(s.split(FAST_CHUNK), chunks, strict=True)), own
 
 
 def has_float64(device: torch.device) -> bool:

@@ -7,49 +7,39 @@ from torch import Tensor
 
 from gaf.combine import Policy
 from gaf.decision import Decision
-from gaf.gram import Row, added, gram_of, in_range, inner_products, quick_products
+from gaf.gram import gram_of
 from gaf.policies import Sequential, norm2_after, present
 from gaf.shapes import Float64
+from gaf.sums import Buffers, SumOnCpu, SumOnDevice, norm2_of_rest, voting
 from gaf.telemetry import Evidence
 
-PAIR = [(0, 1), (1, 1)]  # of the rows (s, g): <s, g> and |g|^2
-Buffers = list[Tensor | None]
 
+def rows_for(policy: Policy, voters: Sequence[bool], spare: Buffers, on_cpu: bool) -> "Streamed | Stacked":
+    """The holder that a policy needs.
 
-def rows_for(policy: Policy, voters: Sequence[bool], spare: Buffers) -> "Streamed | Stacked":
-    if isinstance(policy, Sequential) and policy.streams:
-        return Streamed(policy, voters, spare)
-    return Stacked(policy, voters, spare)
-
-
-def norm2_of_rest(row: Row, voters: Sequence[bool]) -> Tensor | float:
-    """0 x |the coordinates that do not vote|^2: NaN where one of them is not finite, so that the row counts as absent."""
-    rest = [t for t, votes in zip(row, voters, strict=True) if not votes]
-    return 0.0 * gram_of([rest])[0, 0] if rest else 0.0
-
-
-def voting(row: Row, voters: Sequence[bool]) -> Row:
-    return [t for t, votes in zip(row, voters, strict=True) if votes]
+    Args:
+        policy: what will decide.
+        voters: which parameters the decision looks at.
+        spare: buffers of an earlier macro-batch, which may be written over.
+        on_cpu: whether all parameters are.
+    """
+    if not (isinstance(policy, Sequential) and policy.streams):
+        return Stacked(policy, voters)
+    return Streamed(policy, SumOnCpu(voters, spare) if on_cpu else SumOnDevice(voters, policy.average == "halving"))
 
 
 class Streamed:
     """The running sum and the current row: one gradient-sized buffer beyond plain accumulation, whatever k.
 
-    On a CPU a gradient is measured as it arrives, while it is in the cache, and copied to a spare buffer, so that
-    autograd's own memory is free for the next layer: memory given back and asked for anew at every micro-batch costs
-    page faults. On an accelerator, whose allocator keeps memory at hand, all are measured at once at the end.
-
     Args:
         policy: gives the accept rule (`visit`) and the verdict (`conclude`).
-        voters: which parameters the decision looks at.
-        spare: buffers that may be written over, one per parameter.
+        sum: holds s, and takes the rows.
     """
 
-    def __init__(self, policy: Sequential, voters: Sequence[bool], spare: Buffers) -> None:
-        self.policy, self.voters, self.spare = policy, voters, spare
-        self.total: Buffers = [None] * len(voters)  # the running sum s
-        self.holds: list[list[bool]] = []  # per row, the parameters that got a gradient
-        self.measured: dict[int, list[list[Tensor]]] = {}  # by parameter, its shares of <s, g> and |g|^2
+    def __init__(self, policy: Sequential, sum: SumOnCpu | SumOnDevice) -> None:
+        self.policy, self.sum = policy, sum
+        self.got: list[bool] = [False] * len(sum.voters)  # the current row's parameters that have a gradient
+        self.holds: list[list[bool]] = []  # the same of each row
         self.count = torch.zeros((), dtype=torch.int64)
         self.norm2 = torch.zeros((), dtype=torch.float64)  # |s|^2
         self.accepted: list[Tensor] = []
@@ -60,27 +50,27 @@ class Streamed:
     def __len__(self) -> int:
         return len(self.holds)
 
-    def take(self, j: int, grad: Tensor) -> Tensor:
-        """Takes parameter j's gradient during the backward pass. Returns it, or the buffer that it was copied to."""
-        if grad.device.type != "cpu" or grad.layout != torch.strided:
-            return grad
-        if self.voters[j]:
-            self.measured[j] = quick_products(self.total[j], grad)
-        spare, self.spare[j] = self.spare[j], None
-        return spare.copy_(grad) if spare is not None and alike(spare, grad) else grad
+    @property
+    def spare(self) -> Buffers:
+        return self.sum.spare
+
+    def take(self, j: int, grad: Tensor) -> None:
+        """Parameter j's gradient, as it arrives in the backward pass."""
+        self.got[j] = True
+        self.sum.take(j, grad)
 
     def drop(self) -> None:
-        """Forgets what was measured of a row whose backward pass failed."""
-        self.measured = {}
+        """Forgets the row whose backward pass failed."""
+        self.got = [False] * len(self.got)
+        self.sum.drop()
 
-    def add(self, row: Buffers) -> None:
-        """Visits a row."""
-        inner, own = self._measure(row)
+    def add(self) -> None:
+        """Visits the row, which is whole now."""
+        inner, own = self.sum.measure()
         count, norm2 = self.count.to(own.device), self.norm2.to(own.device)
         joins, distance = self.policy.visit(count, inner, norm2, own)
         shrink = self.policy.shrink(count)
-        self._absorb(row, joins | self.policy.adds_absent, shrink)
-        self.holds.append([t is not None for t in row])
+        self.sum.absorb(joins | self.policy.adds_absent, shrink)
         self.accepted.append(joins)
         self.distances.append(distance)
         self.norms2.append(own)
@@ -88,34 +78,8 @@ class Streamed:
         self.signals.append(torch.where(present(own) & (count > 0), inner / terms, torch.nan))
         self.norm2 = torch.where(joins, norm2_after(norm2, inner, own, shrink), norm2)
         self.count = count + joins
-        held = {id(t) for t in self.total}
-        self.spare = [g if g is not None and g.device.type == "cpu" and id(g) not in held else None for g in row]
-
-    def _measure(self, row: Buffers) -> tuple[Tensor, Tensor]:
-        """<s, g> and |g|^2; |s|^2 follows from those before."""
-        rows = [voting(self.total, self.voters), voting(row, self.voters)]
-        measured, self.measured = self.measured, {}
-        if measured and len(measured) == sum(g is not None for g in rows[1]):
-            found = added([share for shares in measured.values() for share in shares])
-            in_reach = not self.holds or 1e-30 < float(self.norm2) < 1e38
-            if not (in_reach and in_range(found, PAIR)):  # out of float32's range: a rare second look
-                found = inner_products(rows, PAIR, wide=True)
-        else:
-            found = inner_products(rows, PAIR)
-        return found[0], found[1] + norm2_of_rest(row, self.voters)
-
-    def _absorb(self, row: Buffers, joins: Tensor, shrink: Tensor) -> None:
-        """s <- s + g where the row joins; on an accelerator without asking the host whether it does."""
-        if joins.device.type != "cpu":
-            row = [None if g is None else g.masked_fill_(~joins.to(g.device), 0) for g in row]
-        elif not joins:
-            return
-        pairs = [(s, g) for s, g in zip(self.total, row, strict=True) if s is not None and g is not None]
-        if pairs:
-            torch._foreach_add_([s for s, _ in pairs], [g for _, g in pairs])
-        self.total = [in_range_of_sums(g) if s is None else s for s, g in zip(self.total, row, strict=True)]
-        if self.policy.average == "halving":
-            scale_(self.total, torch.where(joins, shrink, 1.0))
+        self.holds.append(self.got)
+        self.got = [False] * len(self.got)
 
     def decide(self) -> tuple[Decision, Evidence]:
         decision = self.policy.conclude(torch.stack(self.accepted), torch.stack(self.distances))
@@ -124,47 +88,37 @@ class Streamed:
     def update(self, weights: list[float]) -> Buffers:
         """w^T G; None for a parameter that no accepted row has a gradient for."""
         used = [holds for holds, weight in zip(self.holds, weights, strict=True) if weight]
-        total = [s if any(column) else None for s, column in zip(self.total, zip(*used, strict=True), strict=True)]
+        total = [s if any(column) else None for s, column in zip(self.sum.total, zip(*used, strict=True), strict=True)]
         if self.policy.average == "mean":
-            scale_(total, max(weights))
+            torch._foreach_mul_([t for t in total if t is not None], max(weights))
         return total
-
-
-def in_range_of_sums(grad: Tensor | None) -> Tensor | None:
-    """float16 sums are held in float32: they leave float16's range where their mean does not."""
-    return grad.float() if grad is not None and grad.dtype == torch.float16 else grad
-
-
-def alike(a: Tensor, b: Tensor) -> bool:
-    return a.dtype == b.dtype and a.shape == b.shape and a.stride() == b.stride() and a.device == b.device
-
-
-def scale_(tensors: Sequence[Tensor | None], factor: Tensor | float) -> None:
-    held = [t for t in tensors if t is not None]
-    if isinstance(factor, Tensor) and factor.device.type == "cpu":
-        factor = float(factor)
-    if held and not (isinstance(factor, float) and factor == 1.0):
-        torch._foreach_mul_(held, factor)
 
 
 class Stacked:
     """All k rows, for policies that need them apart."""
 
-    def __init__(self, policy: Policy, voters: Sequence[bool], spare: Buffers) -> None:
-        self.policy, self.voters, self.spare = policy, voters, spare
+    def __init__(self, policy: Policy, voters: Sequence[bool]) -> None:
+        self.policy, self.voters = policy, voters
+        self.spare: Buffers = [None] * len(voters)
+        self.row: Buffers = [None] * len(voters)
         self.rows: list[Buffers] = []
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def take(self, j: int, grad: Tensor) -> Tensor:
-        return grad
+    def take(self, j: int, grad: Tensor) -> None:
+        self.row[j] = grad
 
     def drop(self) -> None:
-        pass
+        self.row = [None] * len(self.voters)
 
-    def add(self, row: Buffers) -> None:
-        self.rows.append(row)
+    @property
+    def got(self) -> list[bool]:
+        return [g is not None for g in self.row]
+
+    def add(self) -> None:
+        self.rows.append(self.row)
+        self.drop()
 
     def decide(self) -> tuple[Decision, Evidence]:
         gram = gram_of([voting(row, self.voters) for row in self.rows])

@@ -1,0 +1,130 @@
+"""The running sum s of the accepted rows, and what is measured of a row against it as autograd delivers the row."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from gaf.gram import gram_of, inner_products, quick_products
+from gaf.shapes import Bool, Float64
+
+Buffers = list[Tensor | None]  # one per parameter
+PAIR = [(0, 1), (1, 1)]  # of the rows (s, g): <s, g> and |g|^2
+
+
+class SumOnCpu:
+    """s, and beside it the candidate s + g, made parameter by parameter while g is in the cache.
+
+    A row that is accepted is there already; one that is refused leaves s bit for bit as it was. Autograd's own memory
+    is free for the next layer at once, and the buffers go to and fro: memory given back and asked for anew at every
+    micro-batch would cost page faults.
+
+    Args:
+        voters: which parameters the decision looks at.
+        spare: buffers that may be written over.
+    """
+
+    def __init__(self, voters: Sequence[bool], spare: Buffers) -> None:
+        self.voters, self.spare = voters, spare
+        self.total: Buffers = [None] * len(voters)
+        self.candidate: Buffers = [None] * len(voters)
+        self.inner = self.own = 0.0
+
+    def take(self, j: int, grad: Tensor) -> None:
+        """Parameter j's gradient: adds its share to <s, g> and |g|^2, and makes its part of the candidate."""
+        total = self.total[j]
+        if self.voters[j]:
+            inner, own = quick_products(total, grad)
+            self.inner, self.own = self.inner + inner, self.own + own
+        else:
+            self.own += 0.0 * quick_products(None, grad)[1]  # NaN where it is not finite: the row counts as absent
+        spare, self.spare[j] = self.spare[j], None
+        self.candidate[j] = added(total, grad, spare)
+
+    def measure(self) -> tuple[Float64[Tensor, ""], Float64[Tensor, ""]]:
+        """<s, g> and |g|^2 of the row that was taken."""
+        found = torch.tensor([self.inner, self.own], dtype=torch.float64)
+        self.inner = self.own = 0.0
+        return found[0], found[1]
+
+    def absorb(self, joins: Bool[Tensor, ""], shrink: Float64[Tensor, ""]) -> None:
+        """s <- shrink (s + g) where the row joins, else s stays."""
+        if not joins:
+            return self.drop()
+        for j, candidate in enumerate(self.candidate):
+            if candidate is not None:
+                self.total[j], self.spare[j] = candidate, self.total[j]
+        self.candidate = [None] * len(self.voters)
+        if shrink != 1:
+            torch._foreach_mul_([t for t in self.total if t is not None], float(shrink))
+        return None
+
+    def drop(self) -> None:
+        """Forgets the row."""
+        self.spare = [s if c is None else c for s, c in zip(self.spare, self.candidate, strict=True)]
+        self.candidate = [None] * len(self.voters)
+        self.inner = self.own = 0.0
+
+
+def added(total: Tensor | None, grad: Tensor, spare: Tensor | None) -> Tensor:
+    """s + g, in the spare buffer where it fits."""
+    like = wide(grad) if total is None else total
+    if spare is None or not alike(spare, like):
+        return like if total is None else torch.add(total, grad)
+    return spare.copy_(grad) if total is None else torch.add(total, grad, out=spare)
+
+
+def wide(grad: Tensor) -> Tensor:
+    """float16 is added up in float32: its sums leave its range where their mean does not."""
+    return grad.float() if grad.dtype == torch.float16 else grad
+
+
+def alike(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and a.shape == b.shape and a.stride() == b.stride() and a.device == b.device
+
+
+class SumOnDevice:
+    """s and the current row on an accelerator: measured at once when the row is whole, added without asking the host.
+
+    Args:
+        voters: which parameters the decision looks at.
+        halving: whether `shrink` is ever other than 1.
+    """
+
+    def __init__(self, voters: Sequence[bool], halving: bool) -> None:
+        self.voters, self.halving = voters, halving
+        self.spare: Buffers = [None] * len(voters)  # the device's own allocator keeps memory at hand
+        self.total: Buffers = [None] * len(voters)
+        self.row: Buffers = [None] * len(voters)
+
+    def take(self, j: int, grad: Tensor) -> None:
+        self.row[j] = grad
+
+    def measure(self) -> tuple[Float64[Tensor, ""], Float64[Tensor, ""]]:
+        found = inner_products([voting(self.total, self.voters), voting(self.row, self.voters)], PAIR)
+        return found[0], found[1] + norm2_of_rest(self.row, self.voters)
+
+    def absorb(self, joins: Bool[Tensor, ""], shrink: Float64[Tensor, ""]) -> None:
+        row = [None if g is None else g.masked_fill_(~joins.to(g.device), 0) for g in self.row]
+        pairs = [(s, g) for s, g in zip(self.total, row, strict=True) if s is not None and g is not None]
+        if pairs:
+            torch._foreach_add_([s for s, _ in pairs], [g for _, g in pairs])
+        self.total = [wide(g) if s is None and g is not None else s for s, g in zip(self.total, row, strict=True)]
+        if self.halving:
+            for total in self.total:
+                if total is not None:
+                    total.mul_(torch.where(joins, shrink, 1.0).to(total.device))
+        self.drop()
+
+    def drop(self) -> None:
+        self.row = [None] * len(self.voters)
+
+
+def voting(row: Sequence[Tensor | None], voters: Sequence[bool]) -> Buffers:
+    return [t for t, votes in zip(row, voters, strict=True) if votes]
+
+
+def norm2_of_rest(row: Sequence[Tensor | None], voters: Sequence[bool]) -> Tensor | float:
+    """0 x |the coordinates that do not vote|^2: NaN where one of them is not finite, so that the row counts as absent."""
+    rest = [t for t, votes in zip(row, voters, strict=True) if not votes]
+    return 0.0 * gram_of([rest])[0, 0] if rest else 0.0
