@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from gaf.batchnorm import BatchNormStatistics
-from gaf.checks import check_dense, check_model, check_optimizers, check_parameters, check_reentrant, claim_scaler, names_of
+from gaf.checks import check_model, check_optimizers, check_parameters, check_reentrant, claim_scaler, names_of, raise_sparse
 from gaf.combine import Policy
 from gaf.decision import Decision
 from gaf.gate import gate
@@ -110,11 +110,11 @@ class Accumulator:
     def _micro_gradient(self, loss: Tensor, rows: Streamed | Stacked, retain_graph: bool) -> None:
         """Runs the backward pass; each gradient goes to `rows` as soon as it is there."""
 
-        @torch.no_grad()
-        def take(j: int, p: Tensor) -> None:
+        def take(j: int, p: Tensor) -> None:  # autograd runs hooks without recording
             grad, p.grad = p.grad, None
             if grad is not None:
-                check_dense(self._names[self._params[j]], grad)
+                if grad.layout != torch.strided:
+                    raise_sparse(self._names[self._params[j]], grad)
                 rows.take(j, grad)
 
         trained = [(j, p) for j, p in enumerate(self._params) if p.requires_grad]
@@ -255,14 +255,6 @@ class Accumulator:
         self._rows = rows_for(self.policy, voters, self._spare, all(p.device.type == "cpu" for p in params))
         self._spare = [None] * len(params)
         return self._rows
-
-    def _lend(self) -> list[int | None]:
-        """Gives the spare buffers, zeroed, to autograd to add into. Returns their versions: unchanged means no gradient came."""
-        for p, buffer in zip(self._params, self._spare, strict=True):
-            if buffer is not None and p.requires_grad and (buffer.dtype, buffer.shape, buffer.device) == (p.dtype, p.shape, p.device):
-                p.grad = buffer.zero_()
-        self._spare = [None] * len(self._params)
-        return [None if p.grad is None else p.grad._version for p in self._params]
 
     def _check_clean(self) -> None:
         for p in self._params:

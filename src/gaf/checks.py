@@ -75,9 +75,8 @@ def raise_distributed(what: str) -> None:
                     "release 0.2 on, or unwrap the model (ddp.module) and train on one device.")  # fmt: skip
 
 
-def check_dense(name: str, grad: Tensor) -> None:
-    if grad.layout != torch.strided:
-        raise TypeError(f"Accumulator: gradients must be dense; that of {name!r} is {grad.layout}. Use nn.Embedding(..., sparse=False).")
+def raise_sparse(name: str, grad: Tensor) -> None:
+    raise TypeError(f"Accumulator: gradients must be dense; that of {name!r} is {grad.layout}. Use nn.Embedding(..., sparse=False).")
 
 
 def check_reentrant(loss: Tensor) -> None:

@@ -109,22 +109,23 @@ def quick_products(s: Tensor | None, g: Tensor) -> tuple[float, float]:
     Errors stay below 1e-6 on ordinary gradients and reach 1e-4 where few coordinates hold nearly all. Out of float32's
     range, and where g is zero or not finite, it looks again in float64.
     """
-    first, second = flatten([g if s is None else s, g])
-    if g.dtype in HALF:
-        first, second = first.float(), second.float()
-    inner, own = dots(None if s is None else first, second)
+    flat = [v.float() if v.dtype in HALF else v for v in flatten([g] if s is None else [s, g])]
+    inner, own = dots(flat)
     small = s is not None and own < 1e-15 and abs(inner) < 1e-30  # s may be smaller still, and the product too small
-    if not 1e-30 < own < 1e38 or not abs(inner) < 1e38 or small:
-        inner, own = dots(None if s is None else first.double(), second.double())
+    if small or not (1e-30 < own < 1e38 and abs(inner) < 1e38):
+        inner, own = dots([v.double() for v in flat])
     return inner, own
 
 
-def dots(s: Tensor | None, g: Tensor) -> tuple[float, float]:
-    chunks = g.split(FAST_CHUNK) if len(g) > FAST_CHUNK else (g,)
-    own = sum(float(b.dot(b)) for b in chunks)
-    if s is None:
-        return 0.0, own
-    return sum(float(a.dot(b)) for a, b in zip(s.split(FAST_CHUNK), chunks, strict=True)), own
+def dots(vectors: Vectors) -> tuple[float, float]:
+    """Of (s, g): <s, g> and |g|^2; of (g,) alone: 0 and |g|^2."""
+    g = vectors[-1]
+    chunks = (vectors,) if g.numel() <= FAST_CHUNK else zip(*(v.split(FAST_CHUNK) for v in vectors), strict=True)
+    inner = own = 0.0
+    for chunk in chunks:
+        inner += chunk[0].dot(chunk[1]).item() if len(chunk) == 2 else 0.0
+        own += chunk[-1].dot(chunk[-1]).item()
+    return inner, own
 
 
 def has_float64(device: torch.device) -> bool:
@@ -162,9 +163,11 @@ def parts(rows: Sequence[Row]) -> Iterator[Vectors]:
 
 def flatten(tensors: list[Tensor]) -> Vectors:
     """Vectors whose coordinates stand in the same order; views where every tensor lies in memory the same way."""
+    first = tensors[0]
+    if first.ndim == 1 and all(t.stride() == (1,) for t in tensors):
+        return tensors
     if all(t.is_contiguous() for t in tensors):
         return [t.view(-1) for t in tensors]
-    first = tensors[0]
     if all(t.stride() == first.stride() for t in tensors):
         order = sorted(range(first.ndim), key=first.stride, reverse=True)  # channels_last becomes contiguous
         tensors = [t.permute(order) for t in tensors]

@@ -38,8 +38,12 @@ class SumOnCpu:
             self.inner, self.own = self.inner + inner, self.own + own
         else:
             self.own += 0.0 * quick_products(None, grad)[1]  # NaN where it is not finite: the row counts as absent
+        self.candidate[j] = wide(grad) if total is None else self._with(total, grad, j)
+
+    def _with(self, total: Tensor, grad: Tensor, j: int) -> Tensor:
+        """s + g, in the spare buffer where there is one that fits."""
         spare, self.spare[j] = self.spare[j], None
-        self.candidate[j] = added(total, grad, spare)
+        return torch.add(total, grad, out=spare) if spare is not None and spare.dtype == total.dtype else torch.add(total, grad)
 
     def measure(self) -> tuple[Float64[Tensor, ""], Float64[Tensor, ""]]:
         """<s, g> and |g|^2 of the row that was taken."""
@@ -53,7 +57,8 @@ class SumOnCpu:
             return self.drop()
         for j, candidate in enumerate(self.candidate):
             if candidate is not None:
-                self.total[j], self.spare[j] = candidate, self.total[j]
+                old, self.total[j] = self.total[j], candidate
+                self.spare[j] = self.spare[j] if old is None else old
         self.candidate = [None] * len(self.voters)
         if shrink != 1:
             torch._foreach_mul_([t for t in self.total if t is not None], float(shrink))
@@ -66,21 +71,9 @@ class SumOnCpu:
         self.inner = self.own = 0.0
 
 
-def added(total: Tensor | None, grad: Tensor, spare: Tensor | None) -> Tensor:
-    """s + g, in the spare buffer where it fits."""
-    like = wide(grad) if total is None else total
-    if spare is None or not alike(spare, like):
-        return like if total is None else torch.add(total, grad)
-    return spare.copy_(grad) if total is None else torch.add(total, grad, out=spare)
-
-
 def wide(grad: Tensor) -> Tensor:
     """float16 is added up in float32: its sums leave its range where their mean does not."""
     return grad.float() if grad.dtype == torch.float16 else grad
-
-
-def alike(a: Tensor, b: Tensor) -> bool:
-    return a.dtype == b.dtype and a.shape == b.shape and a.stride() == b.stride() and a.device == b.device
 
 
 class SumOnDevice:
