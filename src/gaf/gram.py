@@ -97,7 +97,8 @@ def products(vectors: Vectors, pairs: list[tuple[int, int]], wide: bool = False)
     """
     if vectors[0].device.type == "cpu":
         held = [v.double() if wide else v.float() if v.dtype in HALF else v for v in vectors]
-        return [(held[i] * held[j]).sum() for i, j in pairs]
+        scratch = torch.empty_like(held[0])
+        return [torch.mul(held[i], held[j], out=scratch).sum() for i, j in pairs]
     block = torch.stack(list(vectors)).to(vectors[0].device if has_float64(vectors[0].device) else "cpu").double()
     full = block @ block.T
     return [full[i, j] for i, j in pairs]

@@ -1,0 +1,78 @@
+"""What the README claims: its code runs, and its figures are those of the records in the repository.
+
+`python tests/test_readme.py` prints the tables anew.
+"""
+
+import json
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+from gaf_lab import records
+from gaf_lab import statistics as st
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def demo_table() -> str:
+    columns = (st.SELECTED, st.LAST, st.MEMORISED, st.CORRECTED, st.ACCEPTANCE, st.STEPS)
+    lines = ["| arm | n | selected | last | memorised | corrected | accepted | steps taken |", "|---|---|---|---|---|---|---|---|"]
+    arms = st.arms(records.find([ROOT / "results" / "demo"]))
+    for arm in arms:
+        found = [st.spread(arm, measure) for measure in columns]
+        lines.append(f"| {arm.name} | {found[0].n} | " + " | ".join(f"{100 * s.mean:.1f} ± {100 * s.deviation:.1f}" for s in found) + " |")
+    named = {arm.name: arm for arm in arms}
+    lines += ["", "Paired differences in points, with 95% bootstrap intervals:", ""]
+    lines += ["| difference | selected | last |", "|---|---|---|"]
+    for first, second in (("GAF", "averaging"), ("random subset", "averaging"), ("GAF", "random subset")):
+        both = [st.difference(named[first], named[second], measure) for measure in (st.SELECTED, st.LAST)]
+        cells = (f"{100 * d.mean:+.1f} ({100 * d.low:.1f} to {100 * d.high:.1f})" for d in both)
+        lines.append(f"| {first} - {second} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def bench_table() -> str:
+    text = (ROOT / "benchmarks" / "accumulate.jsonl").read_text()
+    lines = ["| k | way | time, ratio (10% to 90%) | extra memory at the peak, gradients |", "|---|---|---|---|"]
+    for line in map(json.loads, text.splitlines()[1:]):
+        spread = f"{line['ratio_median']:.3f} ({line['ratio_p10']:.2f} to {line['ratio_p90']:.2f})"
+        lines.append(f"| {line['k']} | `{line['way']}` | {spread} | {line['extra_gradients']:.2f} |")
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_the_readmes_code_runs(block, tmp_path):
+    file = tmp_path / "block.py"
+    file.write_text(block)
+    runpy.run_path(str(file))
+
+
+def test_there_is_code_to_run():
+    assert len(BLOCKS) >= 2
+
+
+def test_the_readmes_diff_is_the_code_that_the_tests_run():
+    for call in ("acc = gaf.Accumulator(optimizer, gaf.GAF(", "acc.backward(", "decision = acc.step()"):
+        assert any(call in block for block in BLOCKS)
+
+
+@pytest.mark.parametrize("table", [demo_table, bench_table])
+def test_the_readmes_figures_are_the_records(table):
+    assert table() in README
+
+
+def test_every_file_that_the_readme_points_to_exists():
+    links = re.findall(r"\]\(([^)#]+)\)", README)
+    assert [link for link in links if "://" not in link and not (ROOT / link).exists()] == []
+
+
+def test_the_annotated_tree_names_every_module():
+    modules = [p.name for folder in ("gaf", "gaf_lab") for p in (ROOT / "src" / folder).glob("*.py") if not p.name.startswith("__")]
+    assert [name for name in modules if name not in README] == []
+
+
+if __name__ == "__main__":
+    print(demo_table(), bench_table(), sep="\n\n")
