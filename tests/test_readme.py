@@ -9,6 +9,7 @@ import runpy
 from pathlib import Path
 
 import pytest
+
 from gaf_lab import records
 from gaf_lab import statistics as st
 
