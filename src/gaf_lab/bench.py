@@ -4,10 +4,12 @@ Machines are noisy, so every figure is a ratio to the plain step of the same rou
 from the allocator's own events, not sampled: the peak of a fresh model's first two steps.
 """
 
+import contextlib
 import json
+import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,7 +87,7 @@ def make_step(way: str, k: int, b: int, name: ModelName, stem: models.Stem) -> t
 
 def peak_bytes(make: Callable[[], Step]) -> int:
     """The most memory held by tensors at once while a model is made and two steps are taken."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with silent_stderr(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         step = make()
         step()
         step()
@@ -96,6 +98,19 @@ def peak_bytes(make: Callable[[], Step]) -> int:
         held += event.nbytes()
         most = max(most, held)
     return most
+
+
+@contextlib.contextmanager
+def silent_stderr() -> Iterator[None]:
+    """The profiler's own library writes a line there each time that it starts and stops."""
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def accumulate(

@@ -13,7 +13,8 @@ import gaf
 
 
 def versions() -> dict[str, str]:
-    return {"gaf": gaf.__version__, "python": platform.python_version()} | {name: metadata.version(name) for name in ("torch", "numpy")}
+    packages = {"torch": torch.__version__, "numpy": metadata.version("numpy")}
+    return {"gaf": gaf.__version__, "python": platform.python_version()} | packages
 
 
 def machine(device: torch.device) -> dict[str, Any]:
