@@ -26,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 
 import gaf
 from gaf.batchnorm import BatchNormStatistics
+from gaf.sums import SumOnDevice
 
 BATCH = 12
 Batch = tuple[Tensor, Tensor]
@@ -1702,3 +1703,38 @@ def test_a_gpu_decides_and_updates_as_the_cpu_does(average: str, wrap: Callable)
     update, decision = gaf.aggregate(rows.cpu(), gaf.GAF(0.9, average=average))
     assert acc.decide().accepted.tolist() == decision.accepted.tolist()
     torch.testing.assert_close(p.grad.cpu(), update, rtol=0, atol=1e-5)  # float32 sums of six numbers of size 1
+
+
+# ------------------------------------------------------------------------------------------------- the accelerator's path
+
+
+@pytest.mark.parametrize("average", ["mean", "halving"])
+@pytest.mark.parametrize("policy", ["gaf", "mean"])
+def test_the_sum_for_accelerators_decides_and_updates_as_the_one_for_cpus(
+    policy: str, average: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same rows through both, with a NaN row and a parameter that some rows leave out; tensors here are the CPU's."""
+    made = gaf.Mean() if policy == "mean" else gaf.GAF(0.9, average=average)
+    bad = [] if policy == "mean" else [1]
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    rows = [(torch.randn(5, generator=generator) + 1, torch.randn(3, generator=generator) + 0.5) for _ in range(6)]
+    for device in (False, True):
+        with monkeypatch.context() as patch:
+            if device:
+                patch.setattr("gaf.rows.SumOnCpu", lambda voters, spare: SumOnDevice(voters, average == "halving"))
+            p, q = vector(5), vector(3)
+            acc = gaf.Accumulator(SGD([p, q], 0.1), made)
+            for _ in range(3):
+                for i, (a, b) in enumerate(rows):
+                    factor = math.nan if i in bad else 1.0
+                    acc.backward(factor * (p * a).sum() + (0 if i in (0, 3) else (q * b).sum()))
+                decision = acc.step()
+            found.append((decision, p.detach(), q.detach(), acc.stats()))
+    (one, p, q, stats), (other, r, s, others) = found
+    assert one.accepted.tolist() == other.accepted.tolist()
+    assert bool(one.stepped)
+    torch.testing.assert_close(one.distances, other.distances, rtol=0, atol=1e-6, equal_nan=True)  # float32 products against float64
+    torch.testing.assert_close(p, r, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(q, s, rtol=1e-6, atol=1e-7)
+    assert stats == pytest.approx(others, rel=1e-4)

@@ -1,5 +1,5 @@
 """`python -m gaf_lab` is `gaf`."""
 
-from gaf_lab.cli import main
+from gaf_lab import main
 
 raise SystemExit(main())

@@ -3,6 +3,7 @@
 data -> micro-batch -> micro-gradient -> decision -> step or skip -> evaluation -> records, checkpoint
 """
 
+import contextlib
 import math
 import os
 import time
@@ -224,7 +225,8 @@ def train(
         kept = folder / checkpoint.FILE
         raise Diverged(f"{error} {last_good(kept)} A lower learning rate is the usual way out.") from None
     finally:
-        records.append(folder, {"kind": "end", "status": status, "seconds": training.seconds + training.interval.seconds})
+        with contextlib.suppress(OSError):  # a full disk: the error under way says more
+            records.append(folder, {"kind": "end", "status": status, "seconds": training.seconds + training.interval.seconds})
     return records.read(folder)
 
 
