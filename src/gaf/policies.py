@@ -1,9 +1,7 @@
 """Policies: from the k x k Gram matrix of the micro-gradients to a Decision, on the Gram's device.
 
-A policy is any callable `gram -> Decision`. The ones here visit the rows one by one and look only at the running sum
-of the rows taken so far (`Sequential`). What they need of a row, its inner product with that sum and both norms, can
-be read off the Gram matrix (`walk`) or measured while the rows stream by (`gaf.Accumulator`); `visit` is the one
-rule behind both.
+A policy is any callable `gram -> Decision`. The ones here are `Sequential`: they visit the rows one by one and look only
+at the running sum of the rows taken so far, so that they can decide while the rows stream by.
 """
 
 import math
@@ -15,102 +13,8 @@ import torch
 from torch import Tensor
 
 from gaf.decision import Decision
+from gaf.sequential import Sequential, present, visit, walk
 from gaf.shapes import Bool, Float64, Int
-
-TIE = 1e-12  # a distance equal to tau is accepted; rounding in float64 must not turn such a tie into a rejection
-
-
-def visit(
-    count: Int[Tensor, "*s"],
-    inner: Float64[Tensor, "*s"],
-    norm2: Float64[Tensor, "*s"],
-    own: Float64[Tensor, "*s"],
-    tau: float,
-) -> tuple[Bool[Tensor, "*s"], Float64[Tensor, "*s"]]:
-    """The accept rule: one row g against the running sum s of `count` rows (paper, algorithm 1).
-
-        distance = 1 - <s, g> / (|s| |g|), in [0, 2]        accepted: distance <= tau
-
-    The first present row starts the sum: distance 0. An absent row (norm zero or not finite) is never accepted:
-    distance NaN. Rows that cancelled have left a sum without direction: distance 1.
-
-    Args:
-        count: rows in the sum.
-        inner: <s, g>.
-        norm2: |s|^2.
-        own: |g|^2.
-        tau: the largest distance that is accepted; a higher one accepts more.
-
-    Returns:
-        accepted, distance.
-    """
-    cosine = torch.where(norm2 > 0, inner / (norm2.sqrt() * own.sqrt()), 0.0)
-    distance = torch.where(count > 0, (1 - cosine).clamp(0, 2), 0.0)
-    distance = torch.where(present(own), distance, math.nan)
-    return distance <= tau + TIE, distance
-
-
-def present(norm2: Float64[Tensor, "*s"]) -> Bool[Tensor, "*s"]:
-    return (norm2 > 0) & norm2.isfinite()
-
-
-class Sequential:
-    """A policy that visits the rows in order, each against the running sum of those accepted before it."""
-
-    average: Literal["mean", "halving"] = "mean"
-    streams = True  # the rows may be added up as they come: nothing is decided later that needs them apart
-    adds_absent = False  # whether an absent row is added all the same, so that its NaN goes through
-
-    def visit(
-        self, count: Int[Tensor, "*s"], inner: Float64[Tensor, "*s"], norm2: Float64[Tensor, "*s"], own: Float64[Tensor, "*s"]
-    ) -> tuple[Bool[Tensor, "*s"], Float64[Tensor, "*s"]]:
-        """Whether a row joins the running sum, and its distance to it; see `gaf.policies.visit`."""
-        raise NotImplementedError
-
-    def shrink(self, count: Int[Tensor, "*s"]) -> Float64[Tensor, "*s"]:
-        """What the sum is multiplied by once a row has joined `count` others: 1, or 1/2 for average="halving"."""
-        halved = (count > 0) & (self.average == "halving")
-        return 1.0 - 0.5 * halved.double()
-
-    def conclude(self, accepted: Bool[Tensor, " k"], distances: Float64[Tensor, " k"]) -> Decision:
-        """The decision, once every row was visited."""
-        raise NotImplementedError
-
-    def __call__(self, gram: Float64[Tensor, "k k"]) -> Decision:
-        """Decides from the Gram matrix, (k, k) float64; a diagonal entry of zero, NaN or infinity marks an absent row."""
-        k = len(gram)
-        accepted, distances = walk(self, gram, torch.arange(k, device=gram.device).expand(1, k))
-        return self.conclude(accepted[0], distances[0])
-
-
-def walk(
-    policy: Sequential, gram: Float64[Tensor, "k k"], orders: Int[Tensor, "s k"]
-) -> tuple[Bool[Tensor, "s k"], Float64[Tensor, "s k"]]:
-    """Visits the rows in each of s orders at once. Returns accepted and distances, by row: O(s k^2), no look at the host."""
-    norms2, sound = gram.diagonal(), present(gram.diagonal())
-    gram = torch.where(sound & sound[:, None], gram, 0.0)
-    s, k = orders.shape
-    inner = gram.new_zeros(s, k)  # <running sum, g_i>
-    norm2, count = gram.new_zeros(s), torch.zeros(s, dtype=torch.int64, device=gram.device)
-    accepted = torch.zeros(s, k, dtype=torch.bool, device=gram.device)
-    distances = gram.new_zeros(s, k)
-    for row in orders.unbind(1):
-        here = row[:, None]
-        inner_row, shrink = inner.gather(1, here)[:, 0], policy.shrink(count)
-        joins, distance = policy.visit(count, inner_row, norm2, norms2[row])
-        norm2 = torch.where(joins, norm2_after(norm2, inner_row, gram.diagonal()[row], shrink), norm2)
-        inner = torch.where(joins[:, None], (inner + gram[row]) * shrink[:, None], inner)
-        count = count + joins
-        accepted.scatter_(1, here, joins[:, None])
-        distances.scatter_(1, here, distance[:, None])
-    return accepted, distances
-
-
-def norm2_after(
-    norm2: Float64[Tensor, "*s"], inner: Float64[Tensor, "*s"], own: Float64[Tensor, "*s"], shrink: Float64[Tensor, "*s"]
-) -> Float64[Tensor, "*s"]:
-    """|shrink (s + g)|^2 from |s|^2, <s, g> and |g|^2."""
-    return (norm2 + 2 * inner + own).clamp_min(0) * shrink**2
 
 
 @dataclass(frozen=True)

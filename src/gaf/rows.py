@@ -8,7 +8,7 @@ from torch import Tensor
 from gaf.combine import Policy
 from gaf.decision import Decision
 from gaf.gram import gram_of
-from gaf.policies import Sequential, norm2_after, present
+from gaf.sequential import Sequential, norm2_after, present
 from gaf.shapes import Float64
 from gaf.sums import Buffers, SumOnCpu, SumOnDevice, norm2_of_rest, voting
 from gaf.telemetry import Evidence

@@ -63,7 +63,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Recent:
-    """One step, condensed to what the averages need. Norm and signal as shares of the mean squared norm."""
+    """One step, condensed to what the averages and the warnings need."""
 
     compared: int
     accepted: int  # of the compared rows
