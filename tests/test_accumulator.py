@@ -1607,10 +1607,10 @@ def test_the_state_cannot_be_taken_while_micro_gradients_wait() -> None:
     p = vector()
     acc = gaf.Accumulator(SGD([p], 0.1), gaf.GAF(0.5))
     feed(acc, p, AGREE)
-    with pytest.raises(RuntimeError, match=r"state_dict\(\) must come between macro-batches; micro-gradients wait \(2\)"):
+    with pytest.raises(RuntimeError, match=r"state_dict\(\) must come between macro-batches; micro-gradients wait"):
         acc.state_dict()
     acc.decide()
-    with pytest.raises(RuntimeError, match=r"micro-gradients wait \(decided\)"):
+    with pytest.raises(RuntimeError, match=r"micro-gradients wait and would be lost"):
         acc.state_dict()
     acc.step()
     acc.state_dict()
@@ -1722,7 +1722,7 @@ def test_the_sum_for_accelerators_decides_and_updates_as_the_one_for_cpus(
     for device in (False, True):
         with monkeypatch.context() as patch:
             if device:
-                patch.setattr("gaf.rows.SumOnCpu", lambda voters, spare: SumOnDevice(voters, average == "halving"))
+                patch.setattr("gaf.rows.SumOnCpu", lambda voters, spare: SumOnDevice(voters, average == "halving", torch.device("cpu")))
             p, q = vector(5), vector(3)
             acc = gaf.Accumulator(SGD([p, q], 0.1), made)
             for _ in range(3):

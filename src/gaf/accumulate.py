@@ -11,7 +11,16 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from gaf.batchnorm import BatchNormStatistics
-from gaf.checks import check_model, check_optimizers, check_parameters, check_reentrant, claim_scaler, names_of, raise_sparse
+from gaf.checks import (
+    check_model,
+    check_optimizers,
+    check_parameters,
+    check_policy,
+    check_reentrant,
+    claim_scaler,
+    names_of,
+    raise_unusable,
+)
 from gaf.combine import Policy
 from gaf.decision import Decision
 from gaf.gate import gate
@@ -62,7 +71,7 @@ class Accumulator:
         leave_out: LeaveOut | None = None,
     ) -> None:
         self.optimizers = check_optimizers(optimizer)
-        self.policy = policy
+        self.policy = check_policy(policy)
         self.scaler = scaler if scaler is not None and scaler.is_enabled() else None
         self.last: Decision | None = None  # of the last step
         self.outcome: Outcome | None = None  # the same with its evidence, as plain numbers
@@ -110,12 +119,16 @@ class Accumulator:
     def _micro_gradient(self, loss: Tensor, rows: Streamed | Stacked, retain_graph: bool) -> None:
         """Runs the backward pass; each gradient goes to `rows` as soon as it is there."""
 
+        taken: set[int] = set()
+
         def take(j: int, p: Tensor) -> None:  # autograd runs hooks without recording
             grad, p.grad = p.grad, None
-            if grad is not None:
-                if grad.layout != torch.strided:
-                    raise_sparse(self._names[self._params[j]], grad)
-                rows.take(j, grad)
+            if grad is None:
+                return
+            if j in taken or grad.layout != torch.strided:
+                raise_unusable(self._names[self._params[j]], grad)
+            taken.add(j)
+            rows.take(j, own(grad))
 
         trained = [(j, p) for j, p in enumerate(self._params) if p.requires_grad]
         hooks = [p.register_post_accumulate_grad_hook(partial(take, j)) for j, p in trained]
@@ -188,6 +201,20 @@ class Accumulator:
         self.last, self._decided = decision, None
         return decision
 
+    def discard(self) -> None:
+        """Drops the macro-batch under way and its micro-gradients; for an epoch that is broken off. Does nothing else.
+
+        Raises:
+            RuntimeError: between `decide()` and `step()`: the decision is counted.
+        """
+        if self._decided is not None:
+            raise RuntimeError("Accumulator: discard() came after decide(), which counted the decision; call step().")
+        if self._bn is not None and self._rows is not None:
+            self._bn.settle([])
+            self._bn.begin()
+        self._rows = None
+        self._clear()
+
     @property
     def waiting(self) -> bool:
         """Whether a macro-batch is under way: micro-gradients wait for their step()."""
@@ -224,18 +251,25 @@ class Accumulator:
         Raises:
             RuntimeError: where micro-gradients wait for their step().
         """
-        if self.waiting:
-            waiting = len(self._rows) if self._rows is not None else "decided"
-            raise RuntimeError(f"Accumulator: state_dict() must come between macro-batches; micro-gradients wait ({waiting}) and "
-                               "would be lost. Call step() first.")  # fmt: skip
+        self._check_idle("state_dict()")
         policy = self.policy.state_dict() if hasattr(self.policy, "state_dict") else {}
         return {"telemetry": self._telemetry.state_dict(), "policy": policy}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes back what `state_dict` gave."""
+        """Takes back what `state_dict` gave.
+
+        Raises:
+            RuntimeError: where micro-gradients wait for their step().
+        """
+        self._check_idle("load_state_dict()")
         self._telemetry.load_state_dict(state["telemetry"])
         if hasattr(self.policy, "load_state_dict"):
             self.policy.load_state_dict(state["policy"])
+
+    def _check_idle(self, call: str) -> None:
+        if self.waiting:
+            raise RuntimeError(f"Accumulator: {call} must come between macro-batches; micro-gradients wait and would be lost. "
+                               "Call step() first, or discard() to drop them.")  # fmt: skip
 
     def _parameters(self) -> list[nn.Parameter]:
         return [p for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]]
@@ -252,7 +286,7 @@ class Accumulator:
         voters = [self._leave_out is None or not self._leave_out(self._names[p], p) for p in params]
         if not any(voters):
             raise ValueError("Accumulator: leave_out must leave at least one parameter to decide on; it is true for all of them.")
-        self._rows = rows_for(self.policy, voters, self._spare, all(p.device.type == "cpu" for p in params))
+        self._rows = rows_for(self.policy, voters, self._spare, params[0].device)
         self._spare = [None] * len(params)
         return self._rows
 
@@ -290,6 +324,12 @@ class Accumulator:
         if self._bn is not None:
             self._bn.settle(outcome.accepted)
             self._bn.begin()
+
+
+def own(grad: Tensor) -> Tensor:
+    """A gradient that may be written over: autograd can hand out one whose memory another tensor has too."""
+    shared = torch._C._storage_Use_Count(grad.untyped_storage()._cdata) > 2
+    return grad.clone() if shared else grad
 
 
 def has_gradients(optimizer: Optimizer) -> bool:

@@ -1,5 +1,7 @@
 """Lets BatchNorm's running statistics move only for the micro-batches that a decision accepts."""
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -16,28 +18,35 @@ class BatchNormStatistics:
     def __init__(self, model: nn.Module) -> None:
         norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
         self.norms = [m for m in norms if m.running_mean is not None]
-        self.moves: list[list[list[Tensor]]] = []
-        self.start: list[list[Tensor]] = []
         self.begin()
-        model.register_load_state_dict_post_hook(lambda module, keys: self.begin())
+        for i, norm in enumerate(self.norms):
+            norm.register_forward_pre_hook(partial(self._arrive, i))
 
     def begin(self) -> None:
-        """Takes the statistics as they are for the start of the next macro-batch."""
-        self.start, self.moves = [buffers_copy(m) for m in self.norms], []
+        """Starts a macro-batch; each layer's statistics are taken at its first forward pass in it."""
+        self.start: list[list[Tensor] | None] = [None] * len(self.norms)
+        self.moves: list[list[list[Tensor] | None]] = []
+
+    def _arrive(self, i: int, norm: nn.Module, inputs: object) -> None:
+        if norm.training and self.start[i] is None:
+            self.start[i] = buffers_copy(self.norms[i])
 
     @torch.no_grad()
     def note(self) -> None:
         """After a micro-batch: keep its statistics and put those of the macro-batch's start back."""
-        self.moves.append([buffers_copy(m) for m in self.norms])
+        self.moves.append([None if start is None else buffers_copy(m) for start, m in zip(self.start, self.norms, strict=True)])
         self.settle([])
 
     @torch.no_grad()
     def settle(self, accepted: list[bool]) -> None:
         """Put the start back and replay the accepted micro-batches."""
-        for i, norm in enumerate(self.norms):
-            state = [t.clone() for t in self.start[i]]
+        for i, (norm, start) in enumerate(zip(self.norms, self.start, strict=True)):
+            if start is None:
+                continue
+            state = [t.clone() for t in start]
             for move, taken in zip(self.moves, accepted, strict=False):
-                state = replay(state, self.start[i], move[i], norm.momentum) if taken else state
+                after = move[i]
+                state = replay(state, start, after, norm.momentum) if taken and after is not None else state
             for buffer, value in zip(buffers(norm), state, strict=True):
                 buffer.copy_(value)
 

@@ -20,7 +20,7 @@ ACROSS_RANKS = "Accumulator works on one device, where micro-batches follow each
 
 
 def check_optimizers(optimizer: Optimizer | Sequence[Optimizer]) -> list[Optimizer]:
-    optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
+    optimizers: list[Optimizer] = list(optimizer) if isinstance(optimizer, list | tuple) else [optimizer]  # type: ignore[list-item]
     for one in optimizers:
         if not isinstance(one, Optimizer):
             raise TypeError(f"Accumulator: optimizer must be a torch.optim.Optimizer or a sequence of them; got {type(one).__name__}.")
@@ -63,6 +63,10 @@ def check_parameters(names: Names, params: list[nn.Parameter]) -> None:
             raise TypeError(f"Accumulator: parameters must be real; {names[p]!r} is {p.dtype}. Use torch.view_as_real.")
         if hasattr(p, "device_mesh"):
             raise_distributed(f"parameter {names[p]!r} is a DTensor (FSDP2 or tensor parallel)")
+    devices = sorted({str(p.device) for p in params})
+    if len(devices) > 1:
+        raise ValueError(f"Accumulator: parameters must be on one device; they are on {', '.join(devices)}. "
+                         "Give each device's optimizer an Accumulator of its own.")  # fmt: skip
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         mine = set(map(id, params))
         for thing in gc.get_objects():  # DDP leaves no mark on its parameters
@@ -71,12 +75,21 @@ def check_parameters(names: Names, params: list[nn.Parameter]) -> None:
 
 
 def raise_distributed(what: str) -> None:
-    raise TypeError(f"Accumulator: {what}. {ACROSS_RANKS}. Filter across ranks with gaf.attach(model, optimizer, policy), from "
-                    "release 0.2 on, or unwrap the model (ddp.module) and train on one device.")  # fmt: skip
+    raise TypeError(f"Accumulator: {what}. {ACROSS_RANKS}. Filter across ranks with gaf.attach(model, optimizer, policy), "
+                    "planned for release 0.2; until then unwrap the model (ddp.module) and train on one device.")  # fmt: skip
 
 
-def raise_sparse(name: str, grad: Tensor) -> None:
-    raise TypeError(f"Accumulator: gradients must be dense; that of {name!r} is {grad.layout}. Use nn.Embedding(..., sparse=False).")
+def raise_unusable(name: str, grad: Tensor) -> None:
+    if grad.layout != torch.strided:
+        raise TypeError(f"Accumulator: gradients must be dense; that of {name!r} is {grad.layout}. Use nn.Embedding(..., sparse=False).")
+    raise RuntimeError(f"Accumulator: a backward pass must bring each parameter one gradient; {name!r} got two, from a backward pass "
+                       "within the backward pass (a reentrant checkpoint or the like). Use one that is not reentrant.")  # fmt: skip
+
+
+def check_policy(policy: Any) -> Any:
+    if isinstance(policy, type) or not callable(policy):
+        raise TypeError(f"Accumulator: policy must be a callable from a Gram matrix to a Decision; got {policy!r}. Use gaf.GAF(tau=0.97).")
+    return policy
 
 
 def check_reentrant(loss: Tensor) -> None:

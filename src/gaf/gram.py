@@ -57,10 +57,11 @@ def check_rows(rows: Tensor) -> None:
 
 def gram_of(rows: Sequence[Row]) -> Float64[Tensor, "k k"]:
     """The Gram matrix of rows that are lists of tensors, one per parameter, in the same order in every row."""
-    lower = torch.tril_indices(len(rows), len(rows))
-    found = inner_products(rows, list(zip(*lower.tolist(), strict=True)))
-    full = found.new_zeros(len(rows), len(rows))
-    full[lower[0], lower[1]] = full[lower[1], lower[0]] = found
+    k = len(rows)
+    found = inner_products(rows, [(i, j) for i in range(k) for j in range(i + 1)])
+    i, j = torch.tril_indices(k, k, device=found.device)  # made there: an index from the host would be waited for
+    full = found.new_zeros(k, k)
+    full[i, j] = full[j, i] = found
     return full
 
 

@@ -5,6 +5,7 @@ at the running sum of the rows taken so far, so that they can decide while the r
 """
 
 import math
+import numbers
 import random
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, Literal
@@ -56,13 +57,13 @@ class GAF(Sequential):
     min_accepted: int = 2
 
     def __post_init__(self) -> None:
-        if not 0 <= self.tau <= 2:
+        if not isinstance(self.tau, numbers.Real) or not 0 <= self.tau <= 2:
             raise ValueError(
-                f"GAF: tau is a cosine distance and must lie in [0, 2]; got {self.tau}. The paper uses 0.97; 2 accepts everything."
+                f"GAF: tau is a cosine distance and must lie in [0, 2]; got {self.tau!r}. The paper uses 0.97; 2 accepts everything."
             )
         check_choice("start", self.start, ("first", "best", "worst"))
         check_choice("average", self.average, ("mean", "halving"))
-        if not (isinstance(self.min_accepted, int) and self.min_accepted >= 1):
+        if not isinstance(self.min_accepted, int) or isinstance(self.min_accepted, bool) or self.min_accepted < 1:
             raise ValueError(f"GAF: min_accepted must be a whole number of at least 1; got {self.min_accepted}. The paper uses 2.")
 
     @property

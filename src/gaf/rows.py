@@ -8,24 +8,26 @@ from torch import Tensor
 from gaf.combine import Policy
 from gaf.decision import Decision
 from gaf.gram import gram_of
+from gaf.policies import GAF
 from gaf.sequential import Sequential, norm2_after, present
 from gaf.shapes import Float64
 from gaf.sums import Buffers, SumOnCpu, SumOnDevice, norm2_of_rest, voting
 from gaf.telemetry import Evidence
 
 
-def rows_for(policy: Policy, voters: Sequence[bool], spare: Buffers, on_cpu: bool) -> "Streamed | Stacked":
+def rows_for(policy: Policy, voters: Sequence[bool], spare: Buffers, device: torch.device) -> "Streamed | Stacked":
     """The holder that a policy needs.
 
     Args:
         policy: what will decide.
         voters: which parameters the decision looks at.
         spare: buffers of an earlier macro-batch, which may be written over.
-        on_cpu: whether all parameters are.
+        device: of the parameters.
     """
-    if not (isinstance(policy, Sequential) and policy.streams):
+    if not (isinstance(policy, Sequential) and policy.streams and type(policy).__call__ in (Sequential.__call__, GAF.__call__)):
         return Stacked(policy, voters)
-    return Streamed(policy, SumOnCpu(voters, spare) if on_cpu else SumOnDevice(voters, policy.average == "halving"))
+    on_cpu = device.type == "cpu"
+    return Streamed(policy, SumOnCpu(voters, spare) if on_cpu else SumOnDevice(voters, policy.average == "halving", device))
 
 
 class Streamed:
@@ -40,8 +42,8 @@ class Streamed:
         self.policy, self.sum = policy, sum
         self.got: list[bool] = [False] * len(sum.voters)  # the current row's parameters that have a gradient
         self.holds: list[list[bool]] = []  # the same of each row
-        self.count = torch.zeros((), dtype=torch.int64)
-        self.norm2 = torch.zeros((), dtype=torch.float64)  # |s|^2
+        self.count = torch.zeros((), dtype=torch.int64, device=sum.device)
+        self.norm2 = torch.zeros((), dtype=torch.float64, device=sum.device)  # |s|^2
         self.accepted: list[Tensor] = []
         self.distances: list[Tensor] = []
         self.norms2: list[Tensor] = []
@@ -67,7 +69,7 @@ class Streamed:
     def add(self) -> None:
         """Visits the row, which is whole now."""
         inner, own = self.sum.measure()
-        count, norm2 = self.count.to(own.device), self.norm2.to(own.device)
+        count, norm2 = self.count, self.norm2
         joins, distance = self.policy.visit(count, inner, norm2, own)
         shrink = self.policy.shrink(count)
         self.sum.absorb(joins | self.policy.adds_absent, shrink)
@@ -88,6 +90,9 @@ class Streamed:
     def update(self, weights: list[float]) -> Buffers:
         """w^T G; None for a parameter that no accepted row has a gradient for."""
         used = [holds for holds, weight in zip(self.holds, weights, strict=True) if weight]
+        if self.policy.average == "mean" and {w for w in weights if w} != {max(weights)}:
+            raise ValueError(f"policy {self.policy!r}: a policy whose rows stream must weigh them alike; got weights {weights}. "
+                             "Override __call__, not conclude: then the rows are kept.")  # fmt: skip
         total = [s if any(column) else None for s, column in zip(self.sum.total, zip(*used, strict=True), strict=True)]
         if self.policy.average == "mean":
             torch._foreach_mul_([t for t in total if t is not None], max(weights))
@@ -124,7 +129,11 @@ class Stacked:
         gram = gram_of([voting(row, self.voters) for row in self.rows])
         for own, row in zip(gram.diagonal(), self.rows, strict=True):
             own += norm2_of_rest(row, self.voters)
-        return self.policy(gram), Evidence(gram.diagonal(), mean_off_diagonal(gram))
+        decision = self.policy(gram)
+        if decision.weights.shape != (len(self.rows),):
+            raise ValueError(f"policy {self.policy!r}: a Decision must have one weight for each of the {len(self.rows)} rows; "
+                             f"got shape {tuple(decision.weights.shape)}.")  # fmt: skip
+        return decision, Evidence(gram.diagonal(), mean_off_diagonal(gram))
 
     def update(self, weights: list[float]) -> Buffers:
         """w^T G; None for a parameter that no accepted row has a gradient for."""

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gaf.gram import gram_of, inner_products, quick_products
+from gaf.gram import has_float64, inner_products, quick_products
 from gaf.shapes import Bool, Float64
 
 Buffers = list[Tensor | None]  # one per parameter
@@ -23,6 +23,8 @@ class SumOnCpu:
         voters: which parameters the decision looks at.
         spare: buffers that may be written over.
     """
+
+    device = torch.device("cpu")
 
     def __init__(self, voters: Sequence[bool], spare: Buffers) -> None:
         self.voters, self.spare = voters, spare
@@ -43,7 +45,7 @@ class SumOnCpu:
     def _with(self, total: Tensor, grad: Tensor, j: int) -> Tensor:
         """s + g, in the spare buffer where there is one that fits."""
         spare, self.spare[j] = self.spare[j], None
-        return torch.add(total, grad, out=spare) if spare is not None and spare.dtype == total.dtype else torch.add(total, grad)
+        return torch.add(total, grad, out=spare) if spare is not None and alike(spare, total) else torch.add(total, grad)
 
     def measure(self) -> tuple[Float64[Tensor, ""], Float64[Tensor, ""]]:
         """<s, g> and |g|^2 of the row that was taken."""
@@ -76,16 +78,22 @@ def wide(grad: Tensor) -> Tensor:
     return grad.float() if grad.dtype == torch.float16 else grad
 
 
+def alike(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and a.shape == b.shape and a.stride() == b.stride()
+
+
 class SumOnDevice:
     """s and the current row on an accelerator: measured at once when the row is whole, added without asking the host.
 
     Args:
         voters: which parameters the decision looks at.
         halving: whether `shrink` is ever other than 1.
+        device: of the parameters.
     """
 
-    def __init__(self, voters: Sequence[bool], halving: bool) -> None:
+    def __init__(self, voters: Sequence[bool], halving: bool, device: torch.device) -> None:
         self.voters, self.halving = voters, halving
+        self.device = device if has_float64(device) else torch.device("cpu")
         self.spare: Buffers = [None] * len(voters)  # the device's own allocator keeps memory at hand
         self.total: Buffers = [None] * len(voters)
         self.row: Buffers = [None] * len(voters)
@@ -94,7 +102,7 @@ class SumOnDevice:
         self.row[j] = grad
 
     def measure(self) -> tuple[Float64[Tensor, ""], Float64[Tensor, ""]]:
-        found = inner_products([voting(self.total, self.voters), voting(self.row, self.voters)], PAIR)
+        found = inner_products([voting(self.total, self.voters), voting(self.row, self.voters)], PAIR).to(self.device)
         return found[0], found[1] + norm2_of_rest(self.row, self.voters)
 
     def absorb(self, joins: Bool[Tensor, ""], shrink: Float64[Tensor, ""]) -> None:
@@ -120,4 +128,4 @@ def voting(row: Sequence[Tensor | None], voters: Sequence[bool]) -> Buffers:
 def norm2_of_rest(row: Sequence[Tensor | None], voters: Sequence[bool]) -> Tensor | float:
     """0 x |the coordinates that do not vote|^2: NaN where one of them is not finite, so that the row counts as absent."""
     rest = [t for t, votes in zip(row, voters, strict=True) if not votes]
-    return 0.0 * gram_of([rest])[0, 0] if rest else 0.0
+    return 0.0 * inner_products([rest], [(0, 0)])[0] if any(t is not None for t in rest) else 0.0

@@ -1,0 +1,241 @@
+"""What a user's model, policy or loop may do to gaf.Accumulator: shared memory, foreign policies, statistics set by hand."""
+
+import copy
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.optim import SGD
+
+import gaf
+from gaf.accumulate import own
+from gaf.decision import Decision
+
+# ----------------------------------------------------------------------------------------------------- shared memory
+
+
+class Seen(nn.Module):
+    """Two parameters whose gradients autograd hands out as views of one tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(1, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ((self.a.unsqueeze(0) + self.b) * x).sum()
+
+
+@pytest.mark.parametrize("start", ["first", "best"])
+def test_parameters_whose_gradients_share_memory_are_added_up_once(start: str) -> None:
+    model, rows = Seen(), torch.tensor([[1.0, 2.0, 3.0], [2.0, 2.0, 2.0], [1.0, 1.0, 4.0], [3.0, 2.0, 1.0]])
+    acc = gaf.Accumulator(SGD(model.parameters(), 0.1), gaf.GAF(0.9, start=start))
+    for row in rows:
+        acc.backward(model(row))
+    acc.decide()
+    expected, _ = gaf.aggregate(rows, gaf.GAF(0.9))
+    assert model.a.grad is not None
+    assert model.b.grad is not None
+    torch.testing.assert_close(model.a.grad, expected)
+    torch.testing.assert_close(model.b.grad[0], expected)
+
+
+def test_a_gradient_that_the_user_keeps_is_not_written_over() -> None:
+    p = nn.Parameter(torch.ones(3))
+    rows = torch.tensor([[1.0, 2.0, 3.0], [2.0, 2.0, 2.0], [1.0, 2.0, 2.0]])
+    before, kept = rows.clone(), []
+    acc = gaf.Accumulator(SGD([p], 0.1), gaf.GAF(0.9))
+    for row in rows:
+        product = p * 1.0
+        product.register_hook(kept.append)
+        acc.backward(torch.dot(product, row))
+    acc.step()
+    assert torch.equal(rows, before)
+    torch.testing.assert_close(torch.stack(kept), before)
+
+
+def test_memory_of_its_own_is_not_copied() -> None:
+    """The count of references that a fresh tensor has is torch's, and may change with a release: then every gradient is copied."""
+    fresh = torch.ones(4)
+    assert own(fresh) is fresh
+    assert own(fresh[:2]).data_ptr() != fresh.data_ptr()
+
+
+def test_a_parameter_must_get_one_gradient_in_a_backward_pass() -> None:
+    p = nn.Parameter(torch.ones(2))
+
+    class Twice(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, g):
+            with torch.enable_grad():
+                (p * 2).sum().backward()
+            return g
+
+    acc = gaf.Accumulator(SGD([p], 0.1), gaf.GAF(0.9))
+    with pytest.raises(RuntimeError, match="one gradient; '0 of group 0' got two"):
+        acc.backward(Twice.apply(p * 3).sum())
+    assert p.grad is None
+    assert not acc.waiting
+
+
+def test_a_spare_buffer_of_another_layout_is_not_used() -> None:
+    """The parameter turns channels-last between two macro-batches."""
+    torch.manual_seed(0)
+    model = nn.Conv2d(3, 4, 3)
+    twin, x = copy.deepcopy(model), torch.randn(8, 2, 3, 8, 8)
+    for each in (model, twin):
+        acc = gaf.Accumulator(SGD(each.parameters(), 0.1), gaf.GAF(2.0))
+        for macro in range(3):
+            if each is model and macro == 1:
+                each.to(memory_format=torch.channels_last)
+            for batch in x[2 * macro : 2 * macro + 2]:
+                acc.backward(each(batch).square().mean())
+            acc.decide()
+            if macro > 0 and each is model:
+                assert each.weight.grad is not None
+                assert each.weight.grad.stride() == each.weight.stride()
+            acc.step()
+    torch.testing.assert_close(model.weight, twin.weight)
+
+
+# ---------------------------------------------------------------------------------------------------- foreign policies
+
+
+@dataclass(frozen=True)
+class LastOnly(gaf.GAF):
+    """Overrides the call: must see the whole Gram matrix."""
+
+    def __call__(self, gram: Tensor) -> Decision:
+        accepted = torch.zeros(len(gram), dtype=torch.bool)
+        accepted[-1] = True
+        return Decision(accepted.double(), accepted, torch.tensor(True), torch.zeros(len(gram), dtype=torch.float64))
+
+
+@dataclass(frozen=True)
+class Uneven(gaf.GAF):
+    """Overrides only the conclusion, with weights that the running sum cannot give."""
+
+    def conclude(self, accepted: Tensor, distances: Tensor) -> Decision:
+        weights = torch.arange(len(accepted), dtype=torch.float64)
+        return Decision(weights, accepted, torch.tensor(True), distances)
+
+
+ROWS = torch.tensor([[1.0, 2.0], [2.0, 1.0], [1.0, 1.0]])
+
+
+def fed(policy: gaf.GAF) -> tuple[gaf.Accumulator, nn.Parameter]:
+    p = nn.Parameter(torch.zeros(2))
+    acc = gaf.Accumulator(SGD([p], 1.0), policy)
+    for row in ROWS:
+        acc.backward(torch.dot(p, row))
+    return acc, p
+
+
+def test_a_policy_that_overrides_the_call_gets_the_gram_matrix() -> None:
+    acc, p = fed(LastOnly())
+    acc.step()
+    torch.testing.assert_close(p.data, -ROWS[-1])
+
+
+def test_a_policy_that_streams_cannot_weigh_rows_apart() -> None:
+    acc, _ = fed(Uneven())
+    with pytest.raises(ValueError, match="must weigh them alike; got weights"):
+        acc.step()
+
+
+def test_a_decision_has_one_weight_per_row() -> None:
+    acc, _ = fed(lambda gram: gaf.GAF()(gram[:2, :2]))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"one weight for each of the 3 rows; got shape \(2,\)"):
+        acc.step()
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("policy", [0.97, gaf.GAF, None])
+def test_a_policy_must_be_callable(policy: object) -> None:
+    with pytest.raises(TypeError, match="policy must be a callable from a Gram matrix"):
+        gaf.Accumulator(SGD([nn.Parameter(torch.ones(2))], 0.1), policy)  # type: ignore[arg-type]
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("optimizer", [3, None, [nn.Linear(2, 2)]])
+def test_an_optimizer_must_be_one(optimizer: object) -> None:
+    with pytest.raises(TypeError, match=r"optimizer must be a torch\.optim\.Optimizer"):
+        gaf.Accumulator(optimizer, gaf.GAF())  # type: ignore[arg-type]
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("tau", ["0.97", None, [0.5], 1j])
+def test_tau_must_be_a_number(tau: object) -> None:
+    with pytest.raises(ValueError, match=r"tau is a cosine distance and must lie in \[0, 2\]"):
+        gaf.GAF(tau)  # type: ignore[arg-type]
+
+
+def test_parameters_must_be_on_one_device() -> None:
+    params = [nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2, device="meta"))]
+    with pytest.raises(ValueError, match="on one device; they are on cpu, meta"):
+        gaf.Accumulator(SGD(params, 0.1), gaf.GAF())
+
+
+# -------------------------------------------------------------------------------------------------- leaving a macro-batch
+
+
+def test_discard_drops_what_waits_and_nothing_else() -> None:
+    p = nn.Parameter(torch.zeros(2))
+    acc = gaf.Accumulator(SGD([p], 1.0), gaf.GAF())
+    acc.backward(torch.dot(p, torch.tensor([5.0, 5.0])))
+    with pytest.raises(RuntimeError, match="between macro-batches"):
+        acc.load_state_dict({})
+    acc.discard()
+    assert not acc.waiting
+    assert acc.stats()["micro_gradients"] == 0
+    acc.load_state_dict(acc.state_dict())
+    for row in ROWS:
+        acc.backward(torch.dot(p, row))
+    acc.step()
+    torch.testing.assert_close(p.data, -ROWS.mean(0))
+
+
+def test_discard_after_decide_is_refused() -> None:
+    acc, _ = fed(gaf.GAF())
+    acc.decide()
+    with pytest.raises(RuntimeError, match="discard\\(\\) came after decide\\(\\)"):
+        acc.discard()
+
+
+def norm_net() -> tuple[nn.Sequential, nn.BatchNorm1d]:
+    norm = nn.BatchNorm1d(4)
+    return nn.Sequential(norm, nn.Linear(4, 2)), norm
+
+
+def test_statistics_reset_between_macro_batches_stay_reset() -> None:
+    torch.manual_seed(0)
+    model, norm = norm_net()
+    acc = gaf.Accumulator(SGD(model.parameters(), 0.1), gaf.GAF(2.0), model=model, bn="accepted")
+    x, y = torch.randn(4, 8, 4), torch.randint(2, (4, 8))
+    for i in (0, 1):
+        acc.backward(cross_entropy(model(x[i]), y[i]))
+    acc.step()
+    norm.reset_running_stats()
+    for i in (2, 3):
+        acc.backward(cross_entropy(model(x[i]), y[i]))
+    acc.step()
+    fresh, alone = norm_net()
+    for i in (2, 3):
+        fresh(x[i])
+    torch.testing.assert_close(norm.running_mean, alone.running_mean)
+    assert norm.num_batches_tracked == alone.num_batches_tracked == 2
+
+
+def test_discard_takes_batch_norm_back_to_the_macro_batches_start() -> None:
+    torch.manual_seed(0)
+    model, norm = norm_net()
+    acc = gaf.Accumulator(SGD(model.parameters(), 0.1), gaf.GAF(2.0), model=model, bn="accepted")
+    before = copy.deepcopy(norm.state_dict())
+    acc.backward(cross_entropy(model(torch.randn(8, 4)), torch.randint(2, (8,))))
+    acc.discard()
+    assert all(torch.equal(before[key], value) for key, value in norm.state_dict().items() if "running" in key or "num" in key)
