@@ -128,8 +128,8 @@ def locate(source: Source, folder: Path | None, *beside: Path) -> Path:
 
 def check_folder(folder: Path | None) -> None:
     if folder is not None and not folder.is_dir():
-        seen = "a file; give the folder it lies in" if folder.is_file() else "nothing; give the folder that holds the data"
-        raise DataError(f"{folder}: must be a folder; got {seen}, or leave out --data to download.")
+        seen = "it is a file. Give the folder it lies in" if folder.is_file() else "it does not exist. Give the folder that holds the data"
+        raise DataError(f"data folder {folder}: must be a folder; {seen}, or leave out --data to download.")
 
 
 def _remedy(source: Source, folder: Path) -> str:

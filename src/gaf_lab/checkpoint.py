@@ -1,11 +1,15 @@
 """Saving a run so that it goes on bit for bit: written to a temporary name and renamed, so that a kill loses nothing."""
 
 import io
+import json
 import os
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from gaf_lab import records
+from gaf_lab.config import TrainConfig
 
 FILE = "checkpoint.pt"
 
@@ -39,15 +43,22 @@ def save(folder: Path, state: dict[str, Any]) -> Path:
     return path
 
 
-def load(folder: Path, config_hash: str) -> dict[str, Any]:
+def find(folder: Path) -> Path:
+    """The folder's checkpoint; CheckpointError where there is none."""
+    path = folder / FILE
+    if not path.is_file():
+        elsewhere = ", in another folder" if (folder / records.FILE).is_file() else ""
+        raise CheckpointError(f"checkpoint {path}: must exist to resume; it does not. Start the run without --resume{elsewhere}.")
+    return path
+
+
+def load(folder: Path, config: TrainConfig) -> dict[str, Any]:
     """The folder's checkpoint, read without running any code in it.
 
     Raises:
         CheckpointError: where there is none, it is damaged, or it belongs to another config.
     """
-    path = folder / FILE
-    if not path.is_file():
-        raise CheckpointError(f"checkpoint {path}: must exist to resume; it does not. Start the run without --resume.")
+    path = find(folder)
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         found = state["config_hash"]
@@ -55,10 +66,24 @@ def load(folder: Path, config_hash: str) -> dict[str, Any]:
         raise CheckpointError(
             f"checkpoint {path}: must be whole; it cannot be read ({first_line(error)}). Start again in another folder."
         ) from None
-    if found != config_hash:
-        raise CheckpointError(f"checkpoint {path}: must be of the same config; it has hash {found}, this config {config_hash}. "
+    if found != config.hash:
+        seen = differing(folder, found, config) or f"it has hash {found}, this config {config.hash}"
+        raise CheckpointError(f"checkpoint {path}: must be of the same config; {seen}. "
                               "Resume with the config in the folder's records.jsonl, or start in another folder.")  # fmt: skip
     return state
+
+
+def differing(folder: Path, found: str, config: TrainConfig) -> str:
+    """The fields in which the config in the folder's records, of hash `found`, differs; empty where the records do not have it."""
+    try:
+        header = records.read(folder).header
+    except ValueError:
+        return ""
+    if header.get("config_hash") != found:
+        return ""
+    there, here = header["config"], config.plain()
+    names = [name for name in here | there if json.dumps(there.get(name)) != json.dumps(here.get(name))]  # as hashed: 1 is not 1.0
+    return ", ".join(f"{name}: {there.get(name)!r} there, {here.get(name)!r} here" for name in names)
 
 
 def first_line(error: Exception) -> str:

@@ -19,6 +19,11 @@ from gaf_lab.presets import DEMO
 Words = list[str]
 
 
+def say(console: Console, text: str) -> None:
+    """A line as it is: where it is too long a terminal breaks it, and a pipe gets it whole."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
 @dataclass
 class Demo:
     """Label noise on MNIST-5k in about a minute: averaging, GAF and its control, 3 paired seeds; a table, figures, a page."""
@@ -34,10 +39,11 @@ class Demo:
 def demo(words: Words, console: Console) -> int:
     options = tyro.cli(Demo, prog="gaf demo", args=words)
     from gaf_lab import demo as job
-    from gaf_lab import report
+    from gaf_lab import records, report
 
     if options.seeds < 1:
         raise ConfigError(f"seeds must be at least 1; got {options.seeds}.")
+    records.make_folder(options.out)
     for old in options.out.glob("*/records.jsonl"):
         shutil.rmtree(old.parent)
     started = time.perf_counter()
@@ -48,7 +54,7 @@ def demo(words: Words, console: Console) -> int:
         return 1
     console.print(report.table(runs))
     page = report.write(runs, options.out, title="GAF demo: label noise on MNIST-5k")
-    console.print(f"{len(runs)} runs in {time.perf_counter() - started:.0f} s. Page: {page}", highlight=False)
+    say(console, f"{len(runs)} runs in {time.perf_counter() - started:.0f} s. Page: {page}")
     return 0
 
 
@@ -79,10 +85,13 @@ def train(words: Words, console: Console) -> int:
     if options.steps is not None and options.steps < 1:
         raise ConfigError(f"steps must be at least 1; got {options.steps}. Leave it out to run all passes.")
     from gaf_lab import console as shown
-    from gaf_lab.train import prepare_folder
+    from gaf_lab.train import completed, prepare_folder
     from gaf_lab.train import train as run
 
     prepare_folder(options.out, options.resume)
+    if options.resume and (done := completed(options.config, options.out)):
+        say(console, f"{options.out}: the run is complete ({done.evals[-1]['step']:,} steps); nothing to do.")
+        return 0
     listener = shown.ConsoleListener(console)
     board = shown.TensorBoardListener(options.out) if options.tensorboard else None
     both = shown.Listeners(listener, board) if board else listener
@@ -90,13 +99,13 @@ def train(words: Words, console: Console) -> int:
     try:
         run(options.config, options.out, both, data_folder=options.data, steps=options.steps, resume=options.resume, command=command)
     except KeyboardInterrupt:
-        console.print(f"\nStopped. Go on with: gaf train {shlex.join(w for w in words if w != '--resume')} --resume", highlight=False)
+        say(console, f"\nStopped. Go on with: gaf train {shlex.join(w for w in words if w != '--resume')} --resume")
         return 130
     finally:
         listener.close()
         if board:
             board.close()
-    console.print(f"Records: {options.out / 'records.jsonl'}. Page: gaf report {options.out}", highlight=False)
+    say(console, f"Records: {options.out / 'records.jsonl'}. Page: gaf report {options.out}")
     return 0
 
 
@@ -140,8 +149,10 @@ def report(words: Words, console: Console) -> int:
     found = [run for run in records.find(list(options.runs)) if run.evals]
     if not found:
         raise ConfigError("report needs a run with at least one evaluation; these have none yet.")
+    out = options.out or options.runs[0]
     console.print(page.table(found))
-    console.print(f"Page: {page.write(found, options.out or options.runs[0], title=options.title)}", highlight=False)
+    records.make_folder(out)
+    say(console, f"Page: {page.write(found, out, title=options.title)}")
     return 0
 
 
@@ -191,14 +202,17 @@ def bench(words: Words, console: Console) -> int:
         raise ConfigError(f"bench must be told what to measure; got {' '.join(words[:1])!r}. There is: gaf bench accumulate.")
     options: Any = tyro.cli(BenchAccumulate, prog="gaf bench accumulate", args=words[1:])
     from gaf_lab import bench as job
+    from gaf_lab import records
 
+    if options.out is not None:
+        records.make_folder(options.out.parent)
     with console.status(f"{options.model}, b = {options.b}, k = {options.k}: {options.rounds} rounds"):
         found = job.accumulate(options.model, options.stem, options.b, options.k, options.rounds)
     console.print(job.table(found))
     if options.out is not None:
         conditions = {"model": options.model, "stem": options.stem, "b": options.b, "rounds": options.rounds, "pictures": "3x32x32"}
         job.write(found, options.out, conditions)
-        console.print(f"Figures: {options.out}", highlight=False)
+        say(console, f"Figures: {options.out}")
     return 0
 
 
@@ -207,9 +221,7 @@ def presets(words: Words, console: Console) -> int:
 
     for name, c in PRESETS.items():
         sizes = f"k {c.k}, b {c.b}, noise {c.noise} {c.noise_rate:g}"
-        console.print(
-            f"{name:20} {c.dataset:10} {c.model:16} {c.arm:10} {sizes}" + (f", tau {c.tau:g}" if c.policy == "gaf" else ""), highlight=False
-        )
+        say(console, f"{name:20} {c.dataset:10} {c.model:16} {c.arm:10} {sizes}" + (f", tau {c.tau:g}" if c.policy == "gaf" else ""))
     return 0
 
 
@@ -228,12 +240,12 @@ def main(words: Words | None = None) -> int:
     words = sys.argv[1:] if words is None else words
     console = Console()
     if not words or words[0] in ("-h", "--help"):
-        console.print("gaf: gradient agreement filtering\n\nusage: gaf COMMAND [OPTIONS]; gaf COMMAND --help\n", highlight=False)
+        say(console, "gaf: gradient agreement filtering\n\nusage: gaf COMMAND [OPTIONS]; gaf COMMAND --help\n")
         for name, (_, text) in COMMANDS.items():
-            console.print(f"  {name:8} {text}", highlight=False)
+            say(console, f"  {name:8} {text}")
         return 0
     if words[0] not in COMMANDS:
-        Console(stderr=True).print(f"gaf: unknown command {words[0]!r}.{nearest(words[0], COMMANDS)} There are: {', '.join(COMMANDS)}.")
+        say(Console(stderr=True), f"gaf: unknown command {words[0]!r}.{nearest(words[0], COMMANDS)} There are: {', '.join(COMMANDS)}.")
         return 2
     try:
         return COMMANDS[words[0]][0](words[1:], console)

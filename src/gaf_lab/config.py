@@ -173,7 +173,8 @@ def check_type(name: str, kind: Any, value: Any) -> None:
 
 
 def nearest(word: str, known: Any) -> str:
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    """A question that suggests the nearest known word; empty where none is really near."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f" Did you mean {close[0]!r}?" if close else ""
 
 

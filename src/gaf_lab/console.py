@@ -26,7 +26,7 @@ def number(value: float | None) -> str:
 
 
 TITLES = ("pass", "step", "loss", "held-out", "test", "memorised", "accepted", "distance", "samples/s")
-WIDTHS = (7, 8, 7, 9, 7, 10, 9, 9, 10)  # 76 in all
+WIDTHS = (7, 8, 7, 10, 7, 11, 9, 9, 10)  # 78 in all
 
 
 class ConsoleListener:

@@ -1,6 +1,5 @@
 """The data sets, whole and in memory: pictures as bytes, labels as numbers."""
 
-import difflib
 import gzip
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from gaf_lab import archives
 from gaf_lab.archives import DataError
+from gaf_lab.config import nearest
 from gaf_lab.sampling import generator
 
 
@@ -61,8 +61,7 @@ def load(name: str, folder: Path | None = None) -> DataSet:
         ValueError: for an unknown name. DataError: for files that are missing, broken or not what they should be.
     """
     if name not in LOADERS:
-        nearest = difflib.get_close_matches(name, LOADERS, n=1, cutoff=0)[0]
-        raise ValueError(f"data: the name must be one of {', '.join(LOADERS)}; got {name!r}. Did you mean {nearest}?")
+        raise ValueError(f"data: the name must be one of {', '.join(LOADERS)}; got {name!r}.{nearest(name, LOADERS)}")
     return LOADERS[name](folder)
 
 

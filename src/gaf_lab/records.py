@@ -23,6 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gaf_lab.config import ConfigError
+
 FILE = "records.jsonl"
 
 
@@ -53,6 +55,20 @@ class Run:
         """The evaluation with the best accuracy on the held-out noisy labels, the earliest of equals; the last without held-out."""
         scored = [line for line in self.evals if line["heldout_accuracy"] is not None]
         return max(scored, key=lambda line: line["heldout_accuracy"]) if scored else self.evals[-1]
+
+
+def make_folder(folder: Path) -> None:
+    """Makes an output folder, and tries whether it can be written; ConfigError where not."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".writable"
+        probe.touch()
+        probe.unlink()
+    except FileExistsError:
+        raise ConfigError(f"output folder {folder}: must be a folder; it is a file. Give another one with --out.") from None
+    except OSError as error:
+        seen = f"it is not ({error.filename}: {error.strerror})"
+        raise ConfigError(f"output folder {folder}: must be writable; {seen}. Give another one with --out.") from None
 
 
 def append(folder: Path, line: dict[str, Any]) -> None:

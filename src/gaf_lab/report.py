@@ -28,6 +28,14 @@ BRIEF = {
     "steps_taken": "steps",
     "seconds": "time",
 }
+MEANING = {  # a line on the page for each measure that it shows
+    "selected": "the evaluation with the best accuracy on held-out labels, which are as noisy as the training labels.",
+    "memorised": "of the training samples with a wrong label, the share predicted as that wrong label, at the end. Lower is better.",
+    "corrected": "of the same samples, the share predicted as their true label, at the end. Higher is better.",
+    "acceptance": "of all micro-gradients, the share that went into an update; those of a skipped step count as not accepted.",
+    "steps_taken": "of all steps, each of k micro-gradients, the share on which the weights were updated; the others were skipped.",
+}
+ONE_SEED = "From one seed (n = 1), no difference can be told."
 UNPAIRED = ("seed", "replay")  # differ from run to run by design
 CONTROLS = {
     "mean": "averages all micro-gradients at every step: plain data-parallel training.",
@@ -109,11 +117,13 @@ def cell(arm: Arm, measure: Measure, second: float) -> str:
 
 def reading(of: list[Arm]) -> list[str]:
     """How to read the table, and the differences at the last evaluation."""
-    lines = ["in %, means over n seeds; selected, last: test accuracy ± standard deviation"]
+    scattered = any(found.n > 1 for arm in of for measure in (st.SELECTED, st.LAST) if (found := st.spread(arm, measure)))
+    lines = ["in %, means over n seeds; selected, last: test accuracy" + (" ± standard deviation" if scattered else "")]
     if any(not arm.finished for arm in of):
         lines.append("* unfinished runs only, as far as they got")
-    gaps = [gap for one, other in pairs(of) if (gap := st.difference(one, other, st.LAST)) is not None]
-    return lines + [f"{gap.arm} {MINUS} {gap.other}, last: {signed(gap.mean * 100)} {certainty(gap)}" for gap in gaps]
+    gaps = differences(of, st.LAST)
+    lines += [f"{gap.arm} {MINUS} {gap.other}, last: {signed(gap.mean * 100)} {certainty(gap)}" for gap in gaps]
+    return lines + ([ONE_SEED] if any(gap.n == 1 for gap in gaps) else [])
 
 
 def arms_of(runs: list[Run]) -> list[Arm]:
@@ -136,6 +146,11 @@ def pairs(of: list[Arm]) -> list[tuple[Arm, Arm]]:
     rest = [arm for arm in of if arm is not baseline]
     controls = [arm for arm in rest if not is_gaf(arm)]
     return [(arm, baseline) for arm in rest] + [(arm, control) for arm in rest if is_gaf(arm) for control in controls]
+
+
+def differences(of: list[Arm], measure: Measure) -> list[Difference]:
+    """Those of the pairs that have a seed in common."""
+    return [gap for one, other in pairs(of) if (gap := st.difference(one, other, measure)) is not None]
 
 
 def summary(of: list[Arm]) -> str:
@@ -214,7 +229,7 @@ def amount(gap: Difference) -> str:
 def certainty(gap: Difference) -> str:
     """The interval, and whether it tells a difference."""
     if gap.low is None or gap.high is None:
-        return "(n = 1: from one seed, no difference can be told)"
+        return f"(n = {gap.n})"
     interval = f"95% CI {signed(gap.low * 100).lstrip('+')} to {signed(gap.high * 100).lstrip('+')}, n = {gap.n}"
     if gap.told:
         return f"({interval})"
@@ -232,9 +247,8 @@ def tally(focus: list[Arm], baseline: Arm) -> str:
 
 def caveats(of: list[Arm]) -> list[str]:
     """What weakens the numbers: few seeds, and runs that are left out."""
-    found = []
-    sizes = [gap.n for one, other in pairs(of) if (gap := st.difference(one, other, st.LAST)) is not None]
-    sizes = [n for n in sizes if n >= st.ENOUGH]  # with fewer, each sentence says so
+    found = [ONE_SEED] if any(gap.n == 1 for measure, _ in SPOKEN for gap in differences(of, measure)) else []
+    sizes = [gap.n for gap in differences(of, st.LAST) if gap.n >= st.ENOUGH]  # with two, each sentence says so
     if sizes and min(sizes) < FEW:
         chance = 2 ** (min(sizes) - 1)
         found.append(f"With {min(sizes)} seeds these intervals are too narrow: an arm that changes nothing would still have all its "
@@ -351,7 +365,7 @@ def compared(of: list[Arm]) -> list[dict[str, Any]]:
     """The paired differences, by measure."""
     groups = []
     for measure in st.COMPARED:
-        gaps = [gap for one, other in pairs(of) if (gap := st.difference(one, other, measure)) is not None]
+        gaps = differences(of, measure)
         rows = [{"gap": gap, "bar": bar, "verdict": verdict(gap)} for gap, bar in zip(gaps, bars(gaps), strict=True)]
         if rows:
             groups.append({"label": measure.label, "rows": rows})
@@ -392,6 +406,20 @@ def rows_of(of: list[Arm], columns: list[tuple[Measure, str]], second: float) ->
     ]
 
 
+def averaged(of: list[Arm]) -> str:
+    """What a cell of the results is, with the deviation only where there is one."""
+    sizes = {found.n for arm in of for measure in st.MEASURES if (found := st.spread(arm, measure))}
+    if max(sizes, default=1) == 1:
+        return "Of finished runs."
+    return "Mean over seeds ± sample standard deviation" + (" where n > 1" if min(sizes) == 1 else "") + ", of finished runs."
+
+
+def meanings(columns: list[tuple[Measure, str]]) -> list[tuple[str, str]]:
+    """What the columns' names mean, (name, sentence)."""
+    shown = [measure for measure, _ in columns if measure.name in MEANING]
+    return [("selected" if measure is st.SELECTED else measure.label, MEANING[measure.name]) for measure in shown]
+
+
 def titled(of: list[Arm], title: str | None) -> str:
     """The title given, else the arms."""
     names = [arm.name for arm in of]
@@ -427,6 +455,8 @@ def write(runs: list[Run], out: Path, title: str | None = None) -> Path:
         summary=summary(of),
         columns=[heading for _, heading in columns],
         rows=rows_of(of, columns, second),
+        averaged=averaged(of),
+        meanings=meanings(columns),
         starred=any(not arm.finished for arm in of),
         compared=compared(of),
         charts=charts(runs, figures.write(runs, out)),

@@ -203,7 +203,7 @@ def train(
         listener: is told of every step and evaluation.
         data_folder: where the data set's archive or files are; None downloads it.
         steps: ends the run early, at this step.
-        resume: go on from the folder's checkpoint.
+        resume: go on from the folder's checkpoint; a run that is finished stays as it is.
         keep_checkpoints: write one at each evaluation.
         command: recorded, so that a reader can run it again.
 
@@ -212,9 +212,12 @@ def train(
         Diverged: where the loss is no longer a number; the message names the last good checkpoint.
     """
     prepare_folder(folder, resume)
+    if resume and (done := completed(config, folder)):
+        return done
+    state = checkpoint.load(folder, config) if resume else None
     training = Training(config, data_folder)
-    if resume:
-        training.load_state_dict(checkpoint.load(folder, config.hash), folder)
+    if state is not None:
+        training.load_state_dict(state, folder)
     else:
         records.append(folder, header(config, folder, training.device, command))
     status = "interrupted"
@@ -235,15 +238,18 @@ def last_good(path: Path) -> str:
 
 
 def prepare_folder(folder: Path, resume: bool) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".writable"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise ConfigError(f"output folder {folder}: must be writable; {error.strerror}. Give another one with --out.") from None
+    if resume:
+        checkpoint.find(folder)
+    records.make_folder(folder)
     if not resume and (folder / records.FILE).exists():
         raise ConfigError(f"output folder {folder}: must not hold a run yet; it does. Go on with --resume, or give another --out.")
+
+
+def completed(config: TrainConfig, folder: Path) -> records.Run | None:
+    """The run in `folder`, where it is finished and of this config: there is nothing to resume."""
+    run = records.read(folder)
+    finished = run.end is not None and run.end["status"] == "finished"
+    return run if finished and run.header.get("config_hash") == config.hash else None
 
 
 def header(config: TrainConfig, folder: Path, device: torch.device, command: str | None) -> dict[str, Any]:

@@ -281,10 +281,12 @@ def test_an_empty_folder_says_what_to_put_there(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_is_none(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="must be a folder; got nothing; give the folder that holds the data"):
+    with pytest.raises(
+        DataError, match="^data folder .*: must be a folder; it does not exist. Give the folder that holds the data, or leave out --data"
+    ):
         read_archive(CIFAR100, tmp_path / "absent")
     (tmp_path / "file").touch()
-    with pytest.raises(DataError, match="must be a folder; got a file; give the folder it lies in"):
+    with pytest.raises(DataError, match="^data folder .*: must be a folder; it is a file. Give the folder it lies in, or leave out --data"):
         locate(archives.HUMAN, tmp_path / "file")
 
 

@@ -9,6 +9,8 @@ import pytest
 from rich.console import Console
 
 from gaf_lab import cli, records
+from gaf_lab.console import TITLES, WIDTHS, ConsoleListener
+from gaf_lab.presets import PRESETS
 
 SMALL = ["--dataset", "digits", "--model", "mlp", "--k", "3", "--b", "16", "--passes", "1.5", "--eval-every", "0.5"]
 
@@ -60,6 +62,30 @@ def test_resume_goes_on_and_says_from_where(run, tmp_path):
     assert records.read(tmp_path).end["status"] == "finished"
 
 
+@pytest.mark.parametrize("steps", [(), ("--steps", 5)])
+def test_resuming_a_finished_run_says_so_and_changes_nothing(run, tmp_path, steps):
+    assert run("train", *SMALL, "--out", tmp_path)[0] == 0
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    last = records.read(tmp_path).evals[-1]["step"]
+    code, out, _ = run("train", *SMALL, *steps, "--resume", "--tensorboard", "--out", tmp_path)
+    assert (code, out) == (0, f"{tmp_path}: the run is complete ({last} steps); nothing to do.\n")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_resuming_a_finished_run_with_another_config_is_still_refused(run, tmp_path):
+    assert run("train", *SMALL, "--out", tmp_path)[0] == 0
+    code, _, err = run("train", *SMALL, "--tau", 0.5, "--resume", "--out", tmp_path)
+    assert code == 2
+    assert "tau: 0.8 there, 0.5 here" in err
+
+
+def test_resuming_where_nothing_is_makes_no_folder(run, tmp_path):
+    code, _, err = run("train", *SMALL, "--resume", "--out", tmp_path / "runs" / "absent")
+    assert code == 2
+    assert "must exist to resume; it does not. Start the run without --resume." in err
+    assert not (tmp_path / "runs").exists()
+
+
 def test_tensorboard_writes_events(run, tmp_path):
     assert run("train", *SMALL, "--tensorboard", "--out", tmp_path)[0] == 0
     assert list((tmp_path / "tensorboard").glob("events*"))
@@ -76,7 +102,7 @@ def test_tensorboard_writes_events(run, tmp_path):
         (["train", "--steps", "0"], "steps must be at least 1; got 0"),
         (["train", "--out", "/dev/null/run"], "output folder /dev/null/run: must be writable"),
         (["train", "--toml", "/nowhere.toml"], "config file /nowhere.toml: must exist"),
-        (["data", "cifar-100"], "cifar100"),
+        (["data", "cifar-100"], "Did you mean 'cifar100'?"),
         (["report", "/nowhere"], "must hold at least one run"),
         (["bench", "ddp"], "There is: gaf bench accumulate"),
         (["bench", "accumulate", "--model", "resnet-18"], "invalid choice 'resnet-18' for argument '--model'"),
@@ -88,6 +114,28 @@ def test_a_mistake_becomes_one_message(run, words, message):
     assert code == 2
     assert message in err
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["train", "--out", "/dev/null/run"],
+        ["demo", "--out", "/dev/null/run"],
+        ["bench", "accumulate", "--out", "/dev/null/run/bench.jsonl"],
+    ],
+)
+def test_every_command_says_which_output_folder_cannot_be_written_and_why(run, words):
+    code, _, err = run(*words)
+    assert code == 2
+    assert "output folder /dev/null/run: must be writable; it is not (/dev/null/run: Not a directory). Give another one with --out." in err
+
+
+def test_a_report_that_cannot_be_written_still_shows_its_table(run, tmp_path):
+    assert run("train", *SMALL, "--out", tmp_path)[0] == 0
+    code, out, err = run("report", tmp_path, "--out", "/dev/null/page")
+    assert code == 2
+    assert "GAF" in out
+    assert "output folder /dev/null/page: must be writable" in err
 
 
 def test_an_archive_that_is_not_there_is_asked_for_by_name(run, tmp_path):
@@ -133,6 +181,13 @@ def test_presets_are_listed(run):
     assert "cifar100-gaf-code" in out
 
 
+@pytest.mark.parametrize(("words", "lines"), [(["presets"], len(PRESETS)), (["--help"], 4 + len(cli.COMMANDS))])
+def test_lists_have_a_line_each_in_a_pipe(capsys, monkeypatch, words, lines):
+    monkeypatch.setattr(cli, "Console", lambda: Console(width=40))  # no terminal: rich wraps at some width nevertheless
+    assert cli.main(words) == 0
+    assert len(capsys.readouterr().out.splitlines()) == lines
+
+
 def test_python_dash_m_is_the_command():
     done = subprocess.run([sys.executable, "-m", "gaf_lab", "--help"], capture_output=True, text=True, check=True)
     assert "usage: gaf COMMAND" in done.stdout
@@ -149,3 +204,17 @@ def test_the_progress_bar_fits_80_columns():
     assert "memorised 100.0%" in text
     assert "50%" in text
     assert "…" not in text
+
+
+def test_the_columns_of_a_run_stay_apart_and_fit_78():
+    titles = "".join(title.rjust(width) for title, width in zip(TITLES, WIDTHS, strict=True))
+    assert len(titles) <= 78
+    assert all(f" {title}" in titles for title in TITLES)
+    assert "loss  held-out" in titles.replace("   ", "  ")
+    assert "test  memorised" in titles
+    screen = io.StringIO()
+    shares = dict.fromkeys(("heldout_accuracy", "test_accuracy", "memorised", "acceptance"), 1.0)
+    wide = {"passes": 2000.0, "step": 500_000, "train_loss": 12.3456, "distance_mean": 1.234, "samples_per_second": 1_234_567.0}
+    ConsoleListener(Console(file=screen, width=80)).evaluated(wide | shares)
+    cells = ["2000.00", "500,000", "12.346", *["100.0%"] * 4, "1.234", "1,234,567"]
+    assert screen.getvalue().splitlines()[-1].split() == cells

@@ -282,7 +282,13 @@ def test_moments_are_those_of_the_pictures(channels: int, n: int, seed: int) -> 
     ("name", "nearest"), [("cifar-100", "cifar100"), ("mnist", "mnist5k"), ("fashion", "fashion-mnist"), ("digit", "digits")]
 )
 def test_an_unknown_name_is_answered_with_the_nearest(name: str, nearest: str) -> None:
-    with pytest.raises(ValueError, match=rf"^data: the name must be one of digits, .*; got '{name}'\. Did you mean {nearest}\?"):
+    with pytest.raises(ValueError, match=rf"^data: the name must be one of digits, .*; got '{name}'\. Did you mean '{nearest}'\?"):
+        data.load(name)
+
+
+@pytest.mark.parametrize("name", ["imagenet", "svhn", "x"])
+def test_a_name_that_is_near_to_none_is_answered_with_all_of_them(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"must be one of {', '.join(data.LOADERS)}; got '{name}'\.$"):
         data.load(name)
 
 

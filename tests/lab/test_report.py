@@ -226,10 +226,34 @@ def test_the_summary_says_where_no_difference_can_be_told(tmp_path):
     assert "2.7 points below averaging (95%\xa0CI \N{MINUS SIGN}10.0 to 1.0, n\xa0=\xa03: no difference can be told)" in text
 
 
-@pytest.mark.parametrize(("seeds", "words"), [(1, "from one seed, no difference can be told"), (2, "too few seeds to tell")])
+@pytest.mark.parametrize(("seeds", "words"), [(1, "From one seed (n\xa0=\xa01), no difference can be told."), (2, "too few seeds to tell")])
 def test_the_summary_claims_nothing_from_one_or_two_seeds(seeds, words, tmp_path):
     text = report.summary(statistics.arms(flat_runs(tmp_path, {"averaging": [0.6] * seeds, "GAF": [0.9] * seeds})))
     assert words in text
+
+
+def test_a_single_seed_is_warned_of_once_and_has_no_deviation(tmp_path):
+    runs = [simulate(tmp_path / arm, arm, 0) for arm in POLICIES]
+    for text in (page(runs, tmp_path).text.replace("\xa0", " "), " ".join(rendered(runs).split())):
+        assert text.count("no difference can be told") == text.count("From one seed") == 1
+        assert "±" not in text
+        assert "standard deviation" not in text
+        assert "bootstrap" not in text
+
+
+def test_a_deviation_is_spoken_of_where_there_is_one(runs, nine_page, tmp_path):
+    assert "Mean over seeds ± sample standard deviation, of finished runs." in nine_page.text
+    assert "± standard deviation" in rendered(runs)
+    mixed = [run for run in runs if run.arm == "GAF" or run.seed == 0]
+    assert "± sample standard deviation where n > 1, of finished runs." in page(mixed, tmp_path).text
+
+
+def test_the_page_explains_its_columns(nine_page, tmp_path):
+    for name, start in (("Memorised", "of the training samples with a wrong label"), ("Accepted", "of all micro-gradients"),
+                        ("Steps taken", "of all steps")):  # fmt: skip
+        assert nine_page.text.count(f"{name} : {start}") == 1
+    without = page([simulate(tmp_path / "run", "GAF", 0, nulls=("memorised",))], tmp_path)
+    assert "Memorised : " not in without.text
 
 
 def test_the_summary_compares_gaf_with_its_controls(tmp_path):

@@ -1,6 +1,7 @@
 """Runs: killed and resumed they end the same; records say what happened; what cannot go on says so and loses nothing."""
 
 import dataclasses
+import errno
 import json
 import os
 import resource
@@ -231,14 +232,45 @@ def test_a_malicious_checkpoint_is_refused_and_nothing_in_it_runs(tmp_path):
 
 def test_a_checkpoint_of_another_config_is_refused(tmp_path):
     train(SMALL, tmp_path, Silent(), steps=25)
-    other = dataclasses.replace(SMALL, tau=0.5)
-    with pytest.raises(CheckpointError, match=f"must be of the same config; it has hash {SMALL.hash}, this config {other.hash}"):
+    other = dataclasses.replace(SMALL, tau=0.5, policy="mean")
+    with pytest.raises(
+        CheckpointError, match="must be of the same config; policy: 'gaf' there, 'mean' here, tau: 0.8 there, 0.5 here. Resume"
+    ):
+        train(other, tmp_path, Silent(), resume=True)
+    with pytest.raises(CheckpointError, match="same config; passes: 4.0 there, 4 here. Resume"):  # 4 and 4.0 hash differently
+        train(dataclasses.replace(SMALL, passes=4), tmp_path, Silent(), resume=True)
+
+
+def test_a_checkpoint_whose_config_is_not_in_the_records_is_refused_by_its_hash(tmp_path):
+    train(SMALL, tmp_path, Silent(), steps=25)
+    path, other = tmp_path / records.FILE, dataclasses.replace(SMALL, tau=0.5)
+    path.write_text(path.read_text().replace(SMALL.hash, "0" * 12))
+    with pytest.raises(CheckpointError, match=f"must be of the same config; it has hash {SMALL.hash}, this config {other.hash}. Resume"):
         train(other, tmp_path, Silent(), resume=True)
 
 
-def test_resuming_without_a_checkpoint_is_refused(tmp_path):
-    with pytest.raises(CheckpointError, match="must exist to resume; it does not"):
+def test_resuming_without_a_checkpoint_is_refused_and_leaves_no_folder(tmp_path):
+    with pytest.raises(CheckpointError, match="must exist to resume; it does not. Start the run without --resume.$"):
+        train(SMALL, tmp_path / "absent", Silent(), resume=True)
+    assert not (tmp_path / "absent").exists()
+    train(SMALL, tmp_path, Silent(), steps=5, keep_checkpoints=False)
+    with pytest.raises(CheckpointError, match="it does not. Start the run without --resume, in another folder.$"):
         train(SMALL, tmp_path, Silent(), resume=True)
+
+
+def test_a_finished_run_is_not_run_again(tmp_path):
+    whole = train(SMALL, tmp_path, Silent())
+    before = (tmp_path / records.FILE).read_bytes()
+    assert train(SMALL, tmp_path, Silent(), resume=True) == whole
+    assert (tmp_path / records.FILE).read_bytes() == before
+
+
+def test_a_run_killed_before_its_end_line_gets_it_when_resumed(tmp_path):
+    whole = train(SMALL, tmp_path, Silent())
+    path = tmp_path / records.FILE
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+    assert train(SMALL, tmp_path, Silent(), resume=True).evals == whole.evals
+    assert records.read(tmp_path).end["status"] == "finished"
 
 
 def test_a_full_disk_while_saving_keeps_the_checkpoint_before(tmp_path):
@@ -256,9 +288,25 @@ def test_a_full_disk_while_saving_keeps_the_checkpoint_before(tmp_path):
 
 
 def test_an_output_folder_that_cannot_be_written_is_refused(tmp_path):
-    (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match="output folder .*: must be writable; Not a directory. Give another one with --out"):
-        train(SMALL, tmp_path / "file" / "run", Silent())
+    file = tmp_path / "file"
+    file.touch()
+    with pytest.raises(
+        ConfigError, match=rf"{file}/run: must be writable; it is not \({file}/run: Not a directory\). Give another one with"
+    ):
+        train(SMALL, file / "run", Silent())
+    with pytest.raises(ConfigError, match=f"output folder {file}: must be a folder; it is a file. Give another one with --out."):
+        train(SMALL, file, Silent())
+
+
+def test_an_output_folder_under_a_root_that_cannot_be_written_is_refused(tmp_path, monkeypatch):
+    def refuse(path, *args, **options):  # as on a read-only disk, which root cannot make with permissions
+        raise OSError(errno.EROFS, "Read-only file system", "/nowhere")
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(
+        ConfigError, match=r"^output folder /nowhere/x: must be writable; it is not \(/nowhere: Read-only file system\). Give"
+    ):
+        train(SMALL, Path("/nowhere/x"), Silent())
 
 
 def test_an_output_folder_with_a_run_in_it_is_not_overwritten(tmp_path):
