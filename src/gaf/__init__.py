@@ -1,6 +1,7 @@
 """Gradient agreement filtering: average only the micro-gradients that agree, and skip the step where too few do."""
 
 from gaf.accumulate import Accumulator
+from gaf.attach import attach
 from gaf.combine import aggregate
 from gaf.decision import Decision
 from gaf.gram import gram
@@ -9,4 +10,4 @@ from gaf.reference import reference
 from gaf.telemetry import Outcome
 
 __version__ = "0.1.0"
-__all__ = ["GAF", "Accumulator", "Decision", "Mean", "Outcome", "RandomSkip", "aggregate", "gram", "reference"]
+__all__ = ["GAF", "Accumulator", "Decision", "Mean", "Outcome", "RandomSkip", "aggregate", "attach", "gram", "reference"]

@@ -39,6 +39,12 @@ class GAF(Sequential):
             authors' released code), which weighs later rows more and changes later decisions. The same for k = 2.
         min_accepted: accepted rows, the start included, without which the step is skipped; at least 1. Higher skips
             more. With 1 the start alone is enough.
+        max_norm_ratio: a row whose norm is more than this many times the median norm of the present rows counts as
+            absent; at least 1. None (the paper): no limit. The rule looks at directions only: one huge row that
+            agrees would otherwise be nearly all of the average.
+        scope: "all": one decision for the whole gradient (the paper). "group": under `gaf.attach`, one for each of
+            DDP's buckets or FSDP2's parameter groups. This is another algorithm: its decisions depend on how the
+            engine groups parameters, and some groups can step where others do not.
 
     A single row (k = 1) has nothing to agree with: it steps as plain training does, unless it is absent.
 
@@ -55,6 +61,8 @@ class GAF(Sequential):
     start: Literal["first", "best", "worst"] = "first"
     average: Literal["mean", "halving"] = "mean"
     min_accepted: int = 2
+    max_norm_ratio: float | None = None
+    scope: Literal["all", "group"] = "all"
 
     def __post_init__(self) -> None:
         if not isinstance(self.tau, numbers.Real) or not 0 <= self.tau <= 2:
@@ -65,10 +73,14 @@ class GAF(Sequential):
         check_choice("average", self.average, ("mean", "halving"))
         if not isinstance(self.min_accepted, int) or isinstance(self.min_accepted, bool) or self.min_accepted < 1:
             raise ValueError(f"GAF: min_accepted must be a whole number of at least 1; got {self.min_accepted}. The paper uses 2.")
+        ratio = self.max_norm_ratio
+        if ratio is not None and (not isinstance(ratio, numbers.Real) or not ratio >= 1):
+            raise ValueError(f"GAF: max_norm_ratio must be None or a number of at least 1; got {ratio!r}. 10 lets ordinary rows pass.")
+        check_choice("scope", self.scope, ("all", "group"))
 
     @property
     def streams(self) -> bool:  # type: ignore[override]
-        return self.start == "first"
+        return self.start == "first" and self.max_norm_ratio is None
 
     def visit(self, count: Tensor, inner: Tensor, norm2: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
         return visit(count, inner, norm2, own, self.tau)
@@ -77,6 +89,8 @@ class GAF(Sequential):
         return self._decision(accepted, distances, torch.arange(len(accepted), device=accepted.device))
 
     def __call__(self, gram: Float64[Tensor, "k k"]) -> Decision:
+        if self.max_norm_ratio is not None:
+            gram = without_giants(gram, self.max_norm_ratio)
         if self.start == "first":
             return super().__call__(gram)
         k = len(gram)
@@ -107,6 +121,13 @@ class GAF(Sequential):
             score = torch.where(left, score, -math.inf)
             left = left & (score == score.max())
         return left.int().argmax()
+
+
+def without_giants(gram: Float64[Tensor, "k k"], ratio: float) -> Float64[Tensor, "k k"]:
+    """The Gram matrix with rows zero, that is absent, whose norm is more than `ratio` times the median of the present ones."""
+    norms = torch.where(present(gram.diagonal()), gram.diagonal().sqrt(), math.nan)
+    giant = norms > ratio * norms.nanmedian()
+    return torch.where(giant | giant[:, None], 0.0, gram)
 
 
 def mean_pairwise_cosine(gram: Float64[Tensor, "k k"], accepted: Bool[Tensor, "s k"]) -> Float64[Tensor, " s"]:

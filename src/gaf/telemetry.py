@@ -5,7 +5,7 @@ import sys
 import warnings
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,10 @@ class Outcome:
             stepped=bool(flat[4 * k]),
             signal=flat[4 * k + 1],
         )
+
+    def unmeasured(self) -> "Outcome":
+        """The same where no row was looked at, as in a plain all-reduce: nothing is known of distances and norms."""
+        return replace(self, distances=[], norms2=[])
 
     @property
     def absent(self) -> int:
@@ -101,7 +105,7 @@ class Telemetry:
     def record(self, outcome: Outcome, tau: float | None, scale: float = 1.0) -> None:
         """Adds one step. tau: the policy's threshold, if it has one. scale: what a GradScaler multiplied the rows by."""
         k, accepted, absent = len(outcome.accepted), sum(outcome.accepted), outcome.absent
-        rejected = sum(not a and not math.isnan(d) for a, d in zip(outcome.accepted, outcome.distances, strict=True))
+        rejected = sum(not a and not math.isnan(d) for a, d in zip(outcome.accepted, outcome.distances, strict=False))
         moved = {"steps": 1, "stepped": outcome.stepped, "micro_gradients": k}
         for key, value in (moved | {"accepted": accepted, "rejected": rejected, "absent": absent}).items():
             self.totals[key] += int(value)

@@ -1,0 +1,245 @@
+"""gaf.attach: one line turns a data-parallel job's averaging into agreement filtering."""
+
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.amp import GradScaler
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from gaf.checks import check_optimizers, check_policy
+from gaf.combine import Policy
+from gaf.telemetry import frames_inside
+
+if TYPE_CHECKING:
+    from gaf.exchange import Exchange
+    from gaf.handle import Handle
+
+USE_ACCUMULATOR = "On one device use gaf.Accumulator(optimizer, policy)."
+
+
+def attach(
+    model: nn.Module,
+    optimizer: Optimizer | Sequence[Optimizer],
+    policy: Policy,
+    *,
+    scaler: GradScaler | None = None,
+    group: "dist.ProcessGroup | None" = None,
+    micro_group: int = 1,
+) -> "Handle":
+    """Filters a data-parallel model's gradients by agreement, exactly as published. The training loop stays as it is.
+
+        model = DistributedDataParallel(model)
+        handle = gaf.attach(model, optimizer, gaf.GAF(tau=0.97))
+
+    Each rank's gradient is one row. After a skip `optimizer.step()` leaves parameters and its state bitwise as they
+    were; `p.grad` is zero before that step and None after it. Gradients that a rank accumulates under `model.no_sync()`
+    are its row. BatchNorm statistics are not taken back.
+
+    Costs per rank and step: 2 n (W-1)/W coordinates sent, what a ring all-reduce sends, and k k scalars; one
+    gradient-sized buffer. The way in runs during the backward pass, the way out after it; a skip saves the way out.
+
+    Args:
+        model: a DistributedDataParallel model; or an FSDP2 model: sharded with `fully_shard` on the shard dimension of
+            a mesh, with `group` the replicate dimension's (one decision, exact), or flat, with `GAF(scope="group")`
+            (another algorithm: one decision for each parameter group).
+        optimizer: any dense torch.optim optimizer over the model's parameters, or several; ZeroRedundancyOptimizer too.
+        policy: `gaf.GAF(...)`, or any callable from a Gram matrix to a Decision that is the same on all ranks.
+            `gaf.Mean()` is plain averaging bit for bit, `gaf.RandomSkip` the same with skips.
+        scaler: the loop's GradScaler. An overflow on any rank makes the scale fall and nothing steps, as ever.
+        group: the ranks whose rows are compared. DDP: its own group, the default. HSDP: the replicate group.
+        micro_group: m consecutive ranks, m dividing W, whose plain average is one row: the micro-batch is then m
+            ranks' batches, and k = W / m. A member that is not finite makes its row absent.
+
+    Returns:
+        A Handle: `.last`, `.stats()`, `.gate(scheduler)`, `.state_dict()`, `.detach()`.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: where something cannot work; the message says what to do instead.
+    """
+    model = getattr(model, "_orig_mod", model)  # of torch.compile
+    optimizers = check_optimizers(optimizer)
+    check_policy(policy)
+    if isinstance(model, DistributedDataParallel):
+        return attach_ddp(model, optimizers, policy, scaler, group, micro_group)
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+
+    if isinstance(model, nn.Module) and isinstance(model, FSDPModule):
+        return attach_fsdp(model, optimizers, policy, scaler, group, micro_group)
+    if isinstance(model, FullyShardedDataParallel):
+        raise TypeError("attach: FullyShardedDataParallel (FSDP1) cannot be filtered; it reduces before anyone can look. "
+                        "Use FSDP2: torch.distributed.fsdp.fully_shard.")  # fmt: skip
+    raise TypeError(f"attach: the model must be data parallel, DistributedDataParallel or FSDP2's fully_shard; got {type(model).__name__}. "
+                    f"Wrap it before attaching. {USE_ACCUMULATOR}")  # fmt: skip
+
+
+def attach_ddp(
+    model: DistributedDataParallel,
+    optimizers: list[Optimizer],
+    policy: Policy,
+    scaler: GradScaler | None,
+    group: "dist.ProcessGroup | None",
+    micro_group: int,
+) -> "Handle":
+    from gaf import ddp
+    from gaf.handle import Handle
+
+    if group is not None and group is not model.process_group:
+        raise ValueError("attach: under DistributedDataParallel group must be the model's own process group; got another. Leave it out, "
+                         "or give the group to DistributedDataParallel(process_group=...).")  # fmt: skip
+    check_ddp(model)
+    exchange = exchange_over(model.process_group, micro_group)
+    check_model(model, optimizers, exchange)
+    check_same_everywhere(model, policy, micro_group, exchange.group)
+    warn_alone(exchange)
+    handle = Handle(list(model.parameters()), optimizers, policy, scaler, exchange.k)
+    ddp.install(model, ddp.buckets_for(handle, exchange))
+    handle.on_detach(lambda: ddp.install(model, ddp.Averaged(None, exchange.group)))
+    return handle
+
+
+def attach_fsdp(
+    model: nn.Module,
+    optimizers: list[Optimizer],
+    policy: Policy,
+    scaler: GradScaler | None,
+    group: "dist.ProcessGroup | None",
+    micro_group: int,
+) -> "Handle":
+    from gaf import fsdp
+    from gaf.handle import Handle
+
+    params = list(model.parameters())
+    mesh = params[0].device_mesh  # type: ignore[attr-defined]
+    if mesh.ndim != 1:
+        raise TypeError(f"attach: fully_shard must be given the shard dimension of the mesh alone; the parameters are on {mesh}. "
+                        'Use fully_shard(model, mesh=mesh["shard"]) and gaf.attach(..., group=mesh["replicate"].get_group()): '
+                        "FSDP2's own all-reduce over the replicas would come before the decision.")  # fmt: skip
+    shards = mesh.get_group()
+    apart = getattr(policy, "scope", "all") == "group"
+    if apart == (group is not None):
+        raise TypeError('attach: an FSDP2 model needs either the replicas to compare, group=mesh["replicate"].get_group(), or '
+                        'GAF(..., scope="group") for one decision per parameter group on a flat mesh, which is another algorithm; '
+                        f"got {'both' if apart else 'neither'}. A flat mesh sums the ranks' gradients away before any one "
+                        "decision about all of them could be taken.")  # fmt: skip
+    exchange = exchange_over(shards if apart else group, micro_group)
+    check_model(model, optimizers, exchange)
+    check_same_everywhere(model, policy, micro_group, exchange.group)
+    if not apart:
+        check_same_weights(params, exchange.group)
+    warn_alone(exchange)
+    handle = Handle(params, optimizers, policy, scaler, exchange.k)
+    if apart:
+        fsdp.Groups(handle, model, exchange)
+    else:
+        fsdp.Replicas(handle, exchange, params, shards)
+    return handle
+
+
+def exchange_over(group: Any, micro_group: int) -> "Exchange":
+    from gaf.exchange import Exchange
+
+    W = dist.get_world_size(group)
+    if not isinstance(micro_group, int) or micro_group < 1 or W % micro_group:
+        raise ValueError(f"attach: micro_group must be a whole number that divides the {W} ranks; got {micro_group!r}. "
+                         f"Use one of {[m for m in range(1, W + 1) if W % m == 0]}.")  # fmt: skip
+    return Exchange(group, micro_group)
+
+
+def check_ddp(model: DistributedDataParallel) -> None:
+    from gaf import ddp
+
+    mine = ddp.hooked(model)
+    if mine is not None and mine.attached:
+        raise RuntimeError("attach: the model must not be attached already; it is. Call handle.detach() first.")
+    if mine is None and model._comm_hooks:
+        raise RuntimeError(f"attach: the model must have no other communication hook; it has {model._comm_hooks[0][0].__qualname__}, and "
+                           "DistributedDataParallel takes one. Wrap the model anew without it.")  # fmt: skip
+    if getattr(model, "mixed_precision", None) is not None:
+        raise TypeError("attach: DistributedDataParallel(mixed_precision=...) has a hook of its own that excludes another; it is on. "
+                        "Use torch.autocast.")  # fmt: skip
+    if getattr(model, "_use_python_reducer", False):
+        raise TypeError('attach: the Python reducer (torch._dynamo.config.optimize_ddp = "python_reducer") has no hooks; it is on. '
+                        "Leave optimize_ddp at True.")  # fmt: skip
+    if getattr(model, "_delay_all_reduce_params", None):
+        raise TypeError(
+            "attach: every gradient must pass through the hook; delay_all_reduce_named_params keeps some from it. Leave it out."
+        )
+
+
+def check_model(model: nn.Module, optimizers: list[Optimizer], exchange: "Exchange") -> None:
+    """What would make rows depend on each other, escape the decision, or be stepped on before it."""
+    held = {p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    for optimizer in optimizers:
+        if getattr(optimizer, "_overlap_with_ddp", False):
+            raise TypeError("attach: ZeroRedundancyOptimizer(overlap_with_ddp=True) steps during the backward pass, before the decision. "
+                            "Use overlap_with_ddp=False.")  # fmt: skip
+    for name, p in model.named_parameters():
+        if hasattr(p, "_in_backward_optimizers"):
+            raise TypeError(f"attach: the optimizer must step after the backward pass; that of {name!r} was applied in it "
+                            "(apply_optimizer_in_backward). Use an ordinary optimizer.")  # fmt: skip
+        if p.is_complex():
+            raise TypeError(f"attach: parameters must be real; {name!r} is {p.dtype}. Use torch.view_as_real.")
+        if p.requires_grad and p not in held:
+            raise ValueError(f"attach: the optimizers must hold every trainable parameter of the model, for each takes part in the "
+                             f"decision; {name!r} is in none of them. Give all optimizers as a list, or freeze it with "
+                             "requires_grad_(False) before wrapping.")  # fmt: skip
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse:
+            raise TypeError(f"attach: gradients must be dense; {name!r} is sparse. Use nn.Embedding(..., sparse=False).")
+        if isinstance(module, nn.SyncBatchNorm) and not within_micro_group(module, exchange):
+            raise TypeError(f"attach: rows must come from separate micro-batches; SyncBatchNorm {name!r} mixes those of its ranks. Use "
+                            "BatchNorm, or process groups of the ranks of one micro_group.")  # fmt: skip
+
+
+def within_micro_group(norm: nn.SyncBatchNorm, exchange: "Exchange") -> bool:
+    ranks = dist.get_process_group_ranks(norm.process_group if norm.process_group is not None else dist.group.WORLD)
+    here = dist.get_process_group_ranks(exchange.group)
+    return all(r in here for r in ranks) and len({here.index(r) // exchange.micro_group for r in ranks}) == 1
+
+
+def check_same_everywhere(model: nn.Module, policy: Policy, micro_group: int, group: "dist.ProcessGroup") -> None:
+    """Ranks that would cut or judge their gradients differently would wait for each other, or drift apart."""
+    shapes = [f"{name} {tuple(p.shape)} {p.dtype} trainable={p.requires_grad}" for name, p in model.named_parameters()]
+    mine = {"policy": described(policy), "micro_group": str(micro_group), "parameters": "; ".join(shapes)}
+    all_of: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(all_of, mine, group=group)
+    for what in mine:
+        told = [other[what] for other in all_of]
+        if len(set(told)) > 1:
+            usual = Counter(told).most_common(1)[0][0]
+            odd = next(r for r, value in enumerate(told) if value != usual)
+            a, b = first_difference(usual, told[odd])
+            raise ValueError(f"attach: all ranks must have the same {what}; rank {odd} of the group has {b!r}, others {a!r}.")
+
+
+def described(policy: Policy) -> str:
+    """A policy's repr, where it says what the policy does rather than where it lies in memory."""
+    own = "object at 0x" not in repr(policy) and not hasattr(policy, "__qualname__")
+    return repr(policy) if own else str(getattr(policy, "__qualname__", type(policy).__qualname__))
+
+
+def first_difference(a: str, b: str) -> tuple[str, str]:
+    pairs = [(x, y) for x, y in zip(a.split("; "), b.split("; "), strict=False) if x != y]
+    return pairs[0] if pairs else (f"{len(a.split('; '))} of them", f"{len(b.split('; '))} of them")
+
+
+def check_same_weights(params: list[nn.Parameter], group: "dist.ProcessGroup") -> None:
+    """FSDP2 does not make replicas equal at the start, as DistributedDataParallel does."""
+    sums = torch.stack([p.detach().to_local().double().sum() for p in params])  # type: ignore[attr-defined]
+    all_of = [torch.empty_like(sums) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(all_of, sums, group=group)
+    if not all(torch.equal(all_of[0].nan_to_num(), other.nan_to_num()) for other in all_of):
+        raise ValueError("attach: the replicas must start from the same weights; theirs differ. Seed the ranks alike before building the "
+                         "model, or load one checkpoint on all of them.")  # fmt: skip
+
+
+def warn_alone(exchange: "Exchange") -> None:
+    if exchange.k == 1:
+        warnings.warn("gaf: there is one row only, and it has nothing to agree with: every step is taken as in plain training.",
+                      stacklevel=frames_inside() + 1)  # fmt: skip

@@ -1,0 +1,177 @@
+"""All-to-all in, all-gather out: the k rows of a Gram matrix at the bytes of one all-reduce.
+
+A ring all-reduce of n coordinates is a reduce-scatter and an all-gather: each rank sends 2 n (W-1)/W coordinates. The
+reduce-scatter adds up what it carries. An all-to-all carries the same bytes and adds nothing: rank r then holds all W
+values of its n/W coordinates, which is a slice of every row.
+
+    in:   all-to-all         n (W-1)/W      rank r holds  G[:, slice r]                       (W, n/W)
+    K  =  sum over r of      k k scalars    G[:, slice r] G[:, slice r]^T, added in rank order
+    out:  all-gather         n (W-1)/W      w^T G[:, slice r]  from every r
+
+The slices are one gradient-sized buffer, the only one. Flat pieces of the gradient (a bucket, a parameter's shard) are
+sent as they come to be, so that the way in runs during the backward pass. What a piece leaves over when it is cut into
+W equal slices is joined with the other pieces' leftovers into a last small piece.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from gaf.gram import HALF, gram_of
+from gaf.shapes import Float64
+
+SMALL = 2**14  # coordinates below which a piece is joined with others: a message costs more than a copy
+FEW = 32  # ranks up to which every rank adds up all partial Gram matrices; beyond, each adds a block of entries
+
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # torch 2.13 renames it
+
+
+@dataclass(eq=False)
+class Parcel:
+    """A flat piece of the gradient under way."""
+
+    whole: Tensor  # (W c,), this rank's values; later the update
+    slices: Tensor  # (W, c), every rank's values of this rank's slice
+    work: Any
+
+    def rows(self, micro_group: int) -> list[Tensor]:
+        return list(self.slices[::micro_group])
+
+
+class Exchange:
+    """One step's way in and out among the ranks of a group.
+
+    Args:
+        group: the W ranks whose gradients are compared.
+        micro_group: m consecutive ranks whose average is one row; k = W / m.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, micro_group: int = 1) -> None:
+        self.group, self.micro_group = group, micro_group
+        self.W = dist.get_world_size(group)
+        self.k = self.W // micro_group
+        self.parcels: list[Parcel] = []
+        self.rests: list[Tensor] = []  # too small to cut, or left over from cutting
+        self.returns: list[tuple[Tensor, list[Tensor]]] = []  # a parcel of rests, and where they belong
+        self._spare: dict[tuple[int, torch.dtype, torch.device], list[Tensor]] = {}
+
+    def begin(self) -> None:
+        """A new step; forgets one that broke off."""
+        self.parcels, self.rests, self.returns = [], [], []
+
+    def send(self, flat: Tensor) -> None:
+        """Starts the all-to-all of one piece; `flat` will hold its part of the update in the end."""
+        c, rest = divmod(flat.numel(), self.W)
+        if flat.numel() < SMALL:
+            c, rest = 0, flat.numel()
+        if c:
+            self._post(flat[: c * self.W])
+        if rest:
+            self.rests.append(flat[c * self.W :])
+
+    def _post(self, whole: Tensor) -> None:
+        slices = self._buffer(whole)
+        work = dist.all_to_all_single(slices.view(-1), whole, group=self.group, async_op=True)
+        self.parcels.append(Parcel(whole, slices, work))
+
+    def _buffer(self, whole: Tensor) -> Tensor:
+        """Memory of the step before: fresh memory costs a CPU a page fault for every 4 KiB."""
+        spare = self._spare.get((whole.numel(), whole.dtype, whole.device))
+        return spare.pop() if spare else torch.empty_like(whole).view(self.W, -1)
+
+    def receive(self) -> None:
+        """Sends the leftovers, waits for everything, and averages within micro-groups."""
+        for dtype in dict.fromkeys(rest.dtype for rest in self.rests):
+            rests = [rest for rest in self.rests if rest.dtype == dtype]
+            joined = torch.cat([*rests, rests[0].new_zeros(-sum(map(len, rests)) % self.W)])
+            self.returns.append((joined, rests))
+            self._post(joined)
+        for parcel in self.parcels:
+            parcel.work.wait()
+        if self.micro_group > 1:
+            for parcel in self.parcels:
+                for members in parcel.slices.split(self.micro_group):
+                    members[0].copy_(members.mean(0, dtype=wide(members.dtype)))
+
+    def gram(self) -> Float64[Tensor, "k k"]:
+        """This rank's share of K: over its slice of the coordinates."""
+        pieces = [parcel.rows(self.micro_group) for parcel in self.parcels]
+        return gram_of(list(zip(*pieces, strict=True)))
+
+    def give_back(self, weights: Sequence[float]) -> None:
+        """w^T G on every rank, in the places that the pieces came from."""
+        works = [w for p in self.parcels for w in self._gather(p.whole, combined(p.rows(self.micro_group), weights))]
+        for work in works:
+            work.wait()
+        for joined, rests in self.returns:
+            for rest, update in zip(rests, joined.split([*map(len, rests), len(joined) - sum(map(len, rests))]), strict=False):
+                rest.copy_(update)
+
+    def _gather(self, whole: Tensor, mine: Tensor) -> list[Any]:
+        """gloo's all-gather hands the slices on around a ring; its broadcasts, as many bytes in all, go straight."""
+        if dist.get_backend(self.group) != "gloo":
+            return [_all_gather(whole, mine, group=self.group, async_op=True)]
+        places = whole.view(self.W, -1)
+        places[dist.get_rank(self.group)].copy_(mine)
+        return [dist.broadcast(place, group_src=r, group=self.group, async_op=True) for r, place in enumerate(places)]
+
+    def fill(self, value: float) -> None:
+        """The same number everywhere in place of an update: nothing needs to be sent."""
+        for parcel in self.parcels:
+            parcel.whole.fill_(value)
+        for rest in self.rests:
+            rest.fill_(value)
+
+    def end(self) -> None:
+        """Keeps the memory for the next step."""
+        self._spare = {}
+        for parcel in self.parcels:
+            key = (parcel.whole.numel(), parcel.whole.dtype, parcel.whole.device)
+            self._spare.setdefault(key, []).append(parcel.slices)
+        self.begin()
+
+
+def combined(rows: list[Tensor], weights: Sequence[float]) -> Tensor:
+    """w^T G of a slice, in the memory of its first row of weight; rows of weight zero are not touched: 0 x NaN is NaN."""
+    used = [(row, w) for row, w in zip(rows, weights, strict=True) if w]
+    if not used:
+        return rows[0].zero_()
+    (first, w), *others = used
+    total = first.to(wide(first.dtype)).mul_(w)
+    for row, w in others:
+        total.add_(row, alpha=w)
+    return first if total is first else first.copy_(total)
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype in HALF else dtype
+
+
+def add_in_rank_order(partial: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The sum over ranks, the same bits on each, on the host: the one look that a step takes at its decision.
+
+    Args:
+        partial: (p,) float64, this rank's share.
+        group: the ranks to add over.
+    """
+    W, p = dist.get_world_size(group), partial.numel()
+    if W <= FEW:
+        shares = partial.new_empty(W, p)
+        _all_gather(shares.view(-1), partial, group=group)
+        return summed(shares.cpu())
+    padded = torch.cat([partial, partial.new_zeros(-p % W)])
+    shares = torch.empty_like(padded).view(W, -1)
+    dist.all_to_all_single(shares.view(-1), padded, group=group)
+    _all_gather(padded, summed(shares), group=group)
+    return padded[:p].cpu()
+
+
+def summed(shares: Tensor) -> Tensor:
+    total = shares[0].clone()
+    for share in shares[1:]:
+        total += share
+    return total

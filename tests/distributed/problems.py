@@ -1,0 +1,107 @@
+"""Models, micro-batches and the oracle: each rank computes every rank's micro-gradient by itself and asks the paper's algorithm."""
+
+import copy
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+import gaf
+
+BATCH = 6
+
+
+class Odd(nn.Module):
+    """Parameters of odd sizes, some with fewer coordinates than there are ranks; a branch that not every input takes."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Linear(13, 31, dtype=dtype), nn.LayerNorm(31, dtype=dtype)
+        self.scale = nn.Parameter(torch.ones(1, dtype=dtype))
+        self.side = nn.Linear(31, 31, dtype=dtype)
+        self.last = nn.Linear(31, 5, dtype=dtype)
+
+    def forward(self, x: Tensor, side: bool = True) -> Tensor:
+        h = torch.tanh(self.norm(self.first(x))) * self.scale
+        h = torch.tanh(self.side(h)) if side else h
+        return self.last(h)
+
+
+class Wide(nn.Module):
+    """Large enough that buckets are cut into slices and not only joined."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(13, 257, dtype=dtype), nn.Tanh(), nn.Linear(257, 251, dtype=dtype), nn.Tanh(), nn.Linear(251, 5, dtype=dtype)
+        )
+
+    def forward(self, x: Tensor, side: bool = True) -> Tensor:
+        return self.layers(x)
+
+
+def batch(step: int, rank: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """Labels of which some say what the input says, and the others nothing: micro-gradients agree more or less."""
+    rng = torch.Generator().manual_seed(1000 * step + rank)
+    x = torch.randn(BATCH, 13, generator=rng)
+    y = x[:, :5].argmax(1)
+    noisy = torch.rand(BATCH, generator=rng) < 0.5
+    return x.to(dtype), torch.where(noisy, torch.randint(5, y.shape, generator=rng), y)
+
+
+Loss = Callable[[nn.Module, int, int], Tensor]
+
+
+def plain_loss(model: nn.Module, step: int, rank: int) -> Tensor:
+    x, y = batch(step, rank, next(model.parameters()).dtype)
+    return cross_entropy(model(x).float(), y)
+
+
+def micro_gradients(model: nn.Module, step: int, W: int, loss: Loss = plain_loss) -> Tensor:
+    """(W, n) float64; what a rank's loss does not depend on counts as zeros."""
+    rows = []
+    for rank in range(W):
+        twin = copy.deepcopy(model)
+        params = [p for p in twin.parameters() if p.requires_grad]
+        for p in params:
+            p.grad = None
+        loss(twin, step, rank).backward()
+        rows.append(torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).double().reshape(-1) for p in params]))
+    return torch.stack(rows)
+
+
+def flat_grad(model: nn.Module) -> Tensor:
+    params = [p for p in model.parameters() if p.requires_grad]
+    return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).double().reshape(-1) for p in params])
+
+
+def telling_tau(rows: Tensor, kind: str) -> float:
+    """A threshold by which all rows are accepted, too few, or (for k > 2, where there is one) some but not all; far from ties."""
+    if kind == "all":
+        return 2.0
+    found = []
+    for tau in torch.linspace(0.01, 1.8, 90).tolist():
+        decision = gaf.GAF(tau)(gaf.gram(rows))
+        margin = (decision.distances[1:] - tau).abs().min().item()
+        stepped = bool(decision.stepped)
+        wanted = (2 <= decision.accepted.sum() < len(rows)) if kind == "some" else not stepped
+        found.append((bool(wanted), stepped == (kind == "some"), margin, tau))
+    return max(found)[-1]
+
+
+KINDS = ("some", "skip", "all", "some", "skip", "some")
+
+
+def close(actual: Tensor, expected: Tensor, rows: Tensor, tolerance: float = 1e-6) -> None:
+    error = (actual - expected).norm() / rows.norm(dim=1)[rows.norm(dim=1).isfinite()].max()
+    assert error <= tolerance, f"relative error {error:.2e}"
+
+
+def same_everywhere(*tensors: Tensor) -> None:
+    """The same bits on every rank."""
+    mine = torch.cat([t.detach().double().reshape(-1).nan_to_num(nan=-7.0) for t in tensors])
+    others = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(others, mine)
+    assert all(torch.equal(other, mine) for other in others)
