@@ -5,9 +5,10 @@ from gaf.attach import attach
 from gaf.combine import aggregate
 from gaf.decision import Decision
 from gaf.gram import gram
+from gaf.handle import Handle
 from gaf.policies import GAF, Mean, RandomSkip
 from gaf.reference import reference
 from gaf.telemetry import Outcome
 
 __version__ = "0.1.0"
-__all__ = ["GAF", "Accumulator", "Decision", "Mean", "Outcome", "RandomSkip", "aggregate", "attach", "gram", "reference"]
+__all__ = ["GAF", "Accumulator", "Decision", "Handle", "Mean", "Outcome", "RandomSkip", "aggregate", "attach", "gram", "reference"]

@@ -215,7 +215,7 @@ def check_same_everywhere(model: nn.Module, policy: Policy, micro_group: int, gr
             usual = Counter(told).most_common(1)[0][0]
             odd = next(r for r, value in enumerate(told) if value != usual)
             a, b = first_difference(usual, told[odd])
-            raise ValueError(f"attach: all ranks must have the same {what}; rank {odd} of the group has {b!r}, others {a!r}.")
+            raise ValueError(f"attach: all ranks must have the same {what}; rank {odd} of the group has {b}, others {a}.")
 
 
 def described(policy: Policy) -> str:

@@ -27,7 +27,7 @@ from gaf.shapes import Float64
 SMALL = 2**14  # coordinates below which a piece is joined with others: a message costs more than a copy
 FEW = 32  # ranks up to which every rank adds up all partial Gram matrices; beyond, each adds a block of entries
 
-_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # torch 2.13 renames it
+_all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)  # torch 2.13's name
 
 
 @dataclass(eq=False)
@@ -50,7 +50,7 @@ class Exchange:
         micro_group: m consecutive ranks whose average is one row; k = W / m.
     """
 
-    def __init__(self, group: dist.ProcessGroup, micro_group: int = 1) -> None:
+    def __init__(self, group: "dist.ProcessGroup", micro_group: int = 1) -> None:
         self.group, self.micro_group = group, micro_group
         self.W = dist.get_world_size(group)
         self.k = self.W // micro_group
@@ -151,7 +151,7 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in HALF else dtype
 
 
-def add_in_rank_order(partial: Tensor, group: dist.ProcessGroup) -> Tensor:
+def add_in_rank_order(partial: Tensor, group: "dist.ProcessGroup") -> Tensor:
     """The sum over ranks, the same bits on each, on the host: the one look that a step takes at its decision.
 
     Args:

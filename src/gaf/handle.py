@@ -99,7 +99,7 @@ class Handle:
         """A new step's first decision is due."""
         self._still, self._moves = set(), False
 
-    def settle(self, exchange: Exchange, params: Sequence[Tensor], over: Sequence[dist.ProcessGroup]) -> Outcome:
+    def settle(self, exchange: Exchange, params: Sequence[Tensor], over: Sequence["dist.ProcessGroup"]) -> Outcome:
         """Pieces on their way in -> Gram -> decision -> update on its way out.
 
         Args:
@@ -133,7 +133,7 @@ class Handle:
         outcome = Outcome.fetch(decision, Evidence(unknown, unknown[0]))
         self._record(decision, outcome.unmeasured(), params, 1.0)
 
-    def _total(self, partial: Tensor, over: Sequence[dist.ProcessGroup]) -> tuple[Tensor, float]:
+    def _total(self, partial: Tensor, over: Sequence["dist.ProcessGroup"]) -> tuple[Tensor, float]:
         """The Gram matrix on the host, and what a scaler multiplied its rows by."""
         k = len(partial)
         scale = partial.new_ones(1) if self.scaler is None else self.scaler._scale.to(partial).reshape(1)  # type: ignore[union-attr]

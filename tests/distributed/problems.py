@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -105,3 +106,13 @@ def same_everywhere(*tensors: Tensor) -> None:
     others = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(others, mine)
     assert all(torch.equal(other, mine) for other in others)
+
+
+def same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return bool(a == b)

@@ -8,7 +8,19 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from problems import KINDS, Loss, Odd, Wide, close, flat_grad, micro_gradients, plain_loss, same_everywhere, telling_tau
+from problems import (
+    KINDS,
+    Loss,
+    Odd,
+    Wide,
+    close,
+    flat_grad,
+    micro_gradients,
+    plain_loss,
+    same,
+    same_everywhere,
+    telling_tau,
+)
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, Adam, AdamW, Optimizer
@@ -72,16 +84,6 @@ def check(
     assert handle.stats()["stepped"] == went.count("step")
     handle.detach()
     return went
-
-
-def same(a: Any, b: Any) -> bool:
-    if isinstance(a, Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(same, a, b))
-    return bool(a == b)
 
 
 def run(world: Callable, W: int, **options: Any) -> None:
