@@ -97,7 +97,8 @@ def attach_ddp(
     check_model(model, optimizers, exchange)
     check_same_everywhere(model, policy, micro_group, exchange.group)
     warn_alone(exchange)
-    handle = Handle(list(model.parameters()), optimizers, policy, scaler, exchange.k)
+    handle = Handle(optimizers, policy, scaler, exchange.k)
+    ddp.watch(model, handle)
     ddp.install(model, ddp.buckets_for(handle, exchange))
     handle.on_detach(lambda: ddp.install(model, ddp.Averaged(None, exchange.group)))
     return handle
@@ -133,7 +134,8 @@ def attach_fsdp(
     if not apart:
         check_same_weights(params, exchange.group)
     warn_alone(exchange)
-    handle = Handle(params, optimizers, policy, scaler, exchange.k)
+    handle = Handle(optimizers, policy, scaler, exchange.k)
+    fsdp.watch(model, params, handle)
     if apart:
         fsdp.Groups(handle, model, exchange)
     else:

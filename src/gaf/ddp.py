@@ -127,6 +127,13 @@ def install(model: DistributedDataParallel, buckets: Buckets) -> None:
     _hooks[model] = hook
 
 
+def watch(model: DistributedDataParallel, handle: Handle) -> None:
+    """Has every parameter tell of what it holds before a backward pass adds to it; the first one is listened to."""
+    for p in model.parameters():
+        if p.requires_grad:
+            handle.on_detach(p.register_hook(lambda grad, p=p: handle.before_accumulation(p.grad)).remove)
+
+
 def buckets_for(handle: Handle, exchange: Exchange) -> Buckets:
     if isinstance(handle.policy, Mean):
         return Averaged(handle, exchange.group)

@@ -9,9 +9,25 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultReduceScatter
+from torch.utils._pytree import tree_leaves
 
 from gaf.exchange import Exchange, combined
 from gaf.handle import Handle
+
+
+def watch(model: nn.Module, params: list[nn.Parameter], handle: Handle) -> None:
+    """Looks at a gradient when a backward pass begins, at the model's output: FSDP2 adds to gradients out of autograd's sight."""
+
+    def begins(grad: Tensor) -> None:
+        first = next((p.grad for p in params if p.grad is not None), None)
+        handle.before_accumulation(None if first is None else first.to_local())  # type: ignore[attr-defined]
+
+    def forward(module: nn.Module, inputs: Any, output: Any) -> None:
+        for leaf in tree_leaves(output):
+            if isinstance(leaf, Tensor) and leaf.requires_grad:
+                leaf.register_hook(begins)
+
+    handle.on_detach(model.register_forward_hook(forward).remove)
 
 
 class Replicas:

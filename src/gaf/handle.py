@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -28,9 +28,7 @@ class Handle:
         outcome: the same with its evidence, as plain numbers.
     """
 
-    def __init__(
-        self, params: Sequence[nn.Parameter], optimizers: list[Optimizer], policy: Policy, scaler: GradScaler | None, k: int
-    ) -> None:
+    def __init__(self, optimizers: list[Optimizer], policy: Policy, scaler: GradScaler | None, k: int) -> None:
         self.policy, self.optimizers = policy, optimizers
         self.scaler = scaler if scaler is not None and scaler.is_enabled() else None
         self.last: Decision | None = None
@@ -46,9 +44,6 @@ class Handle:
         self._undo: list[Callable[[], None]] = []
         for optimizer in optimizers:
             self._undo.append(optimizer.register_step_pre_hook(self._before_step).remove)
-        for p in params:
-            if p.requires_grad:
-                self._undo.append(p.register_hook(lambda grad, p=p: self._before_accumulation(p)).remove)
 
     # ------------------------------------------------------------------------------------------ for users
 
@@ -94,6 +89,13 @@ class Handle:
 
     def on_detach(self, undo: Callable[[], None]) -> None:
         self._undo.append(undo)
+
+    def before_accumulation(self, grad: Tensor | None) -> None:
+        """Before a backward pass adds to a gradient: what is there must not be an update. Looked at when the step is decided."""
+        if self._synced:
+            self._synced = False
+            if grad is not None:
+                self._stale = (grad != 0).any()
 
     def begin(self) -> None:
         """A new step's first decision is due."""
@@ -166,14 +168,6 @@ class Handle:
         self._progress = (self._progress[0] + 1, self._progress[1] + self._moves)
 
     # ------------------------------------------------------------------------------------------ hooks
-
-    def _before_accumulation(self, p: nn.Parameter) -> None:
-        """Once per backward pass, before its first gradient is added: what was there must not be an update."""
-        if self._synced:
-            self._synced = False
-            if p.grad is not None:
-                grad = p.grad.to_local() if hasattr(p.grad, "to_local") else p.grad
-                self._stale = (grad != 0).any()
 
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A skip: without gradients every dense optimizer leaves its parameters and its state alone."""

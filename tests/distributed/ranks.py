@@ -14,14 +14,14 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-TIMEOUT = datetime.timedelta(seconds=60)
+TIMEOUT = 60.0  # seconds
 
 
-def serve(rank: int, world: int, store: str, pipe: Connection) -> None:
+def serve(rank: int, world: int, store: str, pipe: Connection, timeout: float) -> None:
     jaxtyping.install_import_hook("gaf", "typechecker.check")  # as in the tests' own process, before gaf is imported
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=TIMEOUT)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=datetime.timedelta(seconds=timeout))
     while True:
         task, args = pipe.recv()
         if task is None:
@@ -37,14 +37,14 @@ def serve(rank: int, world: int, store: str, pipe: Connection) -> None:
 class Ranks:
     """W gloo processes; `run` gives a task to each and returns what each returned."""
 
-    def __init__(self, world: int) -> None:
+    def __init__(self, world: int, timeout: float = TIMEOUT) -> None:
         self.world, self.folder = world, tempfile.TemporaryDirectory()
         store = str(Path(self.folder.name) / "store")
         context = mp.get_context("spawn")
         self.pipes, self.processes = [], []
         for rank in range(world):
             here, there = context.Pipe()
-            process = context.Process(target=serve, args=(rank, world, store, there), daemon=True)
+            process = context.Process(target=serve, args=(rank, world, store, there, timeout), daemon=True)
             process.start()
             self.pipes.append(here)
             self.processes.append(process)

@@ -577,7 +577,7 @@ def test_state_is_saved_and_taken_back(world: World) -> None:
 def bucketwise() -> tuple[int, int]:
     """Each bucket's parameters get what the algorithm gives on their coordinates alone."""
     W, rank = dist.get_world_size(), dist.get_rank()
-    model, optimizer, handle = attached(gaf.GAF(0.7, scope="group"), Wide, bucket_cap_mb=0.002)
+    model, optimizer, handle = attached(gaf.GAF(1.1, scope="group"), Wide, bucket_cap_mb=0.002)
     moved = stood = 0
     seen: list[list[Tensor]] = []
     take = model._comm_hooks[0][0].__self__.buckets.take
@@ -600,7 +600,7 @@ def bucketwise() -> tuple[int, int]:
         stepped = {}
         for params in seen:
             matrix = torch.stack([torch.cat([row[p].reshape(-1) for p in params]) for row in rows])
-            update, decision = gaf.aggregate(matrix, gaf.GAF(0.7))
+            update, decision = gaf.aggregate(matrix, gaf.GAF(1.1))
             torch.testing.assert_close(torch.cat([p.grad.reshape(-1) for p in params]), update, rtol=1e-5, atol=1e-7)
             stepped |= dict.fromkeys(params, bool(decision.stepped))
         optimizer.step()
