@@ -98,9 +98,7 @@ def attach_ddp(
     check_same_everywhere(model, policy, micro_group, exchange.group)
     warn_alone(exchange)
     handle = Handle(optimizers, policy, scaler, exchange.k)
-    ddp.watch(model, handle)
-    ddp.install(model, ddp.buckets_for(handle, exchange))
-    handle.on_detach(lambda: ddp.install(model, ddp.Averaged(None, exchange.group)))
+    ddp.install(model, handle, exchange)
     return handle
 
 
@@ -156,10 +154,9 @@ def exchange_over(group: Any, micro_group: int) -> "Exchange":
 def check_ddp(model: DistributedDataParallel) -> None:
     from gaf import ddp
 
-    mine = ddp.hooked(model)
-    if mine is not None and mine.attached:
+    if ddp.is_attached(model):
         raise RuntimeError("attach: the model must not be attached already; it is. Call handle.detach() first.")
-    if mine is None and model._comm_hooks:
+    if ddp.has_other_hook(model):
         raise RuntimeError(f"attach: the model must have no other communication hook; it has {model._comm_hooks[0][0].__qualname__}, and "
                            "DistributedDataParallel takes one. Wrap the model anew without it.")  # fmt: skip
     if getattr(model, "mixed_precision", None) is not None:

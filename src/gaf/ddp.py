@@ -1,5 +1,6 @@
 """DistributedDataParallel: a communication hook that sends each bucket on its way and decides at the last one."""
 
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -9,9 +10,12 @@ from torch import Tensor
 from torch._C._distributed_c10d import GradBucket
 from torch.nn.parallel import DistributedDataParallel
 
-from gaf.exchange import Exchange
+from gaf.combine import Policy
+from gaf.exchange import Exchange, Spare
+from gaf.gram import inner_products, quick_gram
 from gaf.handle import Handle
-from gaf.policies import Mean
+from gaf.policies import GAF, Mean
+from gaf.sequential import Sequential
 
 Future = torch.futures.Future[Tensor]  # of the bucket, updated
 
@@ -69,8 +73,8 @@ class FilteredApart:
 class Averaged:
     """Plain averaging, bit for bit as without a hook: multiplied by 1/W, then added up."""
 
-    def __init__(self, handle: Handle | None, group: dist.ProcessGroup) -> None:
-        self.handle, self.group = handle, group
+    def __init__(self, handle: Handle | None, exchange: Exchange) -> None:
+        self.handle, self.group = handle, exchange.group
 
     def take(self, bucket: GradBucket) -> Any:  # collectives have futures of another class
         if self.handle is not None:
@@ -86,59 +90,122 @@ class Averaged:
         return work.get_future().then(lambda future: future.value()[0])
 
 
-Buckets = Filtered | FilteredApart | Averaged
+class Pair:
+    """Two ranks: an all-reduce of the sum S, with all of it but the decision during the backward pass.
+
+        |g_0|^2, |g_1|^2        each by its rank
+        <g_0, g_1>  =  <g, S> - |g|^2,  g the shorter of the two, which its rank has kept
+
+    From the shorter row, for nothing cancels there: |S|^2 - |g_0|^2 - |g_1|^2 would lose a short row in a long one's
+    rounding. The outcome is the mean of both or a skip, so that this is for policies that need two, and for gradients of
+    float32 or wider, whose sum keeps its digits.
+    """
+
+    def __init__(self, handle: Handle, exchange: Exchange) -> None:
+        self.handle, self.group, self.spare = handle, exchange.group, Spare()
+
+    def take(self, bucket: GradBucket) -> Future:
+        if bucket.index() == 0:
+            self.handle.begin()
+            self.params: list[Tensor] = []
+            self.under_way: list[tuple[Any, Tensor, Tensor, Future]] = []
+            self.norm2 = torch.zeros((), dtype=torch.float64, device=bucket.buffer().device)
+        flat, future = bucket.buffer(), future_on(bucket.buffer())
+        own = self.spare.like(flat).copy_(flat)
+        work = dist.all_reduce(flat, group=self.group, async_op=True)
+        self.norm2 += quick_gram(own[None])[0, 0]
+        self.params += bucket.parameters()
+        self.under_way.append((work, own, flat, future))
+        if bucket.is_last():
+            self._settle()
+        return future
+
+    def _settle(self) -> None:
+        inner = torch.zeros_like(self.norm2)
+        for work, own, total, _ in self.under_way:
+            work.wait()
+            inner += inner_products([[own], [total]], [(0, 1)])[0].to(inner.device)
+        weights, filler = self.handle.judge(self._gram(inner), self.params)
+        for _, _, total, future in self.under_way:
+            total.fill_(filler) if weights is None else total.mul_(weights[0])
+            future.set_result(total)
+        self.spare = Spare([own for _, own, _, _ in self.under_way])
+        self.handle.end()
+
+    def _gram(self, inner: Tensor) -> Tensor:
+        """From each rank's squared norm and inner product with the sum."""
+        known = inner.new_zeros(2, 2)
+        known[dist.get_rank(self.group)] = torch.stack([self.norm2, inner])
+        (a, with_a), (b, with_b) = self.handle.total(known, [self.group])
+        between = with_a - a if a <= b else with_b - b
+        return torch.stack([a, between, between, b]).view(2, 2)
+
+
+Way = Averaged | Filtered | FilteredApart | Pair
 
 
 class Hook:
-    """The one communication hook of a model. DDP cannot take it off; what it does can be changed."""
+    """The one communication hook of a model. DDP cannot take it off; what it does can be changed.
 
-    def __init__(self, buckets: Buckets) -> None:
-        self.buckets = buckets
+    The policy says at the first bucket which way a step goes, so that it may be exchanged between steps.
+    """
 
-    @property
-    def attached(self) -> bool:
-        return self.buckets.handle is not None
+    def __init__(self, model: DistributedDataParallel) -> None:
+        self.wide = all(p.dtype in (torch.float32, torch.float64) for p in model.parameters() if p.requires_grad)
+        self.handle: Handle | None = None
+        self.exchange: Exchange
+        self.way: Way | None = None
 
     def run(self, state: object, bucket: GradBucket):  # type: ignore[no-untyped-def]  # DDP knows one annotation, not Averaged's
         if bucket.buffer().is_sparse:
             raise TypeError("attach: gradients must be dense; a bucket's is sparse. Use nn.Embedding(..., sparse=False).")
-        return self.buckets.take(bucket)
+        if bucket.index() == 0 and type(self.way) is not self.kind():
+            self.way = self.kind()(self.handle, self.exchange)  # type: ignore[arg-type]  # Averaged alone does without a handle
+        assert self.way is not None
+        return self.way.take(bucket)
+
+    def kind(self) -> type[Way]:
+        if self.handle is None or averages(self.handle.policy):
+            return Averaged
+        policy = self.handle.policy
+        if getattr(policy, "scope", "all") == "group":
+            return FilteredApart
+        pair = type(policy) is GAF and policy.min_accepted == 2 and self.exchange.W == self.exchange.k == 2
+        return Pair if pair and self.wide else Filtered
+
+
+def averages(policy: Policy) -> bool:
+    """Whether every row counts whatever the Gram matrix says."""
+    return isinstance(policy, Mean) and type(policy).__call__ is Sequential.__call__
 
 
 _hooks: WeakKeyDictionary[DistributedDataParallel, Hook] = WeakKeyDictionary()
 
 
-def hooked(model: DistributedDataParallel) -> Hook | None:
-    return _hooks.get(model)
+def is_attached(model: DistributedDataParallel) -> bool:
+    return model in _hooks and _hooks[model].handle is not None
 
 
-def install(model: DistributedDataParallel, buckets: Buckets) -> None:
-    """Makes `buckets` the receiver of the model's buckets.
+def has_other_hook(model: DistributedDataParallel) -> bool:
+    return model not in _hooks and bool(model._comm_hooks)
 
-    Raises:
-        RuntimeError: where the model has another hook.
-    """
+
+def install(model: DistributedDataParallel, handle: Handle, exchange: Exchange) -> None:
+    """Has the handle decide on the model's gradients, until it is detached."""
     hook = _hooks.get(model)
-    if hook is not None:
-        hook.buckets = buckets
-        return
-    hook = Hook(buckets)
-    model.register_comm_hook(None, hook.run)
-    _hooks[model] = hook
-
-
-def watch(model: DistributedDataParallel, handle: Handle) -> None:
-    """Has every parameter tell of what it holds before a backward pass adds to it; the first one is listened to."""
+    if hook is None:
+        hook = Hook(model)
+        model.register_comm_hook(None, hook.run)
+        _hooks[model] = hook
+    hook.handle, hook.exchange, hook.way = handle, exchange, None
+    handle.on_detach(partial(take_off, hook))
     for p in model.parameters():
-        if p.requires_grad:
+        if p.requires_grad:  # each tells of what it holds before a backward pass adds to it; the first is listened to
             handle.on_detach(p.register_hook(lambda grad, p=p: handle.before_accumulation(p.grad)).remove)
 
 
-def buckets_for(handle: Handle, exchange: Exchange) -> Buckets:
-    if isinstance(handle.policy, Mean):
-        return Averaged(handle, exchange.group)
-    apart = getattr(handle.policy, "scope", "all") == "group"
-    return FilteredApart(handle, exchange) if apart else Filtered(handle, exchange)
+def take_off(hook: Hook) -> None:
+    hook.handle = hook.way = None
 
 
 def future_on(tensor: Tensor) -> Future:

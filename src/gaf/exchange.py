@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gaf.gram import HALF, gram_of
+from gaf.gram import HALF, quick_gram
 from gaf.shapes import Float64
 
 SMALL = 2**14  # coordinates below which a piece is joined with others: a message costs more than a copy
@@ -36,10 +36,22 @@ class Parcel:
 
     whole: Tensor  # (W c,), this rank's values; later the update
     slices: Tensor  # (W, c), every rank's values of this rank's slice
+    rows: Tensor  # (k, c), of these the first of each micro-group, where the group's average comes to be
     work: Any
 
-    def rows(self, micro_group: int) -> list[Tensor]:
-        return list(self.slices[::micro_group])
+
+class Spare:
+    """Memory of the step before: fresh memory costs a CPU a page fault for every 4 KiB."""
+
+    def __init__(self, flats: Sequence[Tensor] = ()) -> None:
+        self.flats = list(flats)
+
+    def like(self, flat: Tensor) -> Tensor:
+        """Of the same size and kind, taken from what is spare where there is such."""
+        for i, one in enumerate(self.flats):
+            if one.numel() == flat.numel() and one.dtype == flat.dtype and one.device == flat.device:
+                return self.flats.pop(i)
+        return torch.empty_like(flat)
 
 
 class Exchange:
@@ -54,10 +66,11 @@ class Exchange:
         self.group, self.micro_group = group, micro_group
         self.W = dist.get_world_size(group)
         self.k = self.W // micro_group
+        self.device = torch.device("cpu")  # of what is sent
         self.parcels: list[Parcel] = []
         self.rests: list[Tensor] = []  # too small to cut, or left over from cutting
         self.returns: list[tuple[Tensor, list[Tensor]]] = []  # a parcel of rests, and where they belong
-        self._spare: dict[tuple[int, torch.dtype, torch.device], list[Tensor]] = {}
+        self._spare = Spare()
 
     def begin(self) -> None:
         """A new step; forgets one that broke off."""
@@ -65,6 +78,7 @@ class Exchange:
 
     def send(self, flat: Tensor) -> None:
         """Starts the all-to-all of one piece; `flat` will hold its part of the update in the end."""
+        self.device = flat.device
         c, rest = divmod(flat.numel(), self.W)
         if flat.numel() < SMALL:
             c, rest = 0, flat.numel()
@@ -74,14 +88,9 @@ class Exchange:
             self.rests.append(flat[c * self.W :])
 
     def _post(self, whole: Tensor) -> None:
-        slices = self._buffer(whole)
+        slices = self._spare.like(whole).view(self.W, -1)
         work = dist.all_to_all_single(slices.view(-1), whole, group=self.group, async_op=True)
-        self.parcels.append(Parcel(whole, slices, work))
-
-    def _buffer(self, whole: Tensor) -> Tensor:
-        """Memory of the step before: fresh memory costs a CPU a page fault for every 4 KiB."""
-        spare = self._spare.get((whole.numel(), whole.dtype, whole.device))
-        return spare.pop() if spare else torch.empty_like(whole).view(self.W, -1)
+        self.parcels.append(Parcel(whole, slices, slices[:: self.micro_group], work))
 
     def receive(self) -> None:
         """Sends the leftovers, waits for everything, and averages within micro-groups."""
@@ -99,12 +108,14 @@ class Exchange:
 
     def gram(self) -> Float64[Tensor, "k k"]:
         """This rank's share of K: over its slice of the coordinates."""
-        pieces = [parcel.rows(self.micro_group) for parcel in self.parcels]
-        return gram_of(list(zip(*pieces, strict=True)))
+        total = torch.zeros(self.k, self.k, dtype=torch.float64, device=self.device)
+        for parcel in self.parcels:
+            total += quick_gram(parcel.rows)
+        return total
 
     def give_back(self, weights: Sequence[float]) -> None:
         """w^T G on every rank, in the places that the pieces came from."""
-        works = [w for p in self.parcels for w in self._gather(p.whole, combined(p.rows(self.micro_group), weights))]
+        works = [w for p in self.parcels for w in self._gather(p.whole, combined(p.rows, weights))]
         for work in works:
             work.wait()
         for joined, rests in self.returns:
@@ -128,14 +139,11 @@ class Exchange:
 
     def end(self) -> None:
         """Keeps the memory for the next step."""
-        self._spare = {}
-        for parcel in self.parcels:
-            key = (parcel.whole.numel(), parcel.whole.dtype, parcel.whole.device)
-            self._spare.setdefault(key, []).append(parcel.slices)
+        self._spare = Spare([parcel.slices.view(-1) for parcel in self.parcels])
         self.begin()
 
 
-def combined(rows: list[Tensor], weights: Sequence[float]) -> Tensor:
+def combined(rows: Tensor, weights: Sequence[float]) -> Tensor:
     """w^T G of a slice, in the memory of its first row of weight; rows of weight zero are not touched: 0 x NaN is NaN."""
     used = [(row, w) for row, w in zip(rows, weights, strict=True) if w]
     if not used:
@@ -144,7 +152,8 @@ def combined(rows: list[Tensor], weights: Sequence[float]) -> Tensor:
     total = first.to(wide(first.dtype)).mul_(w)
     for row, w in others:
         total.add_(row, alpha=w)
-    return first if total is first else first.copy_(total)
+    first.copy_(total)  # nothing to do where they are one
+    return first
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -171,7 +180,7 @@ def add_in_rank_order(partial: Tensor, group: "dist.ProcessGroup") -> Tensor:
 
 
 def summed(shares: Tensor) -> Tensor:
-    total = shares[0].clone()
+    total: Tensor = shares[0].clone()
     for share in shares[1:]:
         total += share
     return total

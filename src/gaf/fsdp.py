@@ -128,7 +128,7 @@ class OneWay(Exchange):
         self._post(whole)
 
     def give_back(self, weights: Sequence[float]) -> None:
-        torch.mul(combined(self.parcels[0].rows(self.micro_group), weights), self.factor, out=self.shard)
+        torch.mul(combined(self.parcels[0].rows, weights), self.factor, out=self.shard)
 
     def fill(self, value: float) -> None:
         self.shard.fill_(value)

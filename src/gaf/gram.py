@@ -12,10 +12,10 @@ from torch import Tensor
 
 from gaf.shapes import Float, Float64
 
-CHUNK = 2**16  # coordinates in a partial sum on a CPU, whose products then stay in its cache
-FAST_CHUNK = 2**18  # the same for dot products, which keep none
+CHUNK = 2**14  # coordinates in a partial sum on a CPU: few enough for float32's digits, and k rows of them stay in its cache
+FAST_CHUNK = 2**18  # the same where a row is seen once, as it arrives
 DEVICE_CHUNK = 2**22  # an accelerator does few large products faster than many small
-SHORT = 2**15  # vectors below this are joined first, to save calls
+SHORT = 2**12  # vectors below this are joined first, to save calls
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -92,17 +92,41 @@ def in_range(found: Tensor, pairs: list[tuple[int, int]]) -> bool:
 def products(vectors: Vectors, pairs: list[tuple[int, int]], wide: bool = False) -> list[Tensor]:
     """One slice's share of the inner products, each ().
 
-    On a CPU pair by pair: for the few long rows at hand, some ten times faster than a matrix product; `sum` adds in a
-    tree, which keeps float32's digits whatever the rows. Elsewhere one float64 product: exact for half and single
+    On a CPU pair by pair, for a matrix product's precision is the user's to lower (torch.set_float32_matmul_precision).
+    Elsewhere one float64 product: exact for half and single
     precision, out of reach of TF32, and without a look at the host.
     """
     if vectors[0].device.type == "cpu":
         held = [v.double() if wide else v.float() if v.dtype in HALF else v for v in vectors]
-        scratch = torch.empty_like(held[0])
-        return [torch.mul(held[i], held[j], out=scratch).sum() for i, j in pairs]
+        return [held[i].dot(held[j]) for i, j in pairs]
     block = torch.stack(list(vectors)).to(vectors[0].device if has_float64(vectors[0].device) else "cpu").double()
     full = block @ block.T
     return [full[i, j] for i, j in pairs]
+
+
+def quick_gram(rows: Float[Tensor, "k c"]) -> Float64[Tensor, "k k"]:
+    """The Gram matrix of a piece that lies as a matrix: on a CPU by matrix products, in a third of the time of `gram`.
+
+    Errors stay below 1e-6 on ordinary gradients and reach 1e-5 where few coordinates hold nearly all. Where the user has
+    lowered the precision of matrix products, and out of float32's range, it goes the way of `gram`.
+    """
+    if rows.device.type == "cpu" and not full_precision():
+        return gram_of([[row] for row in rows])
+    exact = torch.float64 if has_float64(rows.device) and rows.device.type != "cpu" else torch.promote_types(rows.dtype, torch.float32)
+    total = torch.zeros(len(rows), len(rows), dtype=torch.float64, device=rows.device if has_float64(rows.device) else "cpu")
+    for chunk in rows.split(CHUNK if rows.device.type == "cpu" else DEVICE_CHUNK, dim=1):
+        block = chunk.to(exact)
+        total += (block @ block.T).to(total.device)
+    if rows.device.type == "cpu" and not in_range(total.diagonal(), [(i, i) for i in range(len(rows))]):
+        return gram_of([[row] for row in rows])
+    return total
+
+
+def full_precision() -> bool:
+    try:
+        return torch.get_float32_matmul_precision() == "highest"
+    except RuntimeError:  # set for some backends and not for others
+        return False
 
 
 def quick_products(s: Tensor | None, g: Tensor) -> tuple[float, float]:

@@ -36,6 +36,7 @@ class Handle:
         self._k = k
         self._telemetry = Telemetry()
         self._rejected, self._absent = [0] * k, [0] * k
+        self._scale = 1.0  # what the scaler multiplied the rows by
         self._progress = (0, 0)  # steps decided and steps taken since attach; unlike stats, not restored
         self._moves = True  # whether any group of the step under way is stepped on
         self._still: set[Tensor] = set()  # what the next optimizer step must leave alone
@@ -101,7 +102,7 @@ class Handle:
         """A new step's first decision is due."""
         self._still, self._moves = set(), False
 
-    def settle(self, exchange: Exchange, params: Sequence[Tensor], over: Sequence["dist.ProcessGroup"]) -> Outcome:
+    def settle(self, exchange: Exchange, params: Sequence[Tensor], over: Sequence["dist.ProcessGroup"]) -> None:
         """Pieces on their way in -> Gram -> decision -> update on its way out.
 
         Args:
@@ -110,22 +111,45 @@ class Handle:
             over: groups over whose ranks the coordinates are spread; the Gram matrix is added up over each in turn.
         """
         exchange.receive()
-        gram, scale = self._total(exchange.gram(), over)
+        gram = self.total(exchange.gram(), over)
+        weights, filler = self.judge(gram, params)
+        if weights is None:
+            exchange.fill(filler)
+        else:
+            exchange.give_back(weights)
+        exchange.end()
+
+    def total(self, partial: Tensor, over: Sequence["dist.ProcessGroup"]) -> Tensor:
+        """Adds up what each rank knows, (...,) float64, onto the host: the one time that a step waits for the device.
+
+        Raises:
+            RuntimeError: on all ranks, where one of them began its backward pass on top of the last update.
+        """
+        scale = partial.new_ones(1) if self.scaler is None else self.scaler._scale.to(partial).reshape(1)  # type: ignore[union-attr]
+        stale = partial.new_zeros(1) if self._stale is None else self._stale.to(partial).reshape(1)
+        known, ranks = torch.cat([partial.reshape(-1), scale, stale]), 1
+        for group in over:
+            known = add_in_rank_order(known.to(partial.device), group)
+            ranks *= dist.get_world_size(group)
+        self._stale = None
+        self._scale = float(known[-2]) / ranks
+        if known[-1] > 0:
+            raise RuntimeError("attach: the gradients must be cleared before a backward pass that synchronises; the last update was "
+                               "still there and would mix with the new micro-gradients. Call optimizer.zero_grad() first, or accumulate "
+                               "under `with model.no_sync():`.")  # fmt: skip
+        return known[:-2].view(partial.shape)
+
+    def judge(self, gram: Tensor, params: Sequence[Tensor]) -> tuple[list[float] | None, float]:
+        """The decision. Returns the weights, or None and what to put in place of an update: an overflow is for the scaler to see."""
         decision = self.policy(gram)
         if decision.weights.shape != (len(gram),):
             raise ValueError(f"policy {self.policy!r}: a Decision must have one weight for each of the {len(gram)} rows; "
                              f"got shape {tuple(decision.weights.shape)}.")  # fmt: skip
-        evidence = Evidence(gram.diagonal(), mean_off_diagonal(gram))
         overflow = self.scaler is not None and not bool(gram.diagonal().isfinite().all())
         decision = skipped(decision) if overflow else decision
-        outcome = Outcome.fetch(decision, evidence)
-        if outcome.stepped:
-            exchange.give_back(outcome.weights)
-        else:
-            exchange.fill(float("inf") if overflow else 0.0)  # the scaler is to see the overflow, on every rank
-        exchange.end()
-        self._record(decision, outcome, params, scale)
-        return outcome
+        outcome = Outcome.fetch(decision, Evidence(gram.diagonal(), mean_off_diagonal(gram)))
+        self._record(decision, outcome, params)
+        return (outcome.weights, 0.0) if outcome.stepped else (None, float("inf") if overflow else 0.0)
 
     def averaged(self, params: Sequence[Tensor]) -> None:
         """A step whose average an all-reduce has made already: Mean and its kin."""
@@ -133,32 +157,14 @@ class Handle:
         ones, unknown = torch.ones(self._k, dtype=torch.bool), torch.full((self._k,), torch.nan, dtype=torch.float64)
         decision = self.policy.conclude(ones, unknown)
         outcome = Outcome.fetch(decision, Evidence(unknown, unknown[0]))
-        self._record(decision, outcome.unmeasured(), params, 1.0)
+        self._record(decision, outcome.unmeasured(), params)
 
-    def _total(self, partial: Tensor, over: Sequence["dist.ProcessGroup"]) -> tuple[Tensor, float]:
-        """The Gram matrix on the host, and what a scaler multiplied its rows by."""
-        k = len(partial)
-        scale = partial.new_ones(1) if self.scaler is None else self.scaler._scale.to(partial).reshape(1)  # type: ignore[union-attr]
-        stale = partial.new_zeros(1) if self._stale is None else self._stale.to(partial).reshape(1)
-        total = torch.cat([partial.reshape(-1), scale, stale])
-        for group in over:
-            total = add_in_rank_order(total.to(partial.device), group)
-        self._stale = None
-        if total[-1] > 0:
-            raise RuntimeError("attach: the gradients must be cleared before a backward pass that synchronises; the last update was "
-                               "still there and would mix with the new micro-gradients. Call optimizer.zero_grad() first, or accumulate "
-                               "under `with model.no_sync():`.")  # fmt: skip
-        ranks = 1
-        for group in over:
-            ranks *= dist.get_world_size(group)
-        return total[: k * k].view(k, k), float(total[-2]) / ranks
-
-    def _record(self, decision: Decision, outcome: Outcome, params: Sequence[Tensor], scale: float) -> None:
+    def _record(self, decision: Decision, outcome: Outcome, params: Sequence[Tensor]) -> None:
         self.last, self.outcome, self._synced = decision, outcome, True
         self._moves = self._moves or outcome.stepped
         if not outcome.stepped:
             self._still.update(params)
-        self._telemetry.record(outcome, tau=getattr(self.policy, "tau", None), scale=scale)
+        self._telemetry.record(outcome, tau=getattr(self.policy, "tau", None), scale=self._scale)
         for i, (accepted, distance) in enumerate(zip(outcome.accepted, outcome.distances, strict=False)):
             self._absent[i] += distance != distance
             self._rejected[i] += distance == distance and not accepted

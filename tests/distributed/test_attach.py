@@ -580,13 +580,13 @@ def bucketwise() -> tuple[int, int]:
     model, optimizer, handle = attached(gaf.GAF(1.1, scope="group"), Wide, bucket_cap_mb=0.002)
     moved = stood = 0
     seen: list[list[Tensor]] = []
-    take = model._comm_hooks[0][0].__self__.buckets.take
+    settle = handle.settle
 
-    def listening(bucket: Any) -> Any:
-        seen.append(bucket.parameters())
-        return take(bucket)
+    def listening(exchange: Any, params: Any, over: Any) -> None:
+        seen.append(list(params))
+        settle(exchange, params, over)
 
-    model._comm_hooks[0][0].__self__.buckets.take = listening
+    handle.settle = listening  # type: ignore[method-assign]
     for step in range(4):
         seen.clear()
         rows = []
@@ -625,7 +625,7 @@ def cost(micro_group: int) -> dict[str, float]:
     """Coordinates that this rank hands to each collective, counted where they are called, over one step."""
     model, _, _ = attached(gaf.GAF(2.0), Wide, bucket_cap_mb=0.05)
     hook = model._comm_hooks[0][0].__self__
-    hook.buckets.handle.detach()
+    hook.handle.detach()
     handle = gaf.attach(model, SGD(model.parameters(), 0.1), gaf.GAF(2.0), micro_group=micro_group)
     W = dist.get_world_size()
     plain_loss(model, 0, dist.get_rank()).backward()  # buckets are built anew after the first
@@ -635,17 +635,18 @@ def cost(micro_group: int) -> dict[str, float]:
     def count(tensor: Tensor, share: float) -> None:
         sent["scalars" if tensor.dtype == torch.float64 else "gradient"] += tensor.numel() * share
 
-    saved = dist.all_to_all_single, dist.broadcast, exchange._all_gather
+    saved = dist.all_to_all_single, dist.broadcast, exchange._all_gather, dist.all_reduce
     try:
         dist.all_to_all_single = lambda out, into, **kw: (count(into, (W - 1) / W), saved[0](out, into, **kw))[1]
         dist.broadcast = lambda t, **kw: (count(t, (W - 1) / W), saved[1](t, **kw))[1]  # W - 1 copies in all, of W such broadcasts
         exchange._all_gather = lambda out, into, **kw: (count(into, W - 1), saved[2](out, into, **kw))[1]
+        dist.all_reduce = lambda t, **kw: (count(t, 2 * (W - 1) / W), saved[3](t, **kw))[1]
         plain_loss(model, 1, dist.get_rank()).backward()
     finally:
-        dist.all_to_all_single, dist.broadcast, exchange._all_gather = saved
+        dist.all_to_all_single, dist.broadcast, exchange._all_gather, dist.all_reduce = saved
     n = sum(p.numel() for p in model.parameters())
-    ours = hook.buckets.exchange
-    held = sum(t.numel() for buffers in ours._spare.values() for t in buffers)
+    spare = hook.way.spare if W == 2 else hook.exchange._spare
+    held = sum(t.numel() for t in spare.flats)
     handle.detach()
     return {"gradient": sent["gradient"] / (2 * n * (W - 1) / W), "scalars": sent["scalars"], "held": held / n}
 
@@ -655,7 +656,7 @@ def test_a_step_sends_what_one_all_reduce_sends_and_holds_one_gradient_more(worl
     for told in world(W).run(cost, micro_group):
         assert 0.99 <= told["gradient"] <= 1.01
         k = W // micro_group
-        assert told["scalars"] == (W - 1) * (k * k + 2)
+        assert told["scalars"] == (W - 1) * (k * k + 2)  # K, the scale, and whether an update was still there
         assert 0.99 <= told["held"] <= 1.01
 
 
@@ -702,3 +703,53 @@ def slices(sizes: list[int], dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("sizes", [[1], [3, 0, 2], [2**14 + 1, 5, 2**15 - 1]])
 def test_pieces_of_any_size_come_back(world: World, W: int, sizes: list[int], dtype: torch.dtype) -> None:
     world(W).run(slices, sizes, dtype)
+
+
+# -------------------------------------------------------------------------------------------------- two ranks, the short way
+
+
+def short_way(scale: float) -> None:
+    """Rows of very different length, nearly at right angles: the cosine comes from the shorter one."""
+    torch.manual_seed(0)
+    n = 5000
+    a, b = torch.randn(2, n)
+    b = (b - a * (a @ b) / (a @ a) + 0.04 * a) / scale
+    model, _, handle = attached(gaf.GAF(1.0), partial(Vector, n))
+    torch.dot(model(torch.ones(1)), [a, b][dist.get_rank()]).backward()
+    assert type(model._comm_hooks[0][0].__self__.way).__name__ == "Pair"
+    exact = 1 - torch.nn.functional.cosine_similarity(a.double(), b.double(), dim=0)
+    assert handle.last is not None
+    assert handle.last.distances[1].item() == pytest.approx(exact.item(), abs=1e-6)
+    close(flat_grad(model), (a.double() + b.double()) / 2, torch.stack([a, b]).double())
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e3, 1e-3, 1e6])
+def test_two_ranks_of_different_norm_are_compared_exactly(world: World, scale: float) -> None:
+    world(2).run(short_way, scale)
+
+
+def ways() -> list[str]:
+    """The policy may be another at each step; each goes its own way and gives its own update."""
+    model, optimizer, handle = attached(gaf.GAF(0.9), Wide)
+    told = []
+    policies = [
+        gaf.GAF(2.0, average="halving"),
+        gaf.Mean(),
+        gaf.GAF(2.0, min_accepted=1),
+        gaf.GAF(2.0, scope="group"),
+        gaf.GAF(2.0, start="worst"),
+    ]
+    for step, policy in enumerate(policies):
+        handle.policy = policy
+        rows = micro_gradients(model.module, step, 2)
+        optimizer.zero_grad()
+        plain_loss(model, step, dist.get_rank()).backward()
+        close(flat_grad(model), rows.mean(0), rows)
+        optimizer.step()
+        told.append(type(model._comm_hooks[0][0].__self__.way).__name__)
+    return told
+
+
+def test_the_policy_may_change_between_steps(world: World) -> None:
+    for told in world(2).run(ways):
+        assert told == ["Pair", "Averaged", "Filtered", "FilteredApart", "Pair"]
