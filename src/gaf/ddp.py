@@ -11,8 +11,7 @@ from torch._C._distributed_c10d import GradBucket
 from torch.nn.parallel import DistributedDataParallel
 
 from gaf.combine import Policy
-from gaf.exchange import Exchange, Spare
-from gaf.gram import inner_products, quick_gram
+from gaf.exchange import Exchange, Pair
 from gaf.handle import Handle
 from gaf.policies import GAF, Mean
 from gaf.sequential import Sequential
@@ -90,58 +89,7 @@ class Averaged:
         return work.get_future().then(lambda future: future.value()[0])
 
 
-class Pair:
-    """Two ranks: an all-reduce of the sum S, with all of it but the decision during the backward pass.
-
-        |g_0|^2, |g_1|^2        each by its rank
-        <g_0, g_1>  =  <g, S> - |g|^2,  g the shorter of the two, which its rank has kept
-
-    From the shorter row, for nothing cancels there: |S|^2 - |g_0|^2 - |g_1|^2 would lose a short row in a long one's
-    rounding. The outcome is the mean of both or a skip, so that this is for policies that need two, and for gradients of
-    float32 or wider, whose sum keeps its digits.
-    """
-
-    def __init__(self, handle: Handle, exchange: Exchange) -> None:
-        self.handle, self.group, self.spare = handle, exchange.group, Spare()
-
-    def take(self, bucket: GradBucket) -> Future:
-        if bucket.index() == 0:
-            self.handle.begin()
-            self.params: list[Tensor] = []
-            self.under_way: list[tuple[Any, Tensor, Tensor, Future]] = []
-            self.norm2 = torch.zeros((), dtype=torch.float64, device=bucket.buffer().device)
-        flat, future = bucket.buffer(), future_on(bucket.buffer())
-        own = self.spare.like(flat).copy_(flat)
-        work = dist.all_reduce(flat, group=self.group, async_op=True)
-        self.norm2 += quick_gram(own[None])[0, 0]
-        self.params += bucket.parameters()
-        self.under_way.append((work, own, flat, future))
-        if bucket.is_last():
-            self._settle()
-        return future
-
-    def _settle(self) -> None:
-        inner = torch.zeros_like(self.norm2)
-        for work, own, total, _ in self.under_way:
-            work.wait()
-            inner += inner_products([[own], [total]], [(0, 1)])[0].to(inner.device)
-        weights, filler = self.handle.judge(self._gram(inner), self.params)
-        for _, _, total, future in self.under_way:
-            total.fill_(filler) if weights is None else total.mul_(weights[0])
-            future.set_result(total)
-        self.spare = Spare([own for _, own, _, _ in self.under_way])
-        self.handle.end()
-
-    def _gram(self, inner: Tensor) -> Tensor:
-        """From each rank's squared norm and inner product with the sum."""
-        known = inner.new_zeros(2, 2)
-        known[dist.get_rank(self.group)] = torch.stack([self.norm2, inner])
-        (a, with_a), (b, with_b) = self.handle.total(known, [self.group])
-        between = with_a - a if a <= b else with_b - b
-        return torch.stack([a, between, between, b]).view(2, 2)
-
-
-Way = Averaged | Filtered | FilteredApart | Pair
+Way = Averaged | Filtered | FilteredApart
 
 
 class Hook:
@@ -154,24 +102,26 @@ class Hook:
         self.wide = all(p.dtype in (torch.float32, torch.float64) for p in model.parameters() if p.requires_grad)
         self.handle: Handle | None = None
         self.exchange: Exchange
+        self.policy: Policy | None = None
         self.way: Way | None = None
 
     def run(self, state: object, bucket: GradBucket):  # type: ignore[no-untyped-def]  # DDP knows one annotation, not Averaged's
         if bucket.buffer().is_sparse:
             raise TypeError("attach: gradients must be dense; a bucket's is sparse. Use nn.Embedding(..., sparse=False).")
-        if bucket.index() == 0 and type(self.way) is not self.kind():
-            self.way = self.kind()(self.handle, self.exchange)  # type: ignore[arg-type]  # Averaged alone does without a handle
+        if bucket.index() == 0:
+            policy = None if self.handle is None else self.handle.policy
+            if self.way is None or policy is not self.policy:
+                self.policy, self.way = policy, self.choose(policy)
         assert self.way is not None
         return self.way.take(bucket)
 
-    def kind(self) -> type[Way]:
-        if self.handle is None or averages(self.handle.policy):
-            return Averaged
-        policy = self.handle.policy
+    def choose(self, policy: Policy | None) -> Way:
+        if self.handle is None or policy is None or averages(policy):
+            return Averaged(self.handle, self.exchange)
         if getattr(policy, "scope", "all") == "group":
-            return FilteredApart
+            return FilteredApart(self.handle, self.exchange)
         pair = type(policy) is GAF and policy.min_accepted == 2 and self.exchange.W == self.exchange.k == 2
-        return Pair if pair and self.wide else Filtered
+        return Filtered(self.handle, Pair(self.exchange.group) if pair and self.wide else self.exchange)
 
 
 def averages(policy: Policy) -> bool:

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gaf.gram import HALF, quick_gram
+from gaf.gram import HALF, inner_products, quick_gram
 from gaf.shapes import Float64
 
 SMALL = 2**14  # coordinates below which a piece is joined with others: a message costs more than a copy
@@ -47,11 +47,15 @@ class Spare:
         self.flats = list(flats)
 
     def like(self, flat: Tensor) -> Tensor:
-        """Of the same size and kind, taken from what is spare where there is such."""
-        for i, one in enumerate(self.flats):
-            if one.numel() == flat.numel() and one.dtype == flat.dtype and one.device == flat.device:
-                return self.flats.pop(i)
-        return torch.empty_like(flat)
+        """Of the same size and kind: one that is spare, or the head of a longer one (DDP cuts its buckets anew after a while)."""
+        fit = [one for one in self.flats if one.numel() >= flat.numel() and one.dtype == flat.dtype and one.device == flat.device]
+        if not fit:
+            return torch.empty_like(flat)
+        best = min(fit, key=len)
+        self.flats = [one for one in self.flats if one is not best]
+        if len(best) > len(flat):
+            self.flats.append(best[len(flat) :])
+        return best[: len(flat)]
 
 
 class Exchange:
@@ -106,11 +110,15 @@ class Exchange:
                 for members in parcel.slices.split(self.micro_group):
                     members[0].copy_(members.mean(0, dtype=wide(members.dtype)))
 
-    def gram(self) -> Float64[Tensor, "k k"]:
-        """This rank's share of K: over its slice of the coordinates."""
+    def partial(self) -> Float64[Tensor, "k k"]:
+        """This rank's share of K, over its slice of the coordinates: to be added up over the ranks."""
         total = torch.zeros(self.k, self.k, dtype=torch.float64, device=self.device)
         for parcel in self.parcels:
             total += quick_gram(parcel.rows)
+        return total
+
+    def gram(self, total: Float64[Tensor, "k k"]) -> Float64[Tensor, "k k"]:
+        """K from the sum of all ranks' shares."""
         return total
 
     def give_back(self, weights: Sequence[float]) -> None:
@@ -143,9 +151,52 @@ class Exchange:
         self.begin()
 
 
+class Pair(Exchange):
+    """Two ranks' shorter way: an all-reduce of the sum S, all of it during the backward pass but a few inner products.
+
+        |g_0|^2, |g_1|^2        each from its rank
+        <g_0, g_1>  =  <g, S> - |g|^2        g: the shorter of the two; each rank has kept its own, the one buffer
+
+    From the shorter one, for nothing cancels there: (|S|^2 - |g_0|^2 - |g_1|^2) / 2 would lose a short row in the rounding
+    of a long one. The outcome must be the mean of both or a skip, and S must keep its terms' digits: for policies that
+    need two rows, and gradients of float32 or wider.
+    """
+
+    def __init__(self, group: "dist.ProcessGroup") -> None:
+        super().__init__(group)
+
+    def send(self, flat: Tensor) -> None:
+        own = self._spare.like(flat).copy_(flat)
+        work = dist.all_reduce(flat, group=self.group, async_op=True)
+        self.parcels.append(Parcel(flat, own, own[None], work))
+        self.device = flat.device
+
+    def receive(self) -> None:
+        for parcel in self.parcels:
+            parcel.work.wait()
+
+    def partial(self) -> Float64[Tensor, "k k"]:
+        """In this rank's row: |g|^2 and <g, S>."""
+        known = torch.zeros(2, 2, dtype=torch.float64, device=self.device)
+        mine = known[dist.get_rank(self.group)]
+        for parcel in self.parcels:
+            own, total = parcel.slices, parcel.whole
+            mine += inner_products([[own], [total]], [(0, 0), (0, 1)]).to(self.device)
+        return known
+
+    def gram(self, total: Float64[Tensor, "k k"]) -> Float64[Tensor, "k k"]:
+        (a, a_with_sum), (b, b_with_sum) = total
+        between = a_with_sum - a if a <= b else b_with_sum - b
+        return torch.stack([a, between, between, b]).view(2, 2)
+
+    def give_back(self, weights: Sequence[float]) -> None:
+        for parcel in self.parcels:
+            parcel.whole.mul_(weights[0])
+
+
 def combined(rows: Tensor, weights: Sequence[float]) -> Tensor:
     """w^T G of a slice, in the memory of its first row of weight; rows of weight zero are not touched: 0 x NaN is NaN."""
-    used = [(row, w) for row, w in zip(rows, weights, strict=True) if w]
+    used: list[tuple[Tensor, float]] = [(row, w) for row, w in zip(rows, weights, strict=True) if w]
     if not used:
         return rows[0].zero_()
     (first, w), *others = used

@@ -111,7 +111,7 @@ class Handle:
             over: groups over whose ranks the coordinates are spread; the Gram matrix is added up over each in turn.
         """
         exchange.receive()
-        gram = self.total(exchange.gram(), over)
+        gram = exchange.gram(self.total(exchange.partial(), over))
         weights, filler = self.judge(gram, params)
         if weights is None:
             exchange.fill(filler)

@@ -645,8 +645,7 @@ def cost(micro_group: int) -> dict[str, float]:
     finally:
         dist.all_to_all_single, dist.broadcast, exchange._all_gather, dist.all_reduce = saved
     n = sum(p.numel() for p in model.parameters())
-    spare = hook.way.spare if W == 2 else hook.exchange._spare
-    held = sum(t.numel() for t in spare.flats)
+    held = sum(t.numel() for t in hook.way.exchange._spare.flats)
     handle.detach()
     return {"gradient": sent["gradient"] / (2 * n * (W - 1) / W), "scalars": sent["scalars"], "held": held / n}
 
@@ -689,7 +688,7 @@ def slices(sizes: list[int], dtype: torch.dtype) -> None:
             piece.copy_(original)
             way.send(piece)
         way.receive()
-        total = add_in_rank_order(way.gram().reshape(-1), way.group).view(W, W)
+        total = add_in_rank_order(way.partial().reshape(-1), way.group).view(W, W)
         matrix = torch.stack([torch.cat(row).double() for row in rows])
         torch.testing.assert_close(total, matrix @ matrix.T, rtol=1e-5, atol=1e-5)
         weights = [0.0, *[1 / (W - 1)] * (W - 1)]
@@ -708,6 +707,11 @@ def test_pieces_of_any_size_come_back(world: World, W: int, sizes: list[int], dt
 # -------------------------------------------------------------------------------------------------- two ranks, the short way
 
 
+def way_of(model: DistributedDataParallel) -> str:
+    way = model._comm_hooks[0][0].__self__.way
+    return " by ".join([type(way).__name__, *([type(way.exchange).__name__] if hasattr(way, "exchange") else [])])
+
+
 def short_way(scale: float) -> None:
     """Rows of very different length, nearly at right angles: the cosine comes from the shorter one."""
     torch.manual_seed(0)
@@ -716,7 +720,7 @@ def short_way(scale: float) -> None:
     b = (b - a * (a @ b) / (a @ a) + 0.04 * a) / scale
     model, _, handle = attached(gaf.GAF(1.0), partial(Vector, n))
     torch.dot(model(torch.ones(1)), [a, b][dist.get_rank()]).backward()
-    assert type(model._comm_hooks[0][0].__self__.way).__name__ == "Pair"
+    assert way_of(model) == "Filtered by Pair"
     exact = 1 - torch.nn.functional.cosine_similarity(a.double(), b.double(), dim=0)
     assert handle.last is not None
     assert handle.last.distances[1].item() == pytest.approx(exact.item(), abs=1e-6)
@@ -746,10 +750,11 @@ def ways() -> list[str]:
         plain_loss(model, step, dist.get_rank()).backward()
         close(flat_grad(model), rows.mean(0), rows)
         optimizer.step()
-        told.append(type(model._comm_hooks[0][0].__self__.way).__name__)
+        told.append(way_of(model))
     return told
 
 
 def test_the_policy_may_change_between_steps(world: World) -> None:
     for told in world(2).run(ways):
-        assert told == ["Pair", "Averaged", "Filtered", "FilteredApart", "Pair"]
+        pair, general = "Filtered by Pair", "Filtered by Exchange"
+        assert told == [pair, "Averaged", general, "FilteredApart", pair]
