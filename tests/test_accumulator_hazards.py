@@ -239,3 +239,41 @@ def test_discard_takes_batch_norm_back_to_the_macro_batches_start() -> None:
     acc.backward(cross_entropy(model(torch.randn(8, 4)), torch.randint(2, (8,))))
     acc.discard()
     assert all(torch.equal(before[key], value) for key, value in norm.state_dict().items() if "running" in key or "num" in key)
+
+
+# -------------------------------------------------------------------------------------------------------- giants, scope
+
+
+def test_a_row_far_longer_than_the_median_is_absent() -> None:
+    rows = torch.tensor([[1.0, 0.1], [1.0, 0.0], [900.0, 90.0], [0.9, 0.1]])
+    update, decision = gaf.aggregate(rows, gaf.GAF(0.5, max_norm_ratio=100))
+    assert decision.accepted.tolist() == [True, True, False, True]
+    assert decision.distances[2].isnan()
+    torch.testing.assert_close(update, rows[[0, 1, 3]].mean(0))
+    p = nn.Parameter(torch.zeros(2))
+    acc = gaf.Accumulator(SGD([p], 1.0), gaf.GAF(0.5, max_norm_ratio=100))
+    for row in rows:
+        acc.backward(torch.dot(p, row))
+    acc.step()
+    torch.testing.assert_close(p.data, -update)
+    assert acc.stats()["absent"] == 1
+    everything, _ = gaf.aggregate(rows, gaf.GAF(0.5))
+    assert everything[0] > 200
+
+
+def test_broken_rows_do_not_move_the_median() -> None:
+    rows = torch.tensor([[torch.nan, 0.0], [torch.inf, 0.0], [0.0, 0.0], [1.0, 0.0], [1.0, 0.1], [50.0, 0.0]])
+    decision = gaf.GAF(0.5, max_norm_ratio=10)(gaf.gram(rows))
+    assert decision.accepted.tolist() == [False, False, False, True, True, False]
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("ratio", [0.5, 0, -1, float("nan"), "10"])
+def test_max_norm_ratio_must_be_at_least_one(ratio: object) -> None:
+    with pytest.raises(ValueError, match="max_norm_ratio must be None or a number of at least 1; got"):
+        gaf.GAF(max_norm_ratio=ratio)  # type: ignore[arg-type]
+
+
+def test_scope_group_is_for_data_parallel_engines() -> None:
+    with pytest.raises(ValueError, match=r"scope must be 'all'; got 'group'.*Use gaf\.attach"):
+        gaf.Accumulator(SGD([nn.Parameter(torch.ones(2))], 0.1), gaf.GAF(scope="group"))

@@ -17,6 +17,7 @@ from gaf.checks import (
     check_parameters,
     check_policy,
     check_reentrant,
+    check_scope,
     claim_scaler,
     names_of,
     raise_unusable,
@@ -72,6 +73,7 @@ class Accumulator:
     ) -> None:
         self.optimizers = check_optimizers(optimizer)
         self.policy = check_policy(policy)
+        check_scope(policy)
         self.scaler = scaler if scaler is not None and scaler.is_enabled() else None
         self.last: Decision | None = None  # of the last step
         self.outcome: Outcome | None = None  # the same with its evidence, as plain numbers

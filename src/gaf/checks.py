@@ -76,7 +76,7 @@ def check_parameters(names: Names, params: list[nn.Parameter]) -> None:
 
 def raise_distributed(what: str) -> None:
     raise TypeError(f"Accumulator: {what}. {ACROSS_RANKS}. Filter across ranks with gaf.attach(model, optimizer, policy), "
-                    "planned for release 0.2; until then unwrap the model (ddp.module) and train on one device.")  # fmt: skip
+                    "or unwrap the model (ddp.module) and train on one device.")  # fmt: skip
 
 
 def raise_unusable(name: str, grad: Tensor) -> None:
@@ -90,6 +90,12 @@ def check_policy(policy: Any) -> Any:
     if isinstance(policy, type) or not callable(policy):
         raise TypeError(f"Accumulator: policy must be a callable from a Gram matrix to a Decision; got {policy!r}. Use gaf.GAF(tau=0.97).")
     return policy
+
+
+def check_scope(policy: Any) -> None:
+    if getattr(policy, "scope", "all") != "all":
+        raise ValueError(f"Accumulator: the policy's scope must be 'all'; got {policy.scope!r}, which decides for each bucket or parameter "
+                         "group of a data-parallel engine. Use gaf.attach, or leave scope out.")  # fmt: skip
 
 
 def check_reentrant(loss: Tensor) -> None:

@@ -9,10 +9,10 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from rich import box
@@ -156,7 +156,13 @@ def table(found: list[Measured]) -> Table:
     return result
 
 
-def write(found: list[Measured], path: Path, conditions: dict[str, Any]) -> None:
+class Line(Protocol):
+    """What has a line in a file of figures."""
+
+    def line(self) -> dict[str, Any]: ...
+
+
+def write(found: Sequence[Line], path: Path, conditions: dict[str, Any]) -> None:
     """JSON lines: conditions first, then a line per way and k."""
     path.parent.mkdir(parents=True, exist_ok=True)
     where = {"versions": environment.versions(), "machine": environment.machine(torch.device("cpu")), "commit": environment.commit()}

@@ -1,11 +1,14 @@
 """The command `gaf`. Each command's options are the fields of its dataclass below."""
 
 import dataclasses
+import os
 import shlex
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -80,26 +83,27 @@ class Train:
 
 
 def train(words: Words, console: Console) -> int:
-    base = base_config(words)
-    options = tyro.cli(Train, prog="gaf train", args=words, default=Train(base))
-    if options.steps is not None and options.steps < 1:
-        raise ConfigError(f"steps must be at least 1; got {options.steps}. Leave it out to run all passes.")
+    options = parsed_train(words) if not under_torchrun() else of_rank_0(parsed_train, words)
+    if isinstance(options, int):
+        return options
     from gaf_lab import console as shown
-    from gaf_lab.train import completed, prepare_folder
+    from gaf_lab import parallel
     from gaf_lab.train import train as run
 
-    prepare_folder(options.out, options.resume)
-    if options.resume and (done := completed(options.config, options.out)):
-        say(console, f"{options.out}: the run is complete ({done.evals[-1]['step']:,} steps); nothing to do.")
+    group = parallel.here()
+    resume, done = group.led(lambda: look_before(options, group.world))
+    if done is not None:
+        say(console, f"{options.out}: the run is complete ({done} steps); nothing to do.")
         return 0
     listener = shown.ConsoleListener(console)
-    board = shown.TensorBoardListener(options.out) if options.tensorboard else None
+    board = shown.TensorBoardListener(options.out) if options.tensorboard and group.leads else None
     both = shown.Listeners(listener, board) if board else listener
-    command = "gaf train " + shlex.join(words)
+    start = "gaf train " if group.world == 1 else f"torchrun --nproc-per-node {group.world} -m gaf_lab train "
+    job = partial(run, options.config, options.out, both, data_folder=options.data, steps=options.steps, resume=resume)
     try:
-        run(options.config, options.out, both, data_folder=options.data, steps=options.steps, resume=options.resume, command=command)
+        job(command=start + shlex.join(words), group=group)
     except KeyboardInterrupt:
-        say(console, f"\nStopped. Go on with: gaf train {shlex.join(w for w in words if w != '--resume')} --resume")
+        say(console, f"\nStopped. Go on with: {start}{shlex.join(w for w in words if w != '--resume')} --resume")
         return 130
     finally:
         listener.close()
@@ -107,6 +111,44 @@ def train(words: Words, console: Console) -> int:
             board.close()
     say(console, f"Records: {options.out / 'records.jsonl'}. Page: gaf report {options.out}")
     return 0
+
+
+def parsed_train(words: Words) -> Train:
+    options = tyro.cli(Train, prog="gaf train", args=words, default=Train(base_config(words)))
+    if options.steps is not None and options.steps < 1:
+        raise ConfigError(f"steps must be at least 1; got {options.steps}. Leave it out to run all passes.")
+    return options
+
+
+def of_rank_0(parse: Callable[[Words], Train], words: Words) -> Train | int:
+    """What rank 0 makes of the words, or the exit code where the parser has said all there is to say."""
+    from gaf_lab import parallel
+
+    def work() -> Train | int:
+        try:
+            return parse(words)
+        except SystemExit as stop:
+            return int(stop.code or 0)
+
+    return parallel.here().led(work)
+
+
+def look_before(options: Train, ranks: int) -> tuple[bool, str | None]:
+    """Refuses what cannot run before anything is made. Whether to resume; and where the run is complete, its steps."""
+    from gaf_lab import parallel
+    from gaf_lab.train import completed, prepare_folder, restarted
+
+    parallel.check(options.config, ranks)
+    resume = options.resume or restarted(options.out)
+    prepare_folder(options.out, resume)
+    done = completed(options.config, options.out) if resume else None
+    return resume, None if done is None else f"{done.evals[-1]['step']:,}"
+
+
+def under_torchrun() -> bool:
+    """Whether this process is one of several that torchrun started."""
+    told = all(name in os.environ for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR"))
+    return told and int(os.environ["WORLD_SIZE"]) > 1
 
 
 def base_config(words: Words) -> TrainConfig:
@@ -197,10 +239,50 @@ class BenchAccumulate:
     """File for the figures, JSON lines."""
 
 
+@dataclass
+class BenchDDP:
+    """Time, bytes and memory of a step among k processes: plain DDP, gaf.attach, and gathering every gradient, in one run."""
+
+    model: ModelName = "resnet18"
+    """Network, as in gaf train."""
+    stem: Literal["imagenet", "cifar"] = "imagenet"
+    """First layers of a ResNet: imagenet or cifar."""
+    b: int = 32
+    """Samples per process."""
+    k: tuple[int, ...] = (2, 4, 8)
+    """Processes, one thread each."""
+    rounds: int = 20
+    """Steps of each kind, at least 2. Higher narrows the spread."""
+    out: Path | None = None
+    """File for the figures, JSON lines."""
+    predict: bool = False
+    """Measures nothing; prints what the cost model of docs/cost.md says."""
+    against: Path | None = None
+    """A file that --out wrote, whose figures are set beside the predicted ones."""
+    latency_us: float = 20.0
+    """Microseconds a message takes."""
+    bandwidth_gbit: float | None = None
+    """Gigabits per second that a rank sends; without it 10, or with --against the file's limit, or what fits its plain DDP."""
+    memory_gb: float = 10.0
+    """Gigabytes per second that a rank reads from memory."""
+    gflops: float = 30.0
+    """Billions of operations per second of the Gram matrix's product: a CPU core's in float32, a GPU's in float64."""
+    parameters: int = 11_227_812
+    """Coordinates of the gradient; the default is resnet18's with 100 classes."""
+    bytes: int = 4
+    """Bytes per coordinate."""
+
+
 def bench(words: Words, console: Console) -> int:
-    if words[:1] != ["accumulate"]:
-        raise ConfigError(f"bench must be told what to measure; got {' '.join(words[:1])!r}. There is: gaf bench accumulate.")
-    options: Any = tyro.cli(BenchAccumulate, prog="gaf bench accumulate", args=words[1:])
+    kinds = {"accumulate": bench_accumulate, "ddp": bench_ddp}
+    if not words or words[0] not in kinds:
+        raise ConfigError(f"bench must be told what to measure; got {' '.join(words[:1])!r}. "
+                          "There is: gaf bench accumulate, gaf bench ddp.")  # fmt: skip
+    return kinds[words[0]](words[1:], console)
+
+
+def bench_accumulate(words: Words, console: Console) -> int:
+    options: Any = tyro.cli(BenchAccumulate, prog="gaf bench accumulate", args=words)
     from gaf_lab import bench as job
     from gaf_lab import records
 
@@ -213,6 +295,46 @@ def bench(words: Words, console: Console) -> int:
         conditions = {"model": options.model, "stem": options.stem, "b": options.b, "rounds": options.rounds, "pictures": "3x32x32"}
         job.write(found, options.out, conditions)
         say(console, f"Figures: {options.out}")
+    return 0
+
+
+def bench_ddp(words: Words, console: Console) -> int:
+    options: Any = tyro.cli(BenchDDP, prog="gaf bench ddp", args=words)
+    if options.predict or options.against is not None:
+        return bench_predict(options, console)
+    from gaf_lab import bench as file
+    from gaf_lab import bench_ddp as job
+    from gaf_lab import records
+
+    if options.out is not None:
+        records.make_folder(options.out.parent)
+    wanted = job.Options(options.model, options.stem, options.b, options.rounds)
+    with console.status(f"{options.model}, b = {options.b}, k = {options.k}: {options.rounds} rounds"):
+        found = job.run(wanted, options.k)
+    console.print(job.table(found))
+    if options.out is not None:
+        file.write(found, options.out, job.conditions(wanted))
+        say(console, f"Figures: {options.out}")
+    return 0
+
+
+def bench_predict(options: BenchDDP, console: Console) -> int:
+    from gaf_lab import predict
+
+    gbit, told = options.bandwidth_gbit, "as given"
+    points: list[dict[str, Any]] = []
+    if options.against is not None:
+        conditions, points = predict.read(options.against)
+        if gbit is None and "mbit" in conditions:
+            gbit, told = conditions["mbit"] / 1000, "the limit under which the file was measured"
+        elif gbit is None:
+            gbit, told = predict.fitted_beta(points, options.latency_us * 1e-6) * 8e-9, "fitted to the file's plain DDP"
+    if gbit is None:
+        gbit = 10.0
+    network = predict.Network(options.latency_us * 1e-6, gbit * 1e9 / 8, options.memory_gb * 1e9, options.gflops * 1e9)
+    local = f"memory {options.memory_gb:g} GB/s, {options.gflops:g} Gflop/s"
+    say(console, f"{options.latency_us:g} us a message, {gbit:.3g} Gbit/s ({told}), {local}")
+    console.print(predict.against(points, network) if points else predict.table(options.parameters * options.bytes, network))
     return 0
 
 
@@ -230,7 +352,7 @@ COMMANDS = {
     "train": (train, Train.__doc__),
     "report": (report, Report.__doc__),
     "data": (data, Data.__doc__),
-    "bench": (bench, "gaf bench accumulate: time and memory of a step against plain accumulation."),
+    "bench": (bench, "What a step costs: gaf bench accumulate, on one device; gaf bench ddp, among processes."),
     "presets": (presets, "Lists the configs that have a name."),
 }
 
@@ -238,7 +360,19 @@ COMMANDS = {
 def main(words: Words | None = None) -> int:
     """Runs `gaf WORDS...`; an error that a user can mend becomes one message and exit code 2."""
     words = sys.argv[1:] if words is None else words
-    console = Console()
+    if not (words[:1] == ["train"] and under_torchrun()):
+        return command(words, Console())
+    from gaf_lab import parallel
+
+    group = parallel.join()
+    try:
+        code = command(words, Console(quiet=not group.leads))
+    except parallel.Elsewhere:
+        code = 2
+    return parallel.leave(code)
+
+
+def command(words: Words, console: Console) -> int:
     if not words or words[0] in ("-h", "--help"):
         say(console, "gaf: gradient agreement filtering\n\nusage: gaf COMMAND [OPTIONS]; gaf COMMAND --help\n")
         for name, (_, text) in COMMANDS.items():

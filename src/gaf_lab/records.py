@@ -2,7 +2,8 @@
 
 Every figure and table is a function of these files alone.
 
-header: {"kind": "run", "name", "arm", "config": {...}, "config_hash", "versions": {...}, "machine": {...}, "commit", "started"}
+header: {"kind": "run", "name", "arm", "config": {...}, "config_hash", "versions": {...}, "machine": {...}, "commit", "started",
+         "ranks", "launch"}
 eval:   {"kind": "eval", "step", "steps_taken", "samples", "passes", "seconds", "lr", "train_loss",
          "acceptance", "distance_mean", "distance_min", "noise_scale", "norm_dispersion",
          "heldout_accuracy", "heldout_loss", "test_accuracy", "test_loss",
@@ -13,7 +14,8 @@ Accuracies and shares are in [0, 1]; samples and passes count what was drawn, st
 training and evaluation, resumed runs added up. `memorised`, `corrected`: of the training samples whose label was
 flipped, the share predicted as the wrong label, and as the true one; null without flips. `clean_accuracy`: of the
 others. `acceptance`, distances: since the line before; acceptance is accepted over all micro-gradients, 0 for a
-skipped step. `rows`: for each step since the line before, how many rows were accepted, 0 for a skip. A value that
+skipped step. `ranks`: processes that computed the micro-batches; `launch`: which torchrun command started them, null
+without. `rows`: for each step since the line before, how many rows were accepted, 0 for a skip. A value that
 does not exist is null.
 """
 

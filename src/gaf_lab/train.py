@@ -1,6 +1,8 @@
 """One training run, from a config to records: the loop, and what it takes to stop and go on.
 
 data -> micro-batch -> micro-gradient -> decision -> step or skip -> evaluation -> records, checkpoint
+
+The k micro-batches are computed by one process in turn, or by k ranks at once (`gaf_lab.parallel`); rank 0 evaluates and writes.
 """
 
 import contextlib
@@ -9,6 +11,7 @@ import os
 import time
 import warnings
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,13 +20,15 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, MultiStepLR, ReduceLROnPlateau
 
 import gaf
-from gaf_lab import checkpoint, environment, models, records
+from gaf_lab import checkpoint, environment, models, parallel, records
 from gaf_lab.config import REPLAYING, ConfigError, TrainConfig
 from gaf_lab.controls import RandomSubset, ReplaySkip
 from gaf_lab.evaluate import evaluate
+from gaf_lab.parallel import Group
 from gaf_lab.problem import Problem, build
 from gaf_lab.sampling import key
 
+ALONE = Group()
 LOOK_EVERY = 50  # steps between looks at the loss on an accelerator, each of which waits for it
 
 
@@ -60,9 +65,10 @@ class Interval:
         self.distance_sum += sum(outcome.compared)
         self.distance_min = min([d for d in (self.distance_min, *outcome.compared) if not math.isnan(d)], default=math.nan)
 
-    def line(self, b: int) -> dict[str, Any]:
+    def line(self, b: int, loss: float) -> dict[str, Any]:
+        """loss: the sum over the micro-batches of all ranks; `losses` has this rank's."""
         return {
-            "train_loss": float(self.losses) / self.micro_gradients,
+            "train_loss": loss / self.micro_gradients,
             "acceptance": self.accepted / self.micro_gradients,
             "distance_mean": self.distance_sum / self.distances if self.distances else None,
             "distance_min": self.distance_min,
@@ -74,9 +80,10 @@ class Interval:
 class Training:
     """Everything that changes while a run goes on, and the loop that changes it."""
 
-    def __init__(self, config: TrainConfig, data_folder: Path | None) -> None:
-        self.config, self.device = config, pick_device(config.device)
-        self.problem = build(config, data_folder, self.device)
+    def __init__(self, config: TrainConfig, data_folder: Path | None, group: Group = ALONE) -> None:
+        self.config, self.group = config, group
+        self.device = group.each(lambda: pick_device(config.device, group))
+        self.problem = group.each(lambda: build(config, data_folder, self.device))
         torch.manual_seed(key(config.seed, "weights"))
         channels, height, width = self.problem.data.train_x.shape[1:]
         self.model = models.build(config.model, (channels, height, width), self.problem.data.classes, config.stem).to(self.device)
@@ -84,12 +91,19 @@ class Training:
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.optimizer = make_optimizer(config, self.model)
         self.scheduler = make_scheduler(config, self.optimizer, self.problem.steps)
-        self.accumulator = gaf.Accumulator(self.optimizer, make_policy(config), model=self.model, bn=config.bn)
+        self.forward, self.accumulator = self._over_ranks(group.led(lambda: make_policy(config)))
         self.plateau = self.scheduler if isinstance(self.scheduler, ReduceLROnPlateau) else None
         if self.scheduler is not None and self.plateau is None and config.schedule_waits:
             self.accumulator.gate(self.scheduler)
         self.step, self.seconds = 0, 0.0
         self.interval = self._new_interval()
+
+    def _over_ranks(self, policy: Any) -> tuple[nn.Module, gaf.Accumulator | parallel.OverRanks]:
+        """The model as it is trained, and what makes steps of its micro-gradients."""
+        if self.group.world == 1:
+            return self.model, gaf.Accumulator(self.optimizer, policy, model=self.model, bn=self.config.bn)
+        forward = parallel.data_parallel(self.model, self.group, *self.problem.micro_batch(0, self.group.rank))
+        return forward, parallel.OverRanks(forward, self.optimizer, policy)
 
     def run(self, folder: Path, listener: Listener, steps: int | None = None, keep_checkpoints: bool = True) -> str:
         """Trains to the end, or to step `steps`. Returns the status of the end line.
@@ -105,20 +119,22 @@ class Training:
             self.interval.seconds += time.perf_counter() - started
             listener.stepped(self.step, outcome)
             if self.problem.evaluation(self.step) or self.step == last:
-                line = self.evaluation()
-                records.append(folder, line)
-                if keep_checkpoints:
-                    checkpoint.save(folder, self.state_dict(folder))
-                listener.evaluated(line)
+                self.group.led(partial(self._keep, self.evaluation(), folder, listener, keep_checkpoints))
         return "finished" if last == self.problem.steps else "stopped"
+
+    def _keep(self, line: dict[str, Any], folder: Path, listener: Listener, keep_checkpoints: bool) -> None:
+        records.append(folder, line)
+        if keep_checkpoints:
+            checkpoint.save(folder, self.state_dict(folder))
+        listener.evaluated(line)
 
     def macro_batch(self) -> gaf.Outcome:
         """k micro-gradients, one decision, a step or none."""
         losses = []
-        for i in range(self.config.k):
+        for i in self.group.micro_batches(self.config.k):
             x, y = self.problem.micro_batch(self.step, i)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.autocast == "bfloat16"):
-                loss = nn.functional.cross_entropy(self.model(x), y)
+                loss = nn.functional.cross_entropy(self.forward(x), y)
             self.accumulator.backward(loss)
             losses.append(loss.detach())
         self._look_at(torch.stack(losses))
@@ -135,13 +151,17 @@ class Training:
 
     def _look_at(self, losses: Tensor) -> None:
         self.interval.losses += losses.sum()
-        if (self.device.type == "cpu" or self.step % LOOK_EVERY == 0) and not bool(losses.isfinite().any()):
-            raise Diverged(f"step {self.step}: the loss must be a number; all {len(losses)} micro-batches gave NaN or infinity.")
+        if (self.device.type == "cpu" or self.step % LOOK_EVERY == 0) and not self.group.total(bool(losses.isfinite().any())):
+            self.group.led(self._give_up)
+
+    def _give_up(self) -> None:
+        raise Diverged(f"step {self.step}: the loss must be a number; all {self.config.k} micro-batches gave NaN or infinity.")
 
     def evaluation(self) -> dict[str, Any]:
         """The line of records that closes an interval; moves a plateau schedule on."""
         started = time.perf_counter()
-        measured = evaluate(self.model, self.problem)
+        measured = self.group.led(lambda: evaluate(self.model, self.problem))
+        loss = self.group.total(float(self.interval.losses))
         stats = self.accumulator.stats(self.config.b)
         number = self.problem.evaluation(self.step)
         if self.plateau is not None and number and number % self.config.plateau_every == 0:
@@ -151,7 +171,7 @@ class Training:
         position = {"kind": "eval", "step": self.step, "steps_taken": stats["stepped"], "samples": samples}
         progress = {"passes": samples / len(self.problem.train), "seconds": self.seconds, "lr": self.optimizer.param_groups[0]["lr"]}
         noise = {key: stats[key] for key in ("noise_scale", "norm_dispersion")}
-        line = position | progress | self.interval.line(self.config.b) | noise | measured
+        line = position | progress | self.interval.line(self.config.b, loss) | noise | measured
         self.interval = self._new_interval()
         return line
 
@@ -172,8 +192,8 @@ class Training:
             "random": torch.get_rng_state(),
         }
 
-    def load_state_dict(self, state: dict[str, Any], folder: Path) -> None:
-        """Goes back to that point; records written after it are cut off, for they will be written again."""
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes back to that point. The state is that of one process or of k ranks, whichever this is."""
         self.step, self.seconds = state["step"], state["seconds"]
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -181,7 +201,6 @@ class Training:
             self.scheduler.load_state_dict(state["scheduler"])
         self.accumulator.load_state_dict(state["accumulator"])
         torch.set_rng_state(state["random"])
-        os.truncate(folder / records.FILE, state["records_size"])
 
 
 def train(
@@ -194,6 +213,7 @@ def train(
     resume: bool = False,
     keep_checkpoints: bool = True,
     command: str | None = None,
+    group: Group = ALONE,
 ) -> records.Run:
     """Runs a config in `folder`; see `gaf_lab.records` for what it leaves there.
 
@@ -206,20 +226,21 @@ def train(
         resume: go on from the folder's checkpoint; a run that is finished stays as it is.
         keep_checkpoints: write one at each evaluation.
         command: recorded, so that a reader can run it again.
+        group: the ranks that call this, all with the same arguments. Rank 0 alone looks into the folder and writes to it, and
+            its listener alone is told of evaluations.
 
     Raises:
         ConfigError, CheckpointError, DataError, OSError: where something given cannot be used.
         Diverged: where the loss is no longer a number; the message names the last good checkpoint.
+        Elsewhere: on the other ranks, where one raised one of these.
     """
-    prepare_folder(folder, resume)
-    if resume and (done := completed(config, folder)):
+    state, done = group.led(lambda: before(config, folder, resume, group))
+    if done is not None:
         return done
-    state = checkpoint.load(folder, config) if resume else None
-    training = Training(config, data_folder)
+    training = Training(config, data_folder, group)
     if state is not None:
-        training.load_state_dict(state, folder)
-    else:
-        records.append(folder, header(config, folder, training.device, command))
+        training.load_state_dict(state)
+    group.led(lambda: begin_records(config, folder, training.device, command, state, group))
     status = "interrupted"
     try:
         status = training.run(folder, listener, steps, keep_checkpoints)
@@ -228,9 +249,28 @@ def train(
         kept = folder / checkpoint.FILE
         raise Diverged(f"{error} {last_good(kept)} A lower learning rate is the usual way out.") from None
     finally:
-        with contextlib.suppress(OSError):  # a full disk: the error under way says more
-            records.append(folder, {"kind": "end", "status": status, "seconds": training.seconds + training.interval.seconds})
-    return records.read(folder)
+        if group.leads:
+            with contextlib.suppress(OSError):  # a full disk: the error under way says more
+                records.append(folder, {"kind": "end", "status": status, "seconds": training.seconds + training.interval.seconds})
+    return group.led(lambda: records.read(folder))
+
+
+def before(config: TrainConfig, folder: Path, resume: bool, group: Group) -> tuple[dict[str, Any] | None, records.Run | None]:
+    """Looks whether the config can run in the folder; gives the checkpoint to go on from, and the run, where it is finished."""
+    parallel.check(config, group.world)
+    prepare_folder(folder, resume)
+    done = completed(config, folder) if resume else None
+    return (checkpoint.load(folder, config) if resume and done is None else None), done
+
+
+def begin_records(
+    config: TrainConfig, folder: Path, device: torch.device, command: str | None, state: dict[str, Any] | None, group: Group
+) -> None:
+    """Writes the header; or cuts off what was written after the checkpoint, for it will be written again."""
+    if state is not None:
+        os.truncate(folder / records.FILE, state["records_size"])
+    else:
+        records.append(folder, header(config, folder, device, command, group))
 
 
 def last_good(path: Path) -> str:
@@ -245,6 +285,20 @@ def prepare_folder(folder: Path, resume: bool) -> None:
         raise ConfigError(f"output folder {folder}: must not hold a run yet; it does. Go on with --resume, or give another --out.")
 
 
+def restarted(folder: Path) -> bool:
+    """Whether this is a run in `folder` that torchrun starts again, a worker having failed, and not the user.
+
+    Where it had no checkpoint yet its records are removed, for it starts anew.
+    """
+    launch = parallel.launch()
+    if launch is None or not (folder / records.FILE).is_file() or records.read(folder).header.get("launch") != launch:
+        return False
+    if (folder / checkpoint.FILE).is_file():
+        return True
+    (folder / records.FILE).unlink()
+    return False
+
+
 def completed(config: TrainConfig, folder: Path) -> records.Run | None:
     """The run in `folder`, where it is finished and of this config: there is nothing to resume."""
     run = records.read(folder)
@@ -252,18 +306,27 @@ def completed(config: TrainConfig, folder: Path) -> records.Run | None:
     return run if finished and run.header.get("config_hash") == config.hash else None
 
 
-def header(config: TrainConfig, folder: Path, device: torch.device, command: str | None) -> dict[str, Any]:
+def header(config: TrainConfig, folder: Path, device: torch.device, command: str | None, group: Group) -> dict[str, Any]:
     what = {"kind": "run", "name": folder.name, "arm": config.arm, "config": config.plain(), "config_hash": config.hash, "command": command}
     started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     where = {"versions": environment.versions(), "machine": environment.machine(device), "commit": environment.commit(), "started": started}
-    return what | where
+    return what | where | {"ranks": group.world, "launch": parallel.launch()}
 
 
-def pick_device(name: str) -> torch.device:
+def pick_device(name: str, group: Group = ALONE) -> torch.device:
+    """On several ranks each has a CUDA device of its own."""
     cuda = torch.cuda.is_available()
     if name == "cuda" and not cuda:
         raise ConfigError("device must be one that is there; got 'cuda', and torch sees no CUDA device. Use --device cpu.")
-    return torch.device("cuda" if name == "cuda" or (name == "auto" and cuda) else "cpu")
+    if name == "cpu" or not cuda:
+        return torch.device("cpu")
+    if group.world == 1:
+        return torch.device("cuda")
+    if group.local >= torch.cuda.device_count():
+        raise ConfigError(f"device must be one for each rank on a machine; rank {group.rank} is number {group.local} on its machine, where "
+                          f"torch sees {torch.cuda.device_count()}. Start fewer ranks there, or use --device cpu.")  # fmt: skip
+    torch.cuda.set_device(group.local)
+    return torch.device("cuda", group.local)
 
 
 def make_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:

@@ -104,7 +104,7 @@ def test_tensorboard_writes_events(run, tmp_path):
         (["train", "--toml", "/nowhere.toml"], "config file /nowhere.toml: must exist"),
         (["data", "cifar-100"], "Did you mean 'cifar100'?"),
         (["report", "/nowhere"], "must hold at least one run"),
-        (["bench", "ddp"], "There is: gaf bench accumulate"),
+        (["bench", "fsdp"], "There is: gaf bench accumulate, gaf bench ddp"),
         (["bench", "accumulate", "--model", "resnet-18"], "invalid choice 'resnet-18' for argument '--model'"),
         (["demo", "--seeds", "0"], "seeds must be at least 1; got 0"),
     ],
