@@ -32,7 +32,10 @@ class Filtered:
             self.exchange.begin()
             self.waiting, self.params = [], []
         flat, future = bucket.buffer(), future_on(bucket.buffer())
-        self.exchange.send(flat)
+        if isinstance(self.exchange, Pair):
+            self.exchange.send(flat, *self._unchanged(bucket))
+        else:
+            self.exchange.send(flat)
         self.params += bucket.parameters()
         self.waiting.append((future, flat))
         if bucket.is_last():
@@ -40,7 +43,20 @@ class Filtered:
             self.handle.end()
             for one, update in self.waiting:
                 one.set_result(update)
+            self.waiting, self.params = [], []  # DDP may free its buckets
         return future
+
+    def _unchanged(self, bucket: GradBucket) -> tuple[list[Tensor], list[Tensor]]:
+        """This rank's gradients in p.grad, where DDP leaves them until the pass is over, and their places in the bucket.
+
+        Empty where p.grad is a view of the bucket, and where there was no backward pass: for a rank that has joined.
+        """
+        if torch._C._current_graph_task_id() < 0:
+            return [], []
+        pairs = [(p.grad, place) for p, place in zip(bucket.parameters(), bucket.gradients(), strict=True) if p.grad is not None]
+        if any(grad.data_ptr() == place.data_ptr() for grad, place in pairs):
+            return [], []
+        return [grad.detach() for grad, _ in pairs], [place for _, place in pairs]
 
 
 class FilteredApart:

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gaf.gram import HALF, inner_products, quick_gram
+from gaf.gram import CHUNK, HALF, inner_products, quick_gram, quick_products
 from gaf.shapes import Float64
 
 SMALL = 2**14  # coordinates below which a piece is joined with others: a message costs more than a copy
@@ -123,19 +123,20 @@ class Exchange:
 
     def give_back(self, weights: Sequence[float]) -> None:
         """w^T G on every rank, in the places that the pieces came from."""
-        works = [w for p in self.parcels for w in self._gather(p.whole, combined(p.rows, weights))]
+        works = [work for parcel in self.parcels for work in self._gather(parcel, weights)]
         for work in works:
             work.wait()
         for joined, rests in self.returns:
             for rest, update in zip(rests, joined.split([*map(len, rests), len(joined) - sum(map(len, rests))]), strict=False):
                 rest.copy_(update)
 
-    def _gather(self, whole: Tensor, mine: Tensor) -> list[Any]:
+    def _gather(self, parcel: Parcel, weights: Sequence[float]) -> list[Any]:
         """gloo's all-gather hands the slices on around a ring; its broadcasts, as many bytes in all, go straight."""
+        places = parcel.whole.view(self.W, -1)
+        mine = places[dist.get_rank(self.group)]
+        combine(parcel.rows, weights, out=mine)
         if dist.get_backend(self.group) != "gloo":
-            return [_all_gather(whole, mine, group=self.group, async_op=True)]
-        places = whole.view(self.W, -1)
-        places[dist.get_rank(self.group)].copy_(mine)
+            return [_all_gather(parcel.whole, mine, group=self.group, async_op=True)]
         return [dist.broadcast(place, group_src=r, group=self.group, async_op=True) for r, place in enumerate(places)]
 
     def fill(self, value: float) -> None:
@@ -155,7 +156,7 @@ class Pair(Exchange):
     """Two ranks' shorter way: an all-reduce of the sum S, all of it during the backward pass but a few inner products.
 
         |g_0|^2, |g_1|^2        each from its rank
-        <g_0, g_1>  =  <g, S> - |g|^2        g: the shorter of the two; each rank has kept its own, the one buffer
+        <g_0, g_1>  =  <g, S> - |g|^2        g: the shorter of the two, of which its rank has kept a copy
 
     From the shorter one, for nothing cancels there: (|S|^2 - |g_0|^2 - |g_1|^2) / 2 would lose a short row in the rounding
     of a long one. The outcome must be the mean of both or a skip, and S must keep its terms' digits: for policies that
@@ -164,11 +165,18 @@ class Pair(Exchange):
 
     def __init__(self, group: "dist.ProcessGroup") -> None:
         super().__init__(group)
+        self.kept: list[tuple[Sequence[Tensor], Sequence[Tensor]]] = []  # own tensors, and where the same coordinates of S lie
 
-    def send(self, flat: Tensor) -> None:
-        own = self._spare.like(flat).copy_(flat)
+    def begin(self) -> None:
+        super().begin()
+        self.kept = []
+
+    def send(self, flat: Tensor, own: Sequence[Tensor] = (), places: Sequence[Tensor] = ()) -> None:
+        """Args: own: the values of `flat` where they stay as they are meanwhile; without them a copy is made. places: in flat."""
+        slices = flat.new_empty(0) if own else self._spare.like(flat).copy_(flat)
         work = dist.all_reduce(flat, group=self.group, async_op=True)
-        self.parcels.append(Parcel(flat, own, own[None], work))
+        self.parcels.append(Parcel(flat, slices, slices, work))
+        self.kept.append((own, places) if own else ([slices], [flat]))
         self.device = flat.device
 
     def receive(self) -> None:
@@ -178,10 +186,8 @@ class Pair(Exchange):
     def partial(self) -> Float64[Tensor, "k k"]:
         """In this rank's row: |g|^2 and <g, S>."""
         known = torch.zeros(2, 2, dtype=torch.float64, device=self.device)
-        mine = known[dist.get_rank(self.group)]
-        for parcel in self.parcels:
-            own, total = parcel.slices, parcel.whole
-            mine += inner_products([[own], [total]], [(0, 0), (0, 1)]).to(self.device)
+        for own, places in self.kept:
+            known[dist.get_rank(self.group)] += with_sum(own, places)
         return known
 
     def gram(self, total: Float64[Tensor, "k k"]) -> Float64[Tensor, "k k"]:
@@ -194,17 +200,27 @@ class Pair(Exchange):
             parcel.whole.mul_(weights[0])
 
 
-def combined(rows: Tensor, weights: Sequence[float]) -> Tensor:
-    """w^T G of a slice, in the memory of its first row of weight; rows of weight zero are not touched: 0 x NaN is NaN."""
+def with_sum(own: Sequence[Tensor], total: Sequence[Tensor]) -> Float64[Tensor, " 2"]:
+    """|g|^2 and <g, S> of one piece, each a tensor per parameter."""
+    if own[0].device.type != "cpu":
+        return inner_products([own, total], [(0, 0), (0, 1)]).to(own[0].device)
+    found = [quick_products(s, g, CHUNK) for s, g in zip(total, own, strict=True)]
+    return torch.tensor([sum(norm2 for _, norm2 in found), sum(inner for inner, _ in found)], dtype=torch.float64)
+
+
+def combine(rows: Tensor, weights: Sequence[float], out: Tensor) -> None:
+    """out <- w^T G of a slice, (c,) from (k, c); rows of weight zero are not touched: 0 x NaN is NaN."""
     used: list[tuple[Tensor, float]] = [(row, w) for row, w in zip(rows, weights, strict=True) if w]
     if not used:
-        return rows[0].zero_()
+        out.zero_()
+        return
     (first, w), *others = used
-    total = first.to(wide(first.dtype)).mul_(w)
+    exact = wide(out.dtype)
+    total = torch.mul(first, w, out=out) if out.dtype == exact else first.to(exact).mul_(w)
     for row, w in others:
         total.add_(row, alpha=w)
-    first.copy_(total)  # nothing to do where they are one
-    return first
+    if total is not out:
+        out.copy_(total)
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

@@ -11,7 +11,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultReduceScatter
 from torch.utils._pytree import tree_leaves
 
-from gaf.exchange import Exchange, combined
+from gaf.exchange import Exchange, combine
 from gaf.handle import Handle
 
 
@@ -128,7 +128,7 @@ class OneWay(Exchange):
         self._post(whole)
 
     def give_back(self, weights: Sequence[float]) -> None:
-        torch.mul(combined(self.parcels[0].rows, weights), self.factor, out=self.shard)
+        combine(self.parcels[0].rows, [w * self.factor for w in weights], out=self.shard)
 
     def fill(self, value: float) -> None:
         self.shard.fill_(value)

@@ -34,6 +34,13 @@ def serve(rank: int, world: int, store: str, pipe: Connection, timeout: float) -
     dist.destroy_process_group()
 
 
+def answer(pipe: Connection) -> tuple[Any, str | None]:
+    try:
+        return pipe.recv() if pipe.poll(120) else (None, "no answer within 120 s")
+    except EOFError:
+        return None, "the process is gone"
+
+
 class Ranks:
     """W gloo processes; `run` gives a task to each and returns what each returned."""
 
@@ -52,7 +59,7 @@ class Ranks:
     def run(self, task: Callable[..., Any], *args: Any) -> list[Any]:
         for pipe in self.pipes:
             pipe.send((task, args))
-        results = [pipe.recv() if pipe.poll(120) else (None, "no answer within 120 s") for pipe in self.pipes]
+        results = [answer(pipe) for pipe in self.pipes]
         errors = [f"rank {rank}: {error}" for rank, (_, error) in enumerate(results) if error is not None]
         if errors:
             self.broken = True

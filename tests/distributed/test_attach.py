@@ -645,7 +645,7 @@ def cost(micro_group: int) -> dict[str, float]:
     finally:
         dist.all_to_all_single, dist.broadcast, exchange._all_gather, dist.all_reduce = saved
     n = sum(p.numel() for p in model.parameters())
-    held = sum(t.numel() for t in hook.way.exchange._spare.flats)
+    held = sum(t.numel() for t in hook.way.exchange._spare.flats)  # the pair keeps p.grad instead
     handle.detach()
     return {"gradient": sent["gradient"] / (2 * n * (W - 1) / W), "scalars": sent["scalars"], "held": held / n}
 
@@ -656,7 +656,7 @@ def test_a_step_sends_what_one_all_reduce_sends_and_holds_one_gradient_more(worl
         assert 0.99 <= told["gradient"] <= 1.01
         k = W // micro_group
         assert told["scalars"] == (W - 1) * (k * k + 2)  # K, the scale, and whether an update was still there
-        assert 0.99 <= told["held"] <= 1.01
+        assert 0.99 * (W > 2) <= told["held"] <= 1.01 * (W > 2)
 
 
 def many_ranks() -> None:
