@@ -25,6 +25,7 @@ from gaf.gram import CHUNK, HALF, inner_products, quick_gram, quick_products
 from gaf.shapes import Float64
 
 SMALL = 2**14  # coordinates below which a piece is joined with others: a message costs more than a copy
+TAG = 2**20  # of the first message; a user's own messages are numbered lower
 FEW = 32  # ranks up to which every rank adds up all partial Gram matrices; beyond, each adds a block of entries
 
 _all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)  # torch 2.13's name
@@ -37,7 +38,7 @@ class Parcel:
     whole: Tensor  # (W c,), this rank's values; later the update
     slices: Tensor  # (W, c), every rank's values of this rank's slice
     rows: Tensor  # (k, c), of these the first of each micro-group, where the group's average comes to be
-    work: Any
+    works: list[Any]
 
 
 class Spare:
@@ -93,8 +94,8 @@ class Exchange:
 
     def _post(self, whole: Tensor) -> None:
         slices = self._spare.like(whole).view(self.W, -1)
-        work = dist.all_to_all_single(slices.view(-1), whole, group=self.group, async_op=True)
-        self.parcels.append(Parcel(whole, slices, slices[:: self.micro_group], work))
+        works = all_to_all(slices, whole.view(self.W, -1), self.group, tag=len(self.parcels))
+        self.parcels.append(Parcel(whole, slices, slices[:: self.micro_group], works))
 
     def receive(self) -> None:
         """Sends the leftovers, waits for everything, and averages within micro-groups."""
@@ -103,12 +104,16 @@ class Exchange:
             joined = torch.cat([*rests, rests[0].new_zeros(-sum(map(len, rests)) % self.W)])
             self.returns.append((joined, rests))
             self._post(joined)
-        for parcel in self.parcels:
-            parcel.work.wait()
+        self._wait()
         if self.micro_group > 1:
             for parcel in self.parcels:
                 for members in parcel.slices.split(self.micro_group):
                     members[0].copy_(members.mean(0, dtype=wide(members.dtype)))
+
+    def _wait(self) -> None:
+        for parcel in self.parcels:
+            for work in parcel.works:
+                work.wait()
 
     def partial(self) -> Float64[Tensor, "k k"]:
         """This rank's share of K, over its slice of the coordinates: to be added up over the ranks."""
@@ -123,21 +128,14 @@ class Exchange:
 
     def give_back(self, weights: Sequence[float]) -> None:
         """w^T G on every rank, in the places that the pieces came from."""
-        works = [work for parcel in self.parcels for work in self._gather(parcel, weights)]
-        for work in works:
-            work.wait()
+        for i, parcel in enumerate(self.parcels):
+            places = parcel.whole.view(self.W, -1)
+            combine(parcel.rows, weights, out=places[dist.get_rank(self.group)])
+            parcel.works = all_gather(places, self.group, tag=i)
+        self._wait()
         for joined, rests in self.returns:
             for rest, update in zip(rests, joined.split([*map(len, rests), len(joined) - sum(map(len, rests))]), strict=False):
                 rest.copy_(update)
-
-    def _gather(self, parcel: Parcel, weights: Sequence[float]) -> list[Any]:
-        """gloo's all-gather hands the slices on around a ring; its broadcasts, as many bytes in all, go straight."""
-        places = parcel.whole.view(self.W, -1)
-        mine = places[dist.get_rank(self.group)]
-        combine(parcel.rows, weights, out=mine)
-        if dist.get_backend(self.group) != "gloo":
-            return [_all_gather(parcel.whole, mine, group=self.group, async_op=True)]
-        return [dist.broadcast(place, group_src=r, group=self.group, async_op=True) for r, place in enumerate(places)]
 
     def fill(self, value: float) -> None:
         """The same number everywhere in place of an update: nothing needs to be sent."""
@@ -175,13 +173,12 @@ class Pair(Exchange):
         """Args: own: the values of `flat` where they stay as they are meanwhile; without them a copy is made. places: in flat."""
         slices = flat.new_empty(0) if own else self._spare.like(flat).copy_(flat)
         work = dist.all_reduce(flat, group=self.group, async_op=True)
-        self.parcels.append(Parcel(flat, slices, slices, work))
+        self.parcels.append(Parcel(flat, slices, slices, [work]))
         self.kept.append((own, places) if own else ([slices], [flat]))
         self.device = flat.device
 
     def receive(self) -> None:
-        for parcel in self.parcels:
-            parcel.work.wait()
+        self._wait()
 
     def partial(self) -> Float64[Tensor, "k k"]:
         """In this rank's row: |g|^2 and <g, S>."""
@@ -206,6 +203,37 @@ def with_sum(own: Sequence[Tensor], total: Sequence[Tensor]) -> Float64[Tensor, 
         return inner_products([own, total], [(0, 0), (0, 1)]).to(own[0].device)
     found = [quick_products(s, g, CHUNK) for s, g in zip(total, own, strict=True)]
     return torch.tensor([sum(norm2 for _, norm2 in found), sum(inner for inner, _ in found)], dtype=torch.float64)
+
+
+def all_to_all(slices: Tensor, places: Tensor, group: "dist.ProcessGroup", tag: int) -> list[Any]:
+    """Starts: slices[r] <- rank r's places[this rank]. (W, c) each."""
+    if not by_hand(group, places):
+        return [dist.all_to_all_single(slices.view(-1), places.view(-1), group=group, async_op=True)]
+    me = dist.get_rank(group)
+    works = messages([(slices[r], places[r], r) for r in range(len(places))], group, tag)
+    slices[me].copy_(places[me])
+    return works
+
+
+def all_gather(places: Tensor, group: "dist.ProcessGroup", tag: int) -> list[Any]:
+    """Starts: places[r] <- rank r's places[r]. (W, c)."""
+    me = dist.get_rank(group)
+    if not by_hand(group, places):
+        return [_all_gather(places.view(-1), places[me], group=group, async_op=True)]
+    return messages([(places[r], places[me], r) for r in range(len(places))], group, tag)
+
+
+def by_hand(group: "dist.ProcessGroup", tensor: Tensor) -> bool:
+    """gloo's own all-to-all and all-gather take up to twice as long as messages whose receivers stand ready (docs/cost.md)."""
+    return dist.get_backend(group) == "gloo" and tensor.device.type == "cpu"
+
+
+def messages(pairs: list[tuple[Tensor, Tensor, int]], group: "dist.ProcessGroup", tag: int) -> list[Any]:
+    """Receives the first of each pair from the rank that it names, and sends it the second; the nearest neighbour first."""
+    me = dist.get_rank(group)
+    before, after = [pairs[me - d] for d in range(1, len(pairs))], [pairs[(me + d) % len(pairs)] for d in range(1, len(pairs))]
+    receiving = [dist.irecv(into, group=group, group_src=r, tag=TAG + tag) for into, _, r in before]
+    return receiving + [dist.isend(out, group=group, group_dst=r, tag=TAG + tag) for _, out, r in after]
 
 
 def combine(rows: Tensor, weights: Sequence[float], out: Tensor) -> None:

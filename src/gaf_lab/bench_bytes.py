@@ -42,6 +42,7 @@ def counting_versions(sent: Counter[str], k: int) -> Iterator[tuple[Any, str, Ca
     """What is counted: where the function is found, its name, and the bytes for its arguments."""
     yield dist, "all_reduce", lambda tensor, *a, **kw: ring_all_reduce(volume(tensor), k)
     yield dist, "all_to_all_single", lambda output, input, *a, **kw: all_to_all(volume(input), k)
+    yield dist, "isend", lambda tensor, *a, **kw: volume(tensor)
     yield dist, "all_gather", lambda outputs, tensor, *a, **kw: all_gather(volume(tensor), k)
     yield dist, "broadcast", lambda tensor, *a, **kw: broadcast(volume(tensor), k)
     yield dist, "_broadcast_coalesced", lambda group, tensors, *a, **kw: broadcast(volume(*tensors), k)  # DDP's buffers

@@ -635,15 +635,21 @@ def cost(micro_group: int) -> dict[str, float]:
     def count(tensor: Tensor, share: float) -> None:
         sent["scalars" if tensor.dtype == torch.float64 else "gradient"] += tensor.numel() * share
 
-    saved = dist.all_to_all_single, dist.broadcast, exchange._all_gather, dist.all_reduce
-    try:
-        dist.all_to_all_single = lambda out, into, **kw: (count(into, (W - 1) / W), saved[0](out, into, **kw))[1]
-        dist.broadcast = lambda t, **kw: (count(t, (W - 1) / W), saved[1](t, **kw))[1]  # W - 1 copies in all, of W such broadcasts
-        exchange._all_gather = lambda out, into, **kw: (count(into, W - 1), saved[2](out, into, **kw))[1]
-        dist.all_reduce = lambda t, **kw: (count(t, 2 * (W - 1) / W), saved[3](t, **kw))[1]
+    def counted(name: str, share: float) -> Callable[..., Any]:
+        real = getattr(exchange if name == "_all_gather" else dist, name)
+
+        def call(*tensors: Tensor, **options: Any) -> Any:
+            count(tensors[-1], share)
+            return real(*tensors, **options)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "all_reduce", counted("all_reduce", 2 * (W - 1) / W))
+        patch.setattr(dist, "all_to_all_single", counted("all_to_all_single", (W - 1) / W))
+        patch.setattr(dist, "isend", counted("isend", 1))
+        patch.setattr(exchange, "_all_gather", counted("_all_gather", W - 1))
         plain_loss(model, 1, dist.get_rank()).backward()
-    finally:
-        dist.all_to_all_single, dist.broadcast, exchange._all_gather, dist.all_reduce = saved
     n = sum(p.numel() for p in model.parameters())
     held = sum(t.numel() for t in hook.way.exchange._spare.flats)  # the pair keeps p.grad instead
     handle.detach()
