@@ -1,15 +1,18 @@
-# make demo: the main job.  make test: the tests.  Both install what they need into .venv first.
+# make demo: the main job.  make test: the tests.  make matrix: the slow ones.  All install what they need into .venv first.
 PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test check bench wheel clean
+.PHONY: demo test matrix check bench wheel clean
 
 demo: .venv/installed
 	$(BIN)/gaf demo
 
 test: .venv/installed
-	$(BIN)/python -m pytest -n 2 --dist loadfile tests
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow' tests
+
+matrix: .venv/installed
+	$(BIN)/python -m pytest -m slow tests
 
 check: .venv/installed
 	$(BIN)/ruff check .
@@ -18,7 +21,9 @@ check: .venv/installed
 	$(BIN)/python -m pytest -p no:cacheprovider --doctest-modules src/gaf
 
 bench: .venv/installed
-	$(BIN)/gaf bench accumulate --out benchmarks/accumulate.jsonl
+	$(BIN)/gaf bench accumulate --rounds 40 --out benchmarks/accumulate.jsonl
+	$(BIN)/gaf bench ddp --b 100 --k 2 4 --out benchmarks/ddp.jsonl
+	$(BIN)/gaf bench ddp --b 32 --k 2 4 8 --rounds 12 --out benchmarks/ddp-b32.jsonl
 
 wheel: .venv/installed
 	$(BIN)/python -m build --wheel

@@ -44,6 +44,31 @@ def bench_table() -> str:
     return "\n".join(lines)
 
 
+def ddp_table(name: str) -> str:
+    """Of a file that `gaf bench ddp` or benchmarks/slow_network.py wrote."""
+    head = ["k", "way", "step, ratio (10% to 90%)", "aggregation alone, ratio", "MB sent by a rank", "extra memory, gradients"]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for line in map(json.loads, (ROOT / "benchmarks" / name).read_text().splitlines()[1:]):
+        spread = f"{line['ratio_median']:.3f} ({line['ratio_p10']:.2f} to {line['ratio_p90']:.2f})"
+        extra = "" if line["extra_gradients"] is None else f"{line['extra_gradients']:.2f}"
+        lines.append(
+            f"| {line['k']} | {line['way']} | {spread} | {line['alone_ratio_median']:.2f} | {line['sent_bytes'] / 1e6:.1f} | {extra} |"
+        )
+    return "\n".join(lines)
+
+
+def messages_table() -> str:
+    found = [json.loads(line) for line in (ROOT / "benchmarks" / "messages.jsonl").read_text().splitlines()]
+    lines = ["| processes | link | " + " | ".join(found[0]["ms_median"]) + " |", "|---" * (2 + len(found[0]["ms_median"])) + "|"]
+    for line in found:
+        link = "one machine" if line["mbit"] is None else f"{line['mbit'] / 1000:g} Gbit/s"
+        lines.append(f"| {line['k']} | {link} | " + " | ".join(f"{ms:.0f}" for ms in line["ms_median"].values()) + " |")
+    return "\n".join(lines)
+
+
+DDP = ("ddp.jsonl", "ddp-b32.jsonl", "slow_network.jsonl")
+
+
 @pytest.mark.parametrize("block", BLOCKS)
 def test_the_readmes_code_runs(block, tmp_path):
     file = tmp_path / "block.py"
@@ -65,6 +90,19 @@ def test_the_readmes_figures_are_the_records(table):
     assert table() in README
 
 
+@pytest.mark.parametrize("name", DDP)
+def test_the_figures_of_the_page_on_cost_are_the_records(name):
+    assert ddp_table(name) in (ROOT / "docs" / "cost.md").read_text()
+
+
+def test_the_figures_of_messages_are_the_records():
+    assert messages_table() in (ROOT / "docs" / "cost.md").read_text()
+
+
+def test_the_readmes_figures_of_data_parallel_steps_are_the_records():
+    assert ddp_table(DDP[0]) in README
+
+
 def test_every_file_that_the_readme_points_to_exists():
     links = re.findall(r"\]\(([^)#]+)\)", README)
     assert [link for link in links if "://" not in link and not (ROOT / link).exists()] == []
@@ -76,4 +114,4 @@ def test_the_annotated_tree_names_every_module():
 
 
 if __name__ == "__main__":
-    print(demo_table(), bench_table(), sep="\n\n")
+    print(demo_table(), bench_table(), *map(ddp_table, DDP), messages_table(), sep="\n\n")

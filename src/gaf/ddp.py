@@ -65,13 +65,13 @@ class FilteredApart:
     def __init__(self, handle: Handle, exchange: Exchange) -> None:
         self.handle = handle
         self.under_way: list[tuple[Exchange, list[Any], Tensor, Future]] = []
-        self.make = lambda: Exchange(exchange.group, exchange.micro_group)
+        self.make = partial(Exchange, exchange.group, exchange.micro_group)
 
     def take(self, bucket: GradBucket) -> Future:
         if bucket.index() == 0:
             self.handle.begin()
             self.under_way = []
-        exchange, future = self.make(), future_on(bucket.buffer())
+        exchange, future = self.make(tag=bucket.index()), future_on(bucket.buffer())
         exchange.send(bucket.buffer())
         self.under_way.append((exchange, bucket.parameters(), bucket.buffer(), future))
         while len(self.under_way) > (0 if bucket.is_last() else 1):

@@ -25,7 +25,7 @@ from gaf.gram import CHUNK, HALF, inner_products, quick_gram, quick_products
 from gaf.shapes import Float64
 
 SMALL = 2**14  # coordinates below which a piece is joined with others: a message costs more than a copy
-TAG = 2**20  # of the first message; a user's own messages are numbered lower
+TAG = 2**20  # of the first message between gloo processes; a user's own are numbered lower
 FEW = 32  # ranks up to which every rank adds up all partial Gram matrices; beyond, each adds a block of entries
 
 _all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)  # torch 2.13's name
@@ -65,10 +65,11 @@ class Exchange:
     Args:
         group: the W ranks whose gradients are compared.
         micro_group: m consecutive ranks whose average is one row; k = W / m.
+        tag: that no other exchange uses whose messages are under way at the same time.
     """
 
-    def __init__(self, group: "dist.ProcessGroup", micro_group: int = 1) -> None:
-        self.group, self.micro_group = group, micro_group
+    def __init__(self, group: "dist.ProcessGroup", micro_group: int = 1, tag: int = 0) -> None:
+        self.group, self.micro_group, self.tag = group, micro_group, TAG + 2**16 * tag
         self.W = dist.get_world_size(group)
         self.k = self.W // micro_group
         self.device = torch.device("cpu")  # of what is sent
@@ -94,7 +95,7 @@ class Exchange:
 
     def _post(self, whole: Tensor) -> None:
         slices = self._spare.like(whole).view(self.W, -1)
-        works = all_to_all(slices, whole.view(self.W, -1), self.group, tag=len(self.parcels))
+        works = all_to_all(slices, whole.view(self.W, -1), self.group, self.tag + 2 * len(self.parcels))
         self.parcels.append(Parcel(whole, slices, slices[:: self.micro_group], works))
 
     def receive(self) -> None:
@@ -131,7 +132,7 @@ class Exchange:
         for i, parcel in enumerate(self.parcels):
             places = parcel.whole.view(self.W, -1)
             combine(parcel.rows, weights, out=places[dist.get_rank(self.group)])
-            parcel.works = all_gather(places, self.group, tag=i)
+            parcel.works = all_gather(places, self.group, self.tag + 2 * i + 1)
         self._wait()
         for joined, rests in self.returns:
             for rest, update in zip(rests, joined.split([*map(len, rests), len(joined) - sum(map(len, rests))]), strict=False):
@@ -232,8 +233,8 @@ def messages(pairs: list[tuple[Tensor, Tensor, int]], group: "dist.ProcessGroup"
     """Receives the first of each pair from the rank that it names, and sends it the second; the nearest neighbour first."""
     me = dist.get_rank(group)
     before, after = [pairs[me - d] for d in range(1, len(pairs))], [pairs[(me + d) % len(pairs)] for d in range(1, len(pairs))]
-    receiving = [dist.irecv(into, group=group, group_src=r, tag=TAG + tag) for into, _, r in before]
-    return receiving + [dist.isend(out, group=group, group_dst=r, tag=TAG + tag) for _, out, r in after]
+    receiving = [dist.irecv(into, group=group, group_src=r, tag=tag) for into, _, r in before]
+    return receiving + [dist.isend(out, group=group, group_dst=r, tag=tag) for _, out, r in after]
 
 
 def combine(rows: Tensor, weights: Sequence[float], out: Tensor) -> None:

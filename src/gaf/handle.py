@@ -125,7 +125,8 @@ class Handle:
         Raises:
             RuntimeError: on all ranks, where one of them began its backward pass on top of the last update.
         """
-        scale = partial.new_ones(1) if self.scaler is None else self.scaler._scale.to(partial).reshape(1)  # type: ignore[union-attr]
+        factor = None if self.scaler is None else self.scaler._scale  # still None before the first scaled loss
+        scale = partial.new_ones(1) if factor is None else factor.to(partial).reshape(1)
         stale = partial.new_zeros(1) if self._stale is None else self._stale.to(partial).reshape(1)
         known, ranks = torch.cat([partial.reshape(-1), scale, stale]), 1
         for group in over:

@@ -117,26 +117,35 @@ def test_random_skips_fall_alike_on_all_ranks(world: World) -> None:
 # ------------------------------------------------------------------------------------------------- accumulation, clearing
 
 
-def accumulation(view: bool) -> None:
-    model, optimizer, handle = attached(gaf.GAF(2.0), gradient_as_bucket_view=view)
+def accumulation(view: bool) -> list[bool]:
+    model, optimizer, handle = attached(gaf.GAF(), gradient_as_bucket_view=view)
     rank, W = dist.get_rank(), dist.get_world_size()
-    for step in range(3):
-        rows = sum(micro_gradients(model.module, 10 * step + part, W) for part in range(3))
-        assert isinstance(rows, Tensor)
-        optimizer.zero_grad(set_to_none=step == 1)
+    went = []
+    for step, kind in enumerate(KINDS):
+        rows = torch.stack([micro_gradients(model.module, 10 * step + part, W) for part in range(3)]).sum(0)
+        handle.policy = gaf.GAF(telling_tau(rows, kind))
+        update, decision = gaf.aggregate(rows, handle.policy)
+        before = frozen_copy(model)
+        optimizer.zero_grad(set_to_none=step % 2 == 1)
         with model.no_sync():
             plain_loss(model, 10 * step, rank).backward()
             plain_loss(model, 10 * step + 1, rank).backward()
         plain_loss(model, 10 * step + 2, rank).backward()
         assert handle.last is not None
-        close(flat_grad(model), rows.mean(0), rows)
+        assert torch.equal(handle.last.accepted, decision.accepted)
+        close(flat_grad(model), update, rows)
         optimizer.step()
-    assert handle.stats()["steps"] == 3
+        assert equal(model, before) != bool(decision.stepped)
+        went.append(bool(decision.stepped))
+    assert handle.stats()["steps"] == len(KINDS)
+    return went
 
 
 @pytest.mark.parametrize("view", [False, True])
-def test_gradients_accumulated_without_synchronisation_are_the_row(world: World, view: bool) -> None:
-    world(2).run(accumulation, view)
+@pytest.mark.parametrize("W", [2, 3])
+def test_gradients_accumulated_without_synchronisation_are_the_row(world: World, W: int, view: bool) -> None:
+    for went in world(W).run(accumulation, view):
+        assert set(went) == {True, False}
 
 
 def stale(view: bool) -> None:
@@ -218,6 +227,20 @@ def scaled() -> list[Any]:
         told.append(scaler.get_scale())
     assert handle.stats()["stepped"] == 2
     return told
+
+
+def unscaled() -> None:
+    """A scaler that is passed and not used, as in a loop whose autocast is switched off."""
+    model, optimizer, handle = attached(gaf.GAF(2.0), scaler=GradScaler("cpu"))
+    plain_loss(model, 0, dist.get_rank()).backward()
+    before = frozen_copy(model)
+    optimizer.step()
+    assert not equal(model, before)
+    assert handle.stats()["stepped"] == 1
+
+
+def test_a_scaler_may_stand_by(world: World) -> None:
+    world(2).run(unscaled)
 
 
 def test_an_overflow_on_one_rank_lowers_the_scale_and_steps_nowhere(world: World) -> None:

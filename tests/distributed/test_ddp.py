@@ -213,3 +213,16 @@ def optimizer_named(name: str, model: nn.Module) -> Optimizer:
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_optimizers(world: Callable, name: str) -> None:
     run(world, 2, optimizer=partial(optimizer_named, name))
+
+
+# ------------------------------------------------------------------------------------------------------------ all with all
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("W", [2, 3, 4, 8])
+@pytest.mark.parametrize("make", [Odd, Wide, Mixed, Checkpointed, frozen])
+@pytest.mark.parametrize("mode", ["gradient_as_bucket_view", "static_graph", "find_unused_parameters", "broadcast_buffers"])
+@pytest.mark.parametrize("buckets", [25, SMALL_BUCKETS])
+@pytest.mark.parametrize("name", ["adam", "groups"])
+def test_every_mode_with_every_model(world: Callable, W: int, make: type, mode: str, buckets: float, name: str) -> None:
+    world(W).run(partial(check, W, make=make, optimizer=partial(optimizer_named, name), bucket_cap_mb=buckets, **{mode: True}))
