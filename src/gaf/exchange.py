@@ -225,7 +225,7 @@ def all_gather(places: Tensor, group: "dist.ProcessGroup", tag: int) -> list[Any
 
 
 def by_hand(group: "dist.ProcessGroup", tensor: Tensor) -> bool:
-    """gloo's own all-to-all and all-gather take up to twice as long as messages whose receivers stand ready (docs/cost.md)."""
+    """Over a slow link gloo's own all-to-all takes longer than messages whose receivers stand ready (docs/cost.md has figures)."""
     return dist.get_backend(group) == "gloo" and tensor.device.type == "cpu"
 
 
