@@ -26,8 +26,8 @@ class Filtered:
         self.handle, self.exchange = handle, exchange
         self.waiting: list[tuple[Future, Tensor]] = []
 
-    def take(self, bucket: GradBucket) -> Future:
-        if bucket.index() == 0:
+    def take(self, bucket: GradBucket, first: bool, last: bool) -> Future:
+        if first:
             self.handle.begin()
             self.exchange.begin()
             self.waiting, self.params = [], []
@@ -38,7 +38,7 @@ class Filtered:
             self.exchange.send(flat)
         self.params += bucket.parameters()
         self.waiting.append((future, flat))
-        if bucket.is_last():
+        if last:
             self.handle.settle(self.exchange, self.params, [self.exchange.group])
             self.handle.end()
             for one, update in self.waiting:
@@ -67,16 +67,17 @@ class FilteredApart:
         self.under_way: list[tuple[Exchange, list[Any], Tensor, Future]] = []
         self.make = partial(Exchange, exchange.group, exchange.micro_group)
 
-    def take(self, bucket: GradBucket) -> Future:
-        if bucket.index() == 0:
+    def take(self, bucket: GradBucket, first: bool, last: bool) -> Future:
+        if first:
             self.handle.begin()
-            self.under_way = []
-        exchange, future = self.make(tag=bucket.index()), future_on(bucket.buffer())
+            self.under_way, self.number = [], 0
+        self.number += 1
+        exchange, future = self.make(tag=self.number), future_on(bucket.buffer())
         exchange.send(bucket.buffer())
         self.under_way.append((exchange, bucket.parameters(), bucket.buffer(), future))
-        while len(self.under_way) > (0 if bucket.is_last() else 1):
+        while len(self.under_way) > (0 if last else 1):
             self._settle(*self.under_way.pop(0))
-        if bucket.is_last():
+        if last:
             self.handle.end()
         return future
 
@@ -91,13 +92,13 @@ class Averaged:
     def __init__(self, handle: Handle | None, exchange: Exchange) -> None:
         self.handle, self.group = handle, exchange.group
 
-    def take(self, bucket: GradBucket) -> Any:  # collectives have futures of another class
+    def take(self, bucket: GradBucket, first: bool, last: bool) -> Any:  # collectives have futures of another class
         if self.handle is not None:
-            if bucket.index() == 0:
+            if first:
                 self.handle.begin()
                 self.params: list[Any] = []
             self.params += bucket.parameters()
-            if bucket.is_last():
+            if last:
                 self.handle.averaged(self.params)
                 self.handle.end()
         flat = bucket.buffer().mul_(1 / dist.get_world_size(self.group))
@@ -115,6 +116,8 @@ class Hook:
     """
 
     def __init__(self, model: DistributedDataParallel) -> None:
+        self.seen: set[Tensor] = set()  # parameters of this pass's buckets so far
+        self.count = sum(p.requires_grad for p in model._module_parameters)
         self.wide = all(p.dtype in (torch.float32, torch.float64) for p in model.parameters() if p.requires_grad)
         self.handle: Handle | None = None
         self.exchange: Exchange
@@ -124,12 +127,25 @@ class Hook:
     def run(self, state: object, bucket: GradBucket):  # type: ignore[no-untyped-def]  # DDP knows one annotation, not Averaged's
         if bucket.buffer().is_sparse:
             raise TypeError("attach: gradients must be dense; a bucket's is sparse. Use nn.Embedding(..., sparse=False).")
-        if bucket.index() == 0:
+        first, last = self.place(bucket)
+        if first:
             policy = None if self.handle is None else self.handle.policy
             if self.way is None or policy is not self.policy:
                 self.policy, self.way = policy, self.choose(policy)
         assert self.way is not None
-        return self.way.take(bucket)
+        return self.way.take(bucket, first, last)
+
+    def place(self, bucket: GradBucket) -> tuple[bool, bool]:
+        """Whether a bucket is the first and the last of its pass. In a static graph's first pass all say that they are number 0."""
+        params = bucket.parameters()
+        if not self.seen.isdisjoint(params):  # the pass before broke off
+            self.seen = set()
+        first = not self.seen
+        self.seen.update(params)
+        last = bucket.is_last() or len(self.seen) == self.count
+        if last:
+            self.seen = set()
+        return first, last
 
     def choose(self, policy: Policy | None) -> Way:
         if self.handle is None or policy is None or averages(policy):

@@ -215,6 +215,11 @@ def test_optimizers(world: Callable, name: str) -> None:
     run(world, 2, optimizer=partial(optimizer_named, name))
 
 
+@pytest.mark.parametrize("W", [2, 3])
+def test_a_static_graphs_first_pass_numbers_all_its_buckets_0(world: Callable, W: int) -> None:
+    run(world, W, make=Mixed, static_graph=True)
+
+
 # ------------------------------------------------------------------------------------------------------------ all with all
 
 
