@@ -102,7 +102,7 @@ class Handle:
         """A new step's first decision is due."""
         self._still, self._moves = set(), False
 
-    def settle(self, exchange: Exchange, params: Sequence[Tensor], over: Sequence["dist.ProcessGroup"]) -> None:
+    def settle(self, exchange: Exchange, params: Sequence[Tensor], over: "Sequence[dist.ProcessGroup]") -> None:
         """Pieces on their way in -> Gram -> decision -> update on its way out.
 
         Args:
@@ -119,7 +119,7 @@ class Handle:
             exchange.give_back(weights)
         exchange.end()
 
-    def total(self, partial: Tensor, over: Sequence["dist.ProcessGroup"]) -> Tensor:
+    def total(self, partial: Tensor, over: "Sequence[dist.ProcessGroup]") -> Tensor:
         """Adds up what each rank knows, (...,) float64, onto the host: the one time that a step waits for the device.
 
         Raises:
