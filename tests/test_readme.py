@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from gaf_lab import records
+from gaf_lab import predict, records
 from gaf_lab import statistics as st
 
 ROOT = Path(__file__).parent.parent
@@ -66,6 +66,17 @@ def messages_table() -> str:
     return "\n".join(lines)
 
 
+def predicted_table() -> str:
+    """The cost model beside the slow link, with the defaults of `gaf bench ddp --against`."""
+    given, points = predict.read(ROOT / "benchmarks" / "slow_network.jsonl")
+    network = predict.Network(20e-6, given["mbit"] * 1e6 / 8, 10e9, 30e9)
+    lines = ["| k | way | predicted ms | measured ms |", "|---|---|---|---|"]
+    for point in points:
+        seconds, _ = predict.predicted(point, network)
+        lines.append(f"| {point['k']} | {point['way']} | {1000 * seconds:.0f} | {point['alone_ms_median']:.0f} |")
+    return "\n".join(lines)
+
+
 DDP = ("ddp.jsonl", "ddp-b32.jsonl", "slow_network.jsonl")
 
 
@@ -95,8 +106,10 @@ def test_the_figures_of_the_page_on_cost_are_the_records(name):
     assert ddp_table(name) in (ROOT / "docs" / "cost.md").read_text()
 
 
-def test_the_figures_of_messages_are_the_records():
-    assert messages_table() in (ROOT / "docs" / "cost.md").read_text()
+def test_the_figures_of_messages_and_of_the_model_are_the_records():
+    text = (ROOT / "docs" / "cost.md").read_text()
+    assert messages_table() in text
+    assert predicted_table() in text
 
 
 def test_the_readmes_figures_of_data_parallel_steps_are_the_records():
@@ -114,4 +127,4 @@ def test_the_annotated_tree_names_every_module():
 
 
 if __name__ == "__main__":
-    print(demo_table(), bench_table(), *map(ddp_table, DDP), messages_table(), sep="\n\n")
+    print(demo_table(), bench_table(), *map(ddp_table, DDP), messages_table(), predicted_table(), sep="\n\n")

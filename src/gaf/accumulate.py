@@ -71,8 +71,8 @@ class Accumulator:
         bn: Literal["all", "accepted"] = "all",
         leave_out: LeaveOut | None = None,
     ) -> None:
-        self.optimizers = check_optimizers(optimizer)
-        self.policy = check_policy(policy)
+        self.optimizers = check_optimizers(optimizer, "Accumulator")
+        self.policy = check_policy(policy, "Accumulator")
         check_scope(policy)
         self.scaler = scaler if scaler is not None and scaler.is_enabled() else None
         self.last: Decision | None = None  # of the last step

@@ -3,9 +3,8 @@
 import warnings
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import nn
 from torch.amp import GradScaler
@@ -14,13 +13,9 @@ from torch.optim import Optimizer
 
 from gaf.checks import check_optimizers, check_policy
 from gaf.combine import Policy
+from gaf.exchange import Exchange
+from gaf.handle import Handle
 from gaf.telemetry import frames_inside
-
-if TYPE_CHECKING:
-    from gaf.exchange import Exchange
-    from gaf.handle import Handle
-
-USE_ACCUMULATOR = "On one device use gaf.Accumulator(optimizer, policy)."
 
 
 def attach(
@@ -31,7 +26,7 @@ def attach(
     scaler: GradScaler | None = None,
     group: "dist.ProcessGroup | None" = None,
     micro_group: int = 1,
-) -> "Handle":
+) -> Handle:
     """Filters a data-parallel model's gradients by agreement, exactly as published. The training loop stays as it is.
 
         model = DistributedDataParallel(model)
@@ -42,7 +37,7 @@ def attach(
     are its row. BatchNorm statistics are not taken back.
 
     Costs per rank and step: 2 n (W-1)/W coordinates sent, what a ring all-reduce sends, and k k scalars; one
-    gradient-sized buffer. The way in runs during the backward pass, the way out after it; a skip saves the way out.
+    gradient-sized buffer, none between two ranks. The way in runs during the backward pass, the way out after it; a skip saves the way out.
 
     Args:
         model: a DistributedDataParallel model; or an FSDP2 model: sharded with `fully_shard` on the shard dimension of
@@ -63,87 +58,55 @@ def attach(
         TypeError, ValueError, RuntimeError: where something cannot work; the message says what to do instead.
     """
     model = getattr(model, "_orig_mod", model)  # of torch.compile
-    optimizers = check_optimizers(optimizer)
-    check_policy(policy)
+    optimizers = check_optimizers(optimizer, "attach")
+    check_policy(policy, "attach")
+    engine, group = engine_of(model, policy, group)
+    check_same_everywhere(model, policy, micro_group, group)  # first, so that no rank is left waiting by what another one alone has wrong
+    exchange = exchange_over(group, micro_group)
+    check_model(model, optimizers, exchange)
+    warn_alone(exchange)
+    handle = Handle(optimizers, policy, scaler, exchange.k)
+    engine.install(model, handle, exchange)
+    return handle
+
+
+def engine_of(model: nn.Module, policy: Policy, group: "dist.ProcessGroup | None") -> tuple[Any, "dist.ProcessGroup"]:
+    """The module that installs a handle in the model's engine, and the ranks whose rows are compared. Imported where they are used."""
     if isinstance(model, DistributedDataParallel):
-        return attach_ddp(model, optimizers, policy, scaler, group, micro_group)
+        from gaf import ddp
+
+        check_ddp(model, group)
+        return ddp, model.process_group
     from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
     if isinstance(model, nn.Module) and isinstance(model, FSDPModule):
-        return attach_fsdp(model, optimizers, policy, scaler, group, micro_group)
+        from gaf import fsdp
+
+        return fsdp, compared(model, policy, group)
     if isinstance(model, FullyShardedDataParallel):
         raise TypeError("attach: FullyShardedDataParallel (FSDP1) cannot be filtered; it reduces before anyone can look. "
                         "Use FSDP2: torch.distributed.fsdp.fully_shard.")  # fmt: skip
     raise TypeError(f"attach: the model must be data parallel, DistributedDataParallel or FSDP2's fully_shard; got {type(model).__name__}. "
-                    f"Wrap it before attaching. {USE_ACCUMULATOR}")  # fmt: skip
+                    "Wrap it before attaching. On one device use gaf.Accumulator(optimizer, policy).")  # fmt: skip
 
 
-def attach_ddp(
-    model: DistributedDataParallel,
-    optimizers: list[Optimizer],
-    policy: Policy,
-    scaler: GradScaler | None,
-    group: "dist.ProcessGroup | None",
-    micro_group: int,
-) -> "Handle":
-    from gaf import ddp
-    from gaf.handle import Handle
-
-    if group is not None and group is not model.process_group:
-        raise ValueError("attach: under DistributedDataParallel group must be the model's own process group; got another. Leave it out, "
-                         "or give the group to DistributedDataParallel(process_group=...).")  # fmt: skip
-    check_ddp(model)
-    exchange = exchange_over(model.process_group, micro_group)
-    check_model(model, optimizers, exchange)
-    check_same_everywhere(model, policy, micro_group, exchange.group)
-    warn_alone(exchange)
-    handle = Handle(optimizers, policy, scaler, exchange.k)
-    ddp.install(model, handle, exchange)
-    return handle
-
-
-def attach_fsdp(
-    model: nn.Module,
-    optimizers: list[Optimizer],
-    policy: Policy,
-    scaler: GradScaler | None,
-    group: "dist.ProcessGroup | None",
-    micro_group: int,
-) -> "Handle":
-    from gaf import fsdp
-    from gaf.handle import Handle
-
-    params = list(model.parameters())
-    mesh = params[0].device_mesh  # type: ignore[attr-defined]
+def compared(model: nn.Module, policy: Policy, group: "dist.ProcessGroup | None") -> "dist.ProcessGroup":
+    """Of an FSDP2 model: its replicas, or with scope="group" the ranks that it is sharded over."""
+    mesh = next(model.parameters()).device_mesh  # type: ignore[attr-defined]
     if mesh.ndim != 1:
         raise TypeError(f"attach: fully_shard must be given the shard dimension of the mesh alone; the parameters are on {mesh}. "
                         'Use fully_shard(model, mesh=mesh["shard"]) and gaf.attach(..., group=mesh["replicate"].get_group()): '
                         "FSDP2's own all-reduce over the replicas would come before the decision.")  # fmt: skip
-    shards = mesh.get_group()
     apart = getattr(policy, "scope", "all") == "group"
     if apart == (group is not None):
         raise TypeError('attach: an FSDP2 model needs either the replicas to compare, group=mesh["replicate"].get_group(), or '
                         'GAF(..., scope="group") for one decision per parameter group on a flat mesh, which is another algorithm; '
                         f"got {'both' if apart else 'neither'}. A flat mesh sums the ranks' gradients away before any one "
                         "decision about all of them could be taken.")  # fmt: skip
-    exchange = exchange_over(shards if apart else group, micro_group)
-    check_model(model, optimizers, exchange)
-    check_same_everywhere(model, policy, micro_group, exchange.group)
-    if not apart:
-        check_same_weights(params, exchange.group)
-    warn_alone(exchange)
-    handle = Handle(optimizers, policy, scaler, exchange.k)
-    fsdp.watch(model, params, handle)
-    if apart:
-        fsdp.Groups(handle, model, exchange)
-    else:
-        fsdp.Replicas(handle, exchange, params, shards)
-    return handle
+    return mesh.get_group() if group is None else group
 
 
-def exchange_over(group: Any, micro_group: int) -> "Exchange":
-    from gaf.exchange import Exchange
-
+def exchange_over(group: Any, micro_group: int) -> Exchange:
     W = dist.get_world_size(group)
     if not isinstance(micro_group, int) or micro_group < 1 or W % micro_group:
         raise ValueError(f"attach: micro_group must be a whole number that divides the {W} ranks; got {micro_group!r}. "
@@ -151,9 +114,12 @@ def exchange_over(group: Any, micro_group: int) -> "Exchange":
     return Exchange(group, micro_group)
 
 
-def check_ddp(model: DistributedDataParallel) -> None:
+def check_ddp(model: DistributedDataParallel, group: "dist.ProcessGroup | None") -> None:
     from gaf import ddp
 
+    if group is not None and group is not model.process_group:
+        raise ValueError("attach: under DistributedDataParallel group must be the model's own process group; got another. Leave it out, "
+                         "or give the group to DistributedDataParallel(process_group=...).")  # fmt: skip
     if ddp.is_attached(model):
         raise RuntimeError("attach: the model must not be attached already; it is. Call handle.detach() first.")
     if ddp.has_other_hook(model):
@@ -171,7 +137,7 @@ def check_ddp(model: DistributedDataParallel) -> None:
         )
 
 
-def check_model(model: nn.Module, optimizers: list[Optimizer], exchange: "Exchange") -> None:
+def check_model(model: nn.Module, optimizers: list[Optimizer], exchange: Exchange) -> None:
     """What would make rows depend on each other, escape the decision, or be stepped on before it."""
     held = {p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
     for optimizer in optimizers:
@@ -196,7 +162,7 @@ def check_model(model: nn.Module, optimizers: list[Optimizer], exchange: "Exchan
                             "BatchNorm, or process groups of the ranks of one micro_group.")  # fmt: skip
 
 
-def within_micro_group(norm: nn.SyncBatchNorm, exchange: "Exchange") -> bool:
+def within_micro_group(norm: nn.SyncBatchNorm, exchange: Exchange) -> bool:
     ranks = dist.get_process_group_ranks(norm.process_group if norm.process_group is not None else dist.group.WORLD)
     here = dist.get_process_group_ranks(exchange.group)
     return all(r in here for r in ranks) and len({here.index(r) // exchange.micro_group for r in ranks}) == 1
@@ -228,17 +194,7 @@ def first_difference(a: str, b: str) -> tuple[str, str]:
     return pairs[0] if pairs else (f"{len(a.split('; '))} of them", f"{len(b.split('; '))} of them")
 
 
-def check_same_weights(params: list[nn.Parameter], group: "dist.ProcessGroup") -> None:
-    """FSDP2 does not make replicas equal at the start, as DistributedDataParallel does."""
-    sums = torch.stack([p.detach().to_local().double().sum() for p in params])  # type: ignore[attr-defined]
-    all_of = [torch.empty_like(sums) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(all_of, sums, group=group)
-    if not all(torch.equal(all_of[0].nan_to_num(), other.nan_to_num()) for other in all_of):
-        raise ValueError("attach: the replicas must start from the same weights; theirs differ. Seed the ranks alike before building the "
-                         "model, or load one checkpoint on all of them.")  # fmt: skip
-
-
-def warn_alone(exchange: "Exchange") -> None:
+def warn_alone(exchange: Exchange) -> None:
     if exchange.k == 1:
         warnings.warn("gaf: there is one row only, and it has nothing to agree with: every step is taken as in plain training.",
                       stacklevel=frames_inside() + 1)  # fmt: skip

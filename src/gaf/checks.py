@@ -19,22 +19,22 @@ _scaler_users: WeakKeyDictionary[GradScaler, ref[Any]] = WeakKeyDictionary()
 ACROSS_RANKS = "Accumulator works on one device, where micro-batches follow each other in time, and would filter each rank on its own"
 
 
-def check_optimizers(optimizer: Optimizer | Sequence[Optimizer]) -> list[Optimizer]:
+def check_optimizers(optimizer: Optimizer | Sequence[Optimizer], subject: str) -> list[Optimizer]:
     optimizers: list[Optimizer] = list(optimizer) if isinstance(optimizer, list | tuple) else [optimizer]  # type: ignore[list-item]
     for one in optimizers:
         if not isinstance(one, Optimizer):
-            raise TypeError(f"Accumulator: optimizer must be a torch.optim.Optimizer or a sequence of them; got {type(one).__name__}.")
+            raise TypeError(f"{subject}: optimizer must be a torch.optim.Optimizer or a sequence of them; got {type(one).__name__}.")
         kind = type(one).__name__
         closure = inspect.signature(type(one).step).parameters.get("closure")
         if closure is not None and closure.default is inspect.Parameter.empty:
-            raise TypeError(f"Accumulator: the optimizer must not need a closure; {kind} evaluates the loss again during its step, "
+            raise TypeError(f"{subject}: the optimizer must not need a closure; {kind} evaluates the loss again during its step, "
                             "and there is no one set of micro-gradients to filter. Use SGD, Adam or another of torch's dense "
                             "first-order optimizers.")  # fmt: skip
         if isinstance(one, torch.optim.SparseAdam):
-            raise TypeError("Accumulator: the optimizer must take dense gradients; got SparseAdam. Use Adam with sparse=False embeddings.")
+            raise TypeError(f"{subject}: the optimizer must take dense gradients; got SparseAdam. Use Adam with sparse=False embeddings.")
     params = [p for one in optimizers for group in one.param_groups for p in group["params"]]
     if not params or len(set(params)) != len(params):
-        raise ValueError(f"Accumulator: the optimizers must hold parameters, each of them once; got {len(params)} entries with "
+        raise ValueError(f"{subject}: the optimizers must hold parameters, each of them once; got {len(params)} entries with "
                          f"{len(set(params))} parameters.")  # fmt: skip
     return optimizers
 
@@ -86,9 +86,9 @@ def raise_unusable(name: str, grad: Tensor) -> None:
                        "within the backward pass (a reentrant checkpoint or the like). Use one that is not reentrant.")  # fmt: skip
 
 
-def check_policy(policy: Any) -> Any:
+def check_policy(policy: Any, subject: str) -> Any:
     if isinstance(policy, type) or not callable(policy):
-        raise TypeError(f"Accumulator: policy must be a callable from a Gram matrix to a Decision; got {policy!r}. Use gaf.GAF(tau=0.97).")
+        raise TypeError(f"{subject}: policy must be a callable from a Gram matrix to a Decision; got {policy!r}. Use gaf.GAF(tau=0.97).")
     return policy
 
 

@@ -15,6 +15,27 @@ from gaf.exchange import Exchange, combine
 from gaf.handle import Handle
 
 
+def install(model: nn.Module, handle: Handle, exchange: Exchange) -> None:
+    """Has the handle decide on the model's gradients: of all of it over its replicas, or of each group over its shards."""
+    params = list(model.parameters())
+    if getattr(handle.policy, "scope", "all") == "group":
+        Groups(handle, model, exchange)
+    else:
+        check_same_weights(params, exchange.group)
+        Replicas(handle, exchange, params, params[0].device_mesh.get_group())  # type: ignore[attr-defined]
+    watch(model, params, handle)
+
+
+def check_same_weights(params: list[nn.Parameter], group: dist.ProcessGroup) -> None:
+    """FSDP2 does not make replicas equal at the start, as DistributedDataParallel does."""
+    sums = torch.stack([p.detach().to_local().double().sum() for p in params])  # type: ignore[attr-defined]
+    all_of = [torch.empty_like(sums) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(all_of, sums, group=group)
+    if not all(torch.equal(all_of[0].nan_to_num(), other.nan_to_num()) for other in all_of):
+        raise ValueError("attach: the replicas must start from the same weights; theirs differ. Seed the ranks alike before building the "
+                         "model, or load one checkpoint on all of them.")  # fmt: skip
+
+
 def watch(model: nn.Module, params: list[nn.Parameter], handle: Handle) -> None:
     """Looks at a gradient when a backward pass begins, at the model's output: FSDP2 adds to gradients out of autograd's sight."""
 

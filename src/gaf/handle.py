@@ -15,7 +15,7 @@ from gaf.decision import Decision
 from gaf.exchange import Exchange, add_in_rank_order
 from gaf.gate import gate
 from gaf.policies import Mean, skipped
-from gaf.rows import mean_off_diagonal
+from gaf.rows import judged
 from gaf.telemetry import Evidence, Outcome, Telemetry
 
 
@@ -29,7 +29,7 @@ class Handle:
     """
 
     def __init__(self, optimizers: list[Optimizer], policy: Policy, scaler: GradScaler | None, k: int) -> None:
-        self.policy, self.optimizers = policy, optimizers
+        self.policy = policy
         self.scaler = scaler if scaler is not None and scaler.is_enabled() else None
         self.last: Decision | None = None
         self.outcome: Outcome | None = None
@@ -137,18 +137,15 @@ class Handle:
         if known[-1] > 0:
             raise RuntimeError("attach: the gradients must be cleared before a backward pass that synchronises; the last update was "
                                "still there and would mix with the new micro-gradients. Call optimizer.zero_grad() first, or accumulate "
-                               "under `with model.no_sync():`.")  # fmt: skip
+                               "under `with model.no_sync():` (FSDP2: model.set_requires_gradient_sync(False)).")  # fmt: skip
         return known[:-2].view(partial.shape)
 
     def judge(self, gram: Tensor, params: Sequence[Tensor]) -> tuple[list[float] | None, float]:
         """The decision. Returns the weights, or None and what to put in place of an update: an overflow is for the scaler to see."""
-        decision = self.policy(gram)
-        if decision.weights.shape != (len(gram),):
-            raise ValueError(f"policy {self.policy!r}: a Decision must have one weight for each of the {len(gram)} rows; "
-                             f"got shape {tuple(decision.weights.shape)}.")  # fmt: skip
+        decision, evidence = judged(self.policy, gram)
         overflow = self.scaler is not None and not bool(gram.diagonal().isfinite().all())
         decision = skipped(decision) if overflow else decision
-        outcome = Outcome.fetch(decision, Evidence(gram.diagonal(), mean_off_diagonal(gram)))
+        outcome = Outcome.fetch(decision, evidence)
         self._record(decision, outcome, params)
         return (outcome.weights, 0.0) if outcome.stepped else (None, float("inf") if overflow else 0.0)
 

@@ -129,16 +129,21 @@ class Stacked:
         gram = gram_of([voting(row, self.voters) for row in self.rows])
         for own, row in zip(gram.diagonal(), self.rows, strict=True):
             own += norm2_of_rest(row, self.voters)
-        decision = self.policy(gram)
-        if decision.weights.shape != (len(self.rows),):
-            raise ValueError(f"policy {self.policy!r}: a Decision must have one weight for each of the {len(self.rows)} rows; "
-                             f"got shape {tuple(decision.weights.shape)}.")  # fmt: skip
-        return decision, Evidence(gram.diagonal(), mean_off_diagonal(gram))
+        return judged(self.policy, gram)
 
     def update(self, weights: list[float]) -> Buffers:
         """w^T G; None for a parameter that no accepted row has a gradient for."""
         used = [(row, w) for row, w in zip(self.rows, weights, strict=True) if w]
         return [weighted([(row[j], w) for row, w in used]) for j in range(len(self.voters))]
+
+
+def judged(policy: Policy, gram: Float64[Tensor, "k k"]) -> tuple[Decision, Evidence]:
+    """What the policy says of a Gram matrix, and what else the matrix tells."""
+    decision = policy(gram)
+    if decision.weights.shape != (len(gram),):
+        raise ValueError(f"policy {policy!r}: a Decision must have one weight for each of the {len(gram)} rows; "
+                         f"got shape {tuple(decision.weights.shape)}.")  # fmt: skip
+    return decision, Evidence(gram.diagonal(), mean_off_diagonal(gram))
 
 
 def weighted(terms: list[tuple[Tensor | None, float]]) -> Tensor | None:

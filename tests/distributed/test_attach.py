@@ -487,6 +487,11 @@ def overlapping() -> tuple[Any, Any]:
     return model, optimizer
 
 
+def needs_closure() -> tuple[Any, Any]:
+    model = DistributedDataParallel(Odd())
+    return model, torch.optim.LBFGS(model.parameters())
+
+
 def bare() -> tuple[Any, Any]:
     model = Odd()
     return model, SGD(model.parameters(), 0.1)
@@ -517,13 +522,16 @@ REFUSALS: dict[str, tuple[Callable[[], tuple[Any, Any]], dict[str, Any], str]] =
     "python reducer": (python_reducer, {}, "Python reducer"),
     "mixed precision": (mixed_precision, {}, "Use torch.autocast"),
     "micro group": (partial(wrapped, Odd), {"micro_group": 3}, r"divides the 2 ranks; got 3. Use one of \[1, 2\]"),
-    "policy": (partial(wrapped, Odd), {"policy": gaf.GAF}, "policy must be a callable"),
+    "policy": (partial(wrapped, Odd), {"policy": gaf.GAF}, "attach: policy must be a callable"),
+    "closure": (needs_closure, {}, "attach: the optimizer must not need a closure; LBFGS"),
+    "group": (partial(wrapped, Odd), {"group": "another"}, "must be the model's own process group"),
 }
 
 
 def refused(name: str) -> None:
     make, options, message = REFUSALS[name]
     model, optimizer = make()
+    options = options | ({"group": dist.new_group([0, 1])} if "group" in options else {})
     with pytest.raises((TypeError, ValueError, RuntimeError), match=message):
         gaf.attach(model, optimizer, **({"policy": gaf.GAF()} | options))
 
@@ -540,12 +548,17 @@ def disagreement(what: str) -> None:
         model.module.first.weight.requires_grad_(False)
     optimizer = SGD(model.parameters(), 0.1)
     policy = gaf.GAF(0.9 if what == "policy" and rank == 2 else 0.8)
-    expected = {"policy": r"same policy; rank 2 of the group has GAF\(tau=0.9", "parameters": "same parameters; rank 1 .*trainable=False"}
+    micro_group = 2 if what == "micro_group" and rank == 0 else 1
+    expected = {
+        "micro_group": "same micro_group; rank 0 of the group has 2, others 1",
+        "policy": r"same policy; rank 2 of the group has GAF\(tau=0.9",
+        "parameters": "same parameters; rank 1 .*trainable=False",
+    }
     with pytest.raises(ValueError, match=expected[what]):
-        gaf.attach(model, optimizer, policy)
+        gaf.attach(model, optimizer, policy, micro_group=micro_group)
 
 
-@pytest.mark.parametrize("what", ["policy", "parameters"])
+@pytest.mark.parametrize("what", ["policy", "parameters", "micro_group"])
 def test_ranks_that_disagree_are_told_which(world: World, what: str) -> None:
     world(3).run(disagreement, what)
 

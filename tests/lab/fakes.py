@@ -1,4 +1,4 @@
-"""Small data sets in the public ones' formats, and a server that fails on demand."""
+"""Small data sets in the public ones' formats, a server that fails on demand, a listener that says nothing."""
 
 import dataclasses
 import hashlib
@@ -128,3 +128,16 @@ class Server:
     def __exit__(self, *args: object) -> None:
         self.http.shutdown()
         self.http.server_close()
+
+
+class Silent:
+    """Follows a run, as a console would."""
+
+    def begin(self, problem: Any, step: int, steps: int) -> None:
+        pass
+
+    def stepped(self, step: int, outcome: Any) -> None:
+        pass
+
+    def evaluated(self, line: dict[str, Any]) -> None:
+        pass

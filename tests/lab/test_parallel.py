@@ -18,6 +18,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from fakes import Silent
 
 from gaf_lab import checkpoint, cli, parallel, records
 from gaf_lab.config import ConfigError, TrainConfig, from_dict
@@ -29,17 +30,6 @@ TOLERANCE = 1e-5
 WORLD = 3  # odd, so that slices are uneven and a ring adds in another order at each place
 SMALL = TrainConfig(dataset="digits", model="mlp", k=WORLD, b=16, passes=1.0, eval_every=0.4, lr=0.02, tau=0.9, augment=True)
 TIMING = ("seconds", "samples_per_second")
-
-
-class Silent:
-    def begin(self, problem, step, steps):
-        pass
-
-    def stepped(self, step, outcome):
-        pass
-
-    def evaluated(self, line):
-        pass
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fakes import Silent
 
 from gaf_lab import checkpoint, records
 from gaf_lab import train as module
@@ -21,17 +22,6 @@ from gaf_lab.config import ConfigError, TrainConfig
 from gaf_lab.train import Diverged, train
 
 SMALL = TrainConfig(dataset="digits", model="convnet", k=4, b=16, passes=4.0, eval_every=1.0, lr=0.02, schedule="cosine")
-
-
-class Silent:
-    def begin(self, problem, step, steps):
-        pass
-
-    def stepped(self, step, outcome):
-        pass
-
-    def evaluated(self, line):
-        pass
 
 
 class Stop(Silent):
