@@ -15,11 +15,11 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-DataName = Literal["digits", "mnist5k", "fashion-mnist", "cifar10", "cifar100", "cifar100n", "cifar100n-coarse", "noise"]
+DataName = Literal["digits", "mnist5k", "fashion-mnist", "cifar10", "cifar100", "cifar100n", "cifar100n-coarse", "noise", "imagenet"]
 NoiseName = Literal["none", "symmetric", "asymmetric", "human"]
 SamplerName = Literal["iid", "stratified-observed", "stratified-clean"]
-ModelName = Literal["mlp", "convnet", "resnet18", "resnet34", "preact-resnet34"]
-PolicyName = Literal["mean", "gaf", "random-skip", "replay-skip", "random-subset"]
+ModelName = Literal["mlp", "convnet", "resnet18", "resnet34", "preact-resnet34", "vit-l16", "vit-tiny"]
+PolicyName = Literal["mean", "gaf", "random-skip", "replay-skip", "random-subset", "scaled-lr"]
 
 
 class ConfigError(ValueError):
@@ -41,7 +41,11 @@ class TrainConfig:
     sampler: SamplerName = "iid"
     """How micro-batches are drawn: in shuffled passes, or with as many of each class, by the observed or by the clean label."""
     augment: bool = False
-    """Random crop with padding 4 and horizontal flip."""
+    """Random crop with padding 4 and horizontal flip; for imagenet a random resized crop and flip."""
+    limit: int = 0
+    """Uses only this many training pictures, and as many test pictures, always the same; 0 uses all. Lower is faster and memorises more."""
+    size: int = 224
+    """For imagenet: height and width that pictures are brought to, a multiple of 16 for the ViTs. Higher costs time and memory."""
 
     model: ModelName = "mlp"
     """Network. mlp: pixels-512-512-classes."""
@@ -84,8 +88,27 @@ class TrainConfig:
     select_on: Literal["heldout", "test"] = "heldout"
     """What drives the plateau schedule. The released code uses the test set."""
 
+    loss: Literal["cross-entropy", "gce", "elr"] = "cross-entropy"
+    """What is minimised: cross-entropy, generalised cross-entropy (arXiv 1805.07836) or early-learning regularisation (2007.00151)."""
+    label_smoothing: float = 0.0
+    """Share of the label that is spread over all classes, in [0, 1), for cross-entropy (arXiv 1512.00567). Higher trusts labels less."""
+    gce_q: float = 0.7
+    """For gce: q in (0, 1]; towards 0 it is cross-entropy, at 1 the mean absolute error. Higher trusts labels less."""
+    elr_beta: float = 0.7
+    """For elr: weight of the past in a sample's target, in [0, 1)."""
+    elr_lambda: float = 3.0
+    """For elr: weight of the regulariser, at least 0. Higher holds the model to what it said early on."""
+    mixup: float = 0.0
+    """Alpha of the Beta distribution by which pictures and labels are mixed (arXiv 1710.09412). 0: not at all; higher mixes more."""
+    sam: float = 0.0
+    """Radius of sharpness-aware minimisation for each micro-batch, at least 0 (arXiv 2010.01412). 0: none; doubles the time of a step."""
+    ema: float = 0.0
+    """Decay, per step taken, of an average of the weights that is evaluated in their place, in [0, 1). 0: none."""
+    early_stopping: int = 0
+    """Evaluations without a better accuracy on held-out labels before the run ends, back at its best weights. 0: never."""
+
     policy: PolicyName = "gaf"
-    """What is done with the k micro-gradients. replay-skip and random-subset need `replay`."""
+    """What is done with the k micro-gradients. replay-skip, random-subset and scaled-lr need `replay`."""
     tau: float = 0.8
     """For gaf: largest cosine distance to the running sum that is accepted, in [0, 2]. Lower filters more."""
     start: Literal["first", "best", "worst"] = "first"
@@ -94,10 +117,12 @@ class TrainConfig:
     """For gaf: the paper's mean, or the released code's halving."""
     min_accepted: int = 2
     """For gaf: accepted micro-gradients without which the step is skipped, at least 1. Higher skips more."""
+    scope: Literal["all", "group"] = "all"
+    """For gaf: one decision for the whole gradient, or one for each bucket that DistributedDataParallel would make."""
     step_probability: float = 0.5
-    """For random-skip: chance that a step is taken, in [0, 1]."""
+    """For random-skip: chance that a step is taken, in [0, 1]; with `replay` the share of steps that the recorded run took."""
     replay: Path | None = None
-    """For replay-skip and random-subset: folder of the run whose recorded steps are taken over."""
+    """For controls: folder of the run whose recorded steps (replay-skip, random-subset) or acceptance (scaled-lr) are taken over."""
     bn: Literal["all", "accepted"] = "all"
     """Which micro-batches move BatchNorm's running statistics."""
 
@@ -107,8 +132,15 @@ class TrainConfig:
     """Precision of the forward pass."""
     channels_last: bool = False
     """Memory layout of pictures and weights; changes the speed."""
+    compile: bool = False
+    """Whether the model goes through torch.compile: a minute at the start, faster steps where it helps."""
+    engine: Literal["auto", "plain", "device"] = "auto"
+    """plain: gaf.Accumulator, which waits for the decision; device: a step that never waits, on CUDA captured as a graph. auto takes
+    device on CUDA wherever it can run the config. Both decide alike."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to run; auto takes CUDA where there is one."""
+    label: str = ""
+    """What tables and figures call the arm; without it, its name comes from the fields above. Changes nothing else."""
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -121,6 +153,17 @@ class TrainConfig:
             "passes": (0 < self.passes < math.inf, "must be above 0", "It is the length of the run."),
             "eval_every": (0 < self.eval_every < math.inf, "must be above 0", "It is in passes."),
             "probe": (self.probe >= 1, "must be at least 1", "5000 is usual."),
+            "limit": (self.limit >= 0, "must be at least 0", "0 uses all pictures."),
+            "size": (self.size >= 16, "must be at least 16", "224 is usual."),
+            "label_smoothing": (0 <= self.label_smoothing < 1, "must lie in [0, 1)", "0.1 is usual."),
+            "gce_q": (0 < self.gce_q <= 1, "must lie in (0, 1]", "0.7 is usual."),
+            "elr_beta": (0 <= self.elr_beta < 1, "must lie in [0, 1)", "0.7 is usual."),
+            "elr_lambda": (0 <= self.elr_lambda < math.inf, "must be at least 0", "3 is usual."),
+            "mixup": (0 <= self.mixup < math.inf, "must be at least 0", "1 is usual."),
+            "sam": (0 <= self.sam < math.inf, "must be at least 0", "0.05 is usual."),
+            "ema": (0 <= self.ema < 1, "must lie in [0, 1)", "0.99 is usual."),
+            "early_stopping": (self.early_stopping >= 0 and (self.heldout > 0 or not self.early_stopping),
+                               "must be at least 0, and needs heldout above 0", "It counts evaluations on held-out labels."),
             "lr": (0 < self.lr < math.inf, "must be above 0", "0.05 suits the demo."),
             "momentum": (0 <= self.momentum < 1, "must lie in [0, 1)", "0.9 is usual."),
             "weight_decay": (0 <= self.weight_decay < math.inf, "must be at least 0", "5e-4 is usual."),
@@ -134,6 +177,7 @@ class TrainConfig:
             "nesterov": (not self.nesterov or self.momentum > 0, "needs momentum above 0", "Set momentum, or nesterov off."),
             "replay": (self.replay is not None or self.policy not in REPLAYING, f"must be set for policy {self.policy!r}",
                        "Give the folder of a gaf run."),
+            "loss": (self.loss != "elr" or not (self.sam or self.mixup), "elr goes neither with sam nor with mixup", "Set both to 0."),
             "select_on": (self.select_on == "test" or self.heldout > 0 or self.schedule != "plateau",
                           "needs heldout above 0 for a plateau schedule", "Set heldout, or select_on 'test'."),
         }  # fmt: skip
@@ -145,7 +189,8 @@ class TrainConfig:
 
     @property
     def arm(self) -> str:
-        return ARMS[self.policy]
+        """The label, or a name from what the config does with micro-gradients, loss and weights."""
+        return self.label or named(self)
 
     def plain(self) -> dict[str, Any]:
         """As JSON has it."""
@@ -154,12 +199,44 @@ class TrainConfig:
 
     @property
     def hash(self) -> str:
-        """Twelve hex digits that differ where the config does; equal configs give the same run."""
-        return hashlib.sha256(json.dumps(self.plain(), sort_keys=True).encode()).hexdigest()[:12]
+        """Twelve hex digits that differ where the run does: the label says nothing, and of a replayed run only its folder's name counts.
+
+        A field that came to be after records were kept counts once it leaves its default, so that older records keep their hash.
+        """
+        counted = {name: value for name, value in self.plain().items() if name not in LATER or value != LATER[name]}
+        del counted["label"]
+        counted |= {"replay": None if self.replay is None else self.replay.name}
+        return hashlib.sha256(json.dumps(counted, sort_keys=True).encode()).hexdigest()[:12]
 
 
-REPLAYING = ("replay-skip", "random-subset")
-ARMS = {"mean": "averaging", "gaf": "GAF", "random-skip": "random skip", "replay-skip": "replay skip", "random-subset": "random subset"}
+REPLAYING = ("replay-skip", "random-subset", "scaled-lr")
+ARMS = {
+    "mean": "averaging", "gaf": "GAF", "random-skip": "random skip", "replay-skip": "replay skip", "random-subset": "random subset",
+    "scaled-lr": "averaging, scaled rate",
+}  # fmt: skip
+LATER = {
+    "limit": 0, "size": 224, "loss": "cross-entropy", "label_smoothing": 0.0, "gce_q": 0.7, "elr_beta": 0.7,
+    "elr_lambda": 3.0, "mixup": 0.0, "sam": 0.0, "ema": 0.0, "early_stopping": 0, "scope": "all", "compile": False, "engine": "auto",
+}  # fmt: skip
+
+
+def named(config: TrainConfig) -> str:
+    """What sets an arm apart, in words: "GAF, start best", "label smoothing", "averaging, AdamW"."""
+    techniques = {
+        "GCE": config.loss == "gce", "ELR": config.loss == "elr", "label smoothing": config.label_smoothing, "mixup": config.mixup,
+        "SAM": config.sam, "EMA of weights": config.ema, "early stopping": config.early_stopping,
+    }  # fmt: skip
+    used = [name for name, on in techniques.items() if on]
+    filtering = config.policy == "gaf"
+    variants = {
+        f"start {config.start}": filtering and config.start != "first", "halving": filtering and config.average == "halving",
+        "per bucket": filtering and config.scope == "group", OPTIMIZERS[config.optimizer]: config.optimizer != "sgd",
+    }  # fmt: skip
+    base = [] if config.policy == "mean" and used else [ARMS[config.policy]]
+    return ", ".join([" + ".join(base + used), *(name for name, on in variants.items() if on)])
+
+
+OPTIMIZERS = {"sgd": "SGD", "adam": "Adam", "adamw": "AdamW", "rmsprop": "RMSprop"}
 
 
 def check_type(name: str, kind: Any, value: Any) -> None:

@@ -1,7 +1,9 @@
 """From a config to what is trained on: pictures on the device, noisy labels, the split, and one micro-batch at a time."""
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,6 +51,16 @@ class Problem:
     def steps(self) -> int:
         return max(1, round(self.config.passes * len(self.train) / (self.config.k * self.config.b)))
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of a picture."""
+        channels, height, width = self.data.train_x.shape[1:]
+        return channels, height, width
+
+    @property
+    def classes(self) -> int:
+        return self.data.classes
+
     def evaluation(self, step: int) -> int | None:
         """Which evaluation, counted from 1, is due after `step` steps; None where none is."""
         between = self.config.eval_every * len(self.train) / (self.config.k * self.config.b)
@@ -57,12 +69,15 @@ class Problem:
 
     def micro_batch(self, step: int, i: int) -> tuple[Tensor, Tensor]:
         """Micro-batch i of a step: pictures (b, C, H, W) float32 and observed labels (b,). Depends on seed, step and i alone."""
-        config = self.config
-        index = self.sampler.draw(step * config.k + i).to(self.train.x.device)
+        index = self.index(step, i)
         x = self.train.x[index]
-        if config.augment:
-            x = crop_and_flip(x, generator(config.seed, "augment", step, i))
+        if self.config.augment:
+            x = crop_and_flip(x, generator(self.config.seed, "augment", step, i))
         return self.inputs(x), self.train.observed[index]
+
+    def index(self, step: int, i: int) -> Tensor:
+        """Which training samples micro-batch i of a step holds, (b,)."""
+        return self.sampler.draw(step * self.config.k + i).to(self.train.x.device)
 
     def inputs(self, x: Tensor) -> Tensor:
         x = normalise(x, self.data.mean, self.data.std)
@@ -71,7 +86,7 @@ class Problem:
 
 def build(config: TrainConfig, folder: Path | None, device: torch.device) -> Problem:
     """Loads the data, flips labels, splits, all from the config's seed."""
-    data = load(config.dataset, folder)
+    data = limited(load(config.dataset, folder), config.limit)
     observed = observed_labels(config, data)
     whole = Pictures(data.train_x, observed, data.train_y)
     order = torch.randperm(len(whole), generator=generator(config.seed, "split"))
@@ -83,6 +98,21 @@ def build(config: TrainConfig, folder: Path | None, device: torch.device) -> Pro
         raise ConfigError(f"b must not exceed the training samples; got {config.b} of {len(train)}. Lower b or heldout.")
     sampler = make_sampler(config, train, data.classes)
     return Problem(config, data, on(train, device), on(heldout, device), on(test, device), on(probe, device), sampler)
+
+
+def limited(data: DataSet, limit: int) -> DataSet:
+    """At most `limit` training and as many test pictures, the same for every seed; all of them for 0."""
+    if not limit:
+        return data
+    train, test = (torch.randperm(n, generator=generator(0, data.name, "limit"))[:limit] for n in (len(data.train_y), len(data.test_y)))
+    human = None if data.human is None else data.human[train]
+    parts: dict[str, Any] = {
+        "train_x": data.train_x[train],
+        "train_y": data.train_y[train],
+        "test_x": data.test_x[test],
+        "test_y": data.test_y[test],
+    }
+    return dataclasses.replace(data, **parts, human=human)
 
 
 def observed_labels(config: TrainConfig, data: DataSet) -> Tensor:

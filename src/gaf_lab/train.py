@@ -10,6 +10,7 @@ import math
 import os
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,18 +18,22 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, MultiStepLR, ReduceLROnPlateau
 
 import gaf
 from gaf_lab import checkpoint, environment, models, parallel, records
-from gaf_lab.config import REPLAYING, ConfigError, TrainConfig
+from gaf_lab.config import ConfigError, TrainConfig
 from gaf_lab.controls import RandomSubset, ReplaySkip
 from gaf_lab.evaluate import evaluate
+from gaf_lab.groups import PerBucket
 from gaf_lab.parallel import Group
 from gaf_lab.problem import Problem, build
 from gaf_lab.sampling import key
+from gaf_lab.techniques import EarlyStopping, Forward, Objective, averaged, climbing
 
 ALONE = Group()
+Stepper = gaf.Accumulator | parallel.OverRanks | PerBucket
 LOOK_EVERY = 50  # steps between looks at the loss on an accelerator, each of which waits for it
 
 
@@ -85,23 +90,30 @@ class Training:
         self.device = group.each(lambda: pick_device(config.device, group))
         self.problem = group.each(lambda: build(config, data_folder, self.device))
         torch.manual_seed(key(config.seed, "weights"))
-        channels, height, width = self.problem.data.train_x.shape[1:]
-        self.model = models.build(config.model, (channels, height, width), self.problem.data.classes, config.stem).to(self.device)
+        self.model = models.build(config.model, self.problem.shape, self.problem.classes, config.stem).to(self.device)
         if config.channels_last:
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.optimizer = make_optimizer(config, self.model)
+        self.objective = Objective(config, len(self.problem.train), self.problem.classes, self.device)
+        self.average = averaged(self.model, config.ema) if config.ema else None
+        self.stopping = EarlyStopping(config.early_stopping) if config.early_stopping else None
+        policy, rate = group.led(lambda: (make_policy(config), learning_rate(config)))
+        make = partial(make_optimizer, config, rate)
+        self.optimizer = make(list(self.model.parameters()))
         self.scheduler = make_scheduler(config, self.optimizer, self.problem.steps)
-        self.forward, self.accumulator = self._over_ranks(group.led(lambda: make_policy(config)))
+        self.forward, self.accumulator = self._over_ranks(policy, make)
         self.plateau = self.scheduler if isinstance(self.scheduler, ReduceLROnPlateau) else None
         if self.scheduler is not None and self.plateau is None and config.schedule_waits:
             self.accumulator.gate(self.scheduler)
         self.step, self.seconds = 0, 0.0
         self.interval = self._new_interval()
 
-    def _over_ranks(self, policy: Any) -> tuple[nn.Module, gaf.Accumulator | parallel.OverRanks]:
+    def _over_ranks(self, policy: Any, make: Callable[..., Optimizer]) -> tuple[Forward, Stepper]:
         """The model as it is trained, and what makes steps of its micro-gradients."""
         if self.group.world == 1:
-            return self.model, gaf.Accumulator(self.optimizer, policy, model=self.model, bn=self.config.bn)
+            forward = torch.compile(self.model) if self.config.compile else self.model
+            if self.config.policy == "gaf" and self.config.scope == "group":
+                return forward, PerBucket(self.optimizer, make, policy)
+            return forward, gaf.Accumulator(self.optimizer, policy, model=self.model, bn=self.config.bn)
         forward = parallel.data_parallel(self.model, self.group, *self.problem.micro_batch(0, self.group.rank))
         return forward, parallel.OverRanks(forward, self.optimizer, policy)
 
@@ -113,14 +125,18 @@ class Training:
         """
         last = min(self.problem.steps, steps or self.problem.steps)
         listener.begin(self.problem, self.step, last)
-        while self.step < last:
+        while self.step < last and not self.over:
             started = time.perf_counter()
             outcome = self.macro_batch()
             self.interval.seconds += time.perf_counter() - started
             listener.stepped(self.step, outcome)
             if self.problem.evaluation(self.step) or self.step == last:
                 self.group.led(partial(self._keep, self.evaluation(), folder, listener, keep_checkpoints))
-        return "finished" if last == self.problem.steps else "stopped"
+        return "finished" if last == self.problem.steps or self.over else "stopped"
+
+    @property
+    def over(self) -> bool:
+        return self.stopping is not None and self.stopping.over
 
     def _keep(self, line: dict[str, Any], folder: Path, listener: Listener, keep_checkpoints: bool) -> None:
         records.append(folder, line)
@@ -132,15 +148,13 @@ class Training:
         """k micro-gradients, one decision, a step or none."""
         losses = []
         for i in self.group.micro_batches(self.config.k):
-            x, y = self.problem.micro_batch(self.step, i)
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.autocast == "bfloat16"):
-                loss = nn.functional.cross_entropy(self.forward(x), y)
-            self.accumulator.backward(loss)
-            losses.append(loss.detach())
+            losses.append(self.micro_gradient(i))
         self._look_at(torch.stack(losses))
         self.accumulator.step()
         outcome = self.accumulator.outcome
         assert outcome is not None
+        if self.average is not None and outcome.stepped:
+            self.average.update_parameters(self.model)
         if self.scheduler is not None and self.plateau is None:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")  # so it is, where the first steps are skipped
@@ -148,6 +162,21 @@ class Training:
         self.step += 1
         self.interval.add(outcome)
         return outcome
+
+    def micro_gradient(self, i: int) -> Tensor:
+        """Micro-batch i's gradient goes to the accumulator; its loss is returned."""
+        x, y = self.problem.micro_batch(self.step, i)
+        index = self.problem.index(self.step, i)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.autocast == "bfloat16"):
+            loss = self.objective(self.forward, x, y, index, self.step, i)
+        if not self.config.sam:
+            self.accumulator.backward(loss)
+            return loss.detach()
+        with climbing(self.model, loss, self.config.sam):
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.autocast == "bfloat16"):
+                above = self.objective(self.forward, x, y, index, self.step, i)
+            self.accumulator.backward(above)
+        return loss.detach()
 
     def _look_at(self, losses: Tensor) -> None:
         self.interval.losses += losses.sum()
@@ -160,12 +189,12 @@ class Training:
     def evaluation(self) -> dict[str, Any]:
         """The line of records that closes an interval; moves a plateau schedule on."""
         started = time.perf_counter()
-        measured = self.group.led(lambda: evaluate(self.model, self.problem))
+        measured = self.group.led(self._measured)
         loss = self.group.total(float(self.interval.losses))
         stats = self.accumulator.stats(self.config.b)
         number = self.problem.evaluation(self.step)
         if self.plateau is not None and number and number % self.config.plateau_every == 0:
-            self.plateau.step(measured[f"{self.config.select_on}_loss"])  # type: ignore[arg-type]
+            self.plateau.step(measured[f"{self.config.select_on}_loss"])
         self.seconds += self.interval.seconds + time.perf_counter() - started
         samples = self.step * self.config.k * self.config.b
         position = {"kind": "eval", "step": self.step, "steps_taken": stats["stepped"], "samples": samples}
@@ -174,6 +203,15 @@ class Training:
         line = position | progress | self.interval.line(self.config.b, loss) | noise | measured
         self.interval = self._new_interval()
         return line
+
+    def _measured(self) -> dict[str, Any]:
+        """What the model knows, or its average; where the run ends early, what it knew at its best."""
+        model = self.model if self.average is None else self.average.module
+        measured = evaluate(model, self.problem)
+        if self.stopping is None:
+            return measured
+        self.stopping.look(float(measured["heldout_accuracy"] or 0), model)
+        return evaluate(model, self.problem) if self.over else measured
 
     def _new_interval(self) -> Interval:
         return Interval(losses=torch.zeros((), device=self.device), rows=[])
@@ -189,6 +227,9 @@ class Training:
             "optimizer": self.optimizer.state_dict(),
             "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
             "accumulator": self.accumulator.state_dict(),
+            "objective": self.objective.state_dict(),
+            "average": None if self.average is None else self.average.state_dict(),
+            "stopping": None if self.stopping is None else self.stopping.state_dict(),
             "random": torch.get_rng_state(),
         }
 
@@ -200,6 +241,11 @@ class Training:
         if self.scheduler is not None:
             self.scheduler.load_state_dict(state["scheduler"])
         self.accumulator.load_state_dict(state["accumulator"])
+        self.objective.load_state_dict(state["objective"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
+        if self.stopping is not None:
+            self.stopping.load_state_dict(state["stopping"])
         torch.set_rng_state(state["random"])
 
 
@@ -329,16 +375,27 @@ def pick_device(name: str, group: Group = ALONE) -> torch.device:
     return torch.device("cuda", group.local)
 
 
-def make_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
-    shared: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay}
+def learning_rate(config: TrainConfig) -> float:
+    """The config's; for the control "scaled-lr" times the share of micro-gradients that the recorded run accepted."""
+    if config.policy != "scaled-lr":
+        return config.lr
+    share = sum(recorded_rows(config)) / (len(recorded_rows(config)) * config.k)
+    if not share:
+        raise ConfigError(f"replay: the recorded run must have accepted something to scale the learning rate by; {config.replay} did not. "
+                          "Replay a run with a higher tau.")  # fmt: skip
+    return config.lr * share
+
+
+def make_optimizer(config: TrainConfig, rate: float, params: list[nn.Parameter]) -> Optimizer:
+    shared: dict[str, Any] = {"lr": rate, "weight_decay": config.weight_decay}
     if config.optimizer == "sgd":
-        return torch.optim.SGD(model.parameters(), momentum=config.momentum, nesterov=config.nesterov, **shared)
+        return torch.optim.SGD(params, momentum=config.momentum, nesterov=config.nesterov, **shared)
     if config.optimizer == "rmsprop":
-        return torch.optim.RMSprop(model.parameters(), momentum=config.momentum, **shared)
-    return (torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW)(model.parameters(), **shared)
+        return torch.optim.RMSprop(params, momentum=config.momentum, **shared)
+    return (torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW)(params, **shared)
 
 
-def make_scheduler(config: TrainConfig, optimizer: torch.optim.Optimizer, steps: int) -> LRScheduler | None:
+def make_scheduler(config: TrainConfig, optimizer: Optimizer, steps: int) -> LRScheduler | None:
     if config.schedule == "cosine":
         return CosineAnnealingLR(optimizer, T_max=steps)
     if config.schedule == "multi-step":
@@ -350,13 +407,23 @@ def make_scheduler(config: TrainConfig, optimizer: torch.optim.Optimizer, steps:
 
 def make_policy(config: TrainConfig) -> Any:
     if config.policy == "gaf":
-        return gaf.GAF(config.tau, start=config.start, average=config.average, min_accepted=config.min_accepted)
+        rule: dict[str, Any] = {"start": config.start, "average": config.average, "min_accepted": config.min_accepted}
+        return gaf.GAF(config.tau, scope=config.scope, **rule)
     if config.policy == "random-skip":
-        return gaf.RandomSkip(config.step_probability, config.seed)
-    if config.policy in REPLAYING:
-        rows = recorded_rows(config)
-        return ReplaySkip(rows) if config.policy == "replay-skip" else RandomSubset(rows, config.seed)
+        return gaf.RandomSkip(step_probability(config), config.seed)
+    if config.policy == "replay-skip":
+        return ReplaySkip(recorded_rows(config))
+    if config.policy == "random-subset":
+        return RandomSubset(recorded_rows(config), config.seed)
     return gaf.Mean()
+
+
+def step_probability(config: TrainConfig) -> float:
+    """The config's; with a recorded run the share of its steps that it took."""
+    if config.replay is None:
+        return config.step_probability
+    rows = recorded_rows(config)
+    return sum(n > 0 for n in rows) / len(rows)
 
 
 def recorded_rows(config: TrainConfig) -> list[int]:
