@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from gaf_lab import records
-from gaf_lab.config import TrainConfig
+from gaf_lab.config import LATER, TrainConfig
 
 FILE = "checkpoint.pt"
 
@@ -81,8 +81,8 @@ def differing(folder: Path, found: str, config: TrainConfig) -> str:
         return ""
     if header.get("config_hash") != found:
         return ""
-    there, here = header["config"], config.plain()
-    names = [name for name in here | there if json.dumps(there.get(name)) != json.dumps(here.get(name))]  # as hashed: 1 is not 1.0
+    there, here = LATER | header["config"], config.plain()
+    names = [n for n in here | there if n != "label" and json.dumps(there.get(n)) != json.dumps(here.get(n))]  # as hashed: 1 is not 1.0
     return ", ".join(f"{name}: {there.get(name)!r} there, {here.get(name)!r} here" for name in names)
 
 

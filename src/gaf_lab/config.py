@@ -105,7 +105,7 @@ class TrainConfig:
     ema: float = 0.0
     """Decay, per step taken, of an average of the weights that is evaluated in their place, in [0, 1). 0: none."""
     early_stopping: int = 0
-    """Evaluations without a better accuracy on held-out labels before the run ends, back at its best weights. 0: never."""
+    """Evaluations without a better accuracy on held-out labels before the run ends; its end is at its best weights. 0: none."""
 
     policy: PolicyName = "gaf"
     """What is done with the k micro-gradients. replay-skip, random-subset and scaled-lr need `replay`."""
@@ -155,7 +155,8 @@ class TrainConfig:
             "probe": (self.probe >= 1, "must be at least 1", "5000 is usual."),
             "limit": (self.limit >= 0, "must be at least 0", "0 uses all pictures."),
             "size": (self.size >= 16, "must be at least 16", "224 is usual."),
-            "label_smoothing": (0 <= self.label_smoothing < 1, "must lie in [0, 1)", "0.1 is usual."),
+            "label_smoothing": (0 <= self.label_smoothing < 1 and (not self.label_smoothing or self.loss == "cross-entropy"),
+                                "must lie in [0, 1), and goes with cross-entropy alone", "Set it to 0, or loss to 'cross-entropy'."),
             "gce_q": (0 < self.gce_q <= 1, "must lie in (0, 1]", "0.7 is usual."),
             "elr_beta": (0 <= self.elr_beta < 1, "must lie in [0, 1)", "0.7 is usual."),
             "elr_lambda": (0 <= self.elr_lambda < math.inf, "must be at least 0", "3 is usual."),
@@ -175,6 +176,8 @@ class TrainConfig:
             "min_accepted": (self.min_accepted >= 1, "must be at least 1", "The paper uses 2."),
             "step_probability": (0 <= self.step_probability <= 1, "must lie in [0, 1]", "Give GAF's share of steps."),
             "nesterov": (not self.nesterov or self.momentum > 0, "needs momentum above 0", "Set momentum, or nesterov off."),
+            "scope": (self.scope == "all" or self.bn == "all", "'group' goes with bn 'all' alone: buckets accept different micro-batches",
+                      "Set bn 'all', or scope 'all'."),
             "replay": (self.replay is not None or self.policy not in REPLAYING, f"must be set for policy {self.policy!r}",
                        "Give the folder of a gaf run."),
             "loss": (self.loss != "elr" or not (self.sam or self.mixup), "elr goes neither with sam nor with mixup", "Set both to 0."),

@@ -40,7 +40,8 @@ class PerBucket:
         self.optimizers = [make(group) for group in buckets(optimizer.param_groups[0]["params"])]
         self.parts = [gaf.Accumulator(one, dataclasses.replace(policy, scope="all")) for one in self.optimizers]
         self.outcome: gaf.Outcome | None = None
-        self._progress = (0, 0)
+        self._progress = (0, 0)  # steps decided and steps taken by this object; unlike stats, not restored
+        self._counts = [0, 0]  # the same since the start of the run
 
     def backward(self, loss: Tensor) -> None:
         for part in self.parts:
@@ -53,6 +54,7 @@ class PerBucket:
             part.step()
         self.outcome = together([part.outcome for part in self.parts if part.outcome is not None])
         self._progress = (self._progress[0] + 1, self._progress[1] + self.outcome.stepped)
+        self._counts = [self._counts[0] + 1, self._counts[1] + self.outcome.stepped]
 
     def gate(self, scheduler: LRScheduler) -> LRScheduler:
         return gate(scheduler, lambda: self._progress)
@@ -60,13 +62,13 @@ class PerBucket:
     def stats(self, b: float = 1) -> dict[str, Any]:
         """Those of the bucket with the most parameters, with `steps` and `stepped` of the whole."""
         sizes = [sum(p.numel() for p in one.param_groups[0]["params"]) for one in self.optimizers]
-        return self.parts[sizes.index(max(sizes))].stats(b) | {"steps": self._progress[0], "stepped": self._progress[1]}
+        return self.parts[sizes.index(max(sizes))].stats(b) | {"steps": self._counts[0], "stepped": self._counts[1]}
 
     def state_dict(self) -> dict[str, Any]:
         return {
             "parts": [part.state_dict() for part in self.parts],
             "optimizers": [one.state_dict() for one in self.optimizers],
-            "progress": list(self._progress),
+            "counts": list(self._counts),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -74,7 +76,7 @@ class PerBucket:
             part.load_state_dict(one)
         for optimizer, one in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(one)
-        self._progress = (state["progress"][0], state["progress"][1])
+        self._counts = list(state["counts"])
 
 
 def together(outcomes: list[gaf.Outcome]) -> gaf.Outcome:

@@ -141,6 +141,14 @@ def check(config: TrainConfig, world: int) -> None:
     if world > 1 and config.bn == "accepted":
         raise ConfigError("bn must be 'all' on several ranks: DistributedDataParallel hands out the statistics of rank 0, accepted or "
                           f"not; got 'accepted' on {world} ranks. Set --bn all, or run one process.")  # fmt: skip
+    if world > 1 and config.compile:
+        raise ConfigError(f"compile must be off on several ranks; got it on {world}. Set --no-compile, or run one process.")
+    if world > 1 and config.loss == "elr":
+        raise ConfigError("loss must not be 'elr' on several ranks: what the model said of a sample is known to the rank that drew it "
+                          f"alone; got 'elr' on {world} ranks. Run one process.")  # fmt: skip
+    if world > 1 and config.policy == "gaf" and config.scope == "group":
+        raise ConfigError("scope must be 'all' on several ranks: gaf.attach tells of the bucket that it decided on last alone, and the "
+                          f"records want all; got 'group' on {world} ranks. Run one process.")  # fmt: skip
 
 
 class OverRanks:

@@ -47,8 +47,8 @@ class EarlyLearning:
         self.targets = torch.zeros(samples, classes, device=device)
 
     def __call__(self, scores: Tensor, y: Tensor, index: Tensor) -> Tensor:
-        """The loss of samples `index` (b,), whose targets it moves."""
-        p = softmax(scores.float(), 1).clamp(1e-4, 1 - 1e-4)
+        """The loss of samples `index` (b,), whose targets it moves, whatever is decided about their micro-gradient."""
+        p = softmax(scores, 1).clamp(1e-4, 1 - 1e-4)  # as released
         with torch.no_grad():
             said = p / p.sum(1, keepdim=True)
             targets = self.beta * self.targets[index] + (1 - self.beta) * said
@@ -80,11 +80,12 @@ class Objective:
         config = self.config
         if config.mixup:
             x, other, m = mixed(x, y, config.mixup, config.seed, step, i)
-            scores = forward(x)
+            scores = forward(x).float()
             return m * self.of(scores, y, index) + (1 - m) * self.of(scores, other, index)
-        return self.of(forward(x), y, index)
+        return self.of(forward(x).float(), y, index)
 
     def of(self, scores: Tensor, y: Tensor, index: Tensor) -> Tensor:
+        """Loss () of scores (b, classes) float32: bfloat16 has too few digits for the logarithm of a probability near 1."""
         if self.early is not None:
             return self.early(scores, y, index)
         if self.config.loss == "gce":
@@ -103,31 +104,33 @@ class Objective:
 def climbing(model: nn.Module, loss: Tensor, radius: float) -> Iterator[None]:
     """Within, the weights are w + radius g / |g|, g being the gradient of `loss` (SAM: Foret et al., arXiv 2010.01412, equation 2).
 
-    Used on each micro-batch by itself, as data-parallel SAM does. BatchNorm's statistics stand still within, and the
-    weights are bit for bit what they were afterwards.
+    Used on each micro-batch by itself, as data-parallel SAM does. BatchNorm's statistics and counts stand still within,
+    and the weights are bit for bit what they were afterwards.
     """
     weights: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
     grads = torch.autograd.grad(loss, weights)
     norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in grads]))
     kept = [p.detach().clone() for p in weights]
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
-    momenta = [m.momentum for m in norms]
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     with torch.no_grad():
         for p, g in zip(weights, grads, strict=True):
             p += g * (radius / (norm + 1e-12))
-    for norm_layer in norms:
-        norm_layer.momentum = 0.0
+    for one in norms:
+        one.track_running_stats = False
     try:
         yield
     finally:
         with torch.no_grad():
             torch._foreach_copy_(weights, kept)
-        for norm_layer, momentum in zip(norms, momenta, strict=True):
-            norm_layer.momentum = momentum
+        for one in norms:
+            one.track_running_stats = True
 
 
 def averaged(model: nn.Module, decay: float) -> AveragedModel:
-    """The model whose weights and BatchNorm statistics are decay times what they were plus (1 - decay) times the model's."""
+    """A model whose weights and BatchNorm statistics become decay times what they were plus (1 - decay) times the model's.
+
+    The first update takes the model's as they are.
+    """
     return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
 
 
@@ -144,13 +147,15 @@ class EarlyStopping:
         return self.waited >= self.patience
 
     def look(self, accuracy: float, model: nn.Module) -> None:
-        """After an evaluation: keeps the model's weights where it is the best so far, and puts the best back when the run is over."""
+        """After an evaluation: keeps the model's weights where it is the best so far; the first of equals is."""
         if accuracy > self.best:
             self.best, self.waited, self.weights = accuracy, 0, copy.deepcopy(model.state_dict())
         else:
             self.waited += 1
-        if self.over:
-            model.load_state_dict(self.weights)
+
+    def put_back(self, model: nn.Module) -> None:
+        """Gives the model its best weights."""
+        model.load_state_dict(self.weights)
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.best, "waited": self.waited, "weights": self.weights}

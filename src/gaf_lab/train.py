@@ -189,7 +189,7 @@ class Training:
     def evaluation(self) -> dict[str, Any]:
         """The line of records that closes an interval; moves a plateau schedule on."""
         started = time.perf_counter()
-        measured = self.group.led(self._measured)
+        measured = self._measured()
         loss = self.group.total(float(self.interval.losses))
         stats = self.accumulator.stats(self.config.b)
         number = self.problem.evaluation(self.step)
@@ -205,13 +205,17 @@ class Training:
         return line
 
     def _measured(self) -> dict[str, Any]:
-        """What the model knows, or its average; where the run ends early, what it knew at its best."""
+        """What the model knows, or its average; with early stopping at the end, what it knew at its best."""
         model = self.model if self.average is None else self.average.module
-        measured = evaluate(model, self.problem)
-        if self.stopping is None:
+        measured = self.group.led(partial(evaluate, model, self.problem))
+        ended = self.step == self.problem.steps
+        if self.stopping is None or not (ended or self.problem.evaluation(self.step)):
             return measured
         self.stopping.look(float(measured["heldout_accuracy"] or 0), model)
-        return evaluate(model, self.problem) if self.over else measured
+        if not (ended or self.over):
+            return measured
+        self.stopping.put_back(model)
+        return self.group.led(partial(evaluate, model, self.problem))
 
     def _new_interval(self) -> Interval:
         return Interval(losses=torch.zeros((), device=self.device), rows=[])
@@ -241,7 +245,7 @@ class Training:
         if self.scheduler is not None:
             self.scheduler.load_state_dict(state["scheduler"])
         self.accumulator.load_state_dict(state["accumulator"])
-        self.objective.load_state_dict(state["objective"])
+        self.objective.load_state_dict(state.get("objective", {}))  # older checkpoints have none
         if self.average is not None:
             self.average.load_state_dict(state["average"])
         if self.stopping is not None:
