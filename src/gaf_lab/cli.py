@@ -170,6 +170,59 @@ def value_of(words: Words, option: str) -> str | None:
 
 
 @dataclass
+class Sweep:
+    """Runs a list of configs, several at a time. Finished runs are not repeated; those that were cut off go on."""
+
+    plan: Positional[str]
+    """A TOML file (docs/sweeps.md), a preset, or a figure or table of the paper."""
+    out: Path | None = None
+    """Folder for the runs' folders and the index sweep.jsonl; without it, runs/ and the plan's name. For Ray, all machines share it."""
+    workers: int | None = None
+    """Runs at the same time; without it, one for each core, with Ray as many as the cluster has room for."""
+    seeds: int | None = None
+    """Paired seeds, at least 1, in place of the plan's."""
+    data: Path | None = None
+    """Folder with the data sets' archives; without it, they are downloaded."""
+    scale: Literal["smoke", "small", "full"] = "smoke"
+    """For a figure or table of the paper: as in gaf paper."""
+    reading: Literal["paper", "code"] = "paper"
+    """For a figure or table of the paper: as in gaf paper."""
+    engine: Literal["local", "ray"] = "local"
+    """Processes on this machine, or tasks on a Ray cluster."""
+    address: str = "auto"
+    """Of the Ray cluster; auto is the one that this machine is part of."""
+    dry_run: bool = False
+    """Shows the runs, and how far each is, and starts none."""
+
+
+def sweep(words: Words, console: Console) -> int:
+    options = tyro.cli(Sweep, prog="gaf sweep", args=words)
+    from gaf_lab import plan
+    from gaf_lab import sweep as job
+
+    configs = plan.find(options.plan, options.seeds, options.scale, options.reading)
+    out = options.out or Path("runs") / Path(options.plan).stem
+    command = f"gaf sweep {shlex.join(words)}"
+    if options.dry_run:
+        for line in job.described(configs, out):
+            say(console, line)
+        return 0
+    started = time.perf_counter()
+    workers = options.workers if options.workers is not None else len(configs) if options.engine == "ray" else os.cpu_count() or 1
+    shared: dict[str, Any] = {"data_folder": options.data, "engine": options.engine, "address": options.address, "command": command}
+    try:
+        swept = job.sweep(configs, out, workers=workers, console=console, **shared)
+    except KeyboardInterrupt:
+        say(console, f"\nStopped. Go on with the same command: {command}")
+        return 130
+    for name, why in swept.failed.items():
+        say(console, f"{name} failed: {why}")
+    say(console, f"{len(swept.runs)} of {len(swept.runs) + len(swept.failed)} runs are finished, in {time.perf_counter() - started:.0f} s. "
+                 f"Index: {out / job.INDEX}. Page: gaf report {out}")  # fmt: skip
+    return 1 if swept.failed else 0
+
+
+@dataclass
 class Report:
     """The table, figures and page of any set of runs."""
 
@@ -350,6 +403,7 @@ def presets(words: Words, console: Console) -> int:
 COMMANDS = {
     "demo": (demo, Demo.__doc__),
     "train": (train, Train.__doc__),
+    "sweep": (sweep, Sweep.__doc__),
     "report": (report, Report.__doc__),
     "data": (data, Data.__doc__),
     "bench": (bench, "What a step costs: gaf bench accumulate, on one device; gaf bench ddp, among processes."),

@@ -2,6 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from gaf_lab.augment import crop_and_flip, normalise
 from gaf_lab.config import ConfigError, TrainConfig
 from gaf_lab.data import DataSet, load
 from gaf_lab.sampling import Iid, Sampler, Stratified, generator
+
+loaded = lru_cache(maxsize=1)(load)  # a sweep's process trains on the same data set run after run
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,7 +89,7 @@ class Problem:
 
 def build(config: TrainConfig, folder: Path | None, device: torch.device) -> Problem:
     """Loads the data, flips labels, splits, all from the config's seed."""
-    data = limited(load(config.dataset, folder), config.limit)
+    data = limited(loaded(config.dataset, folder), config.limit)
     observed = observed_labels(config, data)
     whole = Pictures(data.train_x, observed, data.train_y)
     order = torch.randperm(len(whole), generator=generator(config.seed, "split"))

@@ -65,7 +65,7 @@ def make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".writable"
         probe.touch()
-        probe.unlink()
+        probe.unlink(missing_ok=True)  # another process may try the same folder
     except FileExistsError:
         raise ConfigError(f"output folder {folder}: must be a folder; it is a file. Give another one with --out.") from None
     except OSError as error:
