@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from gaf_lab import figures
 from gaf_lab import statistics as st
+from gaf_lab.figures import CROWD, Shade, clock
 from gaf_lab.records import Run
 from gaf_lab.statistics import Arm, Difference, Measure, Spread
 
@@ -37,6 +38,7 @@ MEANING = {  # a line on the page for each measure that it shows
 }
 ONE_SEED = "From one seed (n = 1), no difference can be told."
 UNPAIRED = ("seed", "replay")  # differ from run to run by design
+REPLAYED = ("replay-skip", "random-subset")  # the controls that tell agreement from fewer steps, and from smaller batches
 CONTROLS = {
     "mean": "averages all micro-gradients at every step: plain data-parallel training.",
     "random-skip": "averages all micro-gradients, and takes a step with a fixed probability{step_probability}.",
@@ -59,18 +61,13 @@ def signed(value: float, digits: int = 1) -> str:
     return text if float(f"{value:.{digits}f}") else text[1:]
 
 
-def clock(longest: float) -> tuple[str, float]:
-    """The unit of time that suits the longest of some times in seconds, and its length in seconds."""
-    return ("s", 1.0) if longest < 120 else ("min", 60.0) if longest < 7200 else ("h", 3600.0)
-
-
 def spelled(found: Spread | None, measure: Measure, second: float) -> tuple[str, str]:
-    """Mean and deviation; the latter empty for one seed."""
+    """Mean and deviation, a share in %, a time in units of `second` seconds; the deviation empty for one seed."""
     if found is None:
         return NONE, ""
-    scale = 100.0 if measure.unit == "share" else 1 / second
-    deviation = "" if found.deviation is None else f"± {found.deviation * scale:.1f}"
-    return f"{found.mean * scale:.1f}", deviation
+    scale, digits = {"share": (100.0, 1), "distance": (1.0, 3), "seconds": (1 / second, 1)}[measure.unit]
+    deviation = "" if found.deviation is None else f"± {found.deviation * scale:.{digits}f}"
+    return f"{found.mean * scale:.{digits}f}", deviation
 
 
 def headings(of: list[Arm]) -> tuple[list[tuple[Measure, str]], float]:
@@ -140,12 +137,26 @@ def is_gaf(arm: Arm) -> bool:
     return policy == "gaf" or (policy is None and arm.name.lower().startswith("gaf"))
 
 
+def reference(of: list[Arm]) -> Arm | None:
+    """The arm "GAF"; the first under its policy where there is none of that name."""
+    return next((arm for arm in of if arm.name == "GAF"), next(filter(is_gaf, of), None))
+
+
 def pairs(of: list[Arm]) -> list[tuple[Arm, Arm]]:
-    """What is compared: each arm with the baseline, then each GAF arm with each control."""
-    baseline = st.baseline(of)
+    """What is compared, a number of pairs that grows as the arms do.
+
+    Each arm with the baseline; GAF with each other arm, its variants taken the other way round; and two arms that differ
+    only before a comma, as "GAF, AdamW" and "averaging, AdamW". Not each variant with each control: a control replays
+    GAF's steps, not the variant's.
+    """
+    baseline, gaf = st.baseline(of), reference(of)
     rest = [arm for arm in of if arm is not baseline]
-    controls = [arm for arm in rest if not is_gaf(arm)]
-    return [(arm, baseline) for arm in rest] + [(arm, control) for arm in rest if is_gaf(arm) for control in controls]
+    others = [arm for arm in rest if gaf not in (None, baseline, arm)]
+    found = [(arm, baseline) for arm in rest]
+    found += [(arm, gaf) if is_gaf(arm) else (gaf, arm) for arm in others if gaf is not None]
+    names = {arm.name: arm for arm in of}
+    namesakes = [(arm, names.get(f"{baseline.name}, {arm.name.partition(', ')[2]}")) for arm in rest if is_gaf(arm)]
+    return found + [(arm, other) for arm, other in namesakes if other is not None]
 
 
 def differences(of: list[Arm], measure: Measure) -> list[Difference]:
@@ -156,16 +167,28 @@ def differences(of: list[Arm], measure: Measure) -> list[Difference]:
 def summary(of: list[Arm]) -> str:
     """The page's first paragraph: what was run, what came out, and what cannot be told."""
     baseline = st.baseline(of)
-    focus = [arm for arm in of if is_gaf(arm) and arm is not baseline] or [arm for arm in of if arm is not baseline]
+    focus, others = spoken(of)
     sentences = [setting(of)]
     if not focus:
         sentences += alone(baseline)
-    elif len(focus) > SHOWN:
-        sentences.append(tally(focus, baseline))
-    else:
-        others = [baseline, *(one for one in of if one is not baseline and one not in focus)]
-        sentences += [sentence for arm in focus for sentence in against(arm, others)]
+    sentences += [sentence for arm in focus for sentence in against(arm, others)]
+    untold = [arm for arm in of if arm not in (baseline, *focus, *others)]
+    if untold:
+        sentences.append(tally([arm for arm in of if arm is not baseline], baseline))
     return unbroken(" ".join([*sentences, *caveats(of)]))
+
+
+def spoken(of: list[Arm]) -> tuple[list[Arm], list[Arm]]:
+    """The arms that the summary speaks of, and those that it compares them with: GAF, the baseline and the controls where they are many."""
+    baseline = st.baseline(of)
+    rest = [arm for arm in of if arm is not baseline]
+    focus = [arm for arm in rest if is_gaf(arm)] or rest
+    others = [baseline, *(arm for arm in rest if arm not in focus)]
+    if len(focus) > SHOWN:
+        focus = [gaf] if (gaf := reference(of)) in rest and gaf is not None else []
+    if len(others) > SHOWN:
+        others = [baseline, *(arm for arm in others if arm.config.get("policy") in REPLAYED)]
+    return focus, others
 
 
 def unbroken(text: str) -> str:
@@ -388,15 +411,20 @@ def listed(run: Run) -> dict[str, Any]:
 
 
 def charts(runs: list[Run], pictures: dict[str, Path]) -> list[dict[str, Any]]:
-    """The figures: picture as data URL, and what plotly draws."""
-    found = []
-    for chart in figures.CHARTS:
-        drawing = json.loads(figures.interactive(runs, chart).to_json())
-        encoded = base64.b64encode(pictures[chart.name].read_bytes()).decode()
-        recorded = any(trace.get("x") for trace in drawing["data"])
-        found.append({"name": chart.name, "title": chart.title, "caption": chart.caption, "png": f"data:image/png;base64,{encoded}",
-                      "drawing": {"data": drawing["data"], "layout": drawing["layout"]} if recorded else None})  # fmt: skip
-    return found
+    """The figures, each with a view per axis."""
+    return [
+        {"name": chart.name, "title": chart.title, "caption": chart.caption,
+         "views": [view(axis.name, pictures[chart.stem(axis)], figures.interactive(runs, chart, axis)) for axis in chart.axes]}
+        for chart in figures.CHARTS
+    ]  # fmt: skip
+
+
+def view(label: str, picture: Path, drawing: Any) -> dict[str, Any]:
+    """What a figure shows at once: a picture as data URL, and what plotly draws in its place, None where there is nothing to draw."""
+    drawn = None if drawing is None else json.loads(drawing.to_json())
+    recorded = drawn is not None and any(trace.get("x") for trace in drawn["data"])
+    return {"label": label, "png": "data:image/png;base64," + base64.b64encode(picture.read_bytes()).decode(),
+            "drawing": {"data": drawn["data"], "layout": drawn["layout"]} if drawn is not None and recorded else None}  # fmt: skip
 
 
 def rows_of(of: list[Arm], columns: list[tuple[Measure, str]], second: float) -> list[dict[str, Any]]:
@@ -423,13 +451,34 @@ def meanings(columns: list[tuple[Measure, str]]) -> list[tuple[str, str]]:
 def titled(of: list[Arm], title: str | None) -> str:
     """The title given, else the arms."""
     names = [arm.name for arm in of]
-    more = [f"{len(names) - SHOWN + 1} more arms"] if len(names) > SHOWN else []
-    listed = listing(names[: SHOWN - len(more)] + more)
+    listed = listing(names) if len(names) <= SHOWN else f"{(reference(of) or of[0]).name} and {len(names) - 1} other arms"
     return title or listed[:1].upper() + listed[1:]
 
 
+def departures(of: list[Arm], differing: list[tuple[str, list[str]]]) -> list[tuple[Arm, list[tuple[str, str]]]]:
+    """For each arm, (name, value) of the conditions in which it departs from the baseline."""
+    base = of.index(st.baseline(of))
+    return [(arm, [(name, values[i]) for name, values in differing if values[i] != values[base]]) for i, arm in enumerate(of)]
+
+
+def render(template: str, **values: Any) -> str:
+    """A page, which has in it all that it needs, plotly too."""
+    import jinja2
+    from plotly.offline import get_plotlyjs
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"percent": percent, "signed": signed, "described": described}
+    return environment.get_template(template).render(plotly=get_plotlyjs(), crowd=CROWD, **values)
+
+
 def write(runs: list[Run], out: Path, title: str | None = None) -> Path:
-    """Writes `accuracy.png`, `distance.png`, `memorisation.png` and `report.html`, one file that needs no other, into the folder `out`.
+    """Writes the figures as PNG and `report.html`, one file that needs no other, into the folder `out`.
 
     The same runs give the same bytes.
 
@@ -439,18 +488,12 @@ def write(runs: list[Run], out: Path, title: str | None = None) -> Path:
     Raises:
         ValueError: without runs.
     """
-    import jinja2
-    from plotly.offline import get_plotlyjs
-
     of = arms_of(runs)
     columns, second = headings(of)
     common, differing = conditions(of)
-    folder = Path(__file__).parent / "templates"
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(folder), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {"percent": percent, "signed": signed, "described": described}
-    page = environment.get_template("report.html.j2").render(
+    colours: dict[str, Shade] = figures.palette([arm.name for arm in of])
+    page = render(
+        "report.html.j2",
         title=titled(of, title),
         summary=summary(of),
         columns=[heading for _, heading in columns],
@@ -460,12 +503,12 @@ def write(runs: list[Run], out: Path, title: str | None = None) -> Path:
         starred=any(not arm.finished for arm in of),
         compared=compared(of),
         charts=charts(runs, figures.write(runs, out)),
-        palette=figures.palette([arm.name for arm in of]),
+        palette=colours,
         common=common,
         differing=differing,
+        departures=departures(of, differing),
         runs=[listed(run) for run in runs],
         commands=commands(runs),
-        plotly=get_plotlyjs(),
     )
     path = out / "report.html"
     path.write_text(page, encoding="utf-8")

@@ -24,11 +24,11 @@ RESAMPLES = 10_000
 
 @dataclass(frozen=True)
 class Measure:
-    """A number per run. unit: "share" in [0, 1], or "seconds". value: None where the run does not have it."""
+    """A number per run. unit: "share" in [0, 1], "distance" in [0, 2], or "seconds". value: None where the run does not have it."""
 
     name: str
     label: str
-    unit: Literal["share", "seconds"]
+    unit: Literal["share", "distance", "seconds"]
     value: Callable[[Run], float | None]
 
 
@@ -101,9 +101,9 @@ class Difference:
 
 @dataclass(frozen=True)
 class Curve:
-    """A key of the evaluations over the samples seen, all (p,): the mean over n runs, their lowest and highest value."""
+    """A key of the evaluations over samples, steps or seconds, all (p,): the mean over n runs, their lowest and highest value."""
 
-    samples: Values
+    x: Values
     mean: Values
     low: Values
     high: Values
@@ -130,13 +130,17 @@ def selected_accuracy(run: Run) -> float | None:
     return None if line is None or line.get("test_accuracy") is None else float(line["test_accuracy"])
 
 
-def acceptance(run: Run) -> float | None:
-    """Accepted over all micro-gradients of the run: each line speaks of the steps since the line before, and weighs as many."""
+def throughout(run: Run, key: str) -> float | None:
+    """Mean over the run of what each line says of the steps since the line before: it weighs as many."""
     steps = [0, *(line["step"] for line in run.evals)]
-    parts = [(line.get("acceptance"), after - before) for line, before, after in zip(run.evals, steps, steps[1:], strict=False)]
-    held = [(float(share), weight) for share, weight in parts if share is not None and weight > 0]
+    parts = [(line.get(key), after - before) for line, before, after in zip(run.evals, steps, steps[1:], strict=False)]
+    held = [(float(value), weight) for value, weight in parts if value is not None and weight > 0]
     total = sum(weight for _, weight in held)
-    return sum(share * weight for share, weight in held) / total if total else None
+    return sum(value * weight for value, weight in held) / total if total else None
+
+
+def lowest(run: Run, key: str) -> float | None:
+    return min((float(line[key]) for line in run.evals if line.get(key) is not None), default=None)
 
 
 def steps_taken(run: Run) -> float | None:
@@ -153,7 +157,7 @@ SELECTED = Measure("selected", "test accuracy, selected on held-out", "share", s
 LAST = Measure("last", "test accuracy, last", "share", lambda run: last(run, "test_accuracy"))
 MEMORISED = Measure("memorised", "memorised", "share", lambda run: last(run, "memorised"))
 CORRECTED = Measure("corrected", "corrected", "share", lambda run: last(run, "corrected"))
-ACCEPTANCE = Measure("acceptance", "accepted", "share", acceptance)
+ACCEPTANCE = Measure("acceptance", "accepted", "share", lambda run: throughout(run, "acceptance"))
 STEPS = Measure("steps_taken", "steps taken", "share", steps_taken)
 SECONDS = Measure("seconds", "time", "seconds", seconds)
 
@@ -217,26 +221,29 @@ def bootstrap(values: Values, resamples: int = RESAMPLES, seed: int = 0) -> tupl
     return float(low), float(high)
 
 
-def points(run: Run, key: str) -> tuple[Values, Values]:
-    """Samples seen (p,), strictly rising, and the key's values there (p,); evaluations without a value are left out."""
-    found = {float(line["samples"]): float(line[key]) for line in run.evals if line.get(key) is not None}
-    samples = sorted(found)
-    return np.array(samples, dtype=np.float64), np.array([found[s] for s in samples], dtype=np.float64)
+def points(run: Run, key: str, x: str = "samples") -> tuple[Values, Values]:
+    """Another key (p,), strictly rising, and the key's values there (p,); evaluations without a value are left out.
+
+    Of evaluations at the same x, as when no step was taken between them, the last counts.
+    """
+    found = {float(line[x]): float(line[key]) for line in run.evals if line.get(key) is not None and line.get(x) is not None}
+    places = sorted(found)
+    return np.array(places, dtype=np.float64), np.array([found[place] for place in places], dtype=np.float64)
 
 
-def curve(arm: Arm, key: str) -> Curve | None:
-    """The key over samples seen, over the arm's counted runs, where all of them have values.
+def curve(arm: Arm, key: str, x: str = "samples") -> Curve | None:
+    """The key over samples seen, or over "steps_taken" or "seconds", over the arm's counted runs, where all of them have values.
 
     The x axis is the union of the runs' evaluation points, each run interpolated linearly between its own, and none
     beyond its ends; None where the runs share no range, or none has the key.
     """
-    tracks = [track for track in (points(run, key) for run in arm.counted) if track[0].size]
+    tracks = [track for track in (points(run, key, x) for run in arm.counted) if track[0].size]
     if not tracks:
         return None
-    start, stop = max(x[0] for x, _ in tracks), min(x[-1] for x, _ in tracks)
-    grid = np.unique(np.concatenate([x for x, _ in tracks]))
+    start, stop = max(across[0] for across, _ in tracks), min(across[-1] for across, _ in tracks)
+    grid = np.unique(np.concatenate([across for across, _ in tracks]))
     grid = grid[(grid >= start) & (grid <= stop)]
     if not grid.size:
         return None
-    values = np.stack([np.interp(grid, x, y) for x, y in tracks])
+    values = np.stack([np.interp(grid, across, up) for across, up in tracks])
     return Curve(grid, values.mean(axis=0), values.min(axis=0), values.max(axis=0), len(tracks))

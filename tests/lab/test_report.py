@@ -152,7 +152,7 @@ def test_the_page_loads_nothing(nine_page):
         for name, value in attrs.items()
         if name in ("src", "srcset", "href", "data", "action", "poster")
     ]
-    assert len(loads) == 3  # the pictures
+    assert len(loads) == 5  # the pictures: accuracy against three axes, distance, memorisation
     assert all(value.startswith("data:image/png;base64,") for value in loads)
     assert not {"link", "base", "iframe", "object", "embed", "form"} & set(nine_page.tags)
     assert not any(word in css for css in nine_page.raw["style"] for word in ("url(", "@import", "http"))
@@ -384,8 +384,99 @@ def test_tau_is_drawn_for_gaf_alone(tau, lines, tmp_path):
 
 def test_an_arm_keeps_its_colour_whatever_it_is_shown_with():
     assert figures.palette(["GAF", "averaging"])["GAF"] == figures.palette(["x", "random skip", "GAF"])["GAF"]
-    names = [*figures.KNOWN, "GAF 0.7", "GAF 0.9", "sam", "mixup", "ema", "elr"]
+    names = [*figures.KNOWN, "GAF 0.7", "GAF 0.9", "one", "two", "three", "four"]
     assert len(set(figures.palette(names).values())) == len(names)
+
+
+def oklab(colour: str) -> np.ndarray:
+    """Lightness and two opponent colours, in which equal distances look about equal (Ottosson 2020, bottosson.github.io/posts/oklab)."""
+    srgb = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)]) / 255
+    linear = np.where(srgb <= 0.04045, srgb / 12.92, ((srgb + 0.055) / 1.055) ** 2.4)
+    cones = np.array([[0.4122214708, 0.5363325363, 0.0514459929], [0.2119034982, 0.6806995451, 0.1073969566],
+                      [0.0883024619, 0.2817188376, 0.6299787005]])  # fmt: skip
+    opponents = np.array([[0.2104542553, 0.7936177850, -0.0040720468], [1.9779984951, -2.4285922050, 0.4505937099],
+                          [0.0259040371, 0.7827717662, -0.8086757660]])  # fmt: skip
+    return opponents @ np.cbrt(cones @ linear)
+
+
+@pytest.mark.parametrize("ground", ["light", "dark"])
+def test_no_two_arms_look_alike(ground):
+    places = [oklab(getattr(shade, ground)) for shade in figures.KNOWN.values()]
+    assert min(float(np.linalg.norm(a - b)) for a, b in itertools.combinations(places, 2)) > 0.07  # 0.02 is just seen
+
+
+# --- against steps and time --------------------------------------------------------------------------------------
+
+
+def test_accuracy_is_drawn_against_samples_steps_and_time(runs, out):
+    chart = figures.CHARTS[0]
+    for axis, column, unit in ((figures.SAMPLES, "samples", 1000), (figures.STEPS, "steps_taken", 1), (figures.TIME, "seconds", 1)):
+        (bold,) = [trace for trace in figures.interactive(runs, chart, axis).data if trace.name == "GAF" and trace.showlegend]
+        assert bold.x[-1] == runs[3].evals[-1][column] / unit
+        assert (out / f"{chart.stem(axis)}.png").is_file()
+
+
+def test_the_axis_of_time_has_a_fitting_unit(runs):
+    long = Run(Path(), runs[0].header, [line | {"seconds": line["seconds"] * 60} for line in runs[0].evals], runs[0].end)
+    assert (figures.fitted(figures.TIME, [runs[0]]).label, figures.fitted(figures.TIME, [long]).label) == ("time (s)", "time (min)")
+    assert figures.fitted(figures.SAMPLES, [long]) == figures.SAMPLES
+
+
+# --- many arms ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def crowd(tmp_path_factory) -> list[Run]:
+    """Every known arm, two seeds each."""
+    folder = tmp_path_factory.mktemp("crowd")
+    found = [
+        simulate(folder / f"{arm}-{seed}".replace(" ", "-"), arm, seed, last=0.6 + 0.012 * i)
+        for i, arm in enumerate(figures.KNOWN)
+        for seed in range(2)
+    ]
+    for run in found:
+        run.header["config"]["policy"] = "gaf" if run.arm.startswith("GAF") else POLICIES.get(run.arm, "mean")
+    return found
+
+
+def test_many_arms_are_compared_in_a_number_of_pairs_that_grows_as_they_do(crowd):
+    of = statistics.arms(crowd)
+    names = [(one.name, other.name) for one, other in report.pairs(of)]
+    assert len(names) == len(set(names)) == 2 * len(of) - 3 + 1  # with averaging; with GAF; one with its namesake
+    assert {("GAF", "averaging"), ("GAF", "random subset"), ("GAF", "SAM"), ("GAF, halving", "GAF"), ("SAM", "averaging")} <= set(names)
+    assert ("GAF, AdamW", "averaging, AdamW") in names
+    assert ("GAF, halving", "random subset") not in names
+
+
+def test_of_many_arms_only_the_means_are_drawn(crowd, runs):
+    for some, lines in ((runs, 4 * 3), (crowd, len(figures.KNOWN))):
+        axes = figures.static(some, figures.CHARTS[0]).axes[0]
+        assert len([line for line in axes.lines if line.get_transform() == axes.transData]) == lines
+    singles = [trace for trace in figures.interactive(crowd, figures.CHARTS[0]).data if trace.meta["single"]]
+    assert len(singles) == 3 * len(figures.KNOWN)  # two runs and their selected evaluations, which the page hides
+
+
+def test_names_of_many_arms_do_not_touch(crowd):
+    axes = figures.static(crowd, figures.CHARTS[0]).axes[0]
+    heights = sorted(text.get_position()[1] for text in axes.texts)
+    assert len(heights) == len(figures.KNOWN)
+    inches = axes.bbox.height / axes.figure.dpi
+    assert min(b - a for a, b in itertools.pairwise(heights)) * inches > figures.LINE - 1e-9
+    assert heights[0] >= 0
+
+
+def test_the_summary_of_many_arms_speaks_of_gaf_and_its_controls_and_counts_the_rest(crowd):
+    text = report.summary(statistics.arms(crowd))
+    assert "random subset" in text
+    assert "SAM" not in text
+    assert f"Of {len(figures.KNOWN) - 1} arms compared with averaging" in text
+
+
+def test_the_page_of_many_arms_says_in_what_each_departs_from_averaging(crowd, tmp_path):
+    found = page(crowd, tmp_path)
+    assert "What differs from averaging" in found.text
+    assert found.tags.count("details") == len(statistics.COMPARED)
+    assert [attrs["data-arm"] for tag, attrs in found.elements if "data-arm" in attrs] == list(figures.KNOWN)
 
 
 @pytest.mark.parametrize("heights", [[0.5], [0.5, 0.5, 0.5], [0.0, 0.01, 0.9, 0.99, 1.0], [0.97, 0.98, 0.99]])

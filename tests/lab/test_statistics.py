@@ -188,7 +188,7 @@ def test_differences_against_the_baseline_leave_it_out():
 def test_a_curve_is_mean_and_range_over_seeds():
     found = st.curve(only(run(seed=0, test_accuracy=[0.2, 0.4]), run(seed=1, test_accuracy=[0.4, 0.8])), "test_accuracy")
     assert found is not None
-    assert found.samples.tolist() == [1000, 2000]
+    assert found.x.tolist() == [1000, 2000]
     np.testing.assert_allclose([found.mean, found.low, found.high], [[0.3, 0.6], [0.2, 0.4], [0.4, 0.8]])
 
 
@@ -196,14 +196,14 @@ def test_curves_interpolate_to_the_union_of_the_grids_and_never_beyond():
     coarse, fine = run(seed=0, test_accuracy=[0.0, 1.0], samples=2000), run(seed=1, test_accuracy=[0.0, 0.0, 0.0, 0.0, 0.0])
     found = st.curve(only(coarse, fine), "test_accuracy")  # coarse at 2000 and 4000, fine at 1000 .. 5000
     assert found is not None
-    assert found.samples.tolist() == [2000, 3000, 4000]
+    assert found.x.tolist() == [2000, 3000, 4000]
     np.testing.assert_allclose(found.mean, [0, 0.25, 0.5])
 
 
 def test_a_curve_leaves_missing_values_and_unfinished_runs_out():
     found = st.curve(only(run(test_accuracy=[0.1, None, 0.3]), run(seed=1, test_accuracy=[0.9], status="")), "test_accuracy")
     assert found is not None
-    assert (found.samples.tolist(), found.mean.tolist(), found.n) == ([1000, 3000], [0.1, 0.3], 1)
+    assert (found.x.tolist(), found.mean.tolist(), found.n) == ([1000, 3000], [0.1, 0.3], 1)
 
 
 def test_no_values_or_no_common_range_no_curve():
