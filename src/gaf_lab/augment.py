@@ -20,10 +20,19 @@ def crop_and_flip(x: Tensor, generator: torch.Generator, padding: int = 4) -> Te
     Returns:
         pictures like x, new memory.
     """
-    b, channels, height, width = x.shape
+    return shifted(x, shifts(len(x), generator, padding).to(x.device, non_blocking=True), padding)
+
+
+def shifts(b: int, generator: torch.Generator, padding: int = 4) -> Tensor:
+    """What is drawn for b pictures, (3, b, 1) int64 on the CPU: top and left in [0, 2 padding], and 1 for a mirrored one."""
     offsets = torch.randint(2 * padding + 1, (2, b, 1), generator=generator)
-    mirrored = torch.randint(2, (1, b, 1), generator=generator)
-    top, left, mirror = torch.cat([offsets, mirrored]).to(x.device, non_blocking=True)
+    return torch.cat([offsets, torch.randint(2, (1, b, 1), generator=generator)])
+
+
+def shifted(x: Tensor, draws: Tensor, padding: int = 4) -> Tensor:
+    """`crop_and_flip` by what `shifts` drew, on the pictures' device."""
+    b, channels, height, width = x.shape
+    top, left, mirror = draws
     rows = top + torch.arange(height, device=x.device)
     across = torch.arange(width, device=x.device)
     columns = left + torch.where(mirror == 1, width - 1 - across, across)

@@ -1,4 +1,4 @@
-"""The data sets, whole and in memory: pictures as bytes, labels as numbers."""
+"""The data sets: pictures as bytes, labels as numbers; whole and in memory, but for ImageNet, whose pictures stay in their files."""
 
 import gzip
 from collections.abc import Callable
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gaf_lab import archives
+from gaf_lab import archives, imagenet
 from gaf_lab.archives import DataError
 from gaf_lab.config import nearest
 from gaf_lab.sampling import generator
@@ -19,7 +19,7 @@ from gaf_lab.sampling import generator
 
 @dataclass(frozen=True, eq=False)
 class DataSet:
-    """Pictures (N, C, H, W) uint8 and labels (N,) int64 in [0, classes); both sets on the CPU.
+    """Pictures (N, C, H, W) uint8 and labels (N,) int64 in [0, classes); both sets on the CPU, or pictures in files.
 
     coarse: super-class of each class (classes,) int64, or None. human: the labels that people gave the training set (N,)
     int64, or None. mean, std: per channel, of training pictures in [0, 1].
@@ -29,9 +29,9 @@ class DataSet:
     """
 
     name: str
-    train_x: Tensor
+    train_x: Tensor | imagenet.Files
     train_y: Tensor
-    test_x: Tensor
+    test_x: Tensor | imagenet.Files
     test_y: Tensor
     classes: int
     coarse: Tensor | None
@@ -238,6 +238,16 @@ def _human(folder: Path | None, name: str, kind: str, clean: Tensor) -> Tensor:
     return noisy
 
 
+def imagenet_of(size: int, folder: Path | None) -> DataSet:
+    """ImageNet brought to `size` x `size`; its pictures stay in their files."""
+    classes, train, test = imagenet.find(folder, size)
+    return DataSet("imagenet", *train, *test, len(classes), None, None, imagenet.MEAN, imagenet.STD)
+
+
+def _imagenet(folder: Path | None) -> DataSet:
+    return imagenet_of(224, folder)
+
+
 # Data without structure
 
 
@@ -271,4 +281,5 @@ LOADERS: dict[str, Callable[[Path | None], DataSet]] = {
     "cifar100n": _cifar100n,
     "cifar100n-coarse": _cifar100n_coarse,
     "noise": _noise,
+    "imagenet": _imagenet,
 }

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from gaf_lab.problem import Pictures, Problem
 
-BATCH = 1000
+BATCH, PIXELS = 1000, 2**21  # at most so many pictures, and pixels of them, go through the model at once
 
 
 @torch.no_grad()
@@ -13,7 +13,9 @@ def logits(model: nn.Module, problem: Problem, part: Pictures) -> Tensor:
     """(N, classes) float32, in evaluation mode; the model is left in the mode it was in."""
     training = model.training
     model.eval()
-    found = [model(problem.inputs(x)).float() for x in part.x.split(BATCH)]
+    _, height, width = problem.shape
+    n = max(1, min(BATCH, PIXELS // (height * width)))
+    found = [model(problem.inputs(x)).float() for x in part.batches(n)]
     model.train(training)
     return torch.cat(found)
 

@@ -2,10 +2,12 @@
 
 import itertools
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+
+from gaf_lab.config import ConfigError
 
 Stem = Literal["imagenet", "cifar"]
 
@@ -92,6 +94,44 @@ def preact_resnet(depths: tuple[int, ...], channels: int, classes: int, stem: St
     return nn.Sequential(*start, *stages(PreActBlock, depths), *head)
 
 
+class Logits(nn.Module):
+    """A classifier of the library transformers that gives its scores (b, classes) and nothing else."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores: Tensor = self.net(x).logits
+        return scores
+
+
+def vit(name: str, shape: tuple[int, int, int], classes: int) -> nn.Module:
+    """A vision transformer (Dosovitskiy et al., arXiv 2010.11929, table 1) for square pictures, its weights drawn anew.
+
+    "vit-l16" is ViT-L/16: 24 layers, width 1024, 304,326,632 parameters for 224 x 224 pictures and 1,000 classes. "vit-tiny"
+    has nothing of its quality: 2 layers, width 64, patches of 8 x 8, to try a run out within seconds on a CPU.
+
+    Raises:
+        ConfigError: where pictures do not divide into patches, or transformers is not installed.
+    """
+    channels, height, width = shape
+    patch = 16 if name == "vit-l16" else 8
+    if height != width or height % patch:
+        raise ConfigError(f"size must be a multiple of the patches' {patch} pixels for {name}, and pictures square; got pictures of "
+                          f"{height} x {width}. Set --dataset imagenet --size {max(round(height / patch), 1) * patch}.")  # fmt: skip
+    try:
+        from transformers import ViTConfig, ViTForImageClassification
+    except ModuleNotFoundError:
+        raise ConfigError(f"model {name!r} needs transformers, which is not installed. Install gaf[vit].") from None
+    hidden, layers, heads = (1024, 24, 16) if name == "vit-l16" else (64, 2, 4)
+    sizes: dict[str, Any] = {
+        "image_size": height, "patch_size": patch, "num_channels": channels, "num_labels": classes, "hidden_size": hidden,
+        "intermediate_size": 4 * hidden, "num_hidden_layers": layers, "num_attention_heads": heads,
+    }  # fmt: skip
+    return Logits(ViTForImageClassification(ViTConfig(**sizes)))
+
+
 def build(name: str, shape: tuple[int, int, int], classes: int, stem: Stem) -> nn.Module:
     """The model called `name` for pictures of `shape` (channels, height, width)."""
     channels, height, width = shape
@@ -100,4 +140,6 @@ def build(name: str, shape: tuple[int, int, int], classes: int, stem: Stem) -> n
         return mlp(channels * height * width, classes)
     if name == "convnet":
         return convnet(channels, classes)
+    if name.startswith("vit"):
+        return vit(name, shape, classes)
     return (preact_resnet if name.startswith("preact") else resnet)(depths, channels, classes, stem)

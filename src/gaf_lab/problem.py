@@ -1,6 +1,7 @@
 """From a config to what is trained on: pictures on the device, noisy labels, the split, and one micro-batch at a time."""
 
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -9,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gaf_lab import noise
-from gaf_lab.augment import crop_and_flip, normalise
+from gaf_lab import noise, parallel
+from gaf_lab.augment import normalise, shifted, shifts
 from gaf_lab.config import ConfigError, TrainConfig
-from gaf_lab.data import DataSet, load
+from gaf_lab.data import DataSet, imagenet_of, load
+from gaf_lab.imagenet import Files, MicroBatches, Reader
 from gaf_lab.sampling import Iid, Sampler, Stratified, generator
 
 loaded = lru_cache(maxsize=1)(load)  # a sweep's process trains on the same data set run after run
@@ -20,9 +22,9 @@ loaded = lru_cache(maxsize=1)(load)  # a sweep's process trains on the same data
 
 @dataclass(frozen=True, eq=False)
 class Pictures:
-    """Pictures (N, C, H, W) uint8 and their labels (N,): observed is trained on, clean is the truth."""
+    """Pictures (N, C, H, W) uint8, in memory or in files, and their labels (N,): observed is trained on, clean is the truth."""
 
-    x: Tensor
+    x: Tensor | Files
     observed: Tensor
     clean: Tensor
 
@@ -32,6 +34,10 @@ class Pictures:
     def __getitem__(self, index: Tensor) -> "Pictures":
         return Pictures(self.x[index], self.observed[index], self.clean[index])
 
+    def batches(self, n: int) -> Iterator[Tensor]:
+        """All pictures in order, n at a time, on the labels' device."""
+        return (x.to(self.clean.device) for x in self.x.split(n))
+
 
 @dataclass(frozen=True, eq=False)
 class Problem:
@@ -40,6 +46,7 @@ class Problem:
     Attributes:
         train, heldout: disjoint parts of the training set, with noisy labels. test: clean, only reported.
         probe: the training samples on which memorisation is measured.
+        reader: of micro-batches whose pictures are in files; None where they are in memory.
     """
 
     config: TrainConfig
@@ -49,6 +56,7 @@ class Problem:
     test: Pictures
     probe: Pictures
     sampler: Sampler
+    reader: Reader | None
 
     @property
     def steps(self) -> int:
@@ -72,15 +80,23 @@ class Problem:
 
     def micro_batch(self, step: int, i: int) -> tuple[Tensor, Tensor]:
         """Micro-batch i of a step: pictures (b, C, H, W) float32 and observed labels (b,). Depends on seed, step and i alone."""
-        index = self.index(step, i)
-        x = self.train.x[index]
-        if self.config.augment:
-            x = crop_and_flip(x, generator(self.config.seed, "augment", step, i))
-        return self.inputs(x), self.train.observed[index]
+        return self.inputs(self.pictures(step, i)), self.train.observed[self.index(step, i)]
+
+    def pictures(self, step: int, i: int) -> Tensor:
+        """The pictures of a micro-batch (b, C, H, W) uint8, augmented."""
+        if self.reader is not None:
+            return self.reader(step * self.config.k + i).to(self.train.clean.device)
+        assert isinstance(self.train.x, Tensor)
+        x = self.train.x[self.index(step, i)]
+        return shifted(x, self.shifts(step, i).to(x.device, non_blocking=True)) if self.config.augment else x
+
+    def shifts(self, step: int, i: int) -> Tensor:
+        """How micro-batch i of a step is augmented, (3, b, 1) on the CPU; see `gaf_lab.augment.shifts`."""
+        return shifts(self.config.b, generator(self.config.seed, "augment", step, i))
 
     def index(self, step: int, i: int) -> Tensor:
         """Which training samples micro-batch i of a step holds, (b,)."""
-        return self.sampler.draw(step * self.config.k + i).to(self.train.x.device)
+        return self.sampler.draw(step * self.config.k + i).to(self.train.clean.device)
 
     def inputs(self, x: Tensor) -> Tensor:
         x = normalise(x, self.data.mean, self.data.std)
@@ -89,7 +105,8 @@ class Problem:
 
 def build(config: TrainConfig, folder: Path | None, device: torch.device) -> Problem:
     """Loads the data, flips labels, splits, all from the config's seed."""
-    data = limited(loaded(config.dataset, folder), config.limit)
+    found = imagenet_of(config.size, folder) if config.dataset == "imagenet" else loaded(config.dataset, folder)
+    data = limited(found, config.limit)
     observed = observed_labels(config, data)
     whole = Pictures(data.train_x, observed, data.train_y)
     order = torch.randperm(len(whole), generator=generator(config.seed, "split"))
@@ -100,7 +117,8 @@ def build(config: TrainConfig, folder: Path | None, device: torch.device) -> Pro
     if config.b > len(train):
         raise ConfigError(f"b must not exceed the training samples; got {config.b} of {len(train)}. Lower b or heldout.")
     sampler = make_sampler(config, train, data.classes)
-    return Problem(config, data, on(train, device), on(heldout, device), on(test, device), on(probe, device), sampler)
+    reader = make_reader(config, train, sampler)
+    return Problem(config, data, on(train, device), on(heldout, device), on(test, device), on(probe, device), sampler, reader)
 
 
 def limited(data: DataSet, limit: int) -> DataSet:
@@ -135,5 +153,13 @@ def make_sampler(config: TrainConfig, train: Pictures, classes: int) -> Sampler:
     return Stratified(labels, classes, config.b, config.seed)
 
 
+def make_reader(config: TrainConfig, train: Pictures, sampler: Sampler) -> Reader | None:
+    """Of k ranks each computes one micro-batch of a step: those it asks for are as many apart as there are ranks."""
+    if isinstance(train.x, Tensor):
+        return None
+    return Reader(MicroBatches(train.x, sampler, config.seed, config.k, config.augment), stride=parallel.here().world)
+
+
 def on(part: Pictures, device: torch.device) -> Pictures:
-    return Pictures(part.x.to(device), part.observed.to(device), part.clean.to(device))
+    """Labels and pictures on the device; pictures in files go there when they are read."""
+    return Pictures(part.x.to(device) if isinstance(part.x, Tensor) else part.x, part.observed.to(device), part.clean.to(device))

@@ -27,6 +27,7 @@ from gaf_lab.config import ConfigError, TrainConfig
 from gaf_lab.controls import RandomSubset, ReplaySkip
 from gaf_lab.evaluate import evaluate
 from gaf_lab.groups import PerBucket
+from gaf_lab.imagenet import lost
 from gaf_lab.parallel import Group
 from gaf_lab.problem import Problem, build
 from gaf_lab.sampling import key
@@ -298,6 +299,8 @@ def train(
         status = "diverged"
         kept = folder / checkpoint.FILE
         raise Diverged(f"{error} {last_good(kept)} A lower learning rate is the usual way out.") from None
+    except RuntimeError as error:
+        raise lost(error) from None
     finally:
         if group.leads:
             with contextlib.suppress(OSError):  # a full disk: the error under way says more
