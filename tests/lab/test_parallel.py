@@ -65,10 +65,12 @@ def state_in(folder):
 
 def assert_close(a, b):
     """Weights within the tolerance; and what was decided at each step."""
-    trained = [name for name in state_in(a)["model"] if "running" not in name and "tracked" not in name]
-    for name in trained:
-        x, y = (state_in(folder)["model"][name].double() for folder in (a, b))
-        assert (x - y).norm() <= TOLERANCE * x.norm(), name
+    for part in ("model", "average"):
+        found, expected = (state_in(folder)[part] or {} for folder in (a, b))
+        for name in found:
+            if "running" not in name and "tracked" not in name:
+                x, y = found[name].double(), expected[name].double()
+                assert (x - y).norm() <= TOLERANCE * x.norm(), f"{part}: {name}"
     assert records.read(a).rows == records.read(b).rows
 
 
@@ -108,6 +110,8 @@ def jobs(folder):
         "replay-skip": (dataclasses.replace(SMALL, policy="replay-skip", **replay), {}),
         "random-subset": (dataclasses.replace(SMALL, policy="random-subset", **replay), {}),
         "plateau": (dataclasses.replace(SMALL, schedule="plateau", patience=0, eval_every=0.1, lr=0.3), {}),
+        "sam": (dataclasses.replace(SMALL, sam=0.05, model="convnet", limit=300), {}),
+        "ema": (dataclasses.replace(SMALL, ema=0.9, mixup=0.4, early_stopping=1, eval_every=0.1, lr=0.1), {}),
         "early-gaf": (nets["gaf"], {"steps": 11}),
         "early-mean": (nets["mean"], {"steps": 11}),
         "one-gaf": (nets["gaf"], {"resume": True}),
@@ -152,7 +156,7 @@ def ranks(tmp_path_factory):
     return folder, [json.loads((folder / f"told-{rank}.json").read_text()) for rank in range(WORLD)]
 
 
-@pytest.mark.parametrize("name", ["gaf", "best", "mean", "random-skip", "replay-skip", "random-subset", "plateau"])
+@pytest.mark.parametrize("name", ["gaf", "best", "mean", "random-skip", "replay-skip", "random-subset", "plateau", "sam", "ema"])
 def test_ranks_take_the_decisions_and_end_with_the_weights_of_one_process(ranks, tmp_path, name):
     config = jobs(ranks[0])[name][0]
     # bfloat16 has 8 bits: a last bit of float32 can tip the rounding of an activation
@@ -170,6 +174,8 @@ def test_ranks_take_the_decisions_and_end_with_the_weights_of_one_process(ranks,
                 assert a[key] == pytest.approx(b[key], rel=10 * TOLERANCE)
     if name == "plateau":
         assert several.evals[-1]["lr"] < config.lr
+    if name == "ema":
+        assert len(several.rows) < len(records.read(ranks[0] / "gaf").rows)  # it stopped early, on all ranks
     if name in ("gaf", "best"):
         assert 0 < sum(n > 0 for n in one.rows) < len(one.rows)  # some steps are taken and some are skipped
 
