@@ -200,10 +200,15 @@ class RandomSkip(Mean):
             )
 
     def conclude(self, accepted: Bool[Tensor, " k"], distances: Float64[Tensor, " k"]) -> Decision:
-        draw = random.Random(f"{self.seed}/{self.step}").random()
+        weights = self.planned(self.step, len(distances))
         self.step += 1
         decision = super().conclude(accepted, distances)
-        return decision if draw < self.step_probability else skipped(decision)
+        return decision if any(weights) else skipped(decision)
+
+    def planned(self, step: int, k: int) -> list[float]:
+        """The k weights of step `step`, counted from 0: known before its rows are."""
+        draw = random.Random(f"{self.seed}/{step}").random()
+        return [1 / k if draw < self.step_probability else 0.0] * k
 
     def state_dict(self) -> dict[str, Any]:
         return {"step": self.step}

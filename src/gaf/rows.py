@@ -1,6 +1,7 @@
 """Holds the micro-gradients of one macro-batch until the decision: added up as they come, or kept apart."""
 
 from collections.abc import Sequence
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -24,10 +25,19 @@ def rows_for(policy: Policy, voters: Sequence[bool], spare: Buffers, device: tor
         spare: buffers of an earlier macro-batch, which may be written over.
         device: of the parameters.
     """
-    if not (isinstance(policy, Sequential) and policy.streams and type(policy).__call__ in (Sequential.__call__, GAF.__call__)):
-        return Stacked(policy, voters)
-    on_cpu = device.type == "cpu"
-    return Streamed(policy, SumOnCpu(voters, spare) if on_cpu else SumOnDevice(voters, policy.average == "halving", device))
+    if device.type != "cpu" or not streams(policy):
+        return rows_on_device(policy, voters, device)
+    return Streamed(policy, SumOnCpu(voters, spare))
+
+
+def rows_on_device(policy: Policy, voters: Sequence[bool], device: torch.device) -> "Streamed | Stacked":
+    """The holder that a policy needs and that never asks the host, on any device."""
+    return Streamed(policy, SumOnDevice(voters, policy.average == "halving", device)) if streams(policy) else Stacked(policy, voters)
+
+
+def streams(policy: Policy) -> TypeGuard[Sequential]:
+    """Whether the policy decides on rows that are added up as they come."""
+    return isinstance(policy, Sequential) and policy.streams and type(policy).__call__ in (Sequential.__call__, GAF.__call__)
 
 
 class Streamed:
@@ -98,6 +108,13 @@ class Streamed:
             torch._foreach_mul_([t for t in total if t is not None], max(weights))
         return total
 
+    def combined(self, weights: Float64[Tensor, " k"]) -> list[Tensor]:
+        """w^T G for weights that stay on the device, where every row has a gradient for every parameter; of no meaning after a skip."""
+        total = [s for s in self.sum.total if s is not None]
+        if self.policy.average == "mean":
+            torch._foreach_mul_(total, weights.max().to(total[0].dtype))
+        return total
+
 
 class Stacked:
     """All k rows, for policies that need them apart."""
@@ -136,6 +153,10 @@ class Stacked:
         used = [(row, w) for row, w in zip(self.rows, weights, strict=True) if w]
         return [weighted([(row[j], w) for row, w in used]) for j in range(len(self.voters))]
 
+    def combined(self, weights: Float64[Tensor, " k"]) -> list[Tensor]:
+        """w^T G for weights that stay on the device, where every row has a gradient for every parameter; of no meaning after a skip."""
+        return [chosen([g for g in column if g is not None], weights) for column in zip(*self.rows, strict=True)]
+
 
 def judged(policy: Policy, gram: Float64[Tensor, "k k"]) -> tuple[Decision, Evidence]:
     """What the policy says of a Gram matrix, and what else the matrix tells."""
@@ -155,6 +176,14 @@ def weighted(terms: list[tuple[Tensor | None, float]]) -> Tensor | None:
             term = grad.to(torch.promote_types(dtype, torch.float32)) * weight
             total = term if total is None else total.add_(term)
     return None if total is None else total.to(dtype)
+
+
+def chosen(grads: Sequence[Tensor], weights: Float64[Tensor, " k"]) -> Tensor:
+    """`weighted` for weights on the device: the same numbers; a gradient of weight zero counts as zeros, whatever it holds."""
+    total = torch.zeros_like(grads[0], dtype=torch.promote_types(grads[0].dtype, torch.float32))
+    for grad, weight in zip(grads, weights.to(total.dtype), strict=True):
+        total.add_(torch.where(weight != 0, grad.to(total.dtype) * weight, 0))
+    return total.to(grads[0].dtype)
 
 
 def mean_off_diagonal(gram: Float64[Tensor, "k k"]) -> Float64[Tensor, ""]:

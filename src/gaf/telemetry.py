@@ -39,9 +39,12 @@ class Outcome:
     @classmethod
     def fetch(cls, decision: Decision, evidence: Evidence) -> "Outcome":
         """The one transfer to the host that a step needs anyway, with all that is worth knowing in it."""
-        k = len(decision.weights)
-        parts = (decision.accepted, decision.distances, decision.weights, evidence.norms2, decision.stepped, evidence.signal)
-        flat = torch.cat([p.reshape(-1).to(evidence.norms2) for p in parts]).tolist()
+        return cls.unpacked(packed(decision, evidence).tolist())
+
+    @classmethod
+    def unpacked(cls, flat: list[float]) -> "Outcome":
+        """From the 4 k + 2 numbers that `packed` gives."""
+        k = len(flat) // 4
         return cls(
             accepted=[bool(a) for a in flat[:k]],
             distances=flat[k : 2 * k],
@@ -63,6 +66,12 @@ class Outcome:
     def compared(self) -> list[float]:
         """Distances of the rows that were compared with a running sum: all present ones but the start, whose own is 0."""
         return sorted(d for d in self.distances if not math.isnan(d))[1:]
+
+
+def packed(decision: Decision, evidence: Evidence) -> Tensor:
+    """All of both in one vector (4 k + 2,) float64, where they lie."""
+    parts = (decision.accepted, decision.distances, decision.weights, evidence.norms2, decision.stepped, evidence.signal)
+    return torch.cat([p.reshape(-1).to(evidence.norms2) for p in parts])
 
 
 @dataclass(frozen=True)

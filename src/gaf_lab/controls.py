@@ -17,11 +17,20 @@ class Replay:
     def __init__(self, rows: Sequence[int]) -> None:
         self.rows, self.step = list(rows), 0
 
-    def next(self) -> int:
-        if self.step >= len(self.rows):
+    def planned(self, step: int, k: int) -> list[float]:
+        """The k weights of step `step`, counted from 0: known before its rows are. ValueError past the recorded run's end."""
+        raise NotImplementedError
+
+    def count(self, step: int) -> int:
+        """How many rows the recorded run accepted at a step."""
+        if step >= len(self.rows):
             raise ValueError(f"replay: the recorded run must be as long as this one; it has {len(self.rows)} steps. Record a longer one.")
+        return self.rows[step]
+
+    def next(self, k: int) -> list[float]:
+        weights = self.planned(self.step, k)
         self.step += 1
-        return self.rows[self.step - 1]
+        return weights
 
     def state_dict(self) -> dict[str, Any]:
         return {"step": self.step}
@@ -35,7 +44,10 @@ class ReplaySkip(Replay, Mean):
 
     def conclude(self, accepted: Tensor, distances: Tensor) -> Decision:
         decision = super().conclude(accepted, distances)
-        return decision if self.next() else skipped(decision)
+        return decision if any(self.next(len(distances))) else skipped(decision)
+
+    def planned(self, step: int, k: int) -> list[float]:
+        return [1 / k if self.count(step) else 0.0] * k
 
 
 class RandomSubset(Replay):
@@ -51,11 +63,16 @@ class RandomSubset(Replay):
         self.seed = seed
 
     def __call__(self, gram: Tensor) -> Decision:
-        k, step = len(gram), self.step
-        count = min(self.next(), k)
+        weights = torch.tensor(self.next(len(gram)), dtype=torch.float64).to(gram.device)
+        return as_planned(weights, Mean()(gram).distances)
+
+    def planned(self, step: int, k: int) -> list[float]:
+        count = min(self.count(step), k)
         drawn = random.Random(f"{self.seed}/{step}").sample(range(k), count)
-        weights = torch.zeros(k, dtype=torch.float64)
-        weights[drawn] = 1 / max(count, 1)
-        weights = weights.to(gram.device)
-        stepped = torch.tensor(count > 0, device=gram.device)
-        return Decision(weights, weights > 0, stepped, Mean()(gram).distances)
+        return [1 / count if i in drawn else 0.0 for i in range(k)]
+
+
+def as_planned(weights: Tensor, distances: Tensor) -> Decision:
+    """The decision whose weights (k,) were known before; a step is one with any."""
+    accepted = weights > 0
+    return Decision(weights, accepted, accepted.any(), distances)
