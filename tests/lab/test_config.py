@@ -4,12 +4,18 @@ import ast
 import dataclasses
 import inspect
 import itertools
+import shlex
+from pathlib import Path
 
 import pytest
 
 from gaf_lab import config as module
+from gaf_lab import records
+from gaf_lab.cli import parsed_train
 from gaf_lab.config import ConfigError, TrainConfig, from_dict, from_toml
+from gaf_lab.paper import every_arm
 from gaf_lab.presets import PRESETS, preset
+from gaf_lab.train import learning_rate, make_policy
 
 
 def test_every_field_has_a_docstring():
@@ -96,3 +102,86 @@ def test_the_papers_preset_is_section_4_1():
     assert c.passes * 50_000 / (c.k * c.b) == 500_000  # iterations
     code = preset("cifar100-gaf-code")
     assert (code.tau, code.average) == (1.0, "halving")
+
+
+# --- arms --------------------------------------------------------------------------------------------------------
+
+ROOT = Path(__file__).parents[2]
+ROWS = [line.strip("|\n").split(" | ") for line in (ROOT / "docs" / "controls.md").read_text().splitlines() if line.count(" | ") == 4][1:]
+
+
+def in_docs():
+    """Arm -> its config as the line in docs/controls.md makes it."""
+    return {row[0].strip(): parsed_train(shlex.split(row[3].strip("`"))).config for row in ROWS}
+
+
+def test_every_line_of_the_controls_makes_the_arm_that_it_is_about():
+    assert len(ROWS) > 20
+    assert {name: config.arm for name, config in in_docs().items()} == {name: name for name in in_docs()}
+    assert len(in_docs()) == len(ROWS)
+
+
+def test_the_controls_in_the_docs_are_those_of_the_plans():
+    plans = {config.arm: config for config in every_arm(TrainConfig())}
+    assert len(plans) == len(every_arm(TrainConfig()))  # distinct names
+    for name, config in in_docs().items():
+        replay = plans[name].replay  # the plan's own name of the folder
+        assert dataclasses.replace(config, replay=replay if config.replay else None) == plans[name]
+    assert plans.keys() == in_docs().keys()
+
+
+def test_techniques_are_named_beside_the_policy_that_they_go_with():
+    def arm(**changes):
+        return dataclasses.replace(TrainConfig(), **changes).arm
+
+    assert arm(loss="gce", ema=0.9) == "GAF + GCE + EMA of weights"
+    assert arm(policy="mean", loss="gce", ema=0.9) == "GCE + EMA of weights"
+    assert arm(policy="random-skip", sam=0.1, optimizer="adam") == "random skip + SAM, Adam"
+    assert arm(start="best", average="halving", label="mine") == "mine"
+
+
+def test_the_label_is_no_part_of_the_hash_and_of_a_replay_its_name_alone_is():
+    base = TrainConfig()
+    assert dataclasses.replace(base, label="another").hash == base.hash
+    replays = [dataclasses.replace(base, policy="replay-skip", replay=Path(path)) for path in ("a/gaf-0", "b/gaf-0", "a/gaf-1")]
+    assert replays[0].hash == replays[1].hash != replays[2].hash
+
+
+@pytest.mark.parametrize("run", sorted((ROOT / "results" / "demo").iterdir()), ids=lambda path: path.name)
+def test_a_record_keeps_its_hash_when_fields_are_added(run):
+    header = records.read(run).header
+    config = from_dict(header["config"], TrainConfig(), "record")
+    assert (config.hash == header["config_hash"]) == (config.replay is None)  # of a replay, the whole path counted once
+    assert config.arm == header["arm"]
+
+
+def test_a_field_added_later_counts_once_it_leaves_its_default():
+    known = records.read(ROOT / "results" / "demo" / "gaf-0").header["config"]
+    assert {field.name for field in dataclasses.fields(TrainConfig)} == known.keys() | module.LATER.keys() | {"label"}
+    for name, value in module.LATER.items():
+        assert getattr(TrainConfig(), name) == value
+    later = {"limit": 100, "loss": "gce", "gce_q": 0.5, "elr_beta": 0.5, "elr_lambda": 1.0, "label_smoothing": 0.1, "mixup": 1.0,
+             "sam": 0.1, "ema": 0.9, "early_stopping": 2, "scope": "group"}  # fmt: skip
+    hashes = {dataclasses.replace(TrainConfig(), **{name: value}).hash for name, value in later.items()}
+    assert len(hashes | {TrainConfig().hash}) == len(later) + 1
+
+
+def test_controls_take_over_the_recorded_shares():
+    recorded = ROOT / "results" / "demo" / "gaf-0"
+    evals = records.read(recorded).evals
+    scaled = dataclasses.replace(TrainConfig(), policy="scaled-lr", replay=recorded)
+    # every interval but the last has as many micro-gradients as its steps say
+    accepted = sum(line["acceptance"] * len(line["rows"]) for line in evals) / evals[-1]["step"]
+    assert 0 < accepted < 0.5
+    assert learning_rate(scaled) == pytest.approx(0.05 * accepted)
+    assert learning_rate(dataclasses.replace(scaled, policy="mean")) == 0.05
+    skipping = dataclasses.replace(scaled, policy="random-skip", step_probability=0.9)
+    assert make_policy(skipping).step_probability == pytest.approx(evals[-1]["steps_taken"] / evals[-1]["step"])
+    assert make_policy(dataclasses.replace(skipping, replay=None)).step_probability == 0.9
+
+
+def test_a_rate_cannot_be_scaled_by_a_run_that_accepted_nothing(tmp_path):
+    records.append(tmp_path, {"kind": "run", "config": TrainConfig().plain()})
+    records.append(tmp_path, {"kind": "eval", "rows": [0, 0]})
+    with pytest.raises(ConfigError, match="replay: the recorded run must have accepted something .*; .* did not. Replay a run with a high"):
+        learning_rate(dataclasses.replace(TrainConfig(), policy="scaled-lr", replay=tmp_path))
