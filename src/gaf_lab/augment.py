@@ -53,12 +53,12 @@ def normalise(x: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Ten
     if not len(mean) == len(std) == x.shape[1]:
         raise ValueError(f"normalise: mean and std must have one number per channel, {x.shape[1]}; got {len(mean)} and {len(std)}. "
                          "Use those of the data set that the pictures are of.")  # fmt: skip
-    scale, shift = _affine(mean, std, x.device)
+    scale, shift = affine(mean, std, x.device)
     return x.to(torch.float32, copy=True).mul_(scale).sub_(shift)
 
 
 @lru_cache(maxsize=16)
-def _affine(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+def affine(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
     """What to multiply bytes by, then to subtract; kept, for each copy to a device costs a wait."""
     scale = torch.tensor([1 / (255 * s) for s in std], device=device).view(-1, 1, 1)
     shift = torch.tensor([m / s for m, s in zip(mean, std, strict=True)], device=device).view(-1, 1, 1)

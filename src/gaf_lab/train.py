@@ -3,6 +3,7 @@
 data -> micro-batch -> micro-gradient -> decision -> step or skip -> evaluation -> records, checkpoint
 
 The k micro-batches are computed by one process in turn, or by k ranks at once (`gaf_lab.parallel`); rank 0 evaluates and writes.
+Steps are taken one by one by gaf.Accumulator, or launched many at a time (`gaf_lab.engine`).
 """
 
 import contextlib
@@ -10,11 +11,11 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,19 +23,21 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, MultiStepLR, ReduceLROnPlateau
 
 import gaf
-from gaf_lab import checkpoint, environment, models, parallel, records
+from gaf_lab import checkpoint, engine, environment, models, parallel, records
 from gaf_lab.config import ConfigError, TrainConfig
 from gaf_lab.controls import RandomSubset, ReplaySkip
+from gaf_lab.engine import AHEAD, OnDevice
 from gaf_lab.evaluate import evaluate
 from gaf_lab.groups import PerBucket
 from gaf_lab.imagenet import lost
 from gaf_lab.parallel import Group
 from gaf_lab.problem import Problem, build
 from gaf_lab.sampling import key
+from gaf_lab.tables import rates_ahead
 from gaf_lab.techniques import EarlyStopping, Forward, Objective, averaged, climbing
 
 ALONE = Group()
-Stepper = gaf.Accumulator | parallel.OverRanks | PerBucket
+Stepper = gaf.Accumulator | parallel.OverRanks | PerBucket | OnDevice
 LOOK_EVERY = 50  # steps between looks at the loss on an accelerator, each of which waits for it
 
 
@@ -48,6 +51,19 @@ class Listener(Protocol):
 
 class Diverged(RuntimeError):
     """The loss is no longer a number."""
+
+
+T = TypeVar("T")
+Turns = Generator[None, None, T]  # what gives way at each yield, and ends with a T
+
+
+def finished(turns: Turns[T]) -> T:
+    """What comes of it, where there is nobody to give way to."""
+    while True:
+        try:
+            next(turns)
+        except StopIteration as end:
+            return end.value  # type: ignore[no-any-return]
 
 
 @dataclass(eq=False)
@@ -112,6 +128,9 @@ class Training:
         """The model as it is trained, and what makes steps of its micro-gradients."""
         if self.group.world == 1:
             forward = torch.compile(self.model) if self.config.compile else self.model
+            if engine.chosen(self.config, self.device, self.group.world):
+                run = (self.config, self.problem, self.model, self.objective, policy)
+                return forward, OnDevice(*run, self.optimizer, partial(make, fused=True))
             if self.config.policy == "gaf" and self.config.scope == "group":
                 return forward, PerBucket(self.optimizer, make, policy)
             return forward, gaf.Accumulator(self.optimizer, policy, model=self.model, bn=self.config.bn)
@@ -124,16 +143,38 @@ class Training:
         Raises:
             Diverged: where every loss of a step is NaN or infinite.
         """
+        return finished(self.run_in_turns(folder, listener, steps, keep_checkpoints))
+
+    def run_in_turns(self, folder: Path, listener: Listener, steps: int | None, keep_checkpoints: bool) -> Turns[str]:
+        """The same, giving way to others while the device is at work on steps that were launched."""
         last = min(self.problem.steps, steps or self.problem.steps)
         listener.begin(self.problem, self.step, last)
         while self.step < last and not self.over:
             started = time.perf_counter()
+            if isinstance(self.accumulator, OnDevice) and not self.accumulator.waiting:
+                ahead = self._unwatched(last)
+                self.accumulator.launch(ahead, self._rates(len(ahead)))
+                yield
+                self.accumulator.fetch()
             outcome = self.macro_batch()
             self.interval.seconds += time.perf_counter() - started
             listener.stepped(self.step, outcome)
             if self.problem.evaluation(self.step) or self.step == last:
                 self.group.led(partial(self._keep, self.evaluation(), folder, listener, keep_checkpoints))
         return "finished" if last == self.problem.steps or self.over else "stopped"
+
+    def _unwatched(self, last: int) -> range:
+        """The steps from here to the next evaluation, or to the end; at most AHEAD."""
+        for step in range(self.step + 1, self.step + AHEAD):
+            if self.problem.evaluation(step) or step == last:
+                return range(self.step, step)
+        return range(self.step, self.step + AHEAD)
+
+    def _rates(self, count: int) -> list[float]:
+        """The next learning rates, as the schedule counts steps."""
+        if self.scheduler is None or self.plateau is not None:
+            return [self.optimizer.param_groups[0]["lr"]] * count
+        return rates_ahead(self.scheduler, count)
 
     @property
     def over(self) -> bool:
@@ -147,11 +188,12 @@ class Training:
 
     def macro_batch(self) -> gaf.Outcome:
         """k micro-gradients, one decision, a step or none."""
-        losses = []
-        for i in self.group.micro_batches(self.config.k):
-            losses.append(self.micro_gradient(i))
-        self._look_at(torch.stack(losses))
-        self.accumulator.step()
+        if isinstance(self.accumulator, OnDevice):
+            self.accumulator.step()
+            self._look_at(self.accumulator.losses)
+        else:
+            self._look_at(torch.stack([self.micro_gradient(i) for i in self.group.micro_batches(self.config.k)]))
+            self.accumulator.step()
         outcome = self.accumulator.outcome
         assert outcome is not None
         if self.average is not None and outcome.stepped:
@@ -166,6 +208,7 @@ class Training:
 
     def micro_gradient(self, i: int) -> Tensor:
         """Micro-batch i's gradient goes to the accumulator; its loss is returned."""
+        assert not isinstance(self.accumulator, OnDevice)
         x, y = self.problem.micro_batch(self.step, i)
         index = self.problem.index(self.step, i)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.autocast == "bfloat16"):
@@ -181,7 +224,7 @@ class Training:
 
     def _look_at(self, losses: Tensor) -> None:
         self.interval.losses += losses.sum()
-        if (self.device.type == "cpu" or self.step % LOOK_EVERY == 0) and not self.group.total(bool(losses.isfinite().any())):
+        if (losses.device.type == "cpu" or self.step % LOOK_EVERY == 0) and not self.group.total(bool(losses.isfinite().any())):
             self.group.led(self._give_up)
 
     def _give_up(self) -> None:
@@ -246,6 +289,8 @@ class Training:
         if self.scheduler is not None:
             self.scheduler.load_state_dict(state["scheduler"])
         self.accumulator.load_state_dict(state["accumulator"])
+        if isinstance(self.accumulator, OnDevice):
+            self.accumulator.restored()
         self.objective.load_state_dict(state.get("objective", {}))  # older checkpoints have none
         if self.average is not None:
             self.average.load_state_dict(state["average"])
@@ -285,6 +330,23 @@ def train(
         Diverged: where the loss is no longer a number; the message names the last good checkpoint.
         Elsewhere: on the other ranks, where one raised one of these.
     """
+    options: dict[str, Any] = {"data_folder": data_folder, "steps": steps, "resume": resume, "keep_checkpoints": keep_checkpoints}
+    return finished(train_in_turns(config, folder, listener, **options, command=command, group=group))
+
+
+def train_in_turns(
+    config: TrainConfig,
+    folder: Path,
+    listener: Listener,
+    *,
+    data_folder: Path | None = None,
+    steps: int | None = None,
+    resume: bool = False,
+    keep_checkpoints: bool = True,
+    command: str | None = None,
+    group: Group = ALONE,
+) -> Turns[records.Run]:
+    """`train`, giving way to other runs while the device is at work on steps that were launched; see `gaf_lab.together`."""
     state, done = group.led(lambda: before(config, folder, resume, group))
     if done is not None:
         return done
@@ -294,7 +356,7 @@ def train(
     group.led(lambda: begin_records(config, folder, training.device, command, state, group))
     status = "interrupted"
     try:
-        status = training.run(folder, listener, steps, keep_checkpoints)
+        status = yield from training.run_in_turns(folder, listener, steps, keep_checkpoints)
     except Diverged as error:
         status = "diverged"
         kept = folder / checkpoint.FILE
@@ -311,6 +373,7 @@ def train(
 def before(config: TrainConfig, folder: Path, resume: bool, group: Group) -> tuple[dict[str, Any] | None, records.Run | None]:
     """Looks whether the config can run in the folder; gives the checkpoint to go on from, and the run, where it is finished."""
     parallel.check(config, group.world)
+    engine.check(config, group.world)
     prepare_folder(folder, resume)
     done = completed(config, folder) if resume else None
     return (checkpoint.load(folder, config) if resume and done is None else None), done
@@ -393,8 +456,10 @@ def learning_rate(config: TrainConfig) -> float:
     return config.lr * share
 
 
-def make_optimizer(config: TrainConfig, rate: float, params: list[nn.Parameter]) -> Optimizer:
+def make_optimizer(config: TrainConfig, rate: float, params: list[nn.Parameter], fused: bool | None = None) -> Optimizer:
     shared: dict[str, Any] = {"lr": rate, "weight_decay": config.weight_decay}
+    if config.optimizer != "rmsprop":
+        shared["fused"] = fused
     if config.optimizer == "sgd":
         return torch.optim.SGD(params, momentum=config.momentum, nesterov=config.nesterov, **shared)
     if config.optimizer == "rmsprop":
