@@ -114,8 +114,11 @@ def read(folder: Path) -> Run:
 
 
 def find(places: list[Path]) -> list[Run]:
-    """All runs in or below the folders, in order of their paths."""
+    """All runs in or below the folders, in order of their paths, then those of the packs (`gaf_lab.packs`) among the places."""
+    from gaf_lab import packs
+
     folders = sorted({file.parent for place in places for file in place.rglob(FILE)})
-    if not folders:
+    runs = [*map(read, folders), *(run for place in places if place.is_file() for run in packs.read(place))]
+    if not runs:
         raise ValueError(f"{', '.join(map(str, places))}: must hold at least one run (a file {FILE}); none was found.")
-    return [read(folder) for folder in folders]
+    return runs
