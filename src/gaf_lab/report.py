@@ -389,7 +389,7 @@ def compared(of: list[Arm]) -> list[dict[str, Any]]:
     groups = []
     for measure in st.COMPARED:
         gaps = differences(of, measure)
-        rows = [{"gap": gap, "bar": bar, "verdict": verdict(gap)} for gap, bar in zip(gaps, bars(gaps), strict=True)]
+        rows = [{"gap": gap, "bar": bar, "verdict": verdict(gap), "at": ""} for gap, bar in zip(gaps, bars(gaps), strict=True)]
         if rows:
             groups.append({"label": measure.label, "rows": rows})
     return groups
@@ -414,16 +414,16 @@ def charts(runs: list[Run], pictures: dict[str, Path]) -> list[dict[str, Any]]:
     """The figures, each with a view per axis."""
     return [
         {"name": chart.name, "title": chart.title, "caption": chart.caption,
-         "views": [view(axis.name, pictures[chart.stem(axis)], figures.interactive(runs, chart, axis)) for axis in chart.axes]}
+         "views": [view(axis.name, pictures[chart.stem(axis)].read_bytes(), figures.interactive(runs, chart, axis)) for axis in chart.axes]}
         for chart in figures.CHARTS
     ]  # fmt: skip
 
 
-def view(label: str, picture: Path, drawing: Any) -> dict[str, Any]:
+def view(label: str, png: bytes, drawing: Any) -> dict[str, Any]:
     """What a figure shows at once: a picture as data URL, and what plotly draws in its place, None where there is nothing to draw."""
     drawn = None if drawing is None else json.loads(drawing.to_json())
     recorded = drawn is not None and any(trace.get("x") for trace in drawn["data"])
-    return {"label": label, "png": "data:image/png;base64," + base64.b64encode(picture.read_bytes()).decode(),
+    return {"label": label, "png": "data:image/png;base64," + base64.b64encode(png).decode(),
             "drawing": {"data": drawn["data"], "layout": drawn["layout"]} if drawn is not None and recorded else None}  # fmt: skip
 
 
