@@ -95,14 +95,21 @@ def notes(item: Item, plan: Configs, scale: Scale, reading: Reading, generated: 
     sizes = {"smoke": "Smoke scale: a handful of steps on few pictures shows that it runs, and nothing else.",
              "small": "Small scale: not the paper's setting.",
              "full": f"The paper's setting, as read in {'its released code' if reading == 'code' else 'its text'}."}  # fmt: skip
-    shown = {f"{c.model} on {c.limit or 'all'} pictures of {'generated JPEGs' if generated and c.dataset == 'imagenet' else c.dataset}, "
-             f"{c.passes:g} passes" for c in plan}  # fmt: skip
-    ks = sorted({c.k for c in plan})
-    batches = f"k = {', '.join(map(str, ks))}; b = {', '.join(str(b) for b in sorted({c.b for c in plan}))}"
-    found = [sizes[scale], *(f"{line}." for line in sorted(shown)[:3]), f"{batches}; n = {seeds} seed{'' if seeds == 1 else 's'}."]
+    settings: dict[str, set[float]] = {}
+    for c in plan:
+        pictures = "generated JPEGs" if generated and c.dataset == "imagenet" else c.dataset
+        settings.setdefault(f"{c.model} on {c.limit or 'all'} pictures of {pictures}", set()).add(c.passes)
+    shown = [f"{line}, {ranged(passes)} passes." for line, passes in settings.items()]
+    ks, bs = (", ".join(map(str, sorted(values))) for values in ({c.k for c in plan}, {c.b for c in plan}))
+    found = [sizes[scale], *shown, f"k = {ks}; b = {bs}; n = {seeds} seed{'' if seeds == 1 else 's'}."]
     if generated and item.id == "fig3":
         found.insert(1, "No ImageNet was found: a reduced ViT on generated pictures stands in for ViT-L/16 on ImageNet.")
     return found
+
+
+def ranged(values: set[float]) -> str:
+    """From the least to the greatest."""
+    return " to ".join(f"{value:g}" for value in sorted({min(values), max(values)}))
 
 
 def spelled(seconds: float) -> str:
