@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gaf_lab.sampling import Iid, Sampler, Stratified, generator, key
+from gaf_lab.sampling import Iid, Sampler, Stratified, Stream, generator, key
 
 seeds = st.integers(0, 2**40)
 
@@ -60,6 +60,15 @@ def test_what_is_drawn_can_be_written_to_without_harm() -> None:
     for sampler, fresh in zip(samplers(), samplers(), strict=True):
         sampler.draw(0).zero_()
         assert torch.equal(sampler.draw(0), fresh.draw(0))
+
+
+def test_what_is_asked_for_again_is_not_drawn_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    sampler, fresh = samplers()[1], samplers()[1]
+    first = sampler.draw(3)
+    monkeypatch.delattr(Stream, "take")
+    assert torch.equal(sampler.draw(3), first)
+    monkeypatch.undo()
+    assert torch.equal(sampler.draw(4), fresh.draw(4))
 
 
 def test_passes_differ() -> None:
