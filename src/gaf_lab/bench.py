@@ -162,9 +162,10 @@ class Line(Protocol):
     def line(self) -> dict[str, Any]: ...
 
 
-def write(found: Sequence[Line], path: Path, conditions: dict[str, Any]) -> None:
-    """JSON lines: conditions first, then a line per way and k."""
+def write(found: Sequence[Line], path: Path, conditions: dict[str, Any], device: torch.device | None = None) -> None:
+    """JSON lines: conditions first, then a line for each thing measured. device: where, if not on the CPU."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    where = {"versions": environment.versions(), "machine": environment.machine(torch.device("cpu")), "commit": environment.commit()}
+    machine = environment.machine(device or torch.device("cpu"))
+    where = {"versions": environment.versions(), "machine": machine, "commit": environment.commit()}
     lines = [{"kind": "conditions", **conditions, **where}, *(m.line() for m in found)]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -170,6 +170,61 @@ def value_of(words: Words, option: str) -> str | None:
 
 
 @dataclass
+class Paper:
+    """Figures and tables of the paper: their runs, then one page that sets them beside the paper's values."""
+
+    ids: Positional[tuple[str, ...]] = ()
+    """Which, such as fig6 or table1; all for every one."""
+    list: bool = False
+    """Shows which there are, what the paper claims in them, and how many runs they take."""
+    scale: Literal["smoke", "small", "full"] = "smoke"
+    """smoke: seconds, to see it run; small: up to two hours on two cores; full: the paper's setting, for a GPU."""
+    reading: Literal["paper", "code"] = "paper"
+    """Where the paper and its released code differ: whose setting."""
+    data: Path | None = None
+    """Folder with the data sets' archives; without it, they are downloaded."""
+    out: Path = Path("runs/paper")
+    """Folder for runs, figures and the page. Figures share runs in it, and finished ones are not repeated."""
+    seeds: int | None = None
+    """Paired seeds, at least 1, in place of the scale's number."""
+    workers: int | None = None
+    """Runs at the same time; without it, one for each core."""
+    engine: Literal["local", "ray"] = "local"
+    """Processes on this machine, or tasks on a Ray cluster that shares the folder --out."""
+    address: str = "auto"
+    """Of the Ray cluster."""
+
+
+def paper(words: Words, console: Console) -> int:
+    options: Any = tyro.cli(Paper, prog="gaf paper", args=words)
+    from gaf_lab import paper as plans
+    from gaf_lab.reproduce import described, reproduce
+
+    if options.list or not options.ids:
+        from rich.table import Table
+
+        table = Table("id", "figure or table", "the paper's claim", "runs")
+        for item, count in described(options.scale, options.seeds):
+            table.add_row(item.id, item.title, item.claim, str(count))
+        console.print(table)
+        return 0
+    names = list(plans.ITEMS) if options.ids == ("all",) else [plans.item(name).id for name in options.ids]
+    how = {"engine": options.engine, "address": options.address, "command": "gaf paper " + shlex.join(words)}
+    try:
+        page, swept = reproduce(
+            names, options.scale, options.out, console, reading=options.reading, seeds=options.seeds, data_folder=options.data,
+            workers=options.workers or os.cpu_count() or 1, **how,
+        )  # fmt: skip
+    except KeyboardInterrupt:
+        say(console, f"\nStopped. Go on with: gaf paper {shlex.join(words)}")
+        return 130
+    for name, why in swept.failed.items():
+        say(console, f"{name}: {why}")
+    say(console, f"Page: {page}")
+    return 1 if swept.failed else 0
+
+
+@dataclass
 class Sweep:
     """Runs a list of configs, several at a time. Finished runs are not repeated; those that were cut off go on."""
 
@@ -227,9 +282,9 @@ class Report:
     """The table, figures and page of any set of runs."""
 
     runs: Positional[tuple[Path, ...]]
-    """Folders of runs, or folders that hold such."""
+    """Folders of runs, folders that hold such, or files of results/, in which many runs are packed."""
     out: Path | None = None
-    """Folder for report.html and the figures; without it, the first of the runs' folders."""
+    """Folder for report.html and the figures; without it, the first of the runs' folders, or for a file runs/ and its name."""
     title: str | None = None
     """Heading of the page."""
 
@@ -244,7 +299,8 @@ def report(words: Words, console: Console) -> int:
     found = [run for run in records.find(list(options.runs)) if run.evals]
     if not found:
         raise ConfigError("report needs a run with at least one evaluation; these have none yet.")
-    out = options.out or options.runs[0]
+    first = options.runs[0]
+    out = options.out or (Path("runs") / first.stem if first.is_file() else first)
     console.print(page.table(found))
     records.make_folder(out)
     say(console, f"Page: {page.write(found, out, title=options.title)}")
@@ -256,7 +312,7 @@ class Data:
     """Fetches a data set, verifies it, and shows what is in it."""
 
     name: Positional[str]
-    """digits, mnist5k, fashion-mnist, cifar10, cifar100, cifar100n, cifar100n-coarse or noise."""
+    """digits, mnist5k, fashion-mnist, cifar10, cifar100, cifar100n, cifar100n-coarse, noise or imagenet."""
     data: Path | None = None
     """Folder with the archive or its unpacked folder; without it, it is downloaded."""
 
@@ -326,11 +382,51 @@ class BenchDDP:
     """Bytes per coordinate."""
 
 
+@dataclass
+class BenchTrain:
+    """Training steps per second on CIFAR-100 in the paper's setting: averaging, GAF, and a plain PyTorch loop, in turn, in one process."""
+
+    data: Path | None = None
+    """Folder with CIFAR-100's archive; without it, white noise of the same shape."""
+    model: ModelName = "resnet18"
+    """Network, as in gaf train."""
+    stem: Literal["imagenet", "cifar"] = "imagenet"
+    """First layers of a ResNet: imagenet or cifar."""
+    k: int = 2
+    """Micro-batches per step."""
+    b: int = 100
+    """Samples per micro-batch."""
+    sampler: Literal["iid", "stratified-clean"] = "stratified-clean"
+    """How micro-batches are drawn: in shuffled passes, or with as many of each class."""
+    engine: Literal["auto", "plain", "device"] = "auto"
+    """As in gaf train."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to run; auto takes CUDA where there is one."""
+    rounds: int = 30
+    """Rounds, at least 2: a step of each kind on the CPU, 64 on CUDA. Higher narrows the spread."""
+    workers: tuple[int, ...] = (0,)
+    """Processes of the plain loop's DataLoader; one row for each number."""
+    out: Path | None = None
+    """File for the figures, JSON lines."""
+
+
+@dataclass
+class BenchCPU:
+    """Steps per second on the CPU: threads, channels-last and torch.compile in turn; one process against one for each core."""
+
+    models: tuple[Literal["resnet18", "convnet", "mlp"], ...] = ("resnet18", "convnet", "mlp")
+    """Networks: resnet18 and convnet in the paper's setting, mlp in the demo's."""
+    rounds: int = 10
+    """Rounds, at least 2. Higher narrows the spread."""
+    out: Path | None = None
+    """File for the figures, JSON lines."""
+
+
 def bench(words: Words, console: Console) -> int:
-    kinds = {"accumulate": bench_accumulate, "ddp": bench_ddp}
+    kinds = {"accumulate": bench_accumulate, "ddp": bench_ddp, "train": bench_train, "cpu": bench_cpu}
     if not words or words[0] not in kinds:
         raise ConfigError(f"bench must be told what to measure; got {' '.join(words[:1])!r}. "
-                          "There is: gaf bench accumulate, gaf bench ddp.")  # fmt: skip
+                          f"There is: {', '.join(f'gaf bench {kind}' for kind in kinds)}.")  # fmt: skip
     return kinds[words[0]](words[1:], console)
 
 
@@ -371,6 +467,47 @@ def bench_ddp(words: Words, console: Console) -> int:
     return 0
 
 
+def bench_train(words: Words, console: Console) -> int:
+    options: Any = tyro.cli(BenchTrain, prog="gaf bench train", args=words)
+    from gaf_lab import bench as file
+    from gaf_lab import bench_train as job
+    from gaf_lab import records
+    from gaf_lab.train import pick_device
+
+    if options.out is not None:
+        records.make_folder(options.out.parent)
+    given = {name: value for name, value in vars(options).items() if name not in ("data", "out")}
+    wanted = job.Options(data_folder=options.data, **given)
+    with console.status(f"{options.model}, b = {options.b}, k = {options.k}: {options.rounds} rounds"):
+        found = job.train(wanted)
+    say(console, "white noise of CIFAR-100's shape" if options.data is None else "CIFAR-100")
+    console.print(job.arm_table(found))
+    console.print(job.part_table(found))
+    if options.out is not None:
+        file.write(found, options.out, job.conditions(wanted), pick_device(options.device))
+        say(console, f"Figures: {options.out}")
+    return 0
+
+
+def bench_cpu(words: Words, console: Console) -> int:
+    options: Any = tyro.cli(BenchCPU, prog="gaf bench cpu", args=words)
+    from gaf_lab import bench as file
+    from gaf_lab import bench_cpu as job
+    from gaf_lab import records
+
+    if options.out is not None:
+        records.make_folder(options.out.parent)
+    with console.status(f"{', '.join(options.models)}: {options.rounds} rounds"):
+        found = job.run(options.models, options.rounds)
+    console.print(job.table(found))
+    for model in options.models:
+        say(console, f"{model}: {job.advice(found, model)}")
+    if options.out is not None:
+        file.write(found, options.out, {"rounds": options.rounds})
+        say(console, f"Figures: {options.out}")
+    return 0
+
+
 def bench_predict(options: BenchDDP, console: Console) -> int:
     from gaf_lab import predict
 
@@ -404,9 +541,10 @@ COMMANDS = {
     "demo": (demo, Demo.__doc__),
     "train": (train, Train.__doc__),
     "sweep": (sweep, Sweep.__doc__),
+    "paper": (paper, Paper.__doc__),
     "report": (report, Report.__doc__),
     "data": (data, Data.__doc__),
-    "bench": (bench, "What a step costs: gaf bench accumulate, on one device; gaf bench ddp, among processes."),
+    "bench": (bench, "What a step costs: gaf bench train, accumulate, ddp; gaf bench cpu: which settings are fast on a CPU."),
     "presets": (presets, "Lists the configs that have a name."),
 }
 
