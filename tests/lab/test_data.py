@@ -1,7 +1,6 @@
 """Every data set is what it says, from its real file where that is at hand; and what is wrong with a file is said."""
 
 import gzip
-import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -17,16 +16,6 @@ from gaf_lab import archives, data
 from gaf_lab.archives import DataError
 
 HUMAN = archives.HUMAN.file
-
-
-@pytest.fixture(scope="module")
-def real() -> Path:
-    """The folder with the real CIFAR-100 archive and human labels."""
-    beside = Path(__file__).parents[3] / "shared" / "data"
-    for folder in filter(None, (os.environ.get("GAF_DATA"), beside)):
-        if all((Path(folder) / file).is_file() for file in (archives.CIFAR100.source.file, HUMAN)):
-            return Path(folder)
-    pytest.skip(f"needs {archives.CIFAR100.source.file} and {HUMAN} in the folder GAF_DATA, or in {beside}")
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,20 @@
+"""The real CIFAR-100, where it is at hand."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from gaf_lab import archives
+
+HUMAN = archives.HUMAN.file
+
+
+@pytest.fixture(scope="session")
+def real() -> Path:
+    """The folder with the real CIFAR-100 archive and human labels."""
+    beside = Path(__file__).parents[3] / "shared" / "data"
+    for folder in filter(None, (os.environ.get("GAF_DATA"), beside)):
+        if all((Path(folder) / file).is_file() for file in (archives.CIFAR100.source.file, HUMAN)):
+            return Path(folder)
+    pytest.skip(f"needs {archives.CIFAR100.source.file} and {HUMAN} in the folder GAF_DATA, or in {beside}")
