@@ -103,16 +103,14 @@ def grouped(item: Item, runs: list[Run]) -> dict[Place, list[Arm]]:
     return {x: st.arms(run for other, run in at if other == x) for x in ordered([x for x, _ in at])}
 
 
-def comparable(groups: dict[Place, list[Arm]], x: Place) -> list[Arm]:
-    """The arms at a place, and those that stand at one other place only, as averaging does along tau: they serve everywhere."""
-    everywhere = [arm for other, arms in groups.items() if other != x for arm in arms if lone(groups, arm.name)]
-    here = groups[x]
-    return here + [arm for arm in everywhere if arm.name not in {one.name for one in here}]
+def comparable(item: Item, groups: dict[Place, list[Arm]], x: Place) -> list[Arm]:
+    """The arms at a place, and those of other places that serve at all."""
+    return groups[x] + [arm for other, arms in groups.items() if other != x for arm in arms if serves_everywhere(item, arm)]
 
 
-def lone(groups: dict[Place, list[Arm]], name: str) -> bool:
-    """Whether an arm stands at one place only, where others stand at more."""
-    return len(groups) > 1 and sum(arm.name == name for arms in groups.values() for arm in arms) == 1
+def serves_everywhere(item: Item, arm: Arm) -> bool:
+    """Whether the item's x says nothing to the arm: averaging has no tau."""
+    return item.x == "tau" and arm.config["policy"] == "mean"
 
 
 def names_of(item: Item, runs: list[Run]) -> list[str]:
@@ -141,7 +139,7 @@ def differences(item: Item, runs: list[Run], measure: Measure) -> list[tuple[Pla
     return [
         (x, gap)
         for x in groups
-        for one, other in pairs(comparable(groups, x))
+        for one, other in pairs(comparable(item, groups, x))
         if (any(arm in groups[x] for arm in (one, other)) and (gap := st.difference(one, other, measure)))
     ]
 
@@ -294,7 +292,7 @@ class Series:
         mean: (place, mean, deviation or None, n) along the axis.
         dots: (place, value) of single seeds.
         paper: (place, value) that the paper prints.
-        everywhere: whether the arm stands at one place and is drawn as a line all along.
+        everywhere: whether x says nothing to the arm, so that it is drawn as a line all along.
     """
 
     arm: str
@@ -313,7 +311,7 @@ def series(item: Item, runs: list[Run], key: str, measure: Measure) -> list[Seri
         mean = [(x, s.mean * factor, None if s.deviation is None else s.deviation * factor, s.n) for x, s in spreads]
         dots = [(x, value * factor) for x, arm in at for value in st.by_seed(arm.counted, measure).values()]
         paper = [(x, v * factor) for x in ordered([*item.paper.get(name, {})]) if (v := printed(item, name, x, key)) is not None]
-        found.append(Series(name, mean, dots, paper, lone(groups, name)))
+        found.append(Series(name, mean, dots, paper, any(serves_everywhere(item, arm) for _, arm in at)))
     return found
 
 
@@ -498,11 +496,11 @@ def stacked(titles: list[str], across: str, zeros: list[bool]) -> Any:
     rows = len(titles)
     figure = make_subplots(rows=rows, shared_xaxes=True, vertical_spacing=0.24 / rows if rows > 1 else 0)
     layout(figure, rows)
-    figure.update_layout(margin_t=36, height=100 + 270 * rows)
+    figure.update_layout(margin_t=52, height=110 + 270 * rows)
     for row, (title, zero) in enumerate(zip(titles, zeros, strict=True), 1):
         domain = figure.layout[f"yaxis{row if row > 1 else ''}"].domain or (0, 1)
-        place = {"xref": "paper", "yref": "paper", "x": 0, "y": domain[1], "xanchor": "left", "yanchor": "bottom", "showarrow": False}
-        figure.add_annotation(text=title, yshift=6, **place)
+        place = {"xref": "paper", "yref": "paper", "x": 0, "y": domain[1], "xanchor": "left", "yanchor": "bottom"}
+        figure.add_annotation(text=title, align="left", showarrow=False, xshift=-40, yshift=6, **place)
         figure.update_yaxes(rangemode="tozero" if zero else "normal", row=row, col=1)
     figure.update_xaxes(title_text=across, row=rows, col=1)
     return figure
@@ -512,16 +510,16 @@ def training(item: Item, runs: list[Run], axis: Axis) -> Any:
     groups, chart = grouped(item, runs), chart_of(item)
     colours = palette(names_of(item, runs))
     cells = [(x, of, panel) for panel in chart.panels for x, of in groups.items()]
-    titles = [panel.label + (f": {x}" if len(groups) > 1 else "") for x, _, panel in cells]
+    titles = [panel.label + (f"<br>{x}" if len(groups) > 1 else "") for x, _, panel in cells]
     figure = stacked(titles, axis.label, [fitting(chart, panel).zero for *_, panel in cells])
     for row, (x, of, panel) in enumerate(cells, 1):
         fit = fitting(chart, panel)
         for arm in sorted(of, key=is_gaf):
             shade = colours[arm.name]
             made = traces(arm, panel, fit, axis, shade, first=False)
-            value = printed(item, arm.name, x, panel.key)
-            if value is not None and made:
-                made.append(hollow(arm.name, shade, [made[-1]["x"][-1]], [value * panel.factor], panel))
+            mean, value = st.curve(arm, panel.key, axis.key), printed(item, arm.name, x, panel.key)
+            if mean is not None and value is not None:
+                made.append(hollow(arm.name, shade, [float(mean.x[-1] / axis.unit)], [value * panel.factor], panel))
             for trace in made:
                 figure.add_trace(trace, row=row, col=1)
         if not any(st.curve(arm, panel.key) for arm in of):
@@ -554,8 +552,7 @@ def points_along(item: Item, runs: list[Run]) -> Any:
             for trace in plotted(one, at, colours[one.arm], PANELS[key]):
                 figure.add_trace(trace, row=row, col=1)
     texts = dict(zip(at.values(), ticks(item, list(at)), strict=True))
-    figure.update_xaxes(tickvals=list(texts), ticktext=list(texts.values()), hoverformat=".4g")
-    figure.update_xaxes(unifiedhovertitle_text="%{x}")
+    figure.update_xaxes(tickvals=list(texts), ticktext=list(texts.values()), tickangle=0, tickfont_size=11)
     return figure
 
 

@@ -90,7 +90,7 @@ def outcome(item: Item, runs: list[Run]) -> list[str]:
                 found += [counted(item, when, of)] if of else []
     if "distance_mean" in item.keys:
         found += reached(item, runs)
-    return found
+    return [report.unbroken(sentence) for sentence in found]
 
 
 def counted(item: Item, when: str, of: list[tuple[Place, st.Difference]]) -> str:

@@ -217,3 +217,23 @@ def test_a_line_written_twice_by_a_resumed_run_counts_once():
     one.evals[2]["samples"] = 2000
     samples, values = st.points(one, "test_accuracy")
     assert (samples.tolist(), values.tolist()) == ([1000, 2000], [0.1, 0.3])
+
+
+def test_a_curve_can_run_along_the_steps_taken_or_the_seconds():
+    one, other = run(seed=0, test_accuracy=[0.0, 1.0]), run(seed=1, test_accuracy=[0.0, 1.0], step=200)  # 80, 160 and 160, 320 steps
+    found = st.curve(only(one, other), "test_accuracy", "steps_taken")
+    assert found is not None
+    assert (found.x.tolist(), found.mean.tolist()) == ([160], [0.5])
+    assert st.points(one, "test_accuracy", "seconds")[0].tolist() == [7, 14]
+
+
+def test_evaluations_between_which_no_step_was_taken_count_once():
+    one = run(test_accuracy=[0.1, 0.2, 0.3])
+    one.evals[1]["steps_taken"] = one.evals[2]["steps_taken"] = 90
+    steps, values = st.points(one, "test_accuracy", "steps_taken")
+    assert (steps.tolist(), values.tolist()) == ([80, 90], [0.1, 0.3])
+
+
+def test_the_lowest_passes_over_missing_values():
+    assert st.lowest(run(distance_mean=[0.9, None, 0.7, 0.8]), "distance_mean") == 0.7
+    assert st.lowest(run(distance_mean=[None]), "distance_mean") is None
