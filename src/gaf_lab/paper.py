@@ -242,7 +242,7 @@ FASHION = TrainConfig(
     dataset="fashion-mnist", limit=5000, model="mlp", k=8, b=20, tau=0.8, lr=0.05, momentum=0.9, passes=30.0, eval_every=1.5
 )
 # The paper's ResNet18 on the real pictures, for as long as a CPU allows.
-EARLY = dataclasses.replace(presets.CIFAR100_GAF, noise="none", noise_rate=0.0, schedule="constant", passes=3.0, eval_every=0.1, probe=500)
+EARLY = dataclasses.replace(presets.CIFAR100_GAF, noise="none", noise_rate=0.0, schedule="constant", passes=2.0, eval_every=0.2, probe=500)
 
 
 def small(name: str) -> tuple[Configs, Arms]:
@@ -253,12 +253,12 @@ def small(name: str) -> tuple[Configs, Arms]:
     human = dataclasses.replace(early, dataset="cifar100n", noise="human")
     grid = (0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 1.0, 2.0)
     vit = dataclasses.replace(IMAGENET, model="vit-tiny", size=32, b=50, limit=2000, passes=20.0, eval_every=0.5, autocast="none")
-    white = dataclasses.replace(EARLY, dataset="noise", augment=False, sampler="iid", limit=5000, passes=30.0, eval_every=1.0)
+    white = dataclasses.replace(EARLY, dataset="noise", augment=False, sampler="iid", limit=5000, passes=25.0, eval_every=2.5)
     return {
         "fig1": ([EARLY, dataclasses.replace(EARLY, dataset="cifar100n", noise="human")], pair),
         "fig2": ([], pair),
         "fig3": ([vit], as_averaging),
-        "fig4": ([dataclasses.replace(early, b=b, passes=2.0, eval_every=0.2) for b in (25, 50, 100, 200, 400)], alone),
+        "fig4": ([dataclasses.replace(early, b=b, passes=1.0, eval_every=0.25) for b in (25, 50, 100, 200, 400)], alone),
         "fig5": ([white], alone),
         "fig6": (noisy, controlled),
         "fig7": ([dataclasses.replace(FASHION, tau=tau) for tau in grid], across_tau),
