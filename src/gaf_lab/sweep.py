@@ -1,6 +1,6 @@
 """Many runs, several at a time: each config once, whatever dies in between.
 
-plan -> jobs -> engine (processes here, or a Ray cluster) -> `work`: lock, resume or begin, train, index
+plan -> jobs -> engine (`sweep_local`: processes here; `sweep_ray`: a cluster) -> `work`: lock, resume or begin, train, index
 
 A run is finished where its folder's records say so, for this config's hash; nothing else is remembered. So the same command
 goes on after any interruption, and several sweeps may share a folder: a run belongs to the process that holds the lock in
@@ -12,35 +12,27 @@ import contextlib
 import dataclasses
 import fcntl
 import json
-import multiprocessing
-import os
-import signal
-import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from multiprocessing import connection
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-import torch
 from rich.console import Console
 
-import gaf
 from gaf_lab import checkpoint, records
 from gaf_lab.config import ConfigError, TrainConfig
 from gaf_lab.console import percent, progress
 from gaf_lab.plan import folder_name
-from gaf_lab.problem import Problem
 from gaf_lab.train import Listener, completed, train
 
 INDEX = "sweep.jsonl"
 LOCK = "lock"
 TRIES = 3  # how often a run is begun or gone on with before the death of its process counts as a failure
 PICTURES = {
-    "digits": 1437, "mnist5k": 4000, "fashion-mnist": 60_000, "cifar10": 50_000, "cifar100": 50_000, "cifar100n": 50_000,
+    "digits": 1438, "mnist5k": 4000, "fashion-mnist": 60_000, "cifar10": 50_000, "cifar100": 50_000, "cifar100n": 50_000,
     "cifar100n-coarse": 50_000, "noise": 50_000, "imagenet": 1_281_167,
 }  # fmt: skip
 
@@ -163,7 +155,7 @@ def sweep(
     index(out, done.values())
     if len(done) == len(plan):
         return Swept(list(done.values()), {})
-    with contextlib.closing(Processes(workers) if engine == "local" else over_ray(workers, address)) as place:
+    with contextlib.closing(started(engine, workers, address)) as place:
         return Sweeping(plan, done, Board(console, plan, done)).run(place)
 
 
@@ -178,7 +170,11 @@ def described(configs: Sequence[TrainConfig], out: Path) -> list[str]:
     return [*lines, f"{sum(job.finished is not None for job in plan.values())} of {len(plan)} runs are finished."]
 
 
-def over_ray(workers: int, address: str) -> Engine:
+def started(engine: str, workers: int, address: str) -> Engine:
+    if engine == "local":
+        from gaf_lab.sweep_local import Processes
+
+        return Processes(workers)
     try:
         from gaf_lab.sweep_ray import Tasks
     except ModuleNotFoundError as missing:
@@ -403,102 +399,3 @@ class Board:
 def title(job: Job) -> str:
     """The folder's name as far as a person reads it: without the hash."""
     return job.name.removesuffix(f"-{job.config.hash}")
-
-
-# Processes on this machine
-
-
-class Teller:
-    """Follows a run and tells how far it is, five times a second."""
-
-    def __init__(self, tell: Callable[[Told], None]) -> None:
-        self.tell, self.facts, self.at = tell, "", 0.0
-
-    def begin(self, problem: Problem, step: int, steps: int) -> None:
-        self.steps = steps
-        self.tell(Told(step / steps, self.facts))
-
-    def stepped(self, step: int, outcome: gaf.Outcome) -> None:
-        if time.perf_counter() - self.at > 0.2:
-            self.at = time.perf_counter()
-            self.tell(Told(step / self.steps, self.facts))
-
-    def evaluated(self, line: dict[str, Any]) -> None:
-        self.facts = facts(line)
-
-
-@dataclass(eq=False)
-class Worker:
-    process: Any
-    pipe: "connection.Connection[Any, Any]"
-    job: str | None = None
-
-
-class Processes:
-    """Workers that stay, so that torch is imported and a data set read once in each; one that dies is replaced."""
-
-    def __init__(self, workers: int) -> None:
-        self.limit, self.threads = workers, max(1, (os.cpu_count() or 1) // workers)
-        self.workers: list[Worker] = []
-
-    def room(self) -> int:
-        return self.limit - sum(worker.job is not None for worker in self.workers)
-
-    def start(self, job: Job) -> None:
-        self.workers = [worker for worker in self.workers if worker.job or worker.process.is_alive()]
-        worker = next((worker for worker in self.workers if worker.job is None), None) or self._another()
-        worker.job = job.name
-        with contextlib.suppress(BrokenPipeError):  # it has just died, which events() will tell
-            worker.pipe.send(job)
-
-    def _another(self) -> Worker:
-        context = multiprocessing.get_context("spawn")
-        pipe, theirs = context.Pipe()
-        process = context.Process(target=serve, args=(theirs, self.threads))
-        with unheard(signal.SIGINT):
-            process.start()
-        theirs.close()
-        self.workers.append(Worker(process, pipe))
-        return self.workers[-1]
-
-    def events(self, seconds: float) -> Iterator[tuple[str, Told | Ended]]:
-        ready = connection.wait([worker.pipe for worker in self.workers], seconds)
-        for worker in [worker for worker in self.workers if worker.pipe in ready]:
-            try:
-                event = worker.pipe.recv()
-            except (EOFError, OSError):
-                self.workers.remove(worker)
-                worker.process.join()
-                event = Ended("died", f"its process died with exit code {worker.process.exitcode}.")
-            name = worker.job
-            if isinstance(event, Ended):
-                worker.job = None
-            if name is not None:
-                yield name, event
-
-    def close(self) -> None:
-        for worker in self.workers:
-            worker.process.terminate()
-        for worker in self.workers:
-            worker.process.join(10)
-            worker.process.kill()
-            worker.process.join()
-
-
-@contextlib.contextmanager
-def unheard(signum: signal.Signals) -> Iterator[None]:
-    """Processes started meanwhile never hear the signal; this one hears it afterwards."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signum])
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def serve(pipe: "connection.Connection[Any, Any]", threads: int) -> None:
-    """A worker: one job after the other, until it is told to stop or nobody listens any more."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    torch.set_num_threads(threads)
-    with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
-        while True:
-            pipe.send(work(pipe.recv(), Teller(pipe.send)))
