@@ -43,6 +43,9 @@ SMALL = TrainConfig(
 CONVNET: dict[str, Any] = {"model": "convnet", "augment": True}
 
 
+pytestmark = pytest.mark.usefixtures("unchecked")  # whole runs: shapes are checked in the library's own tests, and take half the time
+
+
 class Keeps(Silent):
     """Keeps every outcome."""
 
