@@ -31,7 +31,7 @@ CONFIGS = {
     "convnet": dataclasses.replace(ON_NOISE, model="convnet"),
     "mlp": dataclasses.replace(DEMO, tau=2.0, device="cpu"),
 }
-BLOCKS = {"resnet18": 1, "convnet": 2, "mlp": 20}  # steps between two looks at the clock
+BLOCKS = {"resnet18": 1, "convnet": 2, "mlp": 10}  # steps between two looks at the clock
 WARM = 3  # steps before: compilation, then buffers that are kept
 
 

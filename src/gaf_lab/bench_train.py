@@ -10,13 +10,14 @@ import contextlib
 import dataclasses
 import os
 import random
+import resource
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -45,7 +46,7 @@ Steps = Callable[[int], None]  # takes so many
 AVERAGING, ALL, PAPER, PLAIN = "averaging", "GAF, tau 2", "GAF, tau 0.97", "plain loop"
 ARMS: dict[str, dict[str, Any]] = {AVERAGING: {"policy": "mean"}, ALL: {"tau": 2.0}, PAPER: {"tau": 0.97}}
 DATA, BOOKS, PASSES, REST = "data and augmentation", "records and progress bar", "forward and backward", "filter and optimizer"
-SAVING = "checkpoint and evaluation line, per step"
+SAVING = "checkpoints, spread over steps"
 FRESH = 10  # rounds with the same models: where they lie in memory moves times by some percent
 BLOCK = {"cpu": 1, "cuda": AHEAD}  # steps between two looks at the clock: a look waits for an accelerator
 PADDING = 4
@@ -77,45 +78,56 @@ class Options:
         return dataclasses.replace(CIFAR100_GAF, dataset=dataset, **shared, **changes)
 
 
+class Took(NamedTuple):
+    """Milliseconds of a step: on the clock, and of the CPU, all threads and child processes together, whatever else the machine did."""
+
+    wall: float
+    cpu: float
+
+    def __sub__(self, other: "Took") -> "Took":
+        return Took(self.wall - other.wall, self.cpu - other.cpu)
+
+
+def both(name: str, ours: Sequence[Took], base: Sequence[Took]) -> dict[str, float]:
+    """Medians, and the ratio to `base` in the same round with its spread, under that name: on the clock, then cpu_."""
+    found = spread("", [t.wall for t in ours], [t.wall for t in base]) | spread("cpu_", [t.cpu for t in ours], [t.cpu for t in base])
+    return {key.replace("ratio", name): value for key, value in found.items()}
+
+
 @dataclass(frozen=True)
 class Arm:
-    """One way to train: milliseconds a step by rounds, those of averaging and of the first plain loop, and the share of steps taken."""
+    """One way to train: what its steps took by rounds, those of averaging and of the first plain loop, and the share of steps taken."""
 
     name: str
-    milliseconds: list[float]
-    averaging: list[float]
-    plain: list[float]
+    took: list[Took]
+    averaging: list[Took]
+    plain: list[Took]
     stepped: float
 
     def line(self) -> dict[str, Any]:
         """times_plain: steps per second over the plain loop's."""
-        times = spread("", self.plain, self.milliseconds)
-        faster = {f"times_plain_{name}": times[f"ratio_{name}"] for name in ("median", "p10", "p90")}
-        own = spread("", self.milliseconds, self.averaging)
-        return {
-            "kind": "bench-train", "arm": self.name, "rounds": len(self.milliseconds), "steps_per_second": 1000 / own["ms_median"],
-            **own, **faster, "stepped": self.stepped,
-        }  # fmt: skip
+        own, over = both("ratio", self.took, self.averaging), both("times_plain", self.plain, self.took)
+        faster = {key: value for key, value in over.items() if "times_plain" in key}
+        what = {"kind": "bench-train", "arm": self.name, "rounds": len(self.took)}
+        return what | {"steps_per_second": 1000 / own["ms_median"], "stepped": self.stepped} | own | faster
 
 
 @dataclass(frozen=True)
 class Part:
-    """One part of GAF's step: milliseconds by rounds, and those of whole steps."""
+    """One part of GAF's step: what it took by rounds, and what whole steps did."""
 
     name: str
-    milliseconds: list[float]
-    whole: list[float]
+    took: list[Took]
+    whole: list[Took]
 
     def line(self) -> dict[str, Any]:
-        found = spread("", self.milliseconds, self.whole)
-        shares = {name.replace("ratio", "share"): value for name, value in found.items() if name != "ms_median"}
-        return {"kind": "bench-train-part", "part": self.name, "ms_median": found["ms_median"], **shares}
+        return {"kind": "bench-train-part", "part": self.name, "rounds": len(self.took)} | both("share", self.took, self.whole)
 
 
 def train(options: Options) -> list[Arm | Part]:
     """Measures every arm, every plain loop, and the parts of GAF's step, a block of each in turn, `rounds` times."""
     check(options)
-    times: dict[str, list[float]] = {}
+    times: dict[str, list[Took]] = {}
     rows: dict[str, list[int]] = {name: [] for name in ARMS}
     with drawn_nowhere() as listener:
         for start in range(0, options.rounds, FRESH):
@@ -133,7 +145,10 @@ def train(options: Options) -> list[Arm | Part]:
         Arm(name, times[name], times[AVERAGING], plain, sum(map(bool, rows[name])) / len(rows[name]) if name in rows else 1.0)
         for name in (*ARMS, *map(loop_name, options.workers))
     ]
-    rest = [whole - sum(others) for whole, *others in zip(times[ALL], times[DATA], times[BOOKS], times[PASSES], strict=True)]
+    rest = [
+        whole - data - books - passes
+        for whole, data, books, passes in zip(times[ALL], times[DATA], times[BOOKS], times[PASSES], strict=True)
+    ]
     parts = {DATA: times[DATA], BOOKS: times[BOOKS], SAVING: saving, PASSES: times[PASSES], REST: rest}
     return [*arms, *(Part(name, found, times[ALL][: len(found)]) for name, found in parts.items())]
 
@@ -247,8 +262,8 @@ def fresh_model(config: TrainConfig, problem: Problem, device: torch.device) -> 
     return models.build(config.model, problem.shape, problem.classes, config.stem).to(device)
 
 
-def saved(training: Training, n: int) -> list[float]:
-    """Milliseconds of an evaluation's line and checkpoint, spread over the steps between two evaluations, n times; evaluating excluded."""
+def saved(training: Training, n: int) -> list[Took]:
+    """An evaluation's line and checkpoint, spread over the steps between two evaluations, n times; evaluating itself excluded."""
     config = training.config
     steps = config.eval_every * len(training.problem.train) / (config.k * config.b)
     line = {"kind": "eval", "rows": [config.k] * round(steps)}
@@ -258,7 +273,8 @@ def saved(training: Training, n: int) -> list[float]:
             records.append(Path(folder), line)
             checkpoint.save(Path(folder), training.state_dict(Path(folder)))
 
-        return [ms / steps for ms in in_turn({SAVING: repeated(save)}, n, 1, training.device)[SAVING]]
+        found = in_turn({SAVING: repeated(save)}, n, 1, training.device)[SAVING]
+        return [Took(took.wall / steps, took.cpu / steps) for took in found]
 
 
 @contextlib.contextmanager
@@ -272,8 +288,8 @@ def drawn_nowhere() -> Iterator[ConsoleListener]:
             listener.close()
 
 
-def in_turn(work: Mapping[str, Steps], rounds: int, block: int, device: torch.device) -> dict[str, list[float]]:
-    """Milliseconds of one step of each, in every round; the one that begins changes from round to round.
+def in_turn(work: Mapping[str, Steps], rounds: int, block: int, device: torch.device) -> dict[str, list[Took]]:
+    """What one step of each took, in every round; the one that begins changes from round to round.
 
     Args:
         work: what is timed, by name.
@@ -282,21 +298,23 @@ def in_turn(work: Mapping[str, Steps], rounds: int, block: int, device: torch.de
         device: is waited for at each look.
     """
     names = list(work)
-    found: dict[str, list[float]] = {name: [] for name in names}
+    found: dict[str, list[Took]] = {name: [] for name in names}
     for number in range(rounds + 1):
         turn = number % len(names)
         for name in names[turn:] + names[:turn]:
-            started = now(device)
+            wall, cpu = now(device)
             work[name](block)
-            found[name].append(1000 * (now(device) - started) / block)
+            later = now(device)
+            found[name].append(Took(1000 * (later[0] - wall) / block, 1000 * (later[1] - cpu) / block))
     return {name: times[1:] for name, times in found.items()}
 
 
-def now(device: torch.device) -> float:
-    """Seconds, once the device has done what it was given."""
+def now(device: torch.device) -> tuple[float, float]:
+    """Seconds on the clock and of the CPU, once the device has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return time.perf_counter()
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)  # those that have ended
+    return time.perf_counter(), time.process_time() + children.ru_utime + children.ru_stime
 
 
 # ---------------------------------------------------------------------------------------------- the plain loop
@@ -377,12 +395,13 @@ class PlainLoop:
 
 def arm_table(found: list[Arm | Part]) -> Table:
     result = Table(title="Training steps", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for column in ("arm", "steps/s", "ms", "ratio", "10-90%", "x plain loop", "taken"):
+    for column in ("arm", "steps/s", "ms", "ratio", "10-90%", "CPU ratio", "x plain", "taken"):
         result.add_column(column, justify="left" if column == "arm" else "right", no_wrap=True)
     for line in (m.line() for m in found if isinstance(m, Arm)):
         between = f"{line['ratio_p10']:.2f}-{line['ratio_p90']:.2f}"
-        rates = (f"{line['steps_per_second']:.2f}", f"{line['ms_median']:.1f}", f"{line['ratio_median']:.3f}", between)
-        result.add_row(line["arm"], *rates, f"{line['times_plain_median']:.2f}", f"{100 * line['stepped']:.0f}%")
+        rates = (f"{line['steps_per_second']:.2f}", f"{line['ms_median']:.1f}")
+        ratios = (f"{line['ratio_median']:.3f}", between, f"{line['cpu_ratio_median']:.3f}")
+        result.add_row(line["arm"], *rates, *ratios, f"{line['times_plain_median']:.2f}", f"{100 * line['stepped']:.0f}%")
     result.caption = (
         "medians; ratio: time over averaging's in the same round\nx plain loop: steps per second over its; taken: share of steps"
     )
@@ -391,11 +410,17 @@ def arm_table(found: list[Arm | Part]) -> Table:
 
 def part_table(found: list[Arm | Part]) -> Table:
     result = Table(title=f"Where a step of {ALL} goes", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for column in ("part", "ms", "share", "10-90%"):
+    for column in ("part", "ms", "share", "10-90%", "CPU share"):
         result.add_column(column, justify="left" if column == "part" else "right", no_wrap=True)
     for line in (m.line() for m in found if isinstance(m, Part)):
         between = f"{100 * line['share_p10']:.2f}-{100 * line['share_p90']:.2f}%"
-        result.add_row(line["part"], f"{line['ms_median']:.2f}", f"{100 * line['share_median']:.2f}%", between)
+        result.add_row(
+            line["part"],
+            f"{line['ms_median']:.2f}",
+            f"{100 * line['share_median']:.2f}%",
+            between,
+            f"{100 * line['cpu_share_median']:.2f}%",
+        )
     result.caption = f"each measured by itself in the same round; {REST}: what is left"
     return result
 
