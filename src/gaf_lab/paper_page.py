@@ -88,6 +88,7 @@ def outcome(item: Item, runs: list[Run]) -> list[str]:
             for other in (st.BASELINE, *pf.CONTROLS):
                 of = [(x, gap) for x, gap in gaps if (gap.arm, gap.other) == ("GAF", other)]
                 found += [counted(item, when, of)] if of else []
+        found += report.narrow(gap.n for _, gap in pf.differences(item, runs, st.LAST))
     if "distance_mean" in item.keys:
         found += reached(item, runs)
     return [report.unbroken(sentence) for sentence in found]

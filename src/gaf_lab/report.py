@@ -271,11 +271,7 @@ def tally(focus: list[Arm], baseline: Arm) -> str:
 def caveats(of: list[Arm]) -> list[str]:
     """What weakens the numbers: few seeds, and runs that are left out."""
     found = [ONE_SEED] if any(gap.n == 1 for measure, _ in SPOKEN for gap in differences(of, measure)) else []
-    sizes = [gap.n for gap in differences(of, st.LAST) if gap.n >= st.ENOUGH]  # with two, each sentence says so
-    if sizes and min(sizes) < FEW:
-        chance = 2 ** (min(sizes) - 1)
-        found.append(f"With {min(sizes)} seeds these intervals are too narrow: an arm that changes nothing would still have all its "
-                     f"differences on one side in 1 case of {chance}.")  # fmt: skip
+    found += narrow([gap.n for gap in differences(of, st.LAST)])
     left = [run for arm in of for run in arm.runs if arm.finished and run not in arm.finished]
     if left:
         found.append(f"{count(len(left), 'unfinished run')} {'is' if len(left) == 1 else 'are'} left out of these numbers.")
@@ -283,6 +279,15 @@ def caveats(of: list[Arm]) -> list[str]:
     if diverged:
         found.append(f"{count(len(diverged), 'run')} diverged: leaving them out flatters {listing(sorted({run.arm for run in diverged}))}.")
     return found
+
+
+def narrow(sizes: Iterable[int]) -> list[str]:
+    """What few seeds do to intervals by bootstrap, from the seeds behind each difference."""
+    least = min((n for n in sizes if n >= st.ENOUGH), default=FEW)  # with two, each sentence says so
+    if least >= FEW:
+        return []
+    return [f"With {least} seeds these intervals are too narrow: an arm that changes nothing would still have all its "
+            f"differences on one side in 1 case of {2 ** (least - 1)}."]  # fmt: skip
 
 
 def described(arm: Arm) -> str:

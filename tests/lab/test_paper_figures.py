@@ -277,6 +277,7 @@ def test_each_figure_has_its_claim_its_notes_and_what_came_out(shown):
     text = shown.text.replace("\xa0", " ")
     assert "GAF \N{MINUS SIGN} averaging runs from +2.0 (0%) to +20.0 (40%) points; these are too few seeds" in text
     assert "runs from +8.0 (τ = 0.8) to +10.0 (τ = 1) points; of 3 differences 3 can be told to be above 0, 0 below, 0 neither" in text
+    assert "With 3 seeds these intervals are too narrow" in text
     assert "goes from 0.850 (averaging, b = 200) to 0.963 (averaging, b = 50); the lowest evaluation has 0.800" in text
 
 
