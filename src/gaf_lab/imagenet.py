@@ -9,7 +9,9 @@ alone: any process can read any micro-batch, and workers read ahead in the order
 
 import itertools
 import math
+import multiprocessing
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -269,8 +271,9 @@ def ahead(read: Read, numbers: Iterable[int]) -> Iterator[Tensor]:
     """
     # a generator of its own: torch's global one, which a resumed run must find unmoved, gives workers their seeds otherwise
     loader: DataLoader[Any] = DataLoader(
-        Guarded(read), batch_size=None, sampler=numbers, num_workers=workers(), prefetch_factor=AHEAD, generator=torch.Generator()
-    )
+        Guarded(read), batch_size=None, sampler=numbers, num_workers=workers(), prefetch_factor=AHEAD, generator=torch.Generator(),
+        worker_init_fn=follow,
+    )  # fmt: skip
     try:
         for found in loader:
             if isinstance(found, DataError):
@@ -291,6 +294,22 @@ class Guarded(Dataset[Tensor | DataError]):
             return self._read(number)
         except DataError as error:
             return error
+
+
+def follow(worker: int) -> None:
+    """Ends this worker as soon as its run is gone.
+
+    The DataLoader's own look every five seconds misses a run that is gone before the worker is ready; and a worker that
+    stays keeps the connections of its rank open, so that the other ranks do not notice.
+    """
+    run = multiprocessing.parent_process()
+    assert run is not None
+
+    def wait() -> None:
+        run.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def workers() -> int:

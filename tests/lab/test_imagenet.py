@@ -23,6 +23,7 @@ from gaf_lab.archives import DataError
 from gaf_lab.config import TrainConfig
 from gaf_lab.evaluate import logits
 from gaf_lab.imagenet import Chunks, Files, MicroBatches, Reader, ahead, make_pictures
+from gaf_lab.parallel import Group
 from gaf_lab.problem import build
 from gaf_lab.sampling import Iid, generator
 from gaf_lab.train import train
@@ -192,11 +193,30 @@ def test_a_micro_batch_depends_on_seed_step_and_i_alone(pictures, sampler):
     assert not torch.equal(build(dataclasses.replace(config, seed=1), pictures, CPU).pictures(0, 0), other.pictures(0, 0))
 
 
-def test_each_rank_reads_its_own_micro_batches_of_the_same_run(pictures):
-    read = micro_batches(pictures)
-    alone, ranks = Reader(read, stride=1), [Reader(read, stride=2) for _ in range(2)]
-    for number in range(6):
-        assert torch.equal(alone(number), ranks[number % 2](number))
+def pids():
+    return {process.pid for process in multiprocessing.active_children()}
+
+
+def test_each_rank_reads_its_own_micro_batches_of_the_same_run_ahead(pictures, monkeypatch):
+    alone = build(SMALL, pictures, CPU)
+    for rank in range(2):
+        monkeypatch.setattr("gaf_lab.parallel.here", lambda rank=rank: Group(rank, world=2))
+        problem, before, used = build(SMALL, pictures, CPU), pids(), set()
+        for step in range(3):
+            x = problem.pictures(step, rank)
+            used |= pids() - before  # without what reads for the other problem
+            assert len(used) == imagenet.workers()  # the same workers at every step
+            assert torch.equal(x, alone.pictures(step, rank))
+            before |= pids() - used
+
+
+def test_a_jump_starts_new_workers_and_ends_those_before(pictures):
+    reader = Reader(micro_batches(pictures), stride=1)
+    reader(0)
+    first = pids()
+    reader(5)
+    assert len(first) == len(pids()) == imagenet.workers()
+    assert not first & pids()
 
 
 def test_without_augmentation_training_pictures_are_their_middle(pictures):
@@ -300,21 +320,42 @@ def test_made_pictures_are_the_same_for_a_seed_and_can_be_told_apart(pictures, t
     assert run.evals[-1]["test_accuracy"] > 0.75  # a guess gets 0.25
 
 
-def test_a_worker_that_is_killed_ends_the_run_with_one_message(pictures, tmp_path):
-    out = tmp_path / "run"
+@pytest.fixture
+def endless(pictures, tmp_path):
+    """A run without end as a process, and its workers' pids once it is under way."""
     words = ["train", "--dataset", "imagenet", "--data", pictures, "--size", "16", "--model", "convnet", "--k", "2", "--b", "8"]
-    words += ["--passes", "1000000", "--eval-every", "1000000", "--device", "cpu", "--out", out]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "gaf_lab", *map(str, words)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment
-    )
-    children: list[str] = []
-    while not children and process.poll() is None:
+    words += ["--passes", "1000000", "--eval-every", "1000000", "--device", "cpu", "--out", tmp_path]
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True, "env": os.environ | {"OMP_NUM_THREADS": "1"}}
+    process = subprocess.Popen([sys.executable, "-m", "gaf_lab", *map(str, words)], **pipes)
+    workers: list[int] = []
+    while len(workers) < imagenet.workers() and process.poll() is None:
         time.sleep(0.05)
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split() if (out / records.FILE).exists() else []
-    os.kill(int(children[0]), signal.SIGKILL)
+        workers = read_by(process.pid) if (tmp_path / records.FILE).exists() else []  # git, asked for the header, is gone by then
+    yield process, workers
+    process.kill()
+    process.communicate()
+
+
+def read_by(pid):
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def test_a_worker_that_is_killed_ends_the_run_with_one_message(endless, tmp_path):
+    process, workers = endless
+    os.kill(workers[0], signal.SIGKILL)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 2
     assert "gaf train: imagenet: every process that reads pictures must live as long as the run; one did not (DataLoader worker" in errors
     assert "Traceback" not in errors
-    assert records.read(out).end["status"] == "interrupted"
+    assert records.read(tmp_path).end["status"] == "interrupted"
+
+
+def test_a_run_that_is_killed_leaves_no_worker_behind(endless):
+    process, workers = endless
+    process.kill()
+    process.wait()
+    assert len(workers) == imagenet.workers()
+    deadline = time.monotonic() + 60
+    while any(Path(f"/proc/{pid}").exists() for pid in workers):
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
