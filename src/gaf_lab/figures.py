@@ -223,7 +223,7 @@ def static(runs: list[Run], chart: Chart, axis: Axis = SAMPLES) -> "Figure":
     width, height = 8.0, 1.15 + tall * len(chart.panels)
     figure = canvas(width, height)
     axes = figure.subplots(len(chart.panels), sharex=True, sharey=chart.zero, squeeze=False)[:, 0]
-    figure.subplots_adjust(left=0.55 / width, right=1 - right / width, top=1 - 0.5 / height, bottom=0.6 / height, hspace=0.24)
+    figure.subplots_adjust(left=0.68 / width, right=1 - right / width, top=1 - 0.5 / height, bottom=0.6 / height, hspace=0.24)
     drawn = [fill(ax, of, panel, chart, axis, colours) for ax, panel in zip(axes, chart.panels, strict=True)]
     for ax, panel, ends in zip(axes, chart.panels, drawn, strict=True):
         dress(ax, panel, chart, of if ends else [])

@@ -197,7 +197,7 @@ def static(item: Item, runs: list[Run], notes: Sequence[str] = (), axis: Axis = 
     if item.kind == "table":
         return tabular(item, runs, notes)
     if not runs:
-        figure, axes = sheet(item, notes, 8.0, [2.6], 0.6, 1.2)
+        figure, axes = sheet(item, notes, 8.0, [2.6], 0.72, 1.2)
         plain(axes[0][0])
         blank(axes[0][0])
         return figure
@@ -258,7 +258,7 @@ def over_training(item: Item, runs: list[Run], notes: Sequence[str], axis: Axis)
     marks += ["◇: the paper's value."] if any(item.paper.values()) else []
     columns, right = len(groups), margin(list(colours))
     tall = max(2.3, 0.2 * (len(colours) + 1))
-    figure, axes = sheet(item, [*notes, *marks], 8.0 if columns == 1 else 5.0 * columns, [tall] * len(chart.panels), 0.6, right, columns)
+    figure, axes = sheet(item, [*notes, *marks], 8.0 if columns == 1 else 5.0 * columns, [tall] * len(chart.panels), 0.72, right, columns)
     for column, (x, of) in enumerate(groups.items()):
         for row, panel in enumerate(chart.panels):
             ax, fit = axes[row][column], fitting(chart, panel)
@@ -343,7 +343,7 @@ def against(item: Item, runs: list[Run], notes: Sequence[str]) -> "Figure":
     at, rows = positions(item, runs), rows_of(item)
     colours = palette(names_of(item, runs))
     tall = max(2.3, 0.2 * (len(colours) + 1))
-    figure, grid = sheet(item, notes, 8.0, [tall] * len(rows), 0.6, margin(list(colours)))
+    figure, grid = sheet(item, notes, 8.0, [tall] * len(rows), 0.72, margin(list(colours)))
     axes = [ax for (ax,) in grid]
     found = [series(item, runs, key, measure) for key, measure in rows]
     drawn = [[along(ax, one, at, colours[one.arm].light) for one in of] for ax, of in zip(axes, found, strict=True)]
