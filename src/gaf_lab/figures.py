@@ -469,4 +469,5 @@ def bold(mean: Curve, panel: Panel, axis: Axis, shade: Shade) -> dict[str, Any]:
     line = {"color": shade.light, "width": 3}
     y = [round(value, 5) for value in scaled[0]]
     x = (some(mean.x) / axis.unit).tolist()
-    return {"mode": "lines", "x": x, "y": y, "text": text, "line": line, "hovertemplate": "%{fullData.name}: %{text}<extra></extra>"}
+    mode = "lines" if len(x) > 1 else "markers"  # a line of one point is nothing to see
+    return {"mode": mode, "x": x, "y": y, "text": text, "line": line, "hovertemplate": "%{fullData.name}: %{text}<extra></extra>"}

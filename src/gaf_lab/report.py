@@ -45,6 +45,16 @@ CONTROLS = {
     "replay-skip": "averages all micro-gradients, at the steps that GAF took in a recorded run: GAF's skips without its choice.",
     "random-subset": "averages random micro-gradients, as many as GAF accepted, at the steps that GAF took in a recorded run: "
     "GAF's skips and batch sizes without its choice.",
+    "scaled-lr": "averages all micro-gradients at every step, its learning rate times the share that GAF accepted in a recorded run.",
+}
+STARTS = {"best": ", from the start that most agree with", "worst": ", from the start that fewest agree with"}
+TECHNIQUES: dict[str, tuple[Any, str]] = {  # field -> what leaves it idle, and what it does otherwise
+    "loss": ("cross-entropy", "trained with the loss {!r}"),
+    "label_smoothing": (0.0, "labels smoothed by {:g}"),
+    "mixup": (0.0, "pictures mixed with alpha = {:g}"),
+    "sam": (0.0, "gradients taken at a distance of {:g} uphill (SAM)"),
+    "ema": (0.0, "evaluated at an average of the weights with decay {:g}"),
+    "early_stopping": (0, "ends after {} evaluations without a better held-out accuracy, at its best weights"),
 }
 
 
@@ -291,17 +301,27 @@ def narrow(sizes: Iterable[int]) -> list[str]:
 
 
 def described(arm: Arm) -> str:
-    """One line on what the arm does with the k micro-gradients."""
-    policy = arm.config.get("policy") or ("gaf" if is_gaf(arm) else None)
+    """One line on what the arm does with the k micro-gradients, and what else it does about wrong labels."""
+    config = arm.config
+    used = [text.format(config[name]) for name, (idle, text) in TECHNIQUES.items() if config.get(name, idle) != idle]
+    return aggregated(arm) + (f" Beside that: {listing(used)}." if used else "")
+
+
+def aggregated(arm: Arm) -> str:
+    config = arm.config
+    policy = config.get("policy") or ("gaf" if is_gaf(arm) else None)
     if policy == "gaf":
-        tau, least = arm.config.get("tau"), arm.config.get("min_accepted")
+        tau, least = config.get("tau"), config.get("min_accepted")
         near = "whose cosine distance to their running sum is at most τ" + ("" if tau is None else f" = {tau:g}")
         fewer = "too few agree" if least is None else f"fewer than {least} agree"
-        return f"averages the micro-gradients {near}, one after the other, and skips the step where {fewer}."
+        how = STARTS.get(str(config.get("start")), "") + (", halving the sum at each" if config.get("average") == "halving" else "")
+        where = " in each bucket of parameters by itself" if config.get("scope") == "group" else ""
+        return f"averages the micro-gradients {near}, one after the other{how}, and skips the step where {fewer}{where}."
     if policy not in CONTROLS:
         return f"policy {policy!r}." if policy else "its policy was not recorded."
-    chance = arm.config.get("step_probability")
-    return CONTROLS[policy].format(step_probability="" if chance is None else f" of {chance:g}")
+    chance = None if config.get("replay") else config.get("step_probability")
+    told = ", GAF's in a recorded run" if config.get("replay") else "" if chance is None else f" of {chance:g}"
+    return CONTROLS[policy].format(step_probability=told)
 
 
 # --- conditions --------------------------------------------------------------------------------------------------

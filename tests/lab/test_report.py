@@ -17,7 +17,7 @@ import pytest
 from matplotlib.image import imread
 from rich.console import Console
 
-from gaf_lab import figures, records, report, statistics
+from gaf_lab import figures, paper, records, report, statistics
 from gaf_lab.records import Run
 
 STEPS = 28  # per pass
@@ -524,3 +524,22 @@ report.write(records.find([Path({str(runs[0].folder.parent)!r})]), Path({str(tmp
 assert "matplotlib.pyplot" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_every_arm_of_the_lab_is_described_as_what_it_is(tmp_path):
+    texts = {}
+    for config in paper.every_arm(paper.FASHION):
+        run = records.Run(tmp_path, {"arm": config.arm, "config": config.plain()}, [], None)
+        texts[config.arm] = report.described(statistics.Arm(config.arm, [run]))
+    assert "policy" not in " ".join(texts.values())
+    sizes = {
+        "GAF, k = 2",
+        "GAF, k = 4",
+        "larger batch",
+        "averaging, AdamW",
+        "GAF, AdamW",
+    }  # these differ in what stands under "What differs"
+    told = [text for name, text in texts.items() if name not in sizes]
+    assert len(set(told)) == len(told)
+    assert "GAF's in a recorded run" in texts["random skip"]
+    assert "SAM" in texts["SAM"]
