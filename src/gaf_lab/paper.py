@@ -243,27 +243,27 @@ FASHION = TrainConfig(
     dataset="fashion-mnist", limit=5000, model="mlp", k=8, b=20, tau=0.8, lr=0.05, momentum=0.9, passes=30.0, eval_every=1.5
 )
 # The paper's ResNet18 on the real pictures, for as long as a CPU allows.
-EARLY = dataclasses.replace(presets.CIFAR100_GAF, noise="none", noise_rate=0.0, schedule="constant", passes=2.0, eval_every=0.2, probe=500)
+EARLY = dataclasses.replace(presets.CIFAR100_GAF, noise="none", noise_rate=0.0, schedule="constant", passes=1.0, eval_every=0.2, probe=500)
 
 
 def small(name: str) -> tuple[Configs, Arms]:
     """GAF's config at every point of a figure, and the arms there."""
     alone: Arms = lambda gaf: [averaging(gaf)]  # noqa: E731
-    early = dataclasses.replace(EARLY, limit=20_000, heldout=0.1, sampler="iid")
+    early = dataclasses.replace(EARLY, limit=5000, heldout=0.1, sampler="iid")
     noisy = [dataclasses.replace(FASHION, noise_rate=rate) for rate in NOISE]
     human = dataclasses.replace(early, dataset="cifar100n", noise="human")
     grid = (0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 1.0, 2.0)
     vit = dataclasses.replace(IMAGENET, model="vit-tiny", size=32, b=50, limit=2000, passes=20.0, eval_every=0.5, autocast="none")
-    white = dataclasses.replace(EARLY, dataset="noise", augment=False, sampler="iid", limit=5000, passes=25.0, eval_every=2.5)
+    white = dataclasses.replace(EARLY, dataset="noise", augment=False, sampler="iid", limit=1000, passes=50.0, eval_every=2.5)
     return {
         "fig1": ([EARLY, dataclasses.replace(EARLY, dataset="cifar100n", noise="human")], pair),
         "fig2": ([], pair),
         "fig3": ([vit], as_averaging),
-        "fig4": ([dataclasses.replace(early, b=b, passes=1.0, eval_every=0.25) for b in (25, 50, 100, 200, 400)], alone),
+        "fig4": ([dataclasses.replace(early, b=b, passes=2.0, eval_every=1.0) for b in (25, 50, 100, 200, 400)], alone),
         "fig5": ([white], alone),
         "fig6": (noisy, controlled),
         "fig7": ([dataclasses.replace(FASHION, tau=tau) for tau in grid], across_tau),
-        "fig8": ([dataclasses.replace(human, limit=5000, augment=False, passes=30.0, eval_every=1.5)], pair),
+        "fig8": ([dataclasses.replace(human, augment=False, passes=30.0, eval_every=1.5)], pair),
         "fig9": ([dataclasses.replace(FASHION, b=b) for b in (5, 10, 20, 40, 80)], controlled),
         "table1": ([noisy[0], noisy[5], noisy[7]], every_arm),
     }[name]
