@@ -139,7 +139,7 @@ def sweep(
         engine: processes on this machine, or tasks on a Ray cluster.
         keep_checkpoints: without them a run that is cut off starts anew.
         names: of the folders, one for each config, in place of `gaf_lab.plan.folder_name`.
-        address: of the Ray cluster; "auto" is the one that this machine is part of.
+        address: of the Ray cluster, HOST:PORT; "auto" is the one that this machine is part of.
 
     Raises:
         ConfigError: where a run that is to be replayed is neither planned nor finished, or `out` or the engine cannot be used.

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import socket
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -23,18 +24,22 @@ class Tasks:
 
     def __init__(self, workers: int, address: str) -> None:
         try:
+            if address != "auto":  # ray would try for minutes
+                host, _, port = address.rpartition(":")
+                socket.create_connection((host, int(port)), timeout=10).close()
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-        except (ConnectionError, ValueError) as error:
-            raise ConfigError(f"address must be that of a running Ray cluster; got {address!r} ({str(error).splitlines()[0]}). "
-                              "Start one with: ray start --head") from None  # fmt: skip
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"address must be that of a running Ray cluster, auto or HOST:PORT; got {address!r} "
+                              f"({str(error).splitlines()[0]}). Start one with: ray start --head") from None  # fmt: skip
         self.limit, self.jobs, self.looked = workers, dict[Any, Job](), time.monotonic()
+        self.task = ray.remote(task)
 
     def room(self) -> int:
         return self.limit - len(self.jobs)
 
     def start(self, job: Job) -> None:
         options: dict[str, Any] = {"num_cpus": 1, "num_gpus": int(job.config.device == "cuda"), "max_retries": 0, "name": job.name}
-        self.jobs[ray.remote(task).options(**options).remote(job)] = job
+        self.jobs[self.task.options(**options).remote(job)] = job
 
     def events(self, seconds: float) -> Iterator[tuple[str, Told | Ended]]:
         if not self.jobs:
@@ -62,7 +67,7 @@ def outcome(reference: Any) -> Ended:
     except ray.exceptions.RayTaskError as error:
         return Ended("failed", f"{error.cause!r}")
     except ray.exceptions.RayError as error:
-        return Ended("died", f"its node or process died ({str(error).splitlines()[0]}).")
+        return Ended("died", f"its node or process died ({str(error).split('. ')[0]}).")
     return ended
 
 

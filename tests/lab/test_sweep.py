@@ -153,7 +153,7 @@ def finished(out):
     return [run.folder for run in found if run.end is not None and run.end["status"] == "finished"]
 
 
-def wait_until(holds, seconds=60):
+def wait_until(holds, seconds=300):
     end = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < end
