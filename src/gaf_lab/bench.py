@@ -163,9 +163,12 @@ class Line(Protocol):
 
 
 def write(found: Sequence[Line], path: Path, conditions: dict[str, Any], device: torch.device | None = None) -> None:
-    """JSON lines: conditions first, then a line for each thing measured. device: where, if not on the CPU."""
+    """JSON lines: conditions first, then a line for each thing measured. device: where, if not on the CPU.
+
+    load: processes that wanted the CPU in the last minute, ours among them; above the number of cores, times on the clock are blurred.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     machine = environment.machine(device or torch.device("cpu"))
-    where = {"versions": environment.versions(), "machine": machine, "commit": environment.commit()}
+    where = {"versions": environment.versions(), "machine": machine, "load": os.getloadavg()[0], "commit": environment.commit()}
     lines = [{"kind": "conditions", **conditions, **where}, *(m.line() for m in found)]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))

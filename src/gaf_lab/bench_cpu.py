@@ -2,6 +2,9 @@
 
 Each number of threads has a process of its own, which keeps a training for each setting; a block of steps of each in turn is
 a round, and ratios are of the same round. Steps are those of `gaf train` with GAF at tau = 2, which accepts every row.
+
+Threads that wait for one another can spin, as GNU's OpenMP has it, or sleep (OMP_WAIT_POLICY=passive). Where other programs
+want the cores too, the thread that is waited for may not be running at all, and spinning is no use.
 """
 
 import contextlib
@@ -31,23 +34,24 @@ CONFIGS = {
     "convnet": dataclasses.replace(ON_NOISE, model="convnet"),
     "mlp": dataclasses.replace(DEMO, tau=2.0, device="cpu"),
 }
-BLOCKS = {"resnet18": 1, "convnet": 2, "mlp": 10}  # steps between two looks at the clock
+BLOCKS = {"resnet18": 1, "convnet": 2, "mlp": 4}  # steps between two looks at the clock
 WARM = 3  # steps before: compilation, then buffers that are kept
 
 
 @dataclass(frozen=True, order=True)
 class Setting:
-    """How steps are computed: in `processes` processes at once with `threads` threads each."""
+    """How steps are computed: in `processes` processes at once with `threads` threads each, which spin or sleep while they wait."""
 
     processes: int
     threads: int
     channels_last: bool
     compile: bool
+    spin: bool = False
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A model under one setting, by rounds: steps per second of all processes, and those of one process with all threads, eager.
+    """A model under one setting, by rounds: steps per second of all processes, and those under the setting BASE.
 
     start: seconds to build it and take WARM steps, compilation included. failed: why there are no figures; None where there are.
     """
@@ -55,7 +59,7 @@ class Measured:
     model: str
     setting: Setting
     speeds: list[float]
-    usual: list[float]
+    base: list[float]
     start: float
     failed: str | None = None
 
@@ -64,21 +68,24 @@ class Measured:
         what = {"kind": "bench-cpu", "model": self.model, "k": config.k, "b": config.b, **setting}
         if self.failed is not None:
             return what | {"failed": self.failed}
-        found = spread("", self.speeds, self.usual)
+        found = spread("", self.speeds, self.base)
         rates = {"rounds": len(self.speeds), "steps_per_second": statistics.median(self.speeds), "start_seconds": self.start}
         return what | rates | {name: value for name, value in found.items() if name != "ms_median"}
 
 
-def settings(cores: int) -> list[Setting]:
-    """One process with 1, 2, 4, ... and all `cores` threads, and `cores` processes of one thread; each laid out and compiled or not."""
+BASE = Setting(1, 1, False, False)
+
+
+def settings(cores: int, compile: bool = True) -> list[Setting]:
+    """One process with 1, 2, 4, ... and all `cores` threads, and `cores` processes of one thread; each laid out and compiled or not.
+
+    Last what torch does unasked where there are several cores: a thread for each, which spin.
+    """
     threads = sorted({cores, *(2**i for i in range(cores.bit_length()) if 2**i <= cores)})
-    ways = [(1, n) for n in threads] + ([(cores, 1)] if cores > 1 else [])
-    return [Setting(*way, last, compiled) for way in ways for compiled, last in itertools.product((False, True), repeat=2)]
-
-
-def usual(cores: int) -> Setting:
-    """What torch does unasked: a thread for each core."""
-    return Setting(1, cores, False, False)
+    several = cores > 1
+    ways = [(1, n) for n in threads] + [(cores, 1)] * several
+    found = [Setting(*way, last, compiled) for way in ways for compiled in (False, True)[: 1 + compile] for last in (False, True)]
+    return found + [Setting(1, cores, False, False, spin=True)] * several
 
 
 # ---------------------------------------------------------------------------------------------- one process
@@ -88,11 +95,16 @@ def serve(pipe: Any, threads: int, config: TrainConfig) -> None:
     """Takes steps as it is told, until it is told None: (channels_last, compile, steps) -> seconds, or an error's first line."""
     torch.set_num_threads(threads)
     made: dict[tuple[bool, bool], Training] = {}
-    for last, compiled, steps in iter(pipe.recv, None):
-        try:
-            pipe.send(taken(made, dataclasses.replace(config, channels_last=last, compile=compiled), steps))
-        except Exception as error:
-            pipe.send(f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
+    with contextlib.suppress(EOFError, BrokenPipeError):  # who asked is gone
+        for last, compiled, steps in iter(pipe.recv, None):
+            pipe.send(tried(made, dataclasses.replace(config, channels_last=last, compile=compiled), steps))
+
+
+def tried(made: dict[tuple[bool, bool], Training], config: TrainConfig, steps: int) -> float | str:
+    try:
+        return taken(made, config, steps)
+    except Exception as error:
+        return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
 def taken(made: dict[tuple[bool, bool], Training], config: TrainConfig, steps: int) -> float:
@@ -110,26 +122,30 @@ def taken(made: dict[tuple[bool, bool], Training], config: TrainConfig, steps: i
 
 
 class Crew:
-    """Processes for a model, by their number of threads; as many with one thread as there are cores."""
+    """Processes for a model, by the number of their threads and whether these spin; as many with one thread as there are cores."""
 
     def __init__(self, config: TrainConfig, cores: int) -> None:
+        self.pipes: dict[tuple[int, bool], list[Any]] = {}
+        self.processes: list[Any] = []
+        for kind in [(1, False)] * (cores - 1) + sorted({(s.threads, s.spin) for s in settings(cores)}):
+            with waiting(spin=kind[1]):
+                self.pipes.setdefault(kind, []).append(self._another(kind[0], config))
+
+    def _another(self, threads: int, config: TrainConfig) -> Any:
         context = multiprocessing.get_context("spawn")
-        self.pipes: dict[int, list[Any]] = {}
-        self.processes = []
-        for threads in [1] * (cores - 1) + sorted({s.threads for s in settings(cores)}):
-            ours, theirs = context.Pipe()
-            self.processes.append(context.Process(target=serve, args=(theirs, threads, config), daemon=True))
-            self.processes[-1].start()
-            theirs.close()
-            self.pipes.setdefault(threads, []).append(ours)
+        ours, theirs = context.Pipe()
+        self.processes.append(context.Process(target=serve, args=(theirs, threads, config), daemon=True))
+        self.processes[-1].start()
+        theirs.close()
+        return ours
 
     def steps(self, setting: Setting, steps: int) -> float | str:
         """Seconds until all of the setting's processes have taken so many steps each; or what went wrong in one."""
-        chosen = self.pipes[setting.threads][: setting.processes]
+        chosen = self.pipes[setting.threads, setting.spin][: setting.processes]
         started = time.perf_counter()
         for pipe in chosen:
             pipe.send((setting.channels_last, setting.compile, steps))
-        said = [pipe.recv() for pipe in chosen]
+        said = [answer(pipe) for pipe in chosen]
         return next((s for s in said if isinstance(s, str)), time.perf_counter() - started)
 
     def close(self) -> None:
@@ -140,16 +156,37 @@ class Crew:
             process.join()
 
 
-def run(models: Sequence[str], rounds: int, cores: int | None = None) -> list[Measured]:
+def answer(pipe: Any) -> float | str:
+    try:
+        said: float | str = pipe.recv()
+        return said
+    except EOFError:
+        return "its process died"
+
+
+@contextlib.contextmanager
+def waiting(spin: bool) -> Iterator[None]:
+    """Processes started meanwhile have threads that wait for one another as OpenMP does unasked, or sleep; it looks when it is loaded."""
+    name = "OMP_WAIT_POLICY"
+    before = os.environ.pop(name, None)
+    os.environ.update({} if spin else {name: "passive"})
+    try:
+        yield
+    finally:
+        os.environ.pop(name, None)
+        os.environ.update({} if before is None else {name: before})
+
+
+def run(models: Sequence[str], rounds: int, compile: bool = True, cores: int | None = None) -> list[Measured]:
     """Measures every setting for every model; one setting's failure, such as no C++ compiler, is its own."""
     if rounds < 2:
         raise ConfigError(f"rounds must be at least 2, for a spread; got {rounds}. Give --rounds 10.")
-    return [measured for model in models for measured in of_model(model, rounds, cores or os.cpu_count() or 1)]
+    return [measured for model in models for measured in of_model(model, rounds, compile, cores or os.cpu_count() or 1)]
 
 
-def of_model(model: str, rounds: int, cores: int) -> list[Measured]:
+def of_model(model: str, rounds: int, compile: bool, cores: int) -> list[Measured]:
     with contextlib.closing(Crew(CONFIGS[model], cores)) as crew:
-        starts = {setting: crew.steps(setting, WARM) for setting in settings(cores)}
+        starts = {setting: crew.steps(setting, WARM) for setting in settings(cores, compile)}
         failed = {setting: said for setting, said in starts.items() if isinstance(said, str)}
         speeds: dict[Setting, list[float]] = {setting: [] for setting in starts if setting not in failed}
         for order in turns(list(speeds), rounds):
@@ -158,7 +195,7 @@ def of_model(model: str, rounds: int, cores: int) -> list[Measured]:
                 assert not isinstance(seconds, str), seconds
                 speeds[setting].append(setting.processes * BLOCKS[model] / seconds)
     return [
-        Measured(model, setting, speeds.get(setting, []), speeds[usual(cores)], 0.0 if isinstance(said, str) else said, failed.get(setting))
+        Measured(model, setting, speeds.get(setting, []), speeds[BASE], 0.0 if isinstance(said, str) else said, failed.get(setting))
         for setting, said in starts.items()
     ]
 
@@ -176,10 +213,10 @@ def turns(items: list[Setting], rounds: int) -> Iterator[list[Setting]]:
 def chosen(lines: Sequence[dict[str, Any]], compiled: bool) -> dict[str, Any]:
     """Of one model's lines with one process, compiled or not, the fastest; a gain within the spread of the rounds counts for nothing.
 
-    Simple things come first: no channels-last, then fewer threads.
+    Simple things come first: threads that sleep, then no channels-last, then fewer threads.
     """
     rivals = [line for line in lines if line["processes"] == 1 and line["compile"] == compiled and "failed" not in line]
-    rivals.sort(key=lambda line: (line["channels_last"], line["threads"]))
+    rivals.sort(key=lambda line: (line["spin"], line["channels_last"], line["threads"]))
     best = rivals[0]
     for line in rivals[1:]:
         if line["ratio_p10"] > best["ratio_median"] and line["ratio_median"] > best["ratio_p90"]:
@@ -206,9 +243,11 @@ def advice(found: Sequence[Measured], model: str) -> str:
 def told(lines: Sequence[dict[str, Any]]) -> str:
     """The choice for one model, in words."""
     eager = chosen(lines, compiled=False)
-    layout = "channels-last" if eager["channels_last"] else "the usual layout"
+    layout = ("channels-last" if eager["channels_last"] else "the usual layout") + (", spinning" if eager["spin"] else "")
     text = f"{eager['threads']} thread{'s' if eager['threads'] > 1 else ''}, {layout}: {eager['steps_per_second']:.3g} steps/s"
-    if any(line["compile"] and "failed" not in line for line in lines):
+    if not any(line["compile"] for line in lines):
+        text += "; compiling was not measured"
+    elif any(line["compile"] and "failed" not in line for line in lines):
         compiled = chosen(lines, compiled=True)
         steps = break_even(eager, compiled)
         text += "; compiling does not pay" if steps is None else f"; compiling pays from {steps:,.0f} steps on"
@@ -223,16 +262,19 @@ def told(lines: Sequence[dict[str, Any]]) -> str:
 
 def table(found: Sequence[Measured]) -> Table:
     result = Table(title="Training steps per second under CPU settings", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for column in ("model", "processes", "threads", "channels-last", "compiled", "steps/s", "ratio", "10-90%", "start, s"):
+    for column in ("model", "runs", "threads", "channels-last", "compiled", "spin", "steps/s", "ratio", "10-90%", "start"):
         result.add_column(column, justify="left" if column == "model" else "right", no_wrap=True)
     for line in (m.line() for m in found):
         result.add_row(*cells(line))
-    result.caption = "medians; ratio: steps per second over those of one process with all threads in the same round"
+    result.caption = (
+        "medians; ratio: steps per second over those of one run with one thread in the same round\nstart: seconds to the third step"
+    )
     return result
 
 
 def cells(line: dict[str, Any]) -> list[str]:
-    way = [line["model"], str(line["processes"]), str(line["threads"])] + ["yes" if line[n] else "no" for n in ("channels_last", "compile")]
+    marks = ["yes" if line[name] else "" for name in ("channels_last", "compile", "spin")]
+    way = [line["model"], str(line["processes"]), str(line["threads"]), *marks]
     if "failed" in line:
         return [*way, f"failed: {line['failed'][:30]}", "", "", ""]
     spread = f"{line['ratio_p10']:.2f}-{line['ratio_p90']:.2f}"

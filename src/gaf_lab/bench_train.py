@@ -395,22 +395,23 @@ class PlainLoop:
 
 def arm_table(found: list[Arm | Part]) -> Table:
     result = Table(title="Training steps", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for column in ("arm", "steps/s", "ms", "ratio", "10-90%", "CPU ratio", "x plain", "taken"):
+    for column in ("arm", "steps/s", "ms", "ratio", "10-90%", "CPU", "x plain", "taken"):
         result.add_column(column, justify="left" if column == "arm" else "right", no_wrap=True)
     for line in (m.line() for m in found if isinstance(m, Arm)):
         between = f"{line['ratio_p10']:.2f}-{line['ratio_p90']:.2f}"
-        rates = (f"{line['steps_per_second']:.2f}", f"{line['ms_median']:.1f}")
+        rates = (f"{line['steps_per_second']:.2f}", f"{line['ms_median']:.4g}")
         ratios = (f"{line['ratio_median']:.3f}", between, f"{line['cpu_ratio_median']:.3f}")
         result.add_row(line["arm"], *rates, *ratios, f"{line['times_plain_median']:.2f}", f"{100 * line['stepped']:.0f}%")
     result.caption = (
-        "medians; ratio: time over averaging's in the same round\nx plain loop: steps per second over its; taken: share of steps"
+        "medians; ratio: time over averaging's in the same round, CPU: by CPU time\n"
+        "x plain: steps per second over the plain loop's; taken: share of steps"
     )
     return result
 
 
 def part_table(found: list[Arm | Part]) -> Table:
     result = Table(title=f"Where a step of {ALL} goes", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for column in ("part", "ms", "share", "10-90%", "CPU share"):
+    for column in ("part", "ms", "share", "10-90%", "CPU"):
         result.add_column(column, justify="left" if column == "part" else "right", no_wrap=True)
     for line in (m.line() for m in found if isinstance(m, Part)):
         between = f"{100 * line['share_p10']:.2f}-{100 * line['share_p90']:.2f}%"
@@ -421,7 +422,7 @@ def part_table(found: list[Arm | Part]) -> Table:
             between,
             f"{100 * line['cpu_share_median']:.2f}%",
         )
-    result.caption = f"each measured by itself in the same round; {REST}: what is left"
+    result.caption = f"each by itself in the same round, CPU: by CPU time\n{REST}: what is left"
     return result
 
 

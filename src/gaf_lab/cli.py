@@ -416,6 +416,8 @@ class BenchCPU:
 
     models: tuple[Literal["resnet18", "convnet", "mlp"], ...] = ("resnet18", "convnet", "mlp")
     """Networks: resnet18 and convnet in the paper's setting, mlp in the demo's."""
+    compile: bool = True
+    """Whether torch.compile is measured too; it takes minutes to start."""
     rounds: int = 10
     """Rounds, at least 2. Higher narrows the spread."""
     out: Path | None = None
@@ -498,7 +500,7 @@ def bench_cpu(words: Words, console: Console) -> int:
     if options.out is not None:
         records.make_folder(options.out.parent)
     with console.status(f"{', '.join(options.models)}: {options.rounds} rounds"):
-        found = job.run(options.models, options.rounds)
+        found = job.run(options.models, options.rounds, options.compile)
     console.print(job.table(found))
     for model in options.models:
         say(console, f"{model}: {job.advice(found, model)}")
