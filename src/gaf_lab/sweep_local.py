@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from multiprocessing import connection
+from multiprocessing import connection, resource_tracker
 from typing import Any
 
 import torch
@@ -99,6 +99,7 @@ class Processes:
 @contextlib.contextmanager
 def unheard(signum: signal.Signals) -> Iterator[None]:
     """Processes started meanwhile never hear the signal; this one hears it afterwards."""
+    resource_tracker.ensure_running()  # which otherwise starts meanwhile and unblocks SIGINT (CPython 3.11)
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signum])
     try:
         yield
