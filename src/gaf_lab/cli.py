@@ -189,8 +189,8 @@ class Paper:
     """Paired seeds, at least 1, in place of the scale's number."""
     workers: int | None = None
     """Runs at the same time; without it, one for each core."""
-    engine: Literal["local", "ray"] = "local"
-    """Processes on this machine, or tasks on a Ray cluster that shares the folder --out."""
+    engine: Literal["local", "together", "ray"] = "local"
+    """Processes on this machine; runs that take turns on one GPU; or tasks on a Ray cluster that shares the folder --out."""
     address: str = "auto"
     """Of the Ray cluster."""
 
@@ -242,8 +242,8 @@ class Sweep:
     """For a figure or table of the paper: as in gaf paper."""
     reading: Literal["paper", "code"] = "paper"
     """For a figure or table of the paper: as in gaf paper."""
-    engine: Literal["local", "ray"] = "local"
-    """Processes on this machine, or tasks on a Ray cluster."""
+    engine: Literal["local", "together", "ray"] = "local"
+    """Processes on this machine; runs that take turns in one process, which share a GPU; or tasks on a Ray cluster."""
     address: str = "auto"
     """Of the Ray cluster; auto is the one that this machine is part of."""
     dry_run: bool = False

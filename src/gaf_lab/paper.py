@@ -204,7 +204,7 @@ def full(name: str, reading: Reading = "paper") -> tuple[Configs, Arms]:
         "fig1": ([clean, human], both),
         "fig2": ([], both),
         "fig3": ([IMAGENET], as_averaging),
-        "fig4": ([dataclasses.replace(clean, b=b, passes=20.0, eval_every=1.0) for b in (*SIZES, 1600)], alone),
+        "fig4": (of_equal_steps(clean, (*SIZES, 1600), steps=5000, pictures=50_000, evaluations=20), alone),
         "fig5": ([white], alone),
         "fig6": (noisy, both),
         "fig7": ([dataclasses.replace(at_40, tau=tau) for tau in (*TAUS, 2.0)], across_tau),
@@ -212,6 +212,12 @@ def full(name: str, reading: Reading = "paper") -> tuple[Configs, Arms]:
         "fig9": ([*(dataclasses.replace(human, b=b) for b in SIZES), largest(human)], across_size(both)),
         "table1": ([*noisy, human], both),
     }[name]
+
+
+def of_equal_steps(gaf: TrainConfig, sizes: tuple[int, ...], steps: int, pictures: int, evaluations: int) -> Configs:
+    """A config at each micro-batch size, as many steps for each: the distance also changes as training goes on."""
+    passes = {b: steps * gaf.k * b / pictures for b in sizes}
+    return [dataclasses.replace(gaf, b=b, passes=passes[b], eval_every=passes[b] / evaluations) for b in sizes]
 
 
 # The paper gives neither optimizer nor batch for ViT-L/16; these are usual for training it from nothing (arXiv 2010.11929, table 3).
@@ -259,7 +265,7 @@ def small(name: str) -> tuple[Configs, Arms]:
         "fig1": ([EARLY, dataclasses.replace(EARLY, dataset="cifar100n", noise="human")], pair),
         "fig2": ([], pair),
         "fig3": ([vit], as_averaging),
-        "fig4": ([dataclasses.replace(early, b=b, passes=2.0, eval_every=1.0) for b in (25, 50, 100, 200, 400)], alone),
+        "fig4": (of_equal_steps(early, (25, 50, 100, 200, 400), steps=40, pictures=4500, evaluations=2), alone),
         "fig5": ([white], alone),
         "fig6": (noisy, controlled),
         "fig7": ([dataclasses.replace(FASHION, tau=tau) for tau in grid], across_tau),

@@ -26,7 +26,10 @@ from gaf_lab import checkpoint, records
 from gaf_lab.config import ConfigError, TrainConfig
 from gaf_lab.console import percent, progress
 from gaf_lab.plan import folder_name
-from gaf_lab.train import Listener, completed, train
+from gaf_lab.train import Listener, Turns, completed, train_in_turns
+from gaf_lab.train import finished as all_of
+
+EngineName = Literal["local", "together", "ray"]
 
 INDEX = "sweep.jsonl"
 LOCK = "lock"
@@ -121,7 +124,7 @@ def sweep(
     data_folder: Path | None,
     console: Console,
     command: str | None = None,
-    engine: Literal["local", "ray"] = "local",
+    engine: EngineName = "local",
     keep_checkpoints: bool = True,
     names: Sequence[str] | None = None,
     address: str = "auto",
@@ -136,7 +139,7 @@ def sweep(
         data_folder: where the data sets' archives or files are; None downloads them.
         console: where progress is shown.
         command: recorded with each run, so that a reader can run it again.
-        engine: processes on this machine, or tasks on a Ray cluster.
+        engine: processes on this machine; runs that take turns in this process, for one GPU; or tasks on a Ray cluster.
         keep_checkpoints: without them a run that is cut off starts anew.
         names: of the folders, one for each config, in place of `gaf_lab.plan.folder_name`.
         address: of the Ray cluster, HOST:PORT; "auto" is the one that this machine is part of.
@@ -175,6 +178,10 @@ def started(engine: str, workers: int, address: str) -> Engine:
         from gaf_lab.sweep_local import Processes
 
         return Processes(workers)
+    if engine == "together":
+        from gaf_lab.sweep_together import InTurns
+
+        return InTurns(workers)
     try:
         from gaf_lab.sweep_ray import Tasks
     except ModuleNotFoundError as missing:
@@ -218,23 +225,28 @@ def recorded(folder: Path) -> bool:
 
 def work(job: Job, listener: Listener) -> Ended:
     """Finishes a run, from its checkpoint where there is one; whatever goes wrong is said in what this returns."""
+    return all_of(working(job, listener))
+
+
+def working(job: Job, listener: Listener) -> Turns[Ended]:
+    """`work`, giving way to other runs of this process while the device is at work."""
     try:
         job.folder.mkdir(parents=True, exist_ok=True)
         with held(job.folder / LOCK, wait=False) as ours:
             if not ours:
                 return Ended("busy")
-            run = job.finished or trained(job, listener)
+            run = job.finished or (yield from trained(job, listener))
             index(job.folder.parent, [run])
     except Exception as error:
         return Ended("failed", f"{type(error).__name__}: {error}")
     return Ended("finished")
 
 
-def trained(job: Job, listener: Listener) -> records.Run:
+def trained(job: Job, listener: Listener) -> Turns[records.Run]:
     if not job.resumable:
         (job.folder / records.FILE).unlink(missing_ok=True)
     options: dict[str, Any] = {"data_folder": job.data_folder, "keep_checkpoints": job.keep_checkpoints, "command": job.command}
-    return train(job.config, job.folder, listener, resume=job.resumable, **options)
+    return (yield from train_in_turns(job.config, job.folder, listener, resume=job.resumable, **options))
 
 
 @contextlib.contextmanager
