@@ -395,13 +395,12 @@ class PlainLoop:
 
 def arm_table(found: list[Arm | Part]) -> Table:
     result = Table(title="Training steps", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for column in ("arm", "steps/s", "ms", "ratio", "10-90%", "CPU", "x plain", "taken"):
+    for column in ("arm", "steps/s", "ratio", "10-90%", "CPU", "x plain", "taken"):
         result.add_column(column, justify="left" if column == "arm" else "right", no_wrap=True)
     for line in (m.line() for m in found if isinstance(m, Arm)):
         between = f"{line['ratio_p10']:.2f}-{line['ratio_p90']:.2f}"
-        rates = (f"{line['steps_per_second']:.2f}", f"{line['ms_median']:.4g}")
-        ratios = (f"{line['ratio_median']:.3f}", between, f"{line['cpu_ratio_median']:.3f}")
-        result.add_row(line["arm"], *rates, *ratios, f"{line['times_plain_median']:.2f}", f"{100 * line['stepped']:.0f}%")
+        ratios = (f"{line['ratio_median']:.3f}", between, f"{line['cpu_ratio_median']:.3f}", f"{line['times_plain_median']:.2f}")
+        result.add_row(line["arm"], f"{line['steps_per_second']:.2f}", *ratios, f"{100 * line['stepped']:.0f}%")
     result.caption = (
         "medians; ratio: time over averaging's in the same round, CPU: by CPU time\n"
         "x plain: steps per second over the plain loop's; taken: share of steps"
