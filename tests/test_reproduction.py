@@ -1,0 +1,148 @@
+"""The tables of docs/reproduction.md are those of the records in results/.
+
+`python tests/test_reproduction.py` prints them anew.
+"""
+
+import itertools
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from gaf_lab import packs, paper
+from gaf_lab import statistics as st
+from gaf_lab.records import Run
+from gaf_lab.statistics import Arm, Measure
+
+ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "docs" / "reproduction.md"
+
+
+@cache
+def runs(name: str) -> list[Run]:
+    return packs.read(ROOT / "results" / f"{name}-small.jsonl")
+
+
+def at(name: str, field: str, value: object) -> list[Arm]:
+    return st.arms(run for run in runs(name) if run.header["config"][field] == value)
+
+
+def spelled(arm: Arm, measure: Measure) -> str:
+    found = st.spread(arm, measure)
+    if found is None:
+        return "-"
+    return f"{100 * found.mean:.1f}" + ("" if found.deviation is None else f" ± {100 * found.deviation:.1f}")
+
+
+def gap(arm: Arm, other: Arm, measure: Measure) -> str:
+    found = st.difference(arm, other, measure)
+    assert found is not None
+    assert found.low is not None
+    return f"{100 * found.mean:+.1f} ({100 * found.low:.1f} to {100 * found.high:.1f})"
+
+
+def accuracies(rate: float) -> str:
+    """Every arm of table 1 at a noise level."""
+    columns = (st.SELECTED, st.LAST, st.MEMORISED, st.ACCEPTANCE, st.STEPS)
+    lines = ["| arm | n | selected | last | memorised | accepted | steps taken |", "|---" * 7 + "|"]
+    for arm in at("table1", "noise_rate", rate):
+        lines.append(f"| {arm.name} | {len(arm.seeds)} | " + " | ".join(spelled(arm, measure) for measure in columns) + " |")
+    return "\n".join(lines)
+
+
+def gaps(rate: float) -> str:
+    """GAF against every other arm, paired."""
+    arms = {arm.name: arm for arm in at("table1", "noise_rate", rate)}
+    gaf = arms.pop("GAF")
+    lines = ["| GAF - | n | selected | last |", "|---" * 4 + "|"]
+    for name, arm in arms.items():
+        lines.append(f"| {name} | {len(arm.seeds)} | " + " | ".join(gap(gaf, arm, m) for m in (st.SELECTED, st.LAST)) + " |")
+    return "\n".join(lines)
+
+
+def sizes() -> str:
+    """Figure 4: the mean distance over the run, and over its last evaluation interval, for each micro-batch size."""
+    lines = ["| b | n | mean distance, whole run | mean distance, last interval | noise scale B, last |", "|---" * 5 + "|"]
+    for b in sorted({run.header["config"]["b"] for run in runs("fig4")}):
+        arm = at("fig4", "b", b)[0]
+        whole = st.Spread.of(mean_distance(run) for run in arm.runs)
+        late = st.Spread.of(float(run.evals[-1]["distance_mean"]) for run in arm.runs)
+        scale = st.Spread.of(float(run.evals[-1]["noise_scale"]) for run in arm.runs if run.evals[-1]["noise_scale"] is not None)
+        assert whole is not None
+        assert late is not None
+        noise = "-" if scale is None else f"{scale.mean:,.0f}"
+        lines.append(f"| {b} | {whole.n} | {number(whole)} | {number(late)} | {noise} |")
+    return "\n".join(lines)
+
+
+def number(found: st.Spread) -> str:
+    return f"{found.mean:.3f}" + ("" if found.deviation is None else f" ± {found.deviation:.3f}")
+
+
+def mean_distance(run: Run) -> float:
+    """Over all steps of a run: intervals weigh as many steps as they have."""
+    steps = [0, *(line["step"] for line in run.evals)]
+    weights = [after - before for before, after in itertools.pairwise(steps)]
+    return sum(w * line["distance_mean"] for w, line in zip(weights, run.evals, strict=True)) / sum(weights)
+
+
+def courses(name: str) -> str:
+    """Distances along the runs of a figure: first interval, lowest, last; with what had been learned and memorised at the end."""
+    head = [
+        "data",
+        "arm",
+        "n",
+        "distance, first",
+        "lowest",
+        "last",
+        "test accuracy, last (%)",
+        "training accuracy, last (%)",
+        "accepted (%)",
+    ]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for data in dict.fromkeys(run.header["config"]["dataset"] for run in runs(name)):
+        for arm in at(name, "dataset", data):
+            tracks = [[float(line["distance_mean"]) for line in run.evals if line["distance_mean"] is not None] for run in arm.runs]
+            found = [st.Spread.of(pick(track) for track in tracks) for pick in (lambda t: t[0], min, lambda t: t[-1])]
+            shown = [number(one) for one in found if one is not None]
+            known = Measure("clean", "clean", "share", lambda run: st.last(run, "clean_accuracy"))
+            rest = [spelled(arm, measure) for measure in (st.LAST, known, st.ACCEPTANCE)]
+            lines.append(f"| {data} | {arm.name} | {len(arm.seeds)} | " + " | ".join(shown + rest) + " |")
+    return "\n".join(lines)
+
+
+def thresholds() -> str:
+    """Figure 7; averaging is tau = 2."""
+    columns = (st.SELECTED, st.LAST, st.MEMORISED, st.ACCEPTANCE, st.STEPS)
+    lines = ["| tau | n | selected | last | memorised | accepted | steps taken |", "|---" * 7 + "|"]
+    for tau in sorted({run.header["config"]["tau"] for run in runs("fig7")}):
+        arm = at("fig7", "tau", tau)[0]
+        lines.append(f"| {tau:g} | {len(arm.seeds)} | " + " | ".join(spelled(arm, measure) for measure in columns) + " |")
+    return "\n".join(lines)
+
+
+TABLES = {
+    "table1 0": lambda: accuracies(0.0), "table1 40": lambda: accuracies(0.4), "table1 60": lambda: accuracies(0.6),
+    "gaps 0": lambda: gaps(0.0), "gaps 40": lambda: gaps(0.4), "gaps 60": lambda: gaps(0.6), "fig4": sizes,
+    "fig1": lambda: courses("fig1"), "fig5": lambda: courses("fig5"), "fig7": thresholds,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_the_pages_tables_are_the_records(name):
+    assert TABLES[name]() in PAGE.read_text()
+
+
+@pytest.mark.parametrize("name", ["table1", "fig1", "fig4", "fig5", "fig7"])
+def test_the_records_are_finished_runs_of_the_figures_plan(name):
+    planned = {config.hash for config in paper.plan(name, "small")}
+    assert {run.header["config_hash"] for run in runs(name)} == planned
+    assert {st.status(run) for run in runs(name)} == {"finished"}
+
+
+if __name__ == "__main__":
+    for name, table in TABLES.items():
+        try:
+            print(f"\n{name}\n\n{table()}")
+        except (FileNotFoundError, ValueError) as error:
+            print(f"\n{name}: {error}")
