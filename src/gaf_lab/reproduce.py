@@ -10,8 +10,7 @@ from rich.console import Console
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from gaf_lab import imagenet, models, paper, paper_page
-from gaf_lab.archives import DataError
+from gaf_lab import archives, imagenet, models, paper, paper_page
 from gaf_lab.config import TrainConfig
 from gaf_lab.paper import Configs, Item, Reading, Scale
 from gaf_lab.sweep import PICTURES, Swept, jobs, sweep
@@ -71,16 +70,14 @@ def reproduce(
 
 
 def has_imagenet(folder: Path | None) -> bool:
-    try:
-        imagenet.find(folder, 224)
-    except DataError:
-        return False
-    return True
+    """Whether there is something of ImageNet; what is wrong with it, a run will say."""
+    place = folder or archives.cache()
+    return any((place / name / "train").is_dir() for name in imagenet.PLACES)
 
 
 def places(configs: Configs, folder: Path | None, pictures: Path | None) -> list[tuple[Path | None, Configs]]:
     """The runs by where their data are: those of ImageNet in `pictures`, which are generated there, where that is given."""
-    if pictures is not None and not (pictures / "train").is_dir():
+    if pictures is not None:  # the same ones again, where they are there already
         imagenet.make_pictures(pictures, classes=10, per_class=40, size=48)
     drawn = [config for config in configs if config.dataset == "imagenet" and pictures is not None]
     rest = [config for config in configs if config not in drawn]
