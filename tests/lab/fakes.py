@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import io
 import pickle
+import signal
 import tarfile
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -141,3 +142,8 @@ class Silent:
 
     def evaluated(self, line: dict[str, Any]) -> None:
         pass
+
+
+def hear_ctrl_c() -> None:
+    """For a child process: it takes Ctrl-C as from a terminal, also where the tests run in the background, which ignores it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+from fakes import hear_ctrl_c
 from rich.console import Console
 
 from gaf_lab import records
@@ -33,7 +34,7 @@ def test_arms_of_one_seed_differ_in_the_policy_alone():
 
 def test_ctrl_c_leaves_what_is_finished_and_reports_it(tmp_path):
     command = [sys.executable, "-m", "gaf_lab", "demo", "--passes", "6", "--out", str(tmp_path)]
-    process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    process = subprocess.Popen(command, start_new_session=True, preexec_fn=hear_ctrl_c, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline and process.poll() is None and not any(finished(tmp_path)):
         time.sleep(0.1)

@@ -15,7 +15,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from fakes import Silent
+from fakes import Silent, hear_ctrl_c
 from rich.console import Console
 from test_train import assert_same, final_state
 
@@ -78,7 +78,7 @@ def start():
     def launch(*words):
         command = [sys.executable, "-m", "gaf_lab", "sweep", *map(str, words)]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        started.append(subprocess.Popen(command, start_new_session=True, **pipes))
+        started.append(subprocess.Popen(command, start_new_session=True, preexec_fn=hear_ctrl_c, **pipes))
         return started[-1]
 
     yield launch
@@ -256,7 +256,7 @@ def one(plan):
 
 
 def test_a_worker_that_is_killed_is_replaced_and_its_run_goes_on_from_the_checkpoint(tmp_path):
-    config = dataclasses.replace(BASE, passes=20.0, eval_every=1.0)
+    config = dataclasses.replace(BASE, passes=60.0, eval_every=1.0)
     folder, console = tmp_path / "cut" / folder_name(config), Console(file=io.StringIO())
     kept = []
 
