@@ -277,7 +277,7 @@ def small(name: str) -> tuple[Configs, Arms]:
 
 # --- seconds -----------------------------------------------------------------------------------------------------
 
-SMOKE = 1000  # pictures
+SMOKE = 400  # pictures
 
 
 def reduced(config: TrainConfig) -> TrainConfig:
