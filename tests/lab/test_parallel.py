@@ -144,6 +144,7 @@ def work(rank, store, folder):
     attempt("there", lambda: train(SMALL, folder / "gaf", Silent(), group=group))
     (folder / f"told-{rank}.json").write_text(json.dumps(told))
     dist.destroy_process_group()
+    os._exit(0)  # a process that has made dozens of data-parallel models now and then aborts in torch's destructors
 
 
 @pytest.fixture(scope="module")
@@ -289,6 +290,7 @@ def wait_until(holds, seconds=60):
         time.sleep(0.01)
 
 
+@pytest.mark.slow  # and where the machine is busy a kill can come too late
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds the workers in /proc")
 def test_kill_minus_9_of_a_worker_brings_the_run_back_and_to_the_same_end(ranks, torchrun, tmp_path):
     config, _ = jobs(ranks[0])["long"]
