@@ -1,9 +1,10 @@
 """One plain dictionary of metrics, for any tracker that takes numbers by name."""
 
 import math
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 
+@runtime_checkable
 class Source(Protocol):
     """A `gaf.Accumulator`, a `gaf.Handle`, or whatever else keeps their `stats`."""
 
@@ -29,6 +30,6 @@ def metrics(source: Source, b: float = 1) -> dict[str, float]:
     """
     stats = source.stats(b)
     steps, stepped = stats["steps"], stats["stepped"]
-    found = {name: stats.get(name, math.nan) for name in ("acceptance", "distance_mean", "distance_min", "noise_scale", "tau")}
+    found = {name: stats[name] for name in ("acceptance", "distance_mean", "distance_min", "noise_scale", "tau")}
     found |= {"stepped": stepped / steps if steps else math.nan, "skipped": steps - stepped}
     return {f"gaf/{name}": float(value) for name, value in found.items() if math.isfinite(value)}
