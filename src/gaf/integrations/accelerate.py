@@ -1,0 +1,146 @@
+"""Accelerate: one call after `prepare`; the loop stays as it is."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+import gaf
+from gaf.accumulate import Accumulator
+from gaf.combine import Policy
+from gaf.handle import Handle
+
+
+def attach(
+    accelerator: Accelerator, model: nn.Module, optimizer: Optimizer | Sequence[Optimizer], policy: Policy, **options: Any
+) -> "MicroBatches | Handle":
+    """Filters what a loop of Accelerate's averages.
+
+        model, optimizer, loader, scheduler = accelerator.prepare(model, optimizer, loader, scheduler)
+        handle = gaf.integrations.accelerate.attach(accelerator, model, optimizer, gaf.GAF(tau=0.9))
+
+    In one process the rows are the micro-batches of `gradient_accumulation_steps`; in several they are the ranks, and what
+    a rank accumulates is its row. After the last micro-batch's `accelerator.backward` p.grad holds the update, to clip and
+    to look at. A skip leaves parameters and optimizer state alone and counts as `optimizer_step_was_skipped`, so that prepared
+    schedulers stand still. `accelerator.save_state` carries counts and the policy's state; save between macro-batches.
+
+    In one process the update is the mean over the accepted micro-batches of those that there were; Accelerate itself divides
+    by `gradient_accumulation_steps` also where an epoch's last macro-batch is short.
+
+    Args:
+        accelerator: whose loop it is.
+        model: what `accelerator.prepare` gave.
+        optimizer: the same; several share one decision.
+        policy: `gaf.GAF(...)`, or any other that `gaf.Accumulator` or `gaf.attach` takes.
+        options: of `gaf.Accumulator` in one process (bn, leave_out), of `gaf.attach` in several (micro_group).
+
+    Returns:
+        What decides: `.last`, `.stats()`, `.detach()`.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: where filtering cannot work (DeepSpeed, FSDP, Megatron-LM, XLA,
+            sync_each_batch), with what to do instead.
+    """
+    prepared: list[Any] = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
+    check(accelerator, model, prepared)
+    inner = [one.optimizer for one in prepared]
+    decider: MicroBatches | Handle
+    if accelerator.distributed_type == DistributedType.NO:
+        decider = MicroBatches(accelerator, inner, policy, model=accelerator.unwrap_model(model), **options)
+    else:
+        decider = gaf.attach(model, inner, policy, scaler=accelerator.scaler, **options)
+    for one in prepared:
+        one.__class__, one.decider = Gated, decider
+        decider.on_detach(partial(setattr, one, "__class__", AcceleratedOptimizer))
+    accelerator.register_for_checkpointing(decider)
+    decider.on_detach(lambda: accelerator._custom_objects.remove(decider))
+    return decider
+
+
+class MicroBatches(Accumulator):
+    """The Accumulator of one process: Accelerate says when a macro-batch ends, clips, and steps.
+
+    Attributes:
+        divisor: what the loop has divided the loss by before it comes to `accelerator.backward`.
+    """
+
+    def __init__(self, accelerator: Accelerator, optimizers: list[Optimizer], policy: Policy, **options: Any) -> None:
+        super().__init__(optimizers, policy, scaler=accelerator.scaler, **options)
+        self.accelerator = accelerator
+        self.divisor: Callable[[], float] = lambda: 1.0
+        accelerator.backward = self.backward
+        self._undo: list[Callable[[], None]] = [lambda: vars(accelerator).pop("backward")]
+        if self.scaler is not None:  # decide() has unscaled the update
+            accelerator.unscale_gradients = lambda optimizer=None: None
+            self._undo.append(lambda: vars(accelerator).pop("unscale_gradients"))
+        self._undo += [one.register_step_pre_hook(self._before_step).remove for one in optimizers]
+
+    def backward(self, loss: Tensor, *, retain_graph: bool = False) -> None:
+        """One row, in place of `accelerator.backward`; the last of a macro-batch decides and leaves the update in p.grad.
+
+        Raises:
+            RuntimeError: where the update before is still there.
+        """
+        if not self.waiting and any(p.grad is not None for p in self._parameters()):
+            raise RuntimeError("accelerate.attach: p.grad must be empty when a macro-batch begins; it holds an update or a gradient from "
+                               "elsewhere. Call optimizer.zero_grad() after optimizer.step(), and leave accumulation to "
+                               "Accelerator(gradient_accumulation_steps=k) and accelerator.accumulate(model).")  # fmt: skip
+        super().backward(loss * self.divisor(), retain_graph=retain_graph)
+        if self.accelerator.sync_gradients:
+            self.last, self._decided = self.decide(), None
+
+    def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.outcome is None:
+            raise RuntimeError("accelerate.attach: every loss must go through accelerator.backward(loss); a step came, and none had. "
+                               "Use it in place of loss.backward().")  # fmt: skip
+
+    def on_detach(self, undo: Callable[[], None]) -> None:
+        self._undo.append(undo)
+
+    def detach(self) -> None:
+        """Leaves plain accumulation behind."""
+        while self._undo:
+            self._undo.pop()()
+
+
+class Gated(AcceleratedOptimizer):  # type: ignore[misc]
+    """An optimizer that tells schedulers of skips as of overflows."""
+
+    decider: MicroBatches | Handle
+
+    @property
+    def step_was_skipped(self) -> bool:
+        return super().step_was_skipped or not self._moved()
+
+    def _moved(self) -> bool:
+        if isinstance(self.decider, Handle):
+            return self.decider._moves
+        return self.decider.outcome is None or self.decider.outcome.stepped
+
+
+def check(accelerator: Accelerator, model: nn.Module, optimizers: list[Any]) -> None:
+    """What would go past the decision."""
+    for one in optimizers:
+        if not isinstance(one, AcceleratedOptimizer):
+            raise TypeError(f"accelerate.attach: the optimizer must be what accelerator.prepare gave; got {type(one).__name__}. "
+                            "Attach after prepare.")  # fmt: skip
+        if isinstance(one, Gated):
+            raise RuntimeError("accelerate.attach: the optimizer must not be attached already; it is. Call detach() on what attach gave.")
+    kind, alone = accelerator.distributed_type, accelerator.distributed_type == DistributedType.NO
+    if not alone and not isinstance(getattr(model, "_orig_mod", model), DistributedDataParallel):
+        raise TypeError("accelerate.attach: the model must be prepared, in one process or for DistributedDataParallel; got "
+                        f"{type(model).__name__} under {kind}. DeepSpeed, FSDP, Megatron-LM and XLA reduce the gradients before anyone "
+                        "can look: choose plain data parallelism (for FSDP2, gaf.attach in a loop of your own).")  # fmt: skip
+    if not alone and accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False):
+        raise ValueError("accelerate.attach: in several processes sync_each_batch must be False; with True, a rank's gradients would mix "
+                         "with the update of the micro-batches before. Leave it out.")  # fmt: skip
+    others = [type(one.optimizer).__name__ for one in accelerator._optimizers if all(one is not given for given in optimizers)]
+    if alone and others:
+        raise ValueError("accelerate.attach: in one process every prepared optimizer must be given, for accelerator.backward then serves "
+                         f"those alone; missing: {', '.join(others)}. Give them all as a list.")  # fmt: skip
