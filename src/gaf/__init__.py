@@ -9,6 +9,24 @@ from gaf.handle import Handle
 from gaf.policies import GAF, Mean, RandomSkip
 from gaf.reference import reference
 from gaf.telemetry import Outcome
+from gaf.thresholds import MovingAverageTau, NoiseFloorTau, QuantileTau, ScheduleTau, SignalTau
 
 __version__ = "0.1.0"
-__all__ = ["GAF", "Accumulator", "Decision", "Handle", "Mean", "Outcome", "RandomSkip", "aggregate", "attach", "gram", "reference"]
+__all__ = [
+    "GAF",
+    "Accumulator",
+    "Decision",
+    "Handle",
+    "Mean",
+    "MovingAverageTau",
+    "NoiseFloorTau",
+    "Outcome",
+    "QuantileTau",
+    "RandomSkip",
+    "ScheduleTau",
+    "SignalTau",
+    "aggregate",
+    "attach",
+    "gram",
+    "reference",
+]

@@ -19,16 +19,18 @@ from gaf.checks import (
     check_reentrant,
     check_scope,
     claim_scaler,
+    layers_of,
     names_of,
     raise_unusable,
 )
 from gaf.combine import Policy
 from gaf.decision import Decision
 from gaf.gate import gate
-from gaf.policies import skipped
-from gaf.rows import Stacked, Streamed, rows_for
+from gaf.policies import fixed_tau, skipped
+from gaf.rows import Layered, Stacked, Streamed, rows_for
 from gaf.telemetry import Outcome, Telemetry
 
+Rows = Streamed | Stacked | Layered
 LeaveOut = Callable[[str, nn.Parameter], bool]
 
 
@@ -73,10 +75,11 @@ class Accumulator:
     ) -> None:
         self.optimizers = check_optimizers(optimizer, "Accumulator")
         self.policy = check_policy(policy, "Accumulator")
-        check_scope(policy)
+        check_scope(policy, model, bn, leave_out)
         self.scaler = scaler if scaler is not None and scaler.is_enabled() else None
         self.last: Decision | None = None  # of the last step
         self.outcome: Outcome | None = None  # the same with its evidence, as plain numbers
+        self.layers: dict[str, Decision] = {}  # with scope="layer", of the last step, by the name of the module
         self._model, self._leave_out = model, leave_out
         self._names = names_of(self.optimizers, model)
         check_model(model, bn)
@@ -84,7 +87,7 @@ class Accumulator:
         self._params: list[nn.Parameter] = []
         self._spare: list[Tensor | None] = []  # buffers of the last macro-batch
         self._missing: list[bool] | None = None  # which trainable parameters got no gradient when the graph was last looked at
-        self._rows: Streamed | Stacked | None = None
+        self._rows: Rows | None = None
         self._decided: Decision | None = None
         self._telemetry = Telemetry()
         self._progress = (0, 0)  # steps decided and steps taken by this object; unlike stats, not restored
@@ -118,7 +121,7 @@ class Accumulator:
         if self._bn is not None:
             self._bn.note()
 
-    def _micro_gradient(self, loss: Tensor, rows: Streamed | Stacked, retain_graph: bool) -> None:
+    def _micro_gradient(self, loss: Tensor, rows: Rows, retain_graph: bool) -> None:
         """Runs the backward pass; each gradient goes to `rows` as soon as it is there."""
 
         taken: set[int] = set()
@@ -146,7 +149,7 @@ class Accumulator:
         with torch.no_grad():
             rows.add()
 
-    def _forget(self, rows: Streamed | Stacked) -> None:
+    def _forget(self, rows: Rows) -> None:
         """Leaves no trace of a micro-batch whose backward pass failed."""
         rows.drop()
         if self._bn is not None:
@@ -168,8 +171,10 @@ class Accumulator:
         return self._decided
 
     @torch.no_grad()
-    def _decide(self, rows: Streamed | Stacked) -> Decision:
+    def _decide(self, rows: Rows) -> Decision:
         decision, evidence = rows.decide()
+        if isinstance(rows, Layered):
+            self.layers = dict(zip(layers_of(self._params, self._names), rows.decisions, strict=True))
         outcome = Outcome.fetch(decision, evidence)
         overflow = self.scaler is not None and any(n != n or n == float("inf") for n in outcome.norms2)
         if overflow and outcome.stepped:
@@ -237,10 +242,11 @@ class Accumulator:
         Totals since the start: `steps` decided, `stepped` of them, `micro_gradients` seen, and of these `accepted`,
         `rejected` and `absent` (zero, NaN or infinite; on a skipped step nothing counts as accepted).
 
-        Over the last 100 steps: `distance_mean` and `distance_min`, cosine distances of the rows that were compared;
+        Over the last 100 steps: `acceptance`, share of the compared rows that were accepted; `distance_mean` and
+        `distance_min`, cosine distances of the rows that were compared;
         `norm_dispersion`, standard deviation over mean of the micro-gradients' norms; `noise_scale`, the gradient
         noise scale B = tr(Sigma) / |g|^2 (McCandlish et al., arXiv 1812.06162), in units of b. NaN where nothing was
-        compared, infinite where no common direction can be made out.
+        compared, infinite where no common direction can be made out. `tau`: the last step's, NaN for a policy without one.
 
         Args:
             b: samples per micro-batch. With 1, `noise_scale` counts micro-batches.
@@ -276,7 +282,7 @@ class Accumulator:
     def _parameters(self) -> list[nn.Parameter]:
         return [p for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]]
 
-    def _begin(self) -> Streamed | Stacked:
+    def _begin(self) -> Rows:
         """The parameters of one macro-batch: groups may have been added, layers thawed, since the last."""
         params = self._parameters()
         if len(params) != len(self._params) or any(p is not q for p, q in zip(params, self._params, strict=True)):
@@ -288,9 +294,16 @@ class Accumulator:
         voters = [self._leave_out is None or not self._leave_out(self._names[p], p) for p in params]
         if not any(voters):
             raise ValueError("Accumulator: leave_out must leave at least one parameter to decide on; it is true for all of them.")
-        self._rows = rows_for(self.policy, voters, self._spare, params[0].device)
+        self._rows = self._holder(voters, params[0].device)
         self._spare = [None] * len(params)
         return self._rows
+
+    def _holder(self, voters: list[bool], device: torch.device) -> Rows:
+        if getattr(self.policy, "scope", "all") != "layer":
+            return rows_for(self.policy, voters, self._spare, device)
+        layers = list(layers_of(self._params, self._names).values())
+        parts = [([voters[j] for j in layer], [self._spare[j] for j in layer]) for layer in layers]
+        return Layered(layers, [rows_for(self.policy, votes, spare, device) for votes, spare in parts])
 
     def _check_clean(self) -> None:
         for p in self._params:
@@ -322,7 +335,7 @@ class Accumulator:
         self.outcome = outcome
         self._progress = (self._progress[0] + 1, self._progress[1] + outcome.stepped)
         scale = 1.0 if self.scaler is None else self.scaler.get_scale()
-        self._telemetry.record(outcome, tau=getattr(self.policy, "tau", None), scale=scale)
+        self._telemetry.record(outcome, tau=fixed_tau(self.policy), scale=scale)
         if self._bn is not None:
             self._bn.settle(outcome.accepted)
             self._bn.begin()

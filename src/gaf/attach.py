@@ -60,6 +60,9 @@ def attach(
     model = getattr(model, "_orig_mod", model)  # of torch.compile
     optimizers = check_optimizers(optimizer, "attach")
     check_policy(policy, "attach")
+    if getattr(policy, "scope", "all") == "layer":
+        raise ValueError("attach: the policy's scope must be 'all' or 'group'; got 'layer', which gaf.Accumulator has on one device. Use "
+                         "'group' for a decision per bucket or parameter group, or leave scope out.")  # fmt: skip
     engine, group = engine_of(model, policy, group)
     check_same_everywhere(model, policy, micro_group, group)  # first, so that no rank is left waiting by what another one alone has wrong
     exchange = exchange_over(group, micro_group)

@@ -92,10 +92,16 @@ def check_policy(policy: Any, subject: str) -> Any:
     return policy
 
 
-def check_scope(policy: Any) -> None:
-    if getattr(policy, "scope", "all") != "all":
-        raise ValueError(f"Accumulator: the policy's scope must be 'all'; got {policy.scope!r}, which decides for each bucket or parameter "
-                         "group of a data-parallel engine. Use gaf.attach, or leave scope out.")  # fmt: skip
+def check_scope(policy: Any, model: nn.Module | None, bn: str, leave_out: Any) -> None:
+    scope = getattr(policy, "scope", "all")
+    if scope == "group":
+        raise ValueError("Accumulator: the policy's scope must be 'all' or 'layer'; got 'group', which decides for each bucket or "
+                         "parameter group of a data-parallel engine. Use gaf.attach, or leave scope out.")  # fmt: skip
+    if scope == "layer" and (model is None or bn != "all" or leave_out is not None):
+        raise ValueError("Accumulator: scope 'layer' needs the model, whose modules are the layers, and goes neither with bn='accepted' "
+                         f"nor with leave_out, for no micro-batch is accepted as a whole; got "
+                         f"model={'None' if model is None else 'given'}, bn={bn!r}, leave_out={leave_out!r}. "
+                         "Pass model= alone, or leave scope out.")  # fmt: skip
 
 
 def check_reentrant(loss: Tensor) -> None:
@@ -110,6 +116,14 @@ def check_reentrant(loss: Tensor) -> None:
             raise RuntimeError("Accumulator: activation checkpoints must not be reentrant; the loss went through one that is. "
                                "Use torch.utils.checkpoint.checkpoint(..., use_reentrant=False).")  # fmt: skip
         waiting.extend(following for following, _ in node.next_functions)
+
+
+def layers_of(params: list[nn.Parameter], names: Names) -> dict[str, list[int]]:
+    """The parameters' indices by the module that they are of."""
+    found: dict[str, list[int]] = {}
+    for j, p in enumerate(params):
+        found.setdefault(names[p].rpartition(".")[0] or names[p], []).append(j)
+    return found
 
 
 def names_of(optimizers: list[Optimizer], model: nn.Module | None) -> Names:

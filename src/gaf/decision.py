@@ -1,4 +1,4 @@
-"""What a policy says about the k micro-gradients of one macro-batch."""
+"""What a policy says about the k micro-gradients of one macro-batch, and what was measured of them."""
 
 from dataclasses import dataclass
 
@@ -25,3 +25,18 @@ class Decision:
     accepted: Bool[Tensor, " k"]
     stepped: Bool[Tensor, ""]
     distances: Float64[Tensor, " k"]
+
+
+@dataclass(frozen=True, eq=False)
+class Evidence:
+    """What was measured of the rows beside the decision.
+
+    Attributes:
+        norms2: (k,) float64, squared norms.
+        signal: () float64, an estimate of |g|^2, the squared norm of what the rows have in common.
+        tau: () float64, the largest distance that was accepted; NaN for a policy without one.
+    """
+
+    norms2: Float64[Tensor, " k"]
+    signal: Float64[Tensor, ""]
+    tau: Float64[Tensor, ""]

@@ -11,12 +11,12 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from gaf.combine import Policy
-from gaf.decision import Decision
+from gaf.decision import Decision, Evidence
 from gaf.exchange import Exchange, add_in_rank_order
 from gaf.gate import gate
-from gaf.policies import Mean, skipped
+from gaf.policies import Mean, fixed_tau, skipped
 from gaf.rows import judged
-from gaf.telemetry import Evidence, Outcome, Telemetry
+from gaf.telemetry import Outcome, Telemetry
 
 
 class Handle:
@@ -154,7 +154,7 @@ class Handle:
         assert isinstance(self.policy, Mean)
         ones, unknown = torch.ones(self._k, dtype=torch.bool), torch.full((self._k,), torch.nan, dtype=torch.float64)
         decision = self.policy.conclude(ones, unknown)
-        outcome = Outcome.fetch(decision, Evidence(unknown, unknown[0]))
+        outcome = Outcome.fetch(decision, Evidence(unknown, unknown[0], unknown[0]))
         self._record(decision, outcome.unmeasured(), params)
 
     def _record(self, decision: Decision, outcome: Outcome, params: Sequence[Tensor]) -> None:
@@ -162,7 +162,7 @@ class Handle:
         self._moves = self._moves or outcome.stepped
         if not outcome.stepped:
             self._still.update(params)
-        self._telemetry.record(outcome, tau=getattr(self.policy, "tau", None), scale=self._scale)
+        self._telemetry.record(outcome, tau=fixed_tau(self.policy), scale=self._scale)
         for i, (accepted, distance) in enumerate(zip(outcome.accepted, outcome.distances, strict=False)):
             self._absent[i] += distance != distance
             self._rejected[i] += distance == distance and not accepted

@@ -8,14 +8,15 @@ import math
 import numbers
 import random
 from dataclasses import KW_ONLY, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 
 from gaf.decision import Decision
-from gaf.sequential import Sequential, present, visit, walk
+from gaf.sequential import Seen, Sequential, present, visit, walk
 from gaf.shapes import Bool, Float64, Int
+from gaf.thresholds import NoiseFloorTau, Threshold
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,9 @@ class GAF(Sequential):
     Args:
         tau: the largest cosine DISTANCE to the running sum that is accepted, in [0, 2]. Lower filters more; 2 accepts
             every present row; the paper used 0.97 under label noise and 1.0 without. It does not transfer between
-            tasks: the mean distance between micro-gradients falls as the micro-batch grows.
+            tasks: the mean distance between micro-gradients falls as the micro-batch grows. So it may also be a threshold
+            object that adapts (`gaf.SignalTau`, `gaf.NoiseFloorTau`, `gaf.QuantileTau`, `gaf.MovingAverageTau`, `gaf.ScheduleTau`),
+            or "auto" for the one that the measurements in docs/choosing-tau.md recommend.
         start: which row the sum starts from. "first": the first present one (the paper). "best": every present row is
             tried, visiting the others around the ring; the start that accepts most rows is kept, then the one whose
             accepted rows have the highest mean pairwise cosine, then the lowest. "worst": among the starts that reach
@@ -44,7 +47,9 @@ class GAF(Sequential):
             agrees would otherwise be nearly all of the average.
         scope: "all": one decision for the whole gradient (the paper). "group": under `gaf.attach`, one for each of
             DDP's buckets or FSDP2's parameter groups. This is another algorithm: its decisions depend on how the
-            engine groups parameters, and some groups can step where others do not.
+            engine groups parameters, and some groups can step where others do not. "layer": under `gaf.Accumulator(model=...)`,
+            one for each module that has parameters; another algorithm too: what a layer is told by a micro-batch that another
+            layer refused still counts. Both take a number for tau.
 
     A single row (k = 1) has nothing to agree with: it steps as plain training does, unless it is absent.
 
@@ -56,19 +61,20 @@ class GAF(Sequential):
     tensor([0.5000, 0.5000, 0.0000], dtype=torch.float64)
     """
 
-    tau: float = 0.97
+    tau: float | Threshold | Literal["auto"] = 0.97
     _: KW_ONLY
     start: Literal["first", "best", "worst"] = "first"
     average: Literal["mean", "halving"] = "mean"
     min_accepted: int = 2
     max_norm_ratio: float | None = None
-    scope: Literal["all", "group"] = "all"
+    scope: Literal["all", "group", "layer"] = "all"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.tau, numbers.Real) or not 0 <= self.tau <= 2:
-            raise ValueError(
-                f"GAF: tau is a cosine distance and must lie in [0, 2]; got {self.tau!r}. The paper uses 0.97; 2 accepts everything."
-            )
+        if self.tau == "auto":
+            object.__setattr__(self, "tau", automatic())
+        if not isinstance(self.tau, Threshold) and (not isinstance(self.tau, numbers.Real) or not 0 <= self.tau <= 2):
+            raise ValueError(f"GAF: tau is a cosine distance and must lie in [0, 2], or be a threshold object or 'auto'; got {self.tau!r}. "
+                             "The paper uses 0.97; 2 accepts everything.")  # fmt: skip
         check_choice("start", self.start, ("first", "best", "worst"))
         check_choice("average", self.average, ("mean", "halving"))
         if not isinstance(self.min_accepted, int) or isinstance(self.min_accepted, bool) or self.min_accepted < 1:
@@ -76,14 +82,36 @@ class GAF(Sequential):
         ratio = self.max_norm_ratio
         if ratio is not None and (not isinstance(ratio, numbers.Real) or not ratio >= 1):
             raise ValueError(f"GAF: max_norm_ratio must be None or a number of at least 1; got {ratio!r}. 10 lets ordinary rows pass.")
-        check_choice("scope", self.scope, ("all", "group"))
+        check_choice("scope", self.scope, ("all", "group", "layer"))
+        if self.scope != "all" and isinstance(self.tau, Threshold):
+            raise ValueError(f"GAF: with scope {self.scope!r} tau must be a number, for a threshold object follows one decision per step; "
+                             f"got {self.tau!r}. Use scope='all'.")  # fmt: skip
 
     @property
     def streams(self) -> bool:  # type: ignore[override]
-        return self.start == "first" and self.max_norm_ratio is None
+        stays = isinstance(self.tau, Threshold) and self.tau.needs_gram
+        return self.start == "first" and self.max_norm_ratio is None and not stays
+
+    def tau_on(self, device: torch.device) -> Float64[Tensor, ""]:
+        """The largest distance that the step at hand accepts, () on the device."""
+        tau = self.tau.on(device) if isinstance(self.tau, Threshold) else cast(float, self.tau)
+        return tau if isinstance(tau, Tensor) else torch.full((), tau, dtype=torch.float64, device=device)
 
     def visit(self, count: Tensor, inner: Tensor, norm2: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
-        return visit(count, inner, norm2, own, self.tau)
+        return visit(count, inner, norm2, own, self.tau.on(inner.device) if isinstance(self.tau, Threshold) else cast(float, self.tau))
+
+    def learn(self, seen: Seen) -> None:
+        if isinstance(self.tau, Threshold):
+            self.tau.learn(seen)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What an adaptive tau has learned; nothing for a number."""
+        return {"tau": self.tau.state_dict()} if isinstance(self.tau, Threshold) else {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes back what `state_dict` gave. The state of a run whose tau was a number holds nothing."""
+        if isinstance(self.tau, Threshold) and state:
+            self.tau.load_state_dict(state["tau"])
 
     def conclude(self, accepted: Bool[Tensor, " k"], distances: Float64[Tensor, " k"]) -> Decision:
         return self._decision(accepted, distances, torch.arange(len(accepted), device=accepted.device))
@@ -96,8 +124,9 @@ class GAF(Sequential):
         k = len(gram)
         row = torch.arange(k, device=gram.device)
         orders = (row[:, None] + row) % k  # start s visits s, s + 1, ... around the ring
-        accepted, distances = walk(self, gram, orders)
+        accepted, distances, signals = walk(self, gram, orders)
         chosen = self._choose(gram, accepted)[None]  # an index of its own dimension: a scalar one would be fetched
+        self.learn(Seen(accepted[chosen][0], distances[chosen][0], gram.diagonal(), signals[chosen][0], gram))
         return self._decision(accepted[chosen][0], distances[chosen][0], orders[chosen][0])
 
     def _least(self, k: int) -> int:
@@ -121,6 +150,17 @@ class GAF(Sequential):
             score = torch.where(left, score, -math.inf)
             left = left & (score == score.max())
         return left.int().argmax()
+
+
+def automatic() -> Threshold:
+    """The threshold that tau="auto" stands for, a new one."""
+    return NoiseFloorTau()
+
+
+def fixed_tau(policy: Any) -> float | None:
+    """The policy's tau, where it has one that stays as it is."""
+    tau = getattr(policy, "tau", None)
+    return tau if isinstance(tau, numbers.Real) else None  # type: ignore[return-value]
 
 
 def without_giants(gram: Float64[Tensor, "k k"], ratio: float) -> Float64[Tensor, "k k"]:

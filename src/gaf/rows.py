@@ -1,19 +1,18 @@
 """Holds the micro-gradients of one macro-batch until the decision: added up as they come, or kept apart."""
 
 from collections.abc import Sequence
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
 
 from gaf.combine import Policy
-from gaf.decision import Decision
+from gaf.decision import Decision, Evidence
 from gaf.gram import gram_of
 from gaf.policies import GAF
-from gaf.sequential import Sequential, norm2_after, present
+from gaf.sequential import Seen, Sequential, norm2_after, present, signal
 from gaf.shapes import Float64
 from gaf.sums import Buffers, SumOnCpu, SumOnDevice, norm2_of_rest, voting
-from gaf.telemetry import Evidence
 
 
 def rows_for(policy: Policy, voters: Sequence[bool], spare: Buffers, device: torch.device) -> "Streamed | Stacked":
@@ -86,16 +85,18 @@ class Streamed:
         self.accepted.append(joins)
         self.distances.append(distance)
         self.norms2.append(own)
-        terms = count if self.policy.average == "mean" else count.clamp_max(1)
-        self.signals.append(torch.where(present(own) & (count > 0), inner / terms, torch.nan))
+        self.signals.append(signal(self.policy, count, inner, own))
         self.norm2 = torch.where(joins, norm2_after(norm2, inner, own, shrink), norm2)
         self.count = count + joins
         self.holds.append(self.got)
         self.got = [False] * len(self.got)
 
     def decide(self) -> tuple[Decision, Evidence]:
-        decision = self.policy.conclude(torch.stack(self.accepted), torch.stack(self.distances))
-        return decision, Evidence(torch.stack(self.norms2), torch.stack(self.signals).nanmean())
+        accepted, distances = torch.stack(self.accepted), torch.stack(self.distances)
+        norms2, signals, tau = torch.stack(self.norms2), torch.stack(self.signals), tau_of(self.policy, self.norm2)
+        decision = self.policy.conclude(accepted, distances)
+        self.policy.learn(Seen(accepted, distances, norms2, signals, gram=None))
+        return decision, Evidence(norms2, signals.nanmean(), tau)
 
     def update(self, weights: list[float]) -> Buffers:
         """w^T G; None for a parameter that no accepted row has a gradient for."""
@@ -158,13 +159,82 @@ class Stacked:
         return [chosen([g for g in column if g is not None], weights) for column in zip(*self.rows, strict=True)]
 
 
+class Layered:
+    """scope="layer": each layer's rows are held, judged and combined by themselves, in one backward pass.
+
+    Args:
+        layers: for each layer, the indices of its parameters; together all of them, each once.
+        holders: for each layer, of its rows.
+    """
+
+    def __init__(self, layers: Sequence[Sequence[int]], holders: Sequence[Streamed | Stacked]) -> None:
+        self.layers, self.holders = layers, holders
+        self.decisions: list[Decision] = []
+        self._place = {j: (holder, i) for indices, holder in zip(layers, holders, strict=True) for i, j in enumerate(indices)}
+
+    def __len__(self) -> int:
+        return len(self.holders[0])
+
+    def _whole(self, parts: Sequence[Sequence[Any]]) -> list[Any]:
+        """The layers' lists as one, in the order of the parameters."""
+        found = {j: one for indices, part in zip(self.layers, parts, strict=True) for j, one in zip(indices, part, strict=True)}
+        return [found[j] for j in range(len(found))]
+
+    @property
+    def spare(self) -> Buffers:
+        return self._whole([holder.spare for holder in self.holders])
+
+    @property
+    def got(self) -> list[bool]:
+        return self._whole([holder.got for holder in self.holders])
+
+    def take(self, j: int, grad: Tensor) -> None:
+        holder, i = self._place[j]
+        holder.take(i, grad)
+
+    def drop(self) -> None:
+        for holder in self.holders:
+            holder.drop()
+
+    def add(self) -> None:
+        for holder in self.holders:
+            holder.add()
+
+    def decide(self) -> tuple[Decision, Evidence]:
+        """The layers' decisions as one; each is kept in `decisions`."""
+        found = [holder.decide() for holder in self.holders]
+        self.decisions = [decision for decision, _ in found]
+        return together(self.decisions, [evidence for _, evidence in found])
+
+    def update(self, weights: list[float]) -> Buffers:
+        """w^T G with each layer's own weights; None for the parameters of a layer that does not step."""
+        own = torch.stack([decision.weights for decision in self.decisions]).tolist()
+        return self._whole([h.update(w) if any(w) else [None] * len(i) for h, w, i in zip(self.holders, own, self.layers, strict=True)])
+
+
+def together(decisions: Sequence[Decision], evidence: Sequence[Evidence]) -> tuple[Decision, Evidence]:
+    """Of the parts of one gradient: stepped, and a row accepted, where any part says so; weights and distances are means over parts."""
+    accepted = torch.stack([d.accepted for d in decisions]).any(0)
+    stepped = torch.stack([d.stepped for d in decisions]).any()
+    weights = torch.stack([d.weights for d in decisions]).mean(0)
+    decision = Decision(weights, accepted, stepped, torch.stack([d.distances for d in decisions]).nanmean(0))
+    norms2 = torch.stack([e.norms2 for e in evidence]).sum(0)
+    return decision, Evidence(norms2, torch.stack([e.signal for e in evidence]).nansum(), evidence[0].tau)
+
+
 def judged(policy: Policy, gram: Float64[Tensor, "k k"]) -> tuple[Decision, Evidence]:
     """What the policy says of a Gram matrix, and what else the matrix tells."""
+    tau = tau_of(policy, gram)
     decision = policy(gram)
     if decision.weights.shape != (len(gram),):
         raise ValueError(f"policy {policy!r}: a Decision must have one weight for each of the {len(gram)} rows; "
                          f"got shape {tuple(decision.weights.shape)}.")  # fmt: skip
-    return decision, Evidence(gram.diagonal(), mean_off_diagonal(gram))
+    return decision, Evidence(gram.diagonal(), mean_off_diagonal(gram), tau)
+
+
+def tau_of(policy: Policy, like: Tensor) -> Float64[Tensor, ""]:
+    """The policy's threshold for the rows at hand, on the device of `like`; NaN where it has none."""
+    return policy.tau_on(like.device) if isinstance(policy, GAF) else torch.full((), torch.nan, dtype=torch.float64, device=like.device)
 
 
 def weighted(terms: list[tuple[Tensor | None, float]]) -> Tensor | None:

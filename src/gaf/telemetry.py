@@ -12,17 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gaf.decision import Decision
+from gaf.decision import Decision, Evidence
 
 WINDOW = 100  # steps that the averages and the warning look back
-
-
-@dataclass(frozen=True, eq=False)
-class Evidence:
-    """What was measured of the rows beside the decision: squared norms (k,), and an estimate of |g|^2 ()."""
-
-    norms2: Tensor
-    signal: Tensor
 
 
 @dataclass(frozen=True)
@@ -35,6 +27,7 @@ class Outcome:
     weights: list[float]
     norms2: list[float]
     signal: float
+    tau: float = math.nan
 
     @classmethod
     def fetch(cls, decision: Decision, evidence: Evidence) -> "Outcome":
@@ -43,7 +36,7 @@ class Outcome:
 
     @classmethod
     def unpacked(cls, flat: list[float]) -> "Outcome":
-        """From the 4 k + 2 numbers that `packed` gives."""
+        """From the 4 k + 3 numbers that `packed` gives."""
         k = len(flat) // 4
         return cls(
             accepted=[bool(a) for a in flat[:k]],
@@ -52,6 +45,7 @@ class Outcome:
             norms2=flat[3 * k : 4 * k],
             stepped=bool(flat[4 * k]),
             signal=flat[4 * k + 1],
+            tau=flat[4 * k + 2],
         )
 
     def unmeasured(self) -> "Outcome":
@@ -69,8 +63,8 @@ class Outcome:
 
 
 def packed(decision: Decision, evidence: Evidence) -> Tensor:
-    """All of both in one vector (4 k + 2,) float64, where they lie."""
-    parts = (decision.accepted, decision.distances, decision.weights, evidence.norms2, decision.stepped, evidence.signal)
+    """All of both in one vector (4 k + 3,) float64, where they lie."""
+    parts = (decision.accepted, decision.distances, decision.weights, evidence.norms2, decision.stepped, evidence.signal, evidence.tau)
     return torch.cat([p.reshape(-1).to(evidence.norms2) for p in parts])
 
 
@@ -85,6 +79,7 @@ class Recent:
     dispersion: float
     norm2: float
     signal: float
+    tau: float = math.nan
 
     @classmethod
     def of(cls, outcome: Outcome, scale: float) -> "Recent":
@@ -99,6 +94,7 @@ class Recent:
             dispersion=spread / mean if norms else math.nan,
             norm2=sum(n * n for n in norms) / len(norms) if math.isfinite(outcome.signal) else math.nan,
             signal=outcome.signal / scale**2,
+            tau=outcome.tau,
         )
 
 
@@ -151,9 +147,11 @@ class Telemetry:
         norm2, signal = total(r.norm2 for r in recent), total(r.signal for r in recent)
         noise = max(norm2 - signal, 0.0)
         return self.totals | {
+            "acceptance": ratio(sum(r.accepted for r in recent), sum(r.compared for r in recent)),
             "distance_mean": ratio(total(r.distance_sum for r in recent), total(r.compared for r in recent)),
             "distance_min": min((r.distance_min for r in recent if r.compared), default=math.nan),
             "norm_dispersion": ratio(total(r.dispersion for r in recent), sum(math.isfinite(r.dispersion) for r in recent)),
+            "tau": recent[-1].tau if recent else math.nan,
             "noise_scale": math.nan if not any(r.compared for r in recent) else b * noise / signal if signal > 0 else math.inf,
         }
 

@@ -19,6 +19,7 @@ DataName = Literal["digits", "mnist5k", "fashion-mnist", "cifar10", "cifar100", 
 NoiseName = Literal["none", "symmetric", "asymmetric", "human"]
 SamplerName = Literal["iid", "stratified-observed", "stratified-clean"]
 ModelName = Literal["mlp", "convnet", "resnet18", "resnet34", "preact-resnet34", "vit-l16", "vit-tiny"]
+ThresholdName = Literal["fixed", "auto", "signal", "noise-floor", "quantile", "moving-average"]
 PolicyName = Literal["mean", "gaf", "random-skip", "replay-skip", "random-subset", "scaled-lr"]
 
 
@@ -111,14 +112,21 @@ class TrainConfig:
     """What is done with the k micro-gradients. replay-skip, random-subset and scaled-lr need `replay`."""
     tau: float = 0.8
     """For gaf: largest cosine distance to the running sum that is accepted, in [0, 2]. Lower filters more."""
+    threshold: ThresholdName = "fixed"
+    """For gaf: whether tau stays as it is, or is set by what the steps have shown; see gaf.thresholds. auto: the recommended one."""
+    threshold_by: float = 1.0
+    """What the threshold goes by: kappa of signal, z of noise-floor, p of quantile, margin of moving-average. Higher filters more, but
+    for p."""
+    half_life: int = 0
+    """For quantile: steps in which its p halves; 0: never."""
     start: Literal["first", "best", "worst"] = "first"
     """For gaf: the micro-gradient that the running sum starts from."""
     average: Literal["mean", "halving"] = "mean"
     """For gaf: the paper's mean, or the released code's halving."""
     min_accepted: int = 2
     """For gaf: accepted micro-gradients without which the step is skipped, at least 1. Higher skips more."""
-    scope: Literal["all", "group"] = "all"
-    """For gaf: one decision for the whole gradient, or one for each bucket that DistributedDataParallel would make."""
+    scope: Literal["all", "group", "layer"] = "all"
+    """For gaf: one decision for the whole gradient, for each bucket that DistributedDataParallel would make, or for each layer."""
     step_probability: float = 0.5
     """For random-skip: chance that a step is taken, in [0, 1]; with `replay` the share of steps that the recorded run took."""
     replay: Path | None = None
@@ -176,8 +184,10 @@ class TrainConfig:
             "min_accepted": (self.min_accepted >= 1, "must be at least 1", "The paper uses 2."),
             "step_probability": (0 <= self.step_probability <= 1, "must lie in [0, 1]", "Give GAF's share of steps."),
             "nesterov": (not self.nesterov or self.momentum > 0, "needs momentum above 0", "Set momentum, or nesterov off."),
-            "scope": (self.scope == "all" or self.bn == "all", "'group' goes with bn 'all' alone: buckets accept different micro-batches",
-                      "Set bn 'all', or scope 'all'."),
+            "scope": (self.scope == "all" or (self.bn == "all" and self.threshold == "fixed"),
+                      "'group' and 'layer' go with bn 'all' and a fixed threshold alone: each part accepts other micro-batches",
+                      "Set bn 'all' and threshold 'fixed', or scope 'all'."),
+            "half_life": (self.half_life >= 0, "must be at least 0", "It counts steps."),
             "replay": (self.replay is not None or self.policy not in REPLAYING, f"must be set for policy {self.policy!r}",
                        "Give the folder of a gaf run."),
             "loss": (self.loss != "elr" or not (self.sam or self.mixup), "elr goes neither with sam nor with mixup", "Set both to 0."),
@@ -219,7 +229,8 @@ ARMS = {
 }  # fmt: skip
 LATER = {
     "limit": 0, "size": 224, "loss": "cross-entropy", "label_smoothing": 0.0, "gce_q": 0.7, "elr_beta": 0.7,
-    "elr_lambda": 3.0, "mixup": 0.0, "sam": 0.0, "ema": 0.0, "early_stopping": 0, "scope": "all", "compile": False, "engine": "auto",
+    "elr_lambda": 3.0, "mixup": 0.0, "sam": 0.0, "ema": 0.0, "early_stopping": 0, "scope": "all", "threshold": "fixed",
+    "threshold_by": 1.0, "half_life": 0, "compile": False, "engine": "auto",
 }  # fmt: skip
 
 
@@ -232,8 +243,11 @@ def named(config: TrainConfig) -> str:
     used = [name for name, on in techniques.items() if on]
     filtering = config.policy == "gaf"
     variants = {
+        f"{config.threshold} {config.threshold_by:g}": filtering and config.threshold not in ("fixed", "auto"),
+        "tau auto": filtering and config.threshold == "auto", f"half-life {config.half_life}": filtering and config.half_life,
         f"start {config.start}": filtering and config.start != "first", "halving": filtering and config.average == "halving",
-        "per bucket": filtering and config.scope == "group", OPTIMIZERS[config.optimizer]: config.optimizer != "sgd",
+        "per bucket": filtering and config.scope == "group", "per layer": filtering and config.scope == "layer",
+        OPTIMIZERS[config.optimizer]: config.optimizer != "sgd",
     }  # fmt: skip
     base = [] if config.policy == "mean" and used else [ARMS[config.policy]]
     return ", ".join([" + ".join(base + used), *(name for name, on in variants.items() if on)])

@@ -18,9 +18,11 @@ from torch.optim.lr_scheduler import LRScheduler
 import gaf
 from gaf.accumulate import own
 from gaf.combine import Policy
+from gaf.decision import Evidence
 from gaf.gate import gate
+from gaf.policies import fixed_tau
 from gaf.rows import Stacked, Streamed, rows_on_device, streams
-from gaf.telemetry import Evidence, Telemetry, packed
+from gaf.telemetry import Telemetry, packed
 from gaf_lab.augment import affine, shifted
 from gaf_lab.config import ConfigError, TrainConfig
 from gaf_lab.controls import as_planned
@@ -73,7 +75,7 @@ class DeviceStep:
     Attributes:
         tables: `AHEAD` rows of each kind.
         at, taken: (1,) int64, steps decided and steps taken since the tables were filled.
-        log: (AHEAD, 5 k + 2) float64, of each step what `gaf.telemetry.packed` says, and the k losses.
+        log: (AHEAD, 5 k + 3) float64, of each step what `gaf.telemetry.packed` says, and the k losses.
     """
 
     def __init__(
@@ -87,7 +89,7 @@ class DeviceStep:
         self.tables = empty(AHEAD, config, self.planned, self.device)
         self.at, self.taken = (torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(2))
         self.rate = torch.zeros((), device=self.device)
-        self.log = torch.zeros(AHEAD, 5 * config.k + 2, dtype=torch.float64, device=self.device)
+        self.log = torch.zeros(AHEAD, 5 * config.k + 3, dtype=torch.float64, device=self.device)
         prepare(optimizer, self.rate)
         self.constants = affine(problem.data.mean, problem.data.std, self.device)  # in a cache, which may forget what a graph reads
 
@@ -264,7 +266,7 @@ class OnDevice:
         entry, k = self.waiting.popleft(), self.config.k
         self.outcome, self.losses = gaf.Outcome.unpacked(entry[:-k]), torch.tensor(entry[-k:])
         self._progress = (self._progress[0] + 1, self._progress[1] + self.outcome.stepped)
-        self._telemetry.record(self.outcome, tau=getattr(self.policy, "tau", None))
+        self._telemetry.record(self.outcome, tau=fixed_tau(self.policy))
         if self.one.planned:
             self.policy.step += 1
 

@@ -480,7 +480,7 @@ def make_scheduler(config: TrainConfig, optimizer: Optimizer, steps: int) -> LRS
 def make_policy(config: TrainConfig) -> Any:
     if config.policy == "gaf":
         rule: dict[str, Any] = {"start": config.start, "average": config.average, "min_accepted": config.min_accepted}
-        return gaf.GAF(config.tau, scope=config.scope, **rule)
+        return gaf.GAF(make_tau(config), scope=config.scope, **rule)
     if config.policy == "random-skip":
         return gaf.RandomSkip(step_probability(config), config.seed)
     if config.policy == "replay-skip":
@@ -488,6 +488,20 @@ def make_policy(config: TrainConfig) -> Any:
     if config.policy == "random-subset":
         return RandomSubset(recorded_rows(config), config.seed)
     return gaf.Mean()
+
+
+def make_tau(config: TrainConfig) -> Any:
+    """The config's tau, or the object that sets it, which starts from there."""
+    by = config.threshold_by
+    if config.threshold == "signal":
+        return gaf.SignalTau(by, initial=config.tau)
+    if config.threshold == "noise-floor":
+        return gaf.NoiseFloorTau(by, initial=config.tau)
+    if config.threshold == "quantile":
+        return gaf.QuantileTau(by, half_life=config.half_life or None, initial=config.tau)
+    if config.threshold == "moving-average":
+        return gaf.MovingAverageTau(by, initial=config.tau)
+    return "auto" if config.threshold == "auto" else config.tau
 
 
 def step_probability(config: TrainConfig) -> float:

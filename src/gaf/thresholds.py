@@ -1,0 +1,319 @@
+"""Thresholds that adapt: tau as a function of what the steps so far have shown.
+
+tau does not transfer between tasks, because the distances that it is held against do not: two micro-gradients
+g_i = g + e_i with Cov(e_i) = Sigma / b have an expected cosine of
+
+    E[cos] = b / (b + B)        B = tr(Sigma) / |g|^2, the gradient noise scale (McCandlish et al., arXiv 1812.06162)
+
+and two that are noise alone have a cosine of mean 0 and variance 1 / d_eff, d_eff = tr(Sigma)^2 / tr(Sigma^2). A threshold object
+takes the place of a number, `gaf.GAF(tau=gaf.SignalTau())`. It looks at the decisions of earlier steps only, at numbers that every
+rank has anyway: it costs no communication, is the same on all ranks, never asks the host for anything, and its state is one small
+vector on the rows' device, changed in place so that a captured CUDA graph may hold it.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from gaf.sequential import Seen, present
+from gaf.shapes import Float64
+
+WINDOW = 50.0  # steps that averages look back
+
+
+@dataclass(eq=False)
+class Threshold:
+    """What the kinds below share. One object serves one policy: its state follows that policy's decisions.
+
+    A kind gives its first state, tau as a function of the state, and the state after a step.
+    """
+
+    needs_gram: ClassVar[bool] = False  # whether it learns from the rows' Gram matrix, so that they cannot stream by
+    _state: Tensor | None = field(default=None, init=False, repr=False)
+
+    def first(self) -> list[float]:
+        raise NotImplementedError
+
+    def rule(self, state: Float64[Tensor, " m"]) -> Float64[Tensor, ""]:
+        raise NotImplementedError
+
+    def after(self, state: Float64[Tensor, " m"], seen: Seen) -> Float64[Tensor, " m"]:
+        raise NotImplementedError
+
+    def on(self, device: torch.device) -> Float64[Tensor, ""]:
+        """tau of the step at hand, () on the device."""
+        return self.rule(self._on(device)).clamp(0, 2)
+
+    def learn(self, seen: Seen) -> None:
+        """Takes in one decision. What cannot be measured leaves the state as it was."""
+        state = self._on(seen.norms2.device)
+        after = self.after(state, seen)
+        state.copy_(torch.where(after.isfinite(), after, state))
+
+    def _on(self, device: torch.device) -> Tensor:
+        if self._state is None:
+            self._state = torch.tensor(self.first(), dtype=torch.float64)
+        if self._state.device != device:
+            self._state = self._state.to(device)
+        return self._state
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"kind": type(self).__name__, "state": None if self._state is None else self._state.tolist()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes back what `state_dict` gave.
+
+        Raises:
+            ValueError: for the state of another kind.
+        """
+        if state["kind"] != type(self).__name__:
+            raise ValueError(f"{type(self).__name__}: the state must be of the same kind of threshold; it is of {state['kind']}. "
+                             "Build the policy as it was when it was saved.")  # fmt: skip
+        self._state = None if state["state"] is None else torch.tensor(state["state"], dtype=torch.float64)
+
+
+def faded(total: Tensor, value: Tensor, window: float) -> Tensor:
+    """A sum over steps in which each counts 1 - 1 / window times as much as the one after it."""
+    return total * (1 - 1 / window) + value
+
+
+def mean_norm2(seen: Seen) -> Float64[Tensor, ""]:
+    """Over present rows; NaN where there is none."""
+    return torch.where(present(seen.norms2), seen.norms2, math.nan).nanmean()
+
+
+@dataclass(eq=False)
+class SignalTau(Threshold):
+    """tau from the signal: what two rows have in common, as far as the gradient noise scale tells.
+
+        tau = 1 - kappa E[cos]        E[cos] = b / (b + B) = |g|^2 / E|g_i|^2
+
+    both terms as averages over the last steps (a ratio of means). It needs no b. As memorising sets in B grows, and tau with it.
+
+    Args:
+        kappa: share of the expected cosine that is asked for, at least 0. Higher filters more; 1 rejects about half.
+        window: steps that the averages look back, at least 1. Higher is steadier and slower.
+        initial: tau of the first step, in [0, 2].
+
+    Raises:
+        ValueError: where an argument is out of its range.
+    """
+
+    kappa: float = 1.0
+    window: float = WINDOW
+    initial: float = 1.0
+
+    def __post_init__(self) -> None:
+        check(self, "kappa", self.kappa, 0, math.inf)
+        check(self, "window", self.window, 1, math.inf)
+        check(self, "initial", self.initial, 0, 2)
+
+    def first(self) -> list[float]:
+        return [0.0, 0.0]  # |g|^2 and E|g_i|^2
+
+    def rule(self, state: Float64[Tensor, " m"]) -> Float64[Tensor, ""]:
+        signal, norm2 = state
+        return torch.where(norm2 > 0, 1 - self.kappa * (signal / norm2).clamp(0, 1), self.initial)
+
+    def after(self, state: Float64[Tensor, " m"], seen: Seen) -> Float64[Tensor, " m"]:
+        signal, norm2 = seen.signals.nanmean(), mean_norm2(seen)
+        return faded(state, torch.stack([signal, norm2 + 0 * signal]), self.window)  # both or none
+
+
+@dataclass(eq=False)
+class NoiseFloorTau(Threshold):
+    """tau from the noise floor: how much two rows of noise alone would agree by chance.
+
+        tau = 1 - z / sqrt(d_eff)        d_eff = tr(Sigma)^2 / tr(Sigma^2)
+
+        tr(Sigma) / b      mean diagonal - mean off-diagonal of K
+        tr(Sigma^2) / b^2  mean of (K_13 - K_14 - K_23 + K_24)^2 / 4 over fours of rows; with less than four rows the variance
+                           over steps of K_12, which holds 2 g' Sigma g / b too
+
+    Rows that share a signal well above the floor pass; as soon as nothing but noise is left, none does. Keeps all k rows.
+
+    Args:
+        z: standard deviations above chance that are asked for, at least 0. Higher filters more; 2 lets 2% of pure noise pass.
+        window: steps that the averages look back, at least 1. Higher is steadier and slower.
+        initial: tau of the first step, in [0, 2].
+
+    Raises:
+        ValueError: where an argument is out of its range.
+    """
+
+    z: float = 2.0
+    window: float = WINDOW
+    initial: float = 1.0
+    needs_gram: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check(self, "z", self.z, 0, math.inf)
+        check(self, "window", self.window, 1, math.inf)
+        check(self, "initial", self.initial, 0, 2)
+
+    def first(self) -> list[float]:
+        return [0.0] * 5  # weight of the steps, tr(Sigma) / b, tr(Sigma^2) / b^2 from fours; K_12 and its square
+
+    def rule(self, state: Float64[Tensor, " m"]) -> Float64[Tensor, ""]:
+        steps, trace, fours, inner, square = state
+        square_trace = torch.where(fours > 0, fours / steps, square / steps - (inner / steps) ** 2)
+        floor = (square_trace.clamp_min(0).sqrt() / (trace / steps)).clamp(0, 1)  # 1 / sqrt(d_eff)
+        return torch.where((steps > 0) & (trace > 0) & (square_trace > 0), 1 - self.z * floor, self.initial)
+
+    def after(self, state: Float64[Tensor, " m"], seen: Seen) -> Float64[Tensor, " m"]:
+        assert seen.gram is not None
+        K, k = seen.gram, len(seen.gram)
+        inner = (K.sum() - K.diagonal().sum()) / max(k * (k - 1), 1)
+        first = K[0, min(1, k - 1)]
+        fours = square_over_fours(K) if k >= 4 else torch.zeros_like(inner)
+        known = torch.stack([torch.ones_like(inner), K.diagonal().mean() - inner, fours, first, first**2])
+        return faded(state, torch.where(present(seen.norms2).all() & (k > 1), known, math.nan), self.window)
+
+
+def square_over_fours(gram: Float64[Tensor, "k k"]) -> Float64[Tensor, ""]:
+    """An unbiased estimate of tr(Sigma^2) / b^2 from k >= 4 rows: the mean over fours of (K_13 - K_14 - K_23 + K_24)^2 / 4.
+
+    (g_1 - g_2)'(g_3 - g_4) holds no g; each difference has covariance 2 Sigma / b. Rows are taken by fours in their order, each
+    four in its three pairings.
+    """
+    i = torch.arange(len(gram) // 4, device=gram.device) * 4
+    parts = []
+    for a, b, c, d in ((0, 1, 2, 3), (0, 2, 1, 3), (0, 3, 1, 2)):
+        contrast = gram[i + a, i + c] - gram[i + a, i + d] - gram[i + b, i + c] + gram[i + b, i + d]
+        parts.append(contrast**2 / 4)
+    return torch.stack(parts).mean()
+
+
+@dataclass(eq=False)
+class QuantileTau(Threshold):
+    """tau that is moved until the share p of the compared rows is accepted.
+
+        tau <- tau + rate (p - share accepted)        where rows were compared
+
+    A constant p loses what the paper's fixed tau has: acceptance that falls as memorising sets in. So p may decay, and
+    tau has a cap.
+
+    Args:
+        p: share of the compared rows to accept, in [0, 1]. Higher filters less.
+        half_life: steps in which p halves, above 0; None for a constant p.
+        cap: tau rises no further, in [0, 2]. At 1 rows that oppose the sum are never accepted.
+        rate: what tau moves by for each unit of share, above 0. Higher follows faster and less steadily.
+        initial: tau of the first step, in [0, 2].
+
+    Raises:
+        ValueError: where an argument is out of its range.
+    """
+
+    p: float = 0.3
+    half_life: float | None = None
+    cap: float = 1.0
+    rate: float = 0.02
+    initial: float = 1.0
+
+    def __post_init__(self) -> None:
+        check(self, "p", self.p, 0, 1)
+        check(self, "half_life", 1.0 if self.half_life is None else self.half_life, math.ulp(0), math.inf)
+        check(self, "cap", self.cap, 0, 2)
+        check(self, "rate", self.rate, math.ulp(0), math.inf)
+        check(self, "initial", self.initial, 0, 2)
+
+    def first(self) -> list[float]:
+        return [min(self.initial, self.cap), self.p]
+
+    def rule(self, state: Float64[Tensor, " m"]) -> Float64[Tensor, ""]:
+        return state[0]
+
+    def after(self, state: Float64[Tensor, " m"], seen: Seen) -> Float64[Tensor, " m"]:
+        tau, p = state
+        compared = seen.signals.isfinite()
+        share = (seen.accepted & compared).sum() / compared.sum()
+        tau = (tau + self.rate * (p - share)).clamp(0, self.cap)
+        return torch.stack([tau, p * (1.0 if self.half_life is None else 0.5 ** (1 / self.half_life))])
+
+
+@dataclass(eq=False)
+class MovingAverageTau(Threshold):
+    """tau from the distances themselves: their average over the last steps, less a margin.
+
+        tau = mean distance of the compared rows - margin
+
+    Args:
+        margin: how far below the average a distance must lie, in [-1, 1]. Higher filters more; at 0 about half pass.
+        cap: tau rises no further, in [0, 2]. At 1 rows that oppose the sum are never accepted.
+        window: steps that the average looks back, at least 1. Higher is steadier and slower.
+        initial: tau of the first step, in [0, 2].
+
+    Raises:
+        ValueError: where an argument is out of its range.
+    """
+
+    margin: float = 0.0
+    cap: float = 1.0
+    window: float = WINDOW
+    initial: float = 1.0
+
+    def __post_init__(self) -> None:
+        check(self, "margin", self.margin, -1, 1)
+        check(self, "cap", self.cap, 0, 2)
+        check(self, "window", self.window, 1, math.inf)
+        check(self, "initial", self.initial, 0, 2)
+
+    def first(self) -> list[float]:
+        return [0.0, 0.0]  # weight of the steps, their mean distances
+
+    def rule(self, state: Float64[Tensor, " m"]) -> Float64[Tensor, ""]:
+        steps, distance = state
+        return torch.where(steps > 0, distance / steps - self.margin, self.initial).clamp_max(self.cap)
+
+    def after(self, state: Float64[Tensor, " m"], seen: Seen) -> Float64[Tensor, " m"]:
+        distance = torch.where(seen.signals.isfinite(), seen.distances, math.nan).nanmean()
+        return faded(state, torch.stack([1 + 0 * distance, distance]), self.window)
+
+
+@dataclass(eq=False)
+class ScheduleTau(Threshold):
+    """tau over the steps: straight lines between points, constant before the first and after the last. Every decision is one step.
+
+    Args:
+        points: (step, tau) pairs with rising steps of at least 0 and tau in [0, 2].
+
+    Raises:
+        ValueError: where the points are not such.
+
+    >>> tau = ScheduleTau([(0, 1.0), (1000, 0.8)])
+    """
+
+    points: Sequence[tuple[float, float]]
+
+    def __post_init__(self) -> None:
+        self.points = [(float(step), float(tau)) for step, tau in self.points]
+        steps = [step for step, _ in self.points]
+        if not steps or min(steps) < 0 or any(a >= b for a, b in pairwise(steps)):
+            raise ValueError(f"ScheduleTau: points must be (step, tau) pairs whose steps rise from 0 or more; got {self.points}. "
+                             "[(0, 1.0), (1000, 0.8)] goes from 1 to 0.8 in a thousand steps.")  # fmt: skip
+        for _, tau in self.points:
+            check(self, "tau", tau, 0, 2)
+
+    def first(self) -> list[float]:
+        return [0.0]
+
+    def rule(self, state: Float64[Tensor, " m"]) -> Float64[Tensor, ""]:
+        tau = torch.full_like(state[0], self.points[0][1])
+        for (start, a), (end, b) in pairwise(self.points):
+            tau = tau + (b - a) * ((state[0] - start) / (end - start)).clamp(0, 1)
+        return tau
+
+    def after(self, state: Float64[Tensor, " m"], seen: Seen) -> Float64[Tensor, " m"]:
+        return state + 1
+
+
+def check(threshold: Threshold, name: str, value: Any, low: float, high: float) -> None:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not low <= value <= high or value == math.inf:
+        least = "above 0" if low == math.ulp(0) else f"of at least {low:g}"
+        most = f" and at most {high:g}" if high < math.inf else ""
+        raise ValueError(f"{type(threshold).__name__}: {name} must be a number {least}{most}; got {value!r}. Leave it out for the default.")
