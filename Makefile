@@ -9,7 +9,7 @@ demo: .venv/installed
 	$(BIN)/gaf demo
 
 test: .venv/installed
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow' tests
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not slow' tests
 
 matrix: .venv/installed
 	$(BIN)/python -m pytest -m slow tests

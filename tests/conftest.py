@@ -16,6 +16,14 @@ hypothesis.settings.register_profile("gaf", deadline=None, derandomize=True, dat
 hypothesis.settings.load_profile("gaf")
 
 
+LONG = ("test_paper_smoke", "test_sweep_ray", "test_sweep", "test_parallel", "test_demo", "test_train")  # files that take a minute
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files first, so that two workers end at about the same time. (xdist's own order is by the number of tests.)"""
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
+
+
 @pytest.fixture(autouse=True)
 def _same_random_numbers() -> None:
     torch.manual_seed(0)

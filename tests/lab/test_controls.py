@@ -35,14 +35,15 @@ def test_random_subset_takes_the_recorded_number_of_rows_with_equal_weights():
 
 
 def test_random_subsets_are_uniform_and_do_not_depend_on_the_gradients():
-    policy, other = RandomSubset([2] * 3000, seed=1), RandomSubset([2] * 3000, seed=1)
+    policy, other = RandomSubset([2] * 600, seed=1), RandomSubset([2] * 600, seed=1)
     counts = torch.zeros(6)
-    for _ in range(3000):
-        a, b = policy(torch.eye(6, dtype=torch.float64)), other(torch.ones(6, 6, dtype=torch.float64))
-        assert torch.equal(a.accepted, b.accepted)
+    for step in range(600):
+        a = policy(torch.eye(6, dtype=torch.float64))
+        if step < 50:
+            assert torch.equal(a.accepted, other(torch.ones(6, 6, dtype=torch.float64)).accepted)
         counts += a.accepted
-    # each row is drawn with probability 1/3: 1000 of 3000, standard deviation sqrt(3000 * 2/9) = 26
-    assert (counts - 1000).abs().max() < 5 * 26
+    # each row is drawn with probability 1/3: 200 of 600, standard deviation sqrt(600 * 2/9) = 12
+    assert (counts - 200).abs().max() < 4 * 12
 
 
 @pytest.mark.parametrize("make", [ReplaySkip, lambda rows: RandomSubset(rows, seed=3)])
