@@ -78,8 +78,10 @@ class Train:
     """Ends the run at this step."""
     resume: bool = False
     """Goes on from the checkpoint in --out, to the same result as a run that was never stopped."""
+    tracker: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    """Also sends every evaluation's numbers there: to tensorboard/ or wandb/ in --out, or to trackio's own folder."""
     tensorboard: bool = False
-    """Also writes TensorBoard events, to tensorboard/ in --out."""
+    """The same as --tracker tensorboard."""
 
 
 def train(words: Words, console: Console) -> int:
@@ -87,7 +89,7 @@ def train(words: Words, console: Console) -> int:
     if isinstance(options, int):
         return options
     from gaf_lab import console as shown
-    from gaf_lab import parallel
+    from gaf_lab import parallel, trackers
     from gaf_lab.train import train as run
 
     group = parallel.here()
@@ -96,10 +98,10 @@ def train(words: Words, console: Console) -> int:
         say(console, f"{options.out}: the run is complete ({done} steps); nothing to do.")
         return 0
     listener = shown.ConsoleListener(console)
-    board = shown.TensorBoardListener(options.out) if options.tensorboard and group.leads else None
-    both = shown.Listeners(listener, board) if board else listener
+    boards = [trackers.TrackerListener(name, options.out) for name in told_to(options)] if group.leads else []
+    everyone = shown.Listeners(listener, *boards)
     start = "gaf train " if group.world == 1 else f"torchrun --nproc-per-node {group.world} -m gaf_lab train "
-    job = partial(run, options.config, options.out, both, data_folder=options.data, steps=options.steps, resume=resume)
+    job = partial(run, options.config, options.out, everyone, data_folder=options.data, steps=options.steps, resume=resume)
     try:
         job(command=start + shlex.join(words), group=group)
     except KeyboardInterrupt:
@@ -107,7 +109,7 @@ def train(words: Words, console: Console) -> int:
         return 130
     finally:
         listener.close()
-        if board:
+        for board in boards:
             board.close()
     say(console, f"Records: {options.out / 'records.jsonl'}. Page: gaf report {options.out}")
     return 0
@@ -135,14 +137,20 @@ def of_rank_0(parse: Callable[[Words], Train], words: Words) -> Train | int:
 
 def look_before(options: Train, ranks: int) -> tuple[bool, str | None]:
     """Refuses what cannot run before anything is made. Whether to resume; and where the run is complete, its steps."""
-    from gaf_lab import parallel
+    from gaf_lab import parallel, trackers
     from gaf_lab.train import completed, prepare_folder, restarted
 
     parallel.check(options.config, ranks)
+    trackers.check(told_to(options))
     resume = options.resume or restarted(options.out)
     prepare_folder(options.out, resume)
     done = completed(options.config, options.out) if resume else None
     return resume, None if done is None else f"{done.evals[-1]['step']:,}"
+
+
+def told_to(options: Train) -> list[str]:
+    """The trackers of a run, each once."""
+    return list(dict.fromkeys((*options.tracker, *(("tensorboard",) if options.tensorboard else ()))))
 
 
 def under_torchrun() -> bool:
@@ -304,6 +312,55 @@ def report(words: Words, console: Console) -> int:
     console.print(page.table(found))
     records.make_folder(out)
     say(console, f"Page: {page.write(found, out, title=options.title)}")
+    return 0
+
+
+@dataclass
+class Probe:
+    """Measures micro-gradients without stepping: distances, noise scale, what each tau would accept, and which tau to take."""
+
+    config: OmitArgPrefixes[TrainConfig]
+    out: Path = Path("runs/probe")
+    """Folder for probe.jsonl and probe.png."""
+    preset: str | None = None
+    """A config by name; `gaf presets` lists them."""
+    toml: Path | None = None
+    """A TOML file with config keys."""
+    data: Path | None = None
+    """Folder with the data set's archive or its unpacked folder; without it, it is downloaded."""
+    after: tuple[int, ...] = (0, 100)
+    """Steps of training, with the config's own policy and tau, after which it looks. 0: the initial weights, which agree most."""
+    rows: int = 128
+    """Micro-gradients measured each time, at least 8 and twice k. Higher is more exact and costs time and memory."""
+    slices: int = 1
+    """Parts that the gradient is measured in. Higher divides the memory and multiplies the time by it."""
+    share: float = 0.5
+    """Of the compared micro-gradients accepted, at most, under the recommended tau, in (0, 1). Lower filters more."""
+    chance: float = 0.05
+    """Of pure noise passing a comparison, at most, under the recommended tau, in (0, 1). Lower filters more."""
+
+
+def probe(words: Words, console: Console) -> int:
+    options = tyro.cli(Probe, prog="gaf probe", args=words, default=Probe(base_config(words)))
+    from gaf_lab import bench as file
+    from gaf_lab import probe as job
+    from gaf_lab import records
+    from gaf_lab.train import pick_device
+
+    records.make_folder(options.out)
+    config = options.config
+    sizes = (options.rows, options.slices, options.share, options.chance)
+    with console.status(f"{config.dataset}, {config.model}, b = {config.b}: {options.rows} micro-gradients"):
+        found = list(job.look(config, options.after, options.data, *sizes))
+    lines = [one.line() for one in found]
+    console.print(job.table(lines))
+    console.print(job.layer_table([line for line in lines if line["layers"]][-1]))
+    for verdict in job.verdicts(lines):
+        say(console, verdict)
+    conditions = {"command": "gaf probe " + shlex.join(words), "config": config.plain(), "share": options.share, "chance": options.chance}
+    file.write(found, options.out / "probe.jsonl", conditions, pick_device(config.device))
+    job.draw(lines, options.out / "probe.png")
+    say(console, f"Figures: {options.out / 'probe.jsonl'}, {options.out / 'probe.png'}")
     return 0
 
 
@@ -544,6 +601,7 @@ COMMANDS = {
     "train": (train, Train.__doc__),
     "sweep": (sweep, Sweep.__doc__),
     "paper": (paper, Paper.__doc__),
+    "probe": (probe, Probe.__doc__),
     "report": (report, Report.__doc__),
     "data": (data, Data.__doc__),
     "bench": (bench, "What a step costs: gaf bench train, accumulate, ddp; gaf bench cpu: which settings are fast on a CPU."),

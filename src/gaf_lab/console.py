@@ -1,6 +1,5 @@
 """What a person sees while a run goes on."""
 
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -62,29 +61,6 @@ class ConsoleListener:
 
     def close(self) -> None:
         self.bar.stop()
-
-
-class TensorBoardListener:
-    """Every number of an evaluation line as a scalar over samples seen."""
-
-    def __init__(self, folder: Path) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.writer = SummaryWriter(str(folder / "tensorboard"))
-
-    def begin(self, problem: Problem, step: int, steps: int) -> None:
-        self.writer.add_text("config", str(problem.config.plain()))
-
-    def stepped(self, step: int, outcome: gaf.Outcome) -> None:
-        pass
-
-    def evaluated(self, line: dict[str, Any]) -> None:
-        for key, value in line.items():
-            if isinstance(value, int | float) and value == value and key != "samples":
-                self.writer.add_scalar(key, value, line["samples"])
-
-    def close(self) -> None:
-        self.writer.close()
 
 
 class Listeners:

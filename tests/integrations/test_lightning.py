@@ -3,11 +3,8 @@
 import csv
 import logging
 import math
-import sys
 import warnings
-from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,9 +24,6 @@ from lightning.pytorch.plugins.environments import LightningEnvironment  # noqa:
 from lightning.pytorch.strategies import SingleDeviceStrategy  # noqa: E402
 
 from gaf.integrations.lightning import GAFCallback, GAFDDPStrategy  # noqa: E402
-
-sys.path.append(str(Path(__file__).parents[1] / "distributed"))
-from ranks import Ranks  # noqa: E402
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", module="lightning")
@@ -304,13 +298,6 @@ def test_what_would_go_past_the_decision_is_refused(module, strategy, message):
 # ---------------------------------------------------------------------------------------------- two ranks
 
 
-@pytest.fixture(scope="module")
-def pair() -> Iterator[Ranks]:
-    ranks = Ranks(2)
-    yield ranks
-    ranks.close()
-
-
 def on_a_rank(policy: Any, way: str, ckpt_path: str | None = None, save: str | None = None, **options: Any) -> dict[str, Any]:
     callback = None if policy is None else GAFCallback(policy)
     strategy: Any = "ddp"
@@ -331,7 +318,7 @@ def on_a_rank(policy: Any, way: str, ckpt_path: str | None = None, save: str | N
     return found | {"stats": None if callback is None else callback.decider.stats(), "state": run.optimizers[0].state_dict()["state"]}
 
 
-def ranks_of(pair: Ranks, *args: Any, **options: Any) -> dict[str, Any]:
+def ranks_of(pair: Any, *args: Any, **options: Any) -> dict[str, Any]:
     first, second = pair.run(partial(on_a_rank, use_distributed_sampler=False, **options), *args)
     assert torch.equal(first["weights"], second["weights"])
     return first

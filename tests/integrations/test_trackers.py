@@ -1,0 +1,198 @@
+"""One dictionary of metrics; each tracker, the real one, gives back what was sent to it."""
+
+import json
+import math
+import struct
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+import gaf
+from gaf.integrations.trackers import metrics
+from gaf_lab import cli, records, trackers
+
+Logged = dict[int, dict[str, float]]  # by step
+
+
+@pytest.fixture
+def acc() -> gaf.Accumulator:
+    """After three steps of three micro-gradients in the plane: two accepted, one rejected; then a skip; then all accepted."""
+    p = torch.nn.Parameter(torch.zeros(2))
+    acc = gaf.Accumulator(torch.optim.SGD([p], lr=1.0), gaf.GAF(tau=0.5))
+    right, left, near, up = (torch.tensor(v) for v in ([1.0, 0.0], [-1.0, 0.0], [0.8, 0.6], [0.0, 1.0]))
+    for rows in ((right, near, up), (right, left, left), (right, near, near)):
+        for g in rows:
+            acc.backward((p * g).sum())
+        acc.step()
+    return acc
+
+
+def test_metrics_are_what_one_counts_by_hand(acc):
+    """near lies at 0.2 from right; their sum, (1.8, 0.6) of squared length 3.6, has up at one distance and near at another."""
+    up, near = 1 - 0.6 / math.sqrt(3.6), 1 - (1.8 * 0.8 + 0.6 * 0.6) / math.sqrt(3.6)
+    found = metrics(acc)
+    assert found.pop("gaf/noise_scale") == acc.stats()["noise_scale"] > 0
+    assert found == pytest.approx({
+        "gaf/acceptance": 3 / 6,
+        "gaf/distance_mean": (0.2 + up + 2 + 2 + 0.2 + near) / 6,
+        "gaf/distance_min": near,
+        "gaf/stepped": 2 / 3,
+        "gaf/skipped": 1,
+        "gaf/tau": 0.5,
+    })  # fmt: skip
+
+
+def test_the_noise_scale_is_in_units_of_b(acc):
+    assert metrics(acc, b=20)["gaf/noise_scale"] == pytest.approx(20 * metrics(acc)["gaf/noise_scale"])
+
+
+def test_what_is_not_known_yet_is_left_out():
+    p = torch.nn.Parameter(torch.zeros(2))
+    acc = gaf.Accumulator(torch.optim.SGD([p], lr=1.0), gaf.GAF(tau=0.5))
+    assert metrics(acc) == {"gaf/skipped": 0}
+    for g in ([1.0, 0.0], [-1.0, 0.0]):  # no common direction: an infinite noise scale
+        acc.backward((p * torch.tensor(g)).sum())
+    acc.step()
+    assert acc.stats()["noise_scale"] == math.inf
+    assert metrics(acc).keys() == {f"gaf/{n}" for n in ("acceptance", "distance_mean", "distance_min", "stepped", "skipped", "tau")}
+
+
+# ---------------------------------------------------------------------------------------------- what was written, read back
+
+
+def from_tensorboard(folder: Path) -> Logged:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    found: Logged = {}
+    for name in events.Tags()["scalars"]:
+        for scalar in events.Scalars(name):
+            found.setdefault(scalar.step, {})[name] = scalar.value
+    return found
+
+
+def from_wandb(folder: Path) -> Logged:
+    """A .wandb file: 7 bytes, then a LevelDB log (blocks of 32 KiB; records of checksum, length, kind, data) of protocol buffers."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    (path,) = folder.glob("wandb/offline-run-*/*.wandb")
+    data, at, found, record = path.read_bytes(), 7, {}, b""
+    while at + 7 <= len(data):
+        if 32768 - at % 32768 < 7:
+            at += 32768 - at % 32768
+            continue
+        _, length, kind = struct.unpack_from("<IHB", data, at)
+        record += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # whole, or a last part
+            line = {item.nested_key[0]: json.loads(item.value_json) for item in Record.FromString(record).history.item}
+            record = b""
+            if line:
+                found[line["_step"]] = {key: value for key, value in line.items() if key[0] != "_"}
+    return found
+
+
+def from_trackio(run: str) -> Logged:
+    from trackio.sqlite_storage import SQLiteStorage
+
+    lines = SQLiteStorage.get_logs("gaf", run)
+    return {line["step"]: {key: value for key, value in line.items() if key not in ("step", "timestamp")} for line in lines}
+
+
+@pytest.fixture
+def offline(monkeypatch, tmp_path) -> Path:
+    """No network, and trackio's database in the test's own folder."""
+    pytest.importorskip("wandb")
+    pytest.importorskip("trackio")
+    from trackio import sqlite_storage, utils
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    for module in (utils, sqlite_storage):
+        monkeypatch.setattr(module, "TRACKIO_DIR", tmp_path / "trackio")
+    return tmp_path
+
+
+def test_tensorboard_takes_them_as_scalars(acc, tmp_path):
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(str(tmp_path)) as writer:
+        for name, value in metrics(acc).items():
+            writer.add_scalar(name, value, 3)
+    assert from_tensorboard(tmp_path) == {3: pytest.approx(metrics(acc), rel=1e-6)}  # it keeps float32
+
+
+def test_weights_and_biases_takes_them_as_they_are(acc, offline):
+    import wandb
+
+    with wandb.init(project="gaf", dir=offline) as run:
+        run.log(metrics(acc), step=3)
+    assert from_wandb(offline) == {3: metrics(acc)}
+
+
+def test_trackio_takes_them_as_they_are(acc, offline):
+    import trackio
+
+    trackio.init(project="gaf", name="one", embed=False)
+    trackio.log(metrics(acc), step=3)
+    trackio.finish()
+    assert from_trackio("one") == {3: metrics(acc)}
+
+
+# ---------------------------------------------------------------------------------------------- gaf train --tracker
+
+SMALL = ["--dataset", "digits", "--model", "mlp", "--k", "3", "--b", "16", "--passes", "1", "--eval-every", "0.5"]
+
+
+@pytest.fixture
+def gaf_train(monkeypatch, capsys) -> Callable[..., tuple[int, str]]:
+    monkeypatch.setattr(cli, "Console", lambda **options: Console(**{"width": 200, **options}))
+
+    def call(*words: Any) -> tuple[int, str]:
+        code = cli.main(["train", *SMALL, *map(str, words)])
+        return code, capsys.readouterr().err
+
+    return call
+
+
+def test_gaf_train_sends_every_evaluation_to_all_that_it_is_told_of(gaf_train, offline):
+    out = offline / "run"
+    assert gaf_train("--tracker", "tensorboard", "wandb", "trackio", "--out", out)[0] == 0
+    lines = records.read(out).evals
+    assert len(lines) == 2
+    expected = {line["samples"]: trackers.metrics(line) for line in lines}
+    assert all({"heldout_accuracy", "test_accuracy", "train_loss"} <= expected[step].keys() for step in expected)
+    assert from_wandb(out) == expected
+    assert from_trackio("run") == expected
+    assert from_tensorboard(out / "tensorboard") == {step: pytest.approx(numbers, rel=1e-6) for step, numbers in expected.items()}
+
+
+def test_an_option_of_its_own_still_means_tensorboard(gaf_train, tmp_path):
+    assert gaf_train("--tensorboard", "--out", tmp_path)[0] == 0
+    assert from_tensorboard(tmp_path / "tensorboard").keys() == {line["samples"] for line in records.read(tmp_path).evals}
+
+
+def test_a_tracker_that_is_not_installed_is_refused_before_anything_is_made(gaf_train, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    code, err = gaf_train("--tracker", "wandb", "--out", tmp_path / "run")
+    assert code == 2
+    assert "tracker wandb: its package must be installed; it is not. Install it with pip install '.[trackers]'." in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_weights_and_biases_refuses_becomes_one_message(gaf_train, offline, monkeypatch):
+    import wandb
+
+    def refuse(**options: Any) -> None:
+        raise wandb.errors.UsageError("No API key configured.")
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    code, err = gaf_train("--tracker", "wandb", "--out", offline / "run")
+    assert code == 2
+    assert "tracker wandb: a run must be begun; wandb says: No API key configured. Log in, or set WANDB_MODE=offline." in err
