@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import gaf
 from gaf.integrations.lightning import GAFCallback
 
-EPOCHS, K, B = 30, 8, 10
+EPOCHS, K, B = 40, 8, 10
 
 
 def digits() -> tuple[TensorDataset, torch.Tensor, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""The examples that need no more than PyTorch, scikit-learn and Lightning, as a person starts them."""
+"""The examples that need no more than PyTorch, scikit-learn and Lightning, as a person starts them; the worker of the Ray Train page."""
 
 import ast
 import os
@@ -6,10 +6,14 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch.nn.parallel import DistributedDataParallel
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
+RAY = Path(__file__).parents[2] / "docs" / "frameworks" / "ray-train.md"
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
@@ -32,3 +36,21 @@ def test_an_example_prints_accuracy_and_acceptance(name, launcher):
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
 def test_an_example_is_short(path):
     assert len(path.read_text().splitlines()) <= 60
+
+
+def ray_worker() -> tuple[list[float], dict[str, Any], dict[str, float]]:
+    (block,) = re.findall(r"```python\n(.*?)```", RAY.read_text(), re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(block, names)
+    model, reports = DistributedDataParallel(torch.nn.Linear(20, 2)), []
+    handle = names["train"](model, reports.append)
+    return torch.cat([p.detach().reshape(-1) for p in model.parameters()]).tolist(), handle.stats(), reports[0]
+
+
+@pytest.mark.distributed
+def test_the_worker_of_the_ray_train_page_filters_among_two_ranks(pair):
+    (weights, stats, told), other = pair.run(ray_worker)
+    assert (weights, stats, told) == other
+    assert stats["steps"] == 20
+    assert told["gaf/stepped"] == stats["stepped"] / 20
+    assert 0 < told["gaf/acceptance"] < 1
