@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import gaf
 from gaf.integrations.lightning import GAFCallback
 
-EPOCHS, K, B = 40, 8, 10
+EPOCHS, K, B = 40, 6, 20
 
 
 def digits() -> tuple[TensorDataset, torch.Tensor, torch.Tensor]:
@@ -50,7 +50,8 @@ def train(policy: gaf.GAF | None) -> None:
     trainer = pl.Trainer(accelerator="cpu", devices=1, max_epochs=EPOCHS, accumulate_grad_batches=K, callbacks=callbacks, **shown)
     trainer.fit(model, DataLoader(data, batch_size=B, shuffle=True))
     accuracy = (model.net(test_x).argmax(1) == test_y).float().mean().item()
-    print(f"{'GAF' if policy else 'averaging'}: accuracy {accuracy:.3f}", {k: round(v.item(), 3) for k, v in trainer.callback_metrics.items()})
+    told = {key: round(value.item(), 3) for key, value in trainer.callback_metrics.items()}
+    print(f"{'GAF' if policy else 'averaging'}: accuracy {accuracy:.3f}", told)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import gaf
 from gaf.integrations.trackers import metrics
 
-EPOCHS, K, B = 40, 8, 10
+EPOCHS, K, B = 40, 6, 20
 
 
 def digits() -> tuple[TensorDataset, torch.Tensor, torch.Tensor]:

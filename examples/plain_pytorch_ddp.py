@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 import gaf
 from gaf.integrations.trackers import metrics
 
-EPOCHS, B = 50, 20
+EPOCHS, B = 40, 20
 
 
 def digits() -> tuple[TensorDataset, torch.Tensor, torch.Tensor]:
