@@ -372,6 +372,53 @@ def test_w_ranks_do_what_one_device_does_with_w_micro_batches(world: World, W: i
     world(W).run(ranks_and_accumulator, start)
 
 
+def pulled(model: nn.Module, step: int, rank: int) -> Tensor:
+    """A loss whose gradients have something in common."""
+    return plain_loss(model, step, rank) + 0.1 * sum(p.sum() for p in model.parameters())
+
+
+def ranks_and_accumulator_that_adapt(kind: str) -> tuple[list[float], list[float], list[float]]:
+    """tau of every step under attach, on one device, and in an attach that takes over half-way from the saved state."""
+    W = dist.get_world_size()
+    kinds = {
+        "SignalTau": gaf.SignalTau,
+        "NoiseFloorTau": partial(gaf.NoiseFloorTau, 0.3),
+        "QuantileTau": gaf.QuantileTau,
+        "MovingAverageTau": partial(gaf.MovingAverageTau, cap=2.0),
+    }
+    model, optimizer, handle = attached(gaf.GAF(kinds[kind]()), Wide)
+    twin = copy.deepcopy(model.module)
+    acc = gaf.Accumulator(SGD(twin.parameters(), 0.05), gaf.GAF(kinds[kind]()))
+    over, alone = [], []
+    for step in range(6):
+        if step == 3:
+            saved = pickle.loads(pickle.dumps(handle.state_dict()))
+            handle.detach()
+            handle = gaf.attach(model, optimizer, gaf.GAF(kinds[kind]()))
+            handle.load_state_dict(saved)
+        optimizer.zero_grad()
+        pulled(model, step, dist.get_rank()).backward()
+        optimizer.step()
+        for rank in range(W):
+            acc.backward(pulled(twin, step, rank))
+        acc.step()
+        twin.load_state_dict(model.module.state_dict())  # tau is compared, not how rounding grows
+        over.append(handle.stats()["tau"])
+        alone.append(acc.stats()["tau"])
+    return over, alone, handle.state_dict()["policy"]["tau"]["state"]
+
+
+@pytest.mark.parametrize("kind", ["SignalTau", "NoiseFloorTau", "QuantileTau", "MovingAverageTau"])
+@pytest.mark.parametrize("W", [2, 4])
+def test_a_tau_that_adapts_is_the_same_on_all_ranks_and_that_of_one_device(world: World, W: int, kind: str) -> None:
+    ranks = world(W).run(ranks_and_accumulator_that_adapt, kind)
+    over, alone, state = ranks[0]
+    assert all(rank == ranks[0] or rank[::2] == ranks[0][::2] for rank in ranks)  # bit for bit
+    assert len(set(over)) > 2
+    assert over == pytest.approx(alone, abs=1e-5)
+    assert state
+
+
 # ----------------------------------------------------------------------------------------------------------------- faults
 
 
