@@ -7,6 +7,7 @@ from gaf.decision import Decision
 from gaf.gram import gram
 from gaf.handle import Handle
 from gaf.policies import GAF, Mean, RandomSkip
+from gaf.probe import Probe, probe
 from gaf.reference import reference
 from gaf.telemetry import Outcome
 from gaf.thresholds import MovingAverageTau, NoiseFloorTau, QuantileTau, ScheduleTau, SignalTau
@@ -21,6 +22,7 @@ __all__ = [
     "MovingAverageTau",
     "NoiseFloorTau",
     "Outcome",
+    "Probe",
     "QuantileTau",
     "RandomSkip",
     "ScheduleTau",
@@ -28,5 +30,6 @@ __all__ = [
     "aggregate",
     "attach",
     "gram",
+    "probe",
     "reference",
 ]

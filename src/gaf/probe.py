@@ -102,7 +102,7 @@ class Probe:
         gram = average @ self.gram[: left * m, : left * m] @ average.T
         return Probe(self.b * m, self.k, gram, smaller, self.absent)
 
-    def recommend(self, share: float = HALF, chance: float = CHANCE) -> Recommendation:
+    def recommend(self, share: float = HALF, chance: float = CHANCE, m: int = 1) -> Recommendation:
         """The highest tau that still filters: rows pass by more than chance, and not more than a share of them.
 
             tau = min(tau of the noise floor, tau of that share)
@@ -114,9 +114,10 @@ class Probe:
         Args:
             share: of the compared rows accepted, at most, in (0, 1). Lower filters more and takes fewer steps.
             chance: of pure noise passing one comparison, at most, in (0, 1). Lower filters more.
+            m: for micro-batches of b * m samples: predicted from B and d_eff at b, measured on merged rows.
 
         Raises:
-            ValueError: where share or chance is not in (0, 1).
+            ValueError: where share or chance is not in (0, 1), or too few rows are left of those merged.
         """
         for name, value in (("share", share), ("chance", chance)):
             if not 0 < value < 1:
@@ -124,21 +125,22 @@ class Probe:
                     f"recommend: {name} must lie in (0, 1); got {value}. The default is {HALF if name == 'share' else CHANCE}."
                 )
         noise = self.noise
-        floor, wanted = noise_floor(chance, noise.dimension), tau_for(share, self.k, noise.rho, noise.dimension)
+        floor, wanted = noise_floor(chance, noise.dimension), tau_for(share, self.k, noise.rho / m, noise.dimension)
         tau = min(floor, wanted)
-        predicted = self.predicted(tau)
+        predicted = self.predicted(tau, m)
         scale = "no common direction can be made out" if math.isinf(noise.scale) else f"B = {number(noise.scale)} samples"
         by_floor = (
             f"Above tau = {tau:.3f} agreement means little: pure noise, whose cosines scatter by {noise.dimension**-0.5:.3f} here "
             f"(d_eff = {number(noise.dimension)}), would pass in more than {100 * chance:g}% of the comparisons. At that tau "
-            f"{100 * predicted:.0f}% of the compared micro-gradients should be accepted ({scale}, b = {self.b})."
+            f"{100 * predicted:.0f}% of the compared micro-gradients should be accepted ({scale}, b = {self.b * m})."
         )
         by_share = (
-            f"Micro-gradients agree by more than noise would ({scale}, b = {self.b}): at tau = {floor:.3f}, which pure noise passes in "
-            f"{100 * chance:g}% of the comparisons, {100 * self.predicted(floor):.0f}% of those compared would be accepted. "
+            f"Micro-gradients agree by more than noise would ({scale}, b = {self.b * m}): at tau = {floor:.3f}, which pure noise passes in "
+            f"{100 * chance:g}% of the comparisons, {100 * self.predicted(floor, m):.0f}% of those compared would be accepted. "
             f"At tau = {tau:.3f} it should be {100 * predicted:.0f}%."
         )
-        return Recommendation(tau, predicted, self.measured(tau), by_floor if floor <= wanted else by_share)
+        measured = (self if m == 1 else self.merged(m)).measured(tau)
+        return Recommendation(tau, predicted, measured, by_floor if floor <= wanted else by_share)
 
     def __str__(self) -> str:
         advice = self.recommend()
