@@ -16,7 +16,7 @@ from torch import Tensor
 from gaf.decision import Decision
 from gaf.sequential import Seen, Sequential, present, visit, walk
 from gaf.shapes import Bool, Float64, Int
-from gaf.thresholds import NoiseFloorTau, Threshold
+from gaf.thresholds import MovingAverageTau, Threshold
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ class GAF(Sequential):
 
 def automatic() -> Threshold:
     """The threshold that tau="auto" stands for, a new one."""
-    return NoiseFloorTau()
+    return MovingAverageTau(0.05)
 
 
 def fixed_tau(policy: Any) -> float | None:

@@ -1,0 +1,95 @@
+"""The tables of docs/choosing-tau.md are those of the records in results/choosing-tau.jsonl.
+
+`python tests/test_choosing_tau.py` prints them anew.
+"""
+
+from functools import cache
+from pathlib import Path
+
+import pytest
+from test_reproduction import gap, spelled
+
+import gaf
+from gaf_lab import packs
+from gaf_lab import statistics as st
+from gaf_lab.records import Run
+from gaf_lab.statistics import Arm
+
+ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "docs" / "choosing-tau.md"
+TASKS = ("mnist5k", "fashion-mnist", "cifar100")
+SIZES = (20, 100)
+AUTO = "GAF, moving-average 0.05"
+
+
+@cache
+def runs() -> list[Run]:
+    return packs.read(ROOT / "results" / "choosing-tau.jsonl")
+
+
+def at(task: str, b: int, rate: float) -> dict[str, Arm]:
+    wanted = {"dataset": task, "b": b, "noise_rate": rate}
+    found = st.arms(run for run in runs() if {key: run.header["config"][key] for key in wanted} == wanted)
+    return {arm.name: arm for arm in found}
+
+
+def accuracies(rate: float, measure: st.Measure) -> str:
+    """Every arm at a noise level: a column for each task and micro-batch size."""
+    columns = [(task, b) for task in TASKS for b in SIZES]
+    lines = ["| arm | " + " | ".join(f"{task}, b = {b}" for task, b in columns) + " |", "|---" * (1 + len(columns)) + "|"]
+    for name in at(*columns[0], rate):
+        lines.append(f"| {name} | " + " | ".join(spelled(at(task, b, rate)[name], measure) for task, b in columns) + " |")
+    return "\n".join(lines)
+
+
+def auto() -> str:
+    """The recommended threshold against averaging, and against the fixed tau that was best there, which nobody knows beforehand."""
+    lines = ["| task | b | label noise | auto - averaging, last | best fixed tau | auto - best fixed, last |", "|---" * 6 + "|"]
+    for rate in (0.4, 0.0):
+        for task in TASKS:
+            for b in SIZES:
+                arms = at(task, b, rate)
+                fixed = {name: arm for name, arm in arms.items() if name.startswith("tau") and "," not in name}
+                best = max(fixed, key=lambda name: mean(fixed[name]))
+                differences = gap(arms[AUTO], arms["averaging"], st.LAST), gap(arms[AUTO], arms[best], st.LAST)
+                lines.append(f"| {task} | {b} | {100 * rate:.0f}% | {differences[0]} | {best[4:]} | {differences[1]} |")
+    return "\n".join(lines)
+
+
+def mean(arm: Arm) -> float:
+    found = st.spread(arm, st.LAST)
+    assert found is not None
+    return found.mean
+
+
+TABLES = {
+    "last 40": lambda: accuracies(0.4, st.LAST),
+    "selected 40": lambda: accuracies(0.4, st.SELECTED),
+    "last 0": lambda: accuracies(0.0, st.LAST),
+    "accepted 40": lambda: accuracies(0.4, st.ACCEPTANCE),
+    "auto": auto,
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_the_pages_tables_are_the_records(name):
+    assert TABLES[name]() in PAGE.read_text()
+
+
+def test_every_arm_has_three_finished_runs_with_the_same_seeds():
+    for task in TASKS:
+        for b in SIZES:
+            for rate in (0.0, 0.4):
+                arms = at(task, b, rate)
+                assert len(arms) == 12
+                assert all(sorted(arm.seeds) == [0, 1, 2] for arm in arms.values())
+    assert {st.status(run) for run in runs()} == {"finished"}
+
+
+def test_auto_is_the_one_that_the_page_recommends():
+    assert repr(gaf.GAF("auto").tau).startswith("MovingAverageTau(margin=0.05,")
+
+
+if __name__ == "__main__":
+    for name, table in TABLES.items():
+        print(f"\n{name}\n\n{table()}")
