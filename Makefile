@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test matrix check bench wheel clean
+.PHONY: demo test matrix check docs bench wheel clean
 
 demo: .venv/installed
 	$(BIN)/gaf demo
@@ -19,6 +19,9 @@ check: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -p no:cacheprovider --doctest-modules src/gaf
+
+docs: .venv/installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --site-dir build/site
 
 bench: .venv/installed
 	$(BIN)/gaf bench accumulate --rounds 40 --out benchmarks/accumulate.jsonl

@@ -7,13 +7,13 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from test_reproduction import gap, spelled
 
 import gaf
 from gaf_lab import packs
 from gaf_lab import statistics as st
 from gaf_lab.records import Run
 from gaf_lab.statistics import Arm
+from test_reproduction import gap, spelled
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "choosing-tau.md"

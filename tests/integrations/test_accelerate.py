@@ -18,12 +18,12 @@ import gaf
 from gaf.integrations.trackers import metrics
 
 pytest.importorskip("accelerate")
-from accelerate import Accelerator  # noqa: E402
-from accelerate.optimizer import AcceleratedOptimizer  # noqa: E402
-from accelerate.state import AcceleratorState  # noqa: E402
-from accelerate.utils import DistributedType, GradientAccumulationPlugin  # noqa: E402
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType, GradientAccumulationPlugin
 
-from gaf.integrations.accelerate import attach  # noqa: E402
+from gaf.integrations.accelerate import attach
 
 ROOT = Path(__file__).parents[2]
 TAU = 0.85  # some steps are taken, some are not
@@ -37,12 +37,20 @@ def _fresh() -> None:
 class Loop:
     """The loop of Accelerate's documentation; `policy` adds the one line."""
 
-    def __init__(self, policy: Any = None, k: int = K, count: int = STEPS * K * BATCH, clip: float = float("inf"), **options: Any) -> None:
+    def __init__(
+        self,
+        policy: Any = None,
+        k: int = K,
+        count: int = STEPS * K * BATCH,
+        clip: float = float("inf"),
+        decay: float = 0.97,
+        **options: Any,
+    ) -> None:
         AcceleratorState._reset_state(True)
         self.accelerator = Accelerator(cpu=True, gradient_accumulation_steps=k, **options)
         self.clip, model = clip, network()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.9)
-        parts = (model, optimizer, DataLoader(TensorDataset(*samples(count)), batch_size=BATCH), StepLR(optimizer, 1, 0.97))
+        parts = (model, optimizer, DataLoader(TensorDataset(*samples(count)), batch_size=BATCH), StepLR(optimizer, 1, decay))
         self.model, self.optimizer, self.loader, self.scheduler = self.accelerator.prepare(*parts)
         self.handle: Any = None if policy is None else attach(self.accelerator, self.model, self.optimizer, policy)
         self.taken: list[bool] = []
@@ -110,3 +118,253 @@ def test_micro_batches_are_rows_and_the_last_macro_batch_may_be_short(policy, cl
 
 def test_all_rows_are_what_accelerate_does():
     close(Loop(gaf.GAF(2.0)).whole().model, Loop().whole().model)
+
+
+def test_a_skip_leaves_parameters_optimizer_and_schedule_bitwise_alone():
+    loop = Loop(gaf.GAF(2.0)).run(stop=2 * K)
+    before = loop.state()
+    assert loop.taken == [True, True] and before[1]["state"]
+    loop.handle.policy = gaf.GAF(0.0)
+    loop.run(2 * K, 4 * K)
+    assert loop.taken[2:] == [False, False] and loop.handle.stats()["steps"] == 4
+    assert same(loop.state(), before)
+    loop.handle.policy = gaf.GAF(2.0)
+    loop.run(4 * K, 5 * K)
+    assert loop.taken[-1] and loop.scheduler.scheduler.last_epoch == 3
+
+
+def test_bf16_autocast():
+    def loss(model: Any, batch: Any) -> Any:
+        with torch.autocast("cpu", torch.bfloat16):
+            out = model(batch[0])
+        return torch.nn.functional.cross_entropy(out.float(), batch[1])
+
+    loop = Loop(gaf.GAF(TAU), mixed_precision="bf16", clip=0.4).whole()
+    model, _, taken = by_hand(gaf.GAF(TAU), STEPS * K * BATCH, 0.4, loss)
+    assert loop.taken == taken and set(taken) == {True, False}
+    close(loop.model, model)
+    assert (flat(model) - flat(by_hand(gaf.GAF(TAU), STEPS * K * BATCH, 0.4)[0])).norm() > 1e-4  # rounding is there to be seen
+
+
+def scaled(policy: Any, **options: Any) -> Loop:
+    """Accelerate makes a GradScaler on accelerators only; here one of the CPU's, in its place."""
+    AcceleratorState._reset_state(True)
+    made = Accelerator.__init__
+
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        made(self, *args, **kwargs)
+        self.scaler, self.native_amp = GradScaler("cpu", init_scale=2.0**10), True
+        self.state._mixed_precision = "fp16"
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Accelerator, "__init__", init)
+        patch.setattr("accelerate.accelerator.get_mixed_precision_context_manager", lambda *args: torch.autocast("cpu", torch.bfloat16))
+        return Loop(policy, **options)
+
+
+@pytest.mark.parametrize("clip", [None, 0.4])
+def test_a_grad_scaler_changes_nothing_but_an_overflow_steps_nowhere(clip):
+    with_scaler, without = scaled(gaf.GAF(TAU), clip=clip or 1e9), Loop(gaf.GAF(TAU), mixed_precision="bf16", clip=clip or 1e9)
+    assert with_scaler.accelerator.scaler.is_enabled() and with_scaler.handle.scaler is not None
+    assert with_scaler.whole().taken == without.whole().taken
+    close(with_scaler.model, without.model)
+
+    before, scale = with_scaler.state(), with_scaler.accelerator.scaler.get_scale()
+    x, y = samples(BATCH)
+    for factor in (1.0, 1.0, float("inf"), 1.0):
+        with_scaler.micro((x * factor, y))
+    assert same(with_scaler.state(), before) and not with_scaler.taken[-1]
+    assert with_scaler.accelerator.scaler.get_scale() == scale / 2
+
+
+def resumed(folder: Path, make: Any) -> tuple[Loop, Loop]:
+    """One run that was left alone, and one that was saved half way, and went on in a new process's stead."""
+    half, end = STEPS // 2 * K, STEPS * K
+    undisturbed = make().run(stop=end)
+    first = make().run(stop=half)
+    first.accelerator.save_state(folder)
+    second = make()
+    second.accelerator.load_state(folder)
+    return undisturbed, second.run(half, end)
+
+
+@pytest.mark.parametrize("make", [lambda: gaf.GAF(TAU), lambda: gaf.GAF(gaf.QuantileTau(0.4)), lambda: gaf.RandomSkip(0.5)])
+def test_a_resumed_run_ends_bit_for_bit_as_an_undisturbed_one(tmp_path, make):
+    undisturbed, second = resumed(tmp_path, lambda: Loop(make()))
+    assert same(second.state(), undisturbed.state())
+    assert str(second.handle.state_dict()) == str(undisturbed.handle.state_dict())  # as text, where NaN is NaN
+    assert second.handle.stats()["steps"] == STEPS > second.handle.stats()["stepped"] > 0
+
+
+def test_a_checkpoint_within_a_macro_batch_is_refused(tmp_path):
+    loop = Loop(gaf.GAF(TAU)).run(stop=K + 1)
+    with pytest.raises(RuntimeError, match=r"state_dict\(\) must come between macro-batches; .* Call step\(\) first"):
+        loop.accelerator.save_state(tmp_path)
+
+
+def test_accelerates_tracker_shows_what_was_decided(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    loop = Loop(gaf.GAF(TAU), log_with="tensorboard", project_dir=tmp_path)
+    loop.accelerator.init_trackers("run")
+    for step, _ in enumerate(range(STEPS)):
+        loop.run(step * K, (step + 1) * K)
+        loop.accelerator.log(metrics(loop.handle, b=BATCH), step=step)
+    loop.accelerator.end_training()
+    events = EventAccumulator(str(tmp_path / "run")).Reload()
+    last = {name: events.Scalars(name)[-1].value for name in events.Tags()["scalars"]}
+    assert last == pytest.approx(metrics(loop.handle, b=BATCH), rel=1e-6)  # kept in float32
+    assert last["gaf/skipped"] == loop.taken.count(False) > 0
+
+
+def test_detached_it_is_accelerate_again():
+    loop, plain = Loop(gaf.GAF(TAU)), Loop()
+    loop.handle.detach()
+    assert same(loop.whole().state(), plain.whole().state()) and loop.handle.stats()["steps"] == 0
+    assert type(loop.optimizer) is AcceleratedOptimizer and loop.accelerator._custom_objects == []
+    attach(loop.accelerator, loop.model, loop.optimizer, gaf.GAF(TAU))
+
+
+def test_one_row_is_warned_of():
+    loop = Loop(gaf.GAF(TAU), k=1)
+    with pytest.warns(UserWarning, match="One micro-gradient has nothing to agree with"):
+        loop.run(stop=1)
+
+
+def test_several_optimizers_share_one_decision():
+    one = Loop(gaf.GAF(TAU), decay=1.0).whole()
+
+    AcceleratorState._reset_state(True)
+    accelerator, model = Accelerator(cpu=True, gradient_accumulation_steps=K), network()
+    made = [torch.optim.SGD(part.parameters(), lr=0.3, momentum=0.9) for part in (model[0], model[2])]
+    model, *optimizers = accelerator.prepare(model, *made)
+    handle = attach(accelerator, model, optimizers, gaf.GAF(TAU))
+    for batch in DataLoader(TensorDataset(*samples(STEPS * K * BATCH)), batch_size=BATCH):
+        with accelerator.accumulate(model):
+            accelerator.backward(mean_loss(model, batch))
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+    assert handle.stats() == one.handle.stats()
+    assert torch.equal(flat(model), flat(one.model))
+
+
+def test_what_cannot_work_is_refused(unchecked):
+    AcceleratorState._reset_state(True)
+    accelerator, model = Accelerator(cpu=True, gradient_accumulation_steps=K), network()
+    first, second = (torch.optim.SGD(part.parameters(), lr=0.3) for part in (model[0], model[2]))
+    with pytest.raises(TypeError, match=r"optimizer must be what accelerator.prepare gave; got SGD. Attach after prepare."):
+        attach(accelerator, model, first, gaf.GAF())
+    model, first, second = accelerator.prepare(model, first, second)
+    with pytest.raises(ValueError, match=r"every prepared optimizer must be given, .*; missing: SGD. Give them all as a list."):
+        attach(accelerator, model, first, gaf.GAF())
+    attach(accelerator, model, [first, second], gaf.GAF())
+    with pytest.raises(RuntimeError, match=r"must not be attached already; it is. Call detach\(\)"):
+        attach(accelerator, model, [first, second], gaf.GAF())
+
+
+@pytest.mark.parametrize("kind", [DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM, DistributedType.XLA])
+def test_engines_that_reduce_by_themselves_are_refused(kind, monkeypatch):
+    loop = Loop()
+    monkeypatch.setattr(Accelerator, "distributed_type", kind)
+    with pytest.raises(TypeError, match=f"got Sequential under .*{kind.value}.* choose plain data parallelism"):
+        attach(loop.accelerator, loop.model, loop.optimizer, gaf.GAF())
+
+
+def test_a_loop_that_goes_past_it_is_told():
+    loop = Loop(gaf.GAF(TAU))
+    mean_loss(loop.model, samples(BATCH)).backward()
+    with pytest.raises(RuntimeError, match=r"every loss must go through accelerator.backward\(loss\); a step came, and none had."):
+        loop.optimizer.step()
+
+    loop = Loop(gaf.GAF(2.0), k=1)
+    with pytest.warns(UserWarning, match="One micro-gradient"):
+        loop.accelerator.backward(mean_loss(loop.model, samples(BATCH)))
+    with pytest.raises(RuntimeError, match=r"p.grad must be empty when a macro-batch begins; .* optimizer.zero_grad\(\) after"):
+        loop.accelerator.backward(mean_loss(loop.model, samples(BATCH)))
+
+
+# ------------------------------------------------------------------------------------------ two ranks
+
+
+def on_a_rank(tau: float | None, clip: float = float("inf"), half: str = "", **options: Any) -> tuple[Any, list[bool], Any]:
+    """Weights, steps and telemetry of rank's loop over its half of the batches, K of them for a step."""
+    loop = Loop(None if tau is None else gaf.GAF(tau), clip=clip, count=2 * STEPS * K * BATCH, **options)
+    assert loop.accelerator.num_processes == 2 and loop.accelerator.distributed_type == DistributedType.MULTI_CPU
+    if half:
+        middle = STEPS // 2 * K
+        loop.run(stop=middle).accelerator.save_state(half)
+        loop.accelerator.wait_for_everyone()
+        loop = Loop(gaf.GAF(tau), clip=clip, count=2 * STEPS * K * BATCH, **options)
+        loop.accelerator.load_state(half)
+        loop.run(middle, STEPS * K)
+    else:
+        loop.whole()
+    known = None if loop.handle is None else (str(loop.handle.state_dict()), loop.handle.stats()["steps"])
+    return (flat(loop.model), loop.optimizer.state_dict(), loop.scheduler.state_dict()), loop.taken, known
+
+
+def test_ranks_are_rows_and_what_a_rank_accumulates_is_its_row(pair: Ranks):
+    (state, taken, known), other = pair.run(on_a_rank, TAU, 0.4)
+    assert same(state, other[0]) and taken == other[1] and known == other[2]
+
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.9)
+    scheduler = StepLR(optimizer, 1, 0.97)
+    batches = list(DataLoader(TensorDataset(*samples(2 * STEPS * K * BATCH)), batch_size=BATCH))
+    steps = [[batches[i : i + 2 * K : 2], batches[i + 1 : i + 2 * K : 2]] for i in range(0, len(batches), 2 * K)]
+    expected = follow(model, optimizer, scheduler, steps, gaf.GAF(TAU), clip=0.4, advance=2)  # Accelerate: once for each process
+    assert taken == expected and set(taken) == {True, False} and known[1] == STEPS
+    assert (state[0] - flat(model)).norm() <= 1e-6 * flat(model).norm()
+    assert state[2]["last_epoch"] == scheduler.last_epoch == 2 * taken.count(True)
+
+
+def test_all_ranks_are_what_accelerate_does(pair: Ranks):
+    filtered, plain = pair.run(on_a_rank, 2.0)[0], pair.run(on_a_rank, None)[0]
+    assert (filtered[0][0] - plain[0][0]).norm() <= 1e-6 * plain[0][0].norm()
+    assert filtered[0][2] == plain[0][2]
+
+
+def test_resumed_ranks_end_bit_for_bit_as_undisturbed_ones(pair: Ranks, tmp_path):
+    (state, _, known), (again, _, known_again) = pair.run(on_a_rank, TAU)[0], pair.run(on_a_rank, TAU, float("inf"), str(tmp_path))[0]
+    assert same(state, again) and known == known_again
+
+
+def overflow_on_a_rank() -> tuple[list[bool], float, bool]:
+    """bf16 with a scaler, and one batch of one rank that overflows: steps, what became of the scale, whether all else stood still."""
+    loop = scaled(gaf.GAF(TAU), clip=0.4, count=2 * STEPS * K * BATCH).whole()
+    taken, before, scale = list(loop.taken), loop.state(), loop.accelerator.scaler.get_scale()
+    x, y = samples(BATCH)
+    for step in range(K):
+        hit = step == 1 and loop.accelerator.process_index == 1
+        loop.micro((x * float("inf") if hit else x, y))
+    return taken, loop.accelerator.scaler.get_scale() / scale, same(loop.state(), before)
+
+
+def test_a_grad_scaler_on_ranks(pair: Ranks):
+    taken, fell, still = pair.run(overflow_on_a_rank)[0]
+    assert taken == pair.run(on_bf16)[0] and set(taken) == {True, False}
+    assert fell == 0.5 and still
+
+
+def on_bf16() -> list[bool]:
+    return Loop(gaf.GAF(TAU), clip=0.4, count=2 * STEPS * K * BATCH, mixed_precision="bf16").whole().taken
+
+
+def sync_each_batch() -> None:
+    AcceleratorState._reset_state(True)
+    plugin = GradientAccumulationPlugin(num_steps=K, sync_each_batch=True)
+    accelerator, model = Accelerator(cpu=True, gradient_accumulation_plugin=plugin), network()
+    model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.3))
+    with pytest.raises(ValueError, match="in several processes sync_each_batch must be False"):
+        attach(accelerator, model, optimizer, gaf.GAF())
+
+
+def test_sync_each_batch_is_refused_on_ranks(pair: Ranks):
+    pair.run(sync_each_batch)
+
+
+def test_the_example_runs():
+    done = subprocess.run([sys.executable, ROOT / "examples" / "accelerate_loop.py"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "accuracy" in done.stdout and "accepted" in done.stdout
