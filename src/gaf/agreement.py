@@ -107,8 +107,8 @@ def spread_of_cosine(rho: float, dimension: float, c: float) -> float:
     """Standard deviation of that cosine; 1 / sqrt(d_eff) where all is noise.
 
     To first order in the noise of both, with E the noise of the sum, the relative deviation has these independent parts,
-    variance times d_eff at the right, where rows have normal noise and g'Sigma g = |g|^2 tr(Sigma) / d_eff, as if g lay in the
-    noise like any of its d_eff directions:
+    variance times d_eff at the right, where noise is normal and g'Sigma g = |g|^2 tr(Sigma) / d_eff, as for a g of the noise's own
+    kind; where g lies in directions of more noise, the cosine scatters more:
 
         <g, e>     rho^3 / (1 + rho)^2           <E, e>            rho^2 / c
         <g, E>     rho^3 / (c (c + rho)^2)       |e|^2, |E|^2      rho^2 / (2 (1 + rho)^2),  rho^2 / (2 (c + rho)^2)

@@ -170,13 +170,13 @@ def number(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
-def acceptance(gram: Float64[Tensor, "r r"], k: int, tau: float) -> Acceptance:
-    """What GAF(tau) does with DRAWS macro-batches of k of the r rows, always the same draws."""
+def acceptance(gram: Float64[Tensor, "r r"], k: int, tau: float, draws: int = DRAWS) -> Acceptance:
+    """What GAF(tau) does with so many macro-batches of k of the r rows, always the same ones."""
     generator = torch.Generator().manual_seed(0)
-    chosen = torch.rand(DRAWS, len(gram), generator=generator).argsort(1)[:, :k]
+    chosen = torch.rand(draws, len(gram), generator=generator).argsort(1)[:, :k]
     own = gram.diagonal()[chosen]
     pairs = gram[chosen[:, :, None], chosen[:, None, :]]
-    inner, norm2, count = pairs[:, 0], own[:, 0], torch.ones(DRAWS, dtype=torch.int64)
+    inner, norm2, count = pairs[:, 0], own[:, 0], torch.ones(draws, dtype=torch.int64)
     for i in range(1, k):
         joins, _ = visit(count, inner[:, i], norm2, own[:, i], tau)
         norm2 = torch.where(joins, norm2_after(norm2, inner[:, i], own[:, i], torch.ones_like(norm2)), norm2)
