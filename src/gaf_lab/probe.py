@@ -16,7 +16,7 @@ import copy
 import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 BINS = 100
 QUANTILES = (0.1, 0.5, 0.9)
-TAUS = [round(0.02 * i, 2) for i in range(61)]  # 0 to 1.2
+TAUS = [round(0.2 + 0.025 * i, 3) for i in range(41)]  # 0.2 to 1.2
 MULTIPLES = (1, 2, 4, 8)
 CLOSE = 0.1  # a prediction within ten points is taken to hold
 SHADES = {1: "#1559c9", 2: "#12a08a", 4: "#e0561b", 8: "#8c1d4f"}
@@ -54,6 +54,10 @@ class Looked:
     advice: Recommendation
 
     def line(self) -> dict[str, Any]:
+        return self._line
+
+    @cached_property
+    def _line(self) -> dict[str, Any]:
         noise, merged = self.probe.noise, self.probe.merged(self.m)
         distances = merged.distances()
         curve = [(tau, self.probe.predicted(tau, self.m), merged.measured(tau)) for tau in TAUS]
@@ -194,11 +198,7 @@ def verdicts(lines: Sequence[dict[str, Any]]) -> Iterator[str]:
     """In words: each recommendation, its reason, and whether the measurement bears out the prediction."""
     for line in (line for line in lines if line["m"] == 1):
         gap = abs(line["predicted"] - line["measured"])
-        holds = (
-            "the prediction holds"
-            if gap <= CLOSE
-            else "the prediction does not hold: take more micro-gradients with --rows, or trust the measurement"
-        )
+        holds = "the prediction holds" if gap <= CLOSE else "the prediction does not hold: measure more with --rows"
         gone = f" {line['absent']} micro-gradients were zero, NaN or infinite, and left out." if line["absent"] else ""
         yield (f"After {line['after']:,} steps: tau = {line['tau']:.3f}. {line['reason']} Measured on "
                f"{line['rows'] - line['rows'] // 2} other micro-gradients: {100 * line['measured']:.1f}%, {100 * gap:.1f} points away; "
@@ -238,7 +238,8 @@ def histogram(ax: "Axes", group: Sequence[dict[str, Any]]) -> None:
     ax.set(xlim=(0, 1.3), ylim=(0, 1.25 * highest))
     ax.set_title(f"{when(group[0])}: pairs of micro-gradients (%)", loc="left", fontsize=11, color=INK, pad=8)
     ax.set_xlabel("cosine distance (dotted: B / (b + B))", fontsize=10, color=SOFT)
-    ax.legend(frameon=False, fontsize=9.5, labelcolor=SOFT, loc="upper left")
+    side = "left" if group[-1]["distance_expected"] > 0.6 else "right"
+    ax.legend(frameon=False, fontsize=9.5, labelcolor=SOFT, loc=f"upper {side}")
 
 
 def curves(ax: "Axes", group: Sequence[dict[str, Any]]) -> None:
@@ -246,23 +247,16 @@ def curves(ax: "Axes", group: Sequence[dict[str, Any]]) -> None:
     for line in group:
         taus, predicted, measured, _ = (list(values) for values in zip(*line["curve"], strict=True))
         ax.plot(taus, [100 * p for p in predicted], color=SHADES[line["m"]], linewidth=1.8, label=f"b = {line['b']}")
-        ax.plot(
-            taus[::2],
-            [100 * a for a in measured[::2]],
-            "o",
-            color=SHADES[line["m"]],
-            markersize=3.4,
-            markeredgecolor="white",
-            markeredgewidth=0.3,
-        )
+        dots: dict[str, Any] = {"color": SHADES[line["m"]], "markersize": 3.4, "markeredgecolor": "white", "markeredgewidth": 0.3}
+        ax.plot(taus, [100 * a for a in measured], "o", **dots)
     plain(ax)
     tau = group[0]["tau"]
     ax.axvline(tau, color=INK, linewidth=1.1, linestyle=(0, (5, 3)))
-    ax.set(xlim=(0.2, 1.2), ylim=(0, 103))
-    ax.text(min(max(tau, 0.65), 1.0), 105, f"recommended τ = {tau:.3f}", fontsize=9.5, color=INK, va="bottom", ha="center")
-    ax.set_title("accepted (%)", loc="left", fontsize=11, color=INK, pad=8)
+    ax.set(xlim=(TAUS[0], TAUS[-1]), ylim=(0, 103))
+    ax.set_title("accepted, of those compared (%)", loc="left", fontsize=11, color=INK, pad=8)
+    ax.set_title(f"dashed: τ = {tau:.3f}", loc="right", fontsize=9, color=SOFT, pad=8)
     ax.set_xlabel("τ (lines: predicted from b, B, d_eff; dots: measured)", fontsize=10, color=SOFT)
-    ax.legend(frameon=False, fontsize=9.5, labelcolor=SOFT, loc="upper left")
+    ax.legend(frameon=False, fontsize=9.5, labelcolor=SOFT, loc="lower right")
 
 
 def by_layer(ax: "Axes", line: dict[str, Any]) -> None:

@@ -1,0 +1,131 @@
+"""gaf probe: its recommendation holds on other micro-gradients, and the training that it looks into goes on as if it had not."""
+
+import io
+import json
+
+import pytest
+import torch
+from rich.console import Console
+
+from gaf_lab import cli, probe
+from gaf_lab.config import ConfigError, TrainConfig
+from gaf_lab.train import Training
+
+SMALL = ("--dataset", "digits", "--k", 4, "--b", 16, "--rows", 64)
+
+
+@pytest.fixture
+def run(capsys, monkeypatch):
+    """Runs `gaf probe WORDS` in this process; returns exit code, output and errors."""
+    monkeypatch.setattr(cli, "Console", lambda **options: Console(**{"width": 80, **options}))
+
+    def call(*words):
+        code = cli.main(["probe", *map(str, words)])
+        seen = capsys.readouterr()
+        return code, seen.out, " ".join(seen.err.split())
+
+    return call
+
+
+def lines_of(folder):
+    conditions, *lines = map(json.loads, (folder / "probe.jsonl").read_text().splitlines())
+    assert conditions["kind"] == "conditions"
+    return conditions, lines
+
+
+@pytest.mark.parametrize("b", [10, 100])
+def test_on_mnist5k_the_tau_accepts_what_was_predicted_within_ten_points_of_micro_gradients_that_it_has_not_seen(run, tmp_path, b):
+    code, out, _ = run("--dataset", "mnist5k", "--b", b, "--after", 0, 60, "--out", tmp_path)
+    assert code == 0
+    assert out.count("the prediction holds") == 2
+    _, lines = lines_of(tmp_path)
+    at_b = [line for line in lines if line["m"] == 1]
+    assert [line["after"] for line in at_b] == [0, 60]
+    assert all(abs(line["predicted"] - line["measured"]) <= 0.1 for line in at_b)
+    assert all(0.02 < line["measured"] < 0.7 for line in at_b)  # it filters, and not everything
+
+
+def test_lines_hold_what_table_and_figure_show(run, tmp_path):
+    code, out, _ = run(*SMALL, "--after", 0, 10, "--out", tmp_path)
+    assert code == 0
+    assert "…" not in out  # 80 columns are enough
+    conditions, lines = lines_of(tmp_path)
+    assert conditions["command"].startswith("gaf probe --dataset digits")
+    assert [(line["after"], line["m"], line["b"], line["rows"]) for line in lines] == [
+        (after, m, 16 * m, 64 // m) for after in (0, 10) for m in (1, 2, 4)
+    ]
+    for line in lines:
+        assert sum(line["bins"]) == line["rows"] * (line["rows"] - 1) / 2
+        assert line["distance_expected"] == pytest.approx(line["noise_scale"] / (line["noise_scale"] + line["b"]), rel=1e-4)
+        assert f"{line['tau']:.3f}" in out
+    assert [part["name"] for part in lines[0]["layers"]] == ["1", "3", "5"]
+    assert (tmp_path / "probe.png").stat().st_size > 10_000
+
+
+def test_a_probe_in_the_middle_leaves_the_training_as_it_was():
+    config = TrainConfig(dataset="digits", model="convnet", k=4, b=8, loss="elr")  # BatchNorm, and a loss that moves its targets
+    looked_into, alone = Training(config, None), Training(config, None)
+    for training in (looked_into, alone):
+        for _ in range(3):
+            training.macro_batch()
+        if training is looked_into:
+            probe.probed(training, rows=16, slices=2)
+        for _ in range(3):
+            training.macro_batch()
+    for ours, theirs in zip(looked_into.model.state_dict().values(), alone.model.state_dict().values(), strict=True):
+        assert torch.equal(ours, theirs)
+    assert torch.equal(looked_into.objective.early.targets, alone.objective.early.targets)
+
+
+def test_slices_change_the_memory_and_not_the_outcome():
+    training = Training(TrainConfig(dataset="digits", k=4, b=8), None)
+    whole, cut = probe.probed(training, 16, 1), probe.probed(training, 16, 3)
+    assert cut.gram.allclose(whole.gram, rtol=1e-5)
+    assert list(cut.layers) == list(whole.layers)
+
+
+def line(**changes):
+    found = {
+        "after": 0, "m": 1, "b": 10, "k": 8, "rows": 128, "absent": 0, "distance_mean": 0.9, "distance_expected": 0.9, "tau": 0.8,
+        "noise_scale": None, "noise_low": 4157.0, "noise_high": None, "dimension": None, "predicted": 0.1, "measured": 0.1,
+        "measured_steps": 0.5, "reason": "Because.",
+    }  # fmt: skip
+    return found | changes
+
+
+def test_a_prediction_that_fails_and_rows_that_were_absent_are_told():
+    (holds,) = probe.verdicts([line()])
+    assert "0.0 points away; the prediction holds." in holds
+    (fails,) = probe.verdicts([line(measured=0.31, absent=3)])
+    assert "21.0 points away; the prediction does not hold" in fails
+    assert "3 micro-gradients were zero, NaN or infinite, and left out." in fails
+
+
+def test_what_is_infinite_has_a_sign():
+    screen = io.StringIO()
+    Console(file=screen, width=80).print(probe.table([line()]))
+    assert "∞ (4,157-∞)" in screen.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--k", 1), "k must be at least 2 for a probe; got 1"),
+        (("--sam", 0.1), "sam must be 0 for a probe; got 0.1"),
+        (("--rows", 12), "rows must be at least 8 and twice k; got 12"),
+        (("--after", -1), "after must name steps of training, at least 0; got [-1]"),
+        (("--slices", 0), "slices must be at least 1; got 0"),
+        (("--share", 1.5), "recommend: share must lie in (0, 1); got 1.5"),
+        (("--toml", "/nowhere.toml"), "config file /nowhere.toml: must exist"),
+        (("--out", "/dev/null/probe"), "output folder /dev/null/probe: must be writable"),
+    ],
+)
+def test_a_mistake_becomes_one_message(run, tmp_path, words, message):
+    code, _, err = run("--dataset", "digits", "--out", tmp_path, *words)
+    assert code == 2
+    assert f"gaf probe: {message}" in err
+
+
+def test_check_names_what_it_wants():
+    with pytest.raises(ConfigError, match="after must name steps of training"):
+        probe.check(TrainConfig(), (), 128, 1)
