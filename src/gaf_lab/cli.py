@@ -316,6 +316,50 @@ def report(words: Words, console: Console) -> int:
 
 
 @dataclass
+class Audit:
+    """Ranks training samples by how the filter treats micro-batches that hold them: finds wrong labels, beside the usual way, the loss."""
+
+    config: OmitArgPrefixes[TrainConfig]
+    out: Path = Path("runs/audit")
+    """Folder for samples.csv, audit.png and audit.jsonl."""
+    preset: str | None = None
+    """A config by name; `gaf presets` lists them."""
+    toml: Path | None = None
+    """A TOML file with config keys."""
+    data: Path | None = None
+    """Folder with the data set's archive or its unpacked folder; without it, it is downloaded."""
+    seeds: int = 1
+    """Paired seeds, from the config's own on, at least 1. samples.csv and the figure are the first one's."""
+
+
+def audit(words: Words, console: Console) -> int:
+    options = tyro.cli(Audit, prog="gaf audit", args=words, default=Audit(base_config(words)))
+    from gaf_lab import audit as job
+    from gaf_lab import bench as file
+    from gaf_lab import records
+    from gaf_lab.train import pick_device
+
+    if options.seeds < 1:
+        raise ConfigError(f"seeds must be at least 1; got {options.seeds}.")
+    records.make_folder(options.out)
+    found = []
+    with console.status("audit") as status:
+        for seed in range(options.config.seed, options.config.seed + options.seeds):
+            config = dataclasses.replace(options.config, seed=seed)
+            told = partial(lambda seed, what, step, steps: status.update(f"seed {seed}, {what}: step {step:,} of {steps:,}"), seed)
+            found.append(job.audit(config, options.data, told))
+    lines = [one.line() for one in found]
+    job.write_samples(found[0], options.out / "samples.csv")
+    job.draw(found[0], options.out / "audit.png")
+    conditions = {"command": "gaf audit " + shlex.join(words), "config": options.config.plain()}
+    file.write(found, options.out / "audit.jsonl", conditions, pick_device(options.config.device))
+    console.print(job.table(lines))
+    say(console, job.verdict(lines))
+    say(console, f"Samples: {options.out / 'samples.csv'}. Figure: {options.out / 'audit.png'}")
+    return 0
+
+
+@dataclass
 class Probe:
     """Measures micro-gradients without stepping: distances, noise scale, what each tau would accept, and which tau to take."""
 
@@ -602,6 +646,7 @@ COMMANDS = {
     "sweep": (sweep, Sweep.__doc__),
     "paper": (paper, Paper.__doc__),
     "probe": (probe, Probe.__doc__),
+    "audit": (audit, Audit.__doc__),
     "report": (report, Report.__doc__),
     "data": (data, Data.__doc__),
     "bench": (bench, "What a step costs: gaf bench train, accumulate, ddp; gaf bench cpu: which settings are fast on a CPU."),

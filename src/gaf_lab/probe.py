@@ -238,8 +238,7 @@ def histogram(ax: "Axes", group: Sequence[dict[str, Any]]) -> None:
     ax.set(xlim=(0, 1.3), ylim=(0, 1.25 * highest))
     ax.set_title(f"{when(group[0])}: pairs of micro-gradients (%)", loc="left", fontsize=11, color=INK, pad=8)
     ax.set_xlabel("cosine distance (dotted: B / (b + B))", fontsize=10, color=SOFT)
-    side = "left" if group[-1]["distance_expected"] > 0.6 else "right"
-    ax.legend(frameon=False, fontsize=9.5, labelcolor=SOFT, loc=f"upper {side}")
+    ax.legend(frameon=False, fontsize=9.5, labelcolor=SOFT, loc="upper left" if group[-1]["distance_expected"] > 0.6 else "upper right")
 
 
 def curves(ax: "Axes", group: Sequence[dict[str, Any]]) -> None:
@@ -253,8 +252,8 @@ def curves(ax: "Axes", group: Sequence[dict[str, Any]]) -> None:
     tau = group[0]["tau"]
     ax.axvline(tau, color=INK, linewidth=1.1, linestyle=(0, (5, 3)))
     ax.set(xlim=(TAUS[0], TAUS[-1]), ylim=(0, 103))
-    ax.set_title("accepted, of those compared (%)", loc="left", fontsize=11, color=INK, pad=8)
-    ax.set_title(f"dashed: τ = {tau:.3f}", loc="right", fontsize=9, color=SOFT, pad=8)
+    ax.set_title("accepted (%)", loc="left", fontsize=11, color=INK, pad=8)
+    ax.set_title(f"dashed: recommended τ = {tau:.3f}", loc="right", fontsize=9, color=SOFT, pad=8)
     ax.set_xlabel("τ (lines: predicted from b, B, d_eff; dots: measured)", fontsize=10, color=SOFT)
     ax.legend(frameon=False, fontsize=9.5, labelcolor=SOFT, loc="lower right")
 
