@@ -116,6 +116,8 @@ def audit(config: TrainConfig, data_folder: Path | None, progress: Callable[[str
     """Trains the config, and plain averaging beside it, on the same micro-batches.
 
     Args:
+        config: of the filtered run; averaging's differs in its policy alone.
+        data_folder: with the data set's archive; None downloads it.
         progress: called with what runs, the step, and the number of steps.
 
     Raises:
