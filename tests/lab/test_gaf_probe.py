@@ -34,9 +34,7 @@ def lines_of(folder):
 
 
 @pytest.mark.parametrize("b", [10, 100])
-def test_on_mnist5k_the_tau_accepts_what_was_predicted_within_ten_points_of_micro_gradients_that_it_has_not_seen(
-    run, tmp_path, monkeypatch, b
-):
+def test_on_mnist5k_what_the_tau_accepts_of_unseen_micro_gradients_is_within_ten_points_of_the_prediction(run, tmp_path, monkeypatch, b):
     monkeypatch.setattr(probe, "TAUS", [0.5, 0.7, 0.9])  # the curve is for the figure
     code, out, _ = run("--dataset", "mnist5k", "--b", b, "--after", 0, 60, "--out", tmp_path)
     assert code == 0
