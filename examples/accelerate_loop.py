@@ -1,7 +1,8 @@
 """Digits with 40% of the training labels flipped: a loop of Accelerate's, with and without filtering.
 
 pip install gaf accelerate scikit-learn; python examples/accelerate_loop.py
-accelerate launch --cpu --num_processes 2 examples/accelerate_loop.py     # the same; the rows are then the ranks
+torchrun --nproc-per-node 2 examples/accelerate_loop.py     # the same; the rows are then the ranks
+One seed, to see it run; docs/demo.md has measurements.
 """
 
 import torch
@@ -48,7 +49,8 @@ def train(policy: gaf.GAF | None) -> None:
                 optimizer.zero_grad()
     accuracy = (model(test_x).argmax(1) == test_y).float().mean().item()
     told = {} if handle is None else metrics(handle, b=B)
-    accelerator.print(f"{policy or 'averaging'}: accuracy {accuracy:.3f}", {key: round(value, 3) for key, value in told.items()})
+    name = "averaging" if policy is None else "GAF"
+    accelerator.print(f"{name}: accuracy {accuracy:.3f}", {key: round(value, 3) for key, value in told.items()})
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The examples that need no more than PyTorch, scikit-learn and Lightning, as a person starts them; the worker of the Ray Train page."""
+"""The examples, as a person starts them; the worker of the Ray Train page."""
 
 import ast
 import os
@@ -17,15 +17,18 @@ RAY = Path(__file__).parents[2] / "docs" / "frameworks" / "ray-train.md"
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
-@pytest.mark.parametrize(("name", "launcher"), [("plain_pytorch", []), ("plain_pytorch_ddp", TORCHRUN), ("lightning_module", [])])
-def test_an_example_prints_accuracy_and_acceptance(name, launcher):
-    if name == "lightning_module":
-        pytest.importorskip("lightning")
+NEEDS = {"lightning_module": "lightning", "accelerate_loop": "accelerate", "huggingface_trainer": "transformers"}
+
+
+@pytest.mark.parametrize("name", ["plain_pytorch", "plain_pytorch_ddp", *NEEDS])
+def test_an_example_prints_accuracy_and_acceptance(name):
+    pytest.importorskip(NEEDS.get(name, "torch"))
+    launcher = TORCHRUN if name.endswith("_ddp") else []
     command = [sys.executable, *launcher, str(EXAMPLES / f"{name}.py")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False)
     assert done.returncode == 0, done.stderr
     found = re.findall(r"^(\w+): accuracy (0\.\d+) (\{.*\})$", done.stdout, re.MULTILINE)
-    assert [policy for policy, _, _ in found] == ["averaging" if name == "lightning_module" else "Mean", "GAF"]
+    assert [policy for policy, _, _ in found] == ["averaging" if name in NEEDS else "Mean", "GAF"]
     assert all(float(accuracy) > 0.6 for _, accuracy, _ in found)  # of ten digits, 40% of the labels wrong
     metrics = ast.literal_eval(found[-1][2])
     assert 0 < metrics["gaf/acceptance"] < 1
