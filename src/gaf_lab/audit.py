@@ -2,10 +2,11 @@
 
 A sample's score is the mean, over the compared micro-batches that held it, of
 
-    distance of the micro-batch's gradient to the running sum  -  mean distance of those compared at the same step
+    distance of the micro-batch's gradient to the running sum  -  mean distance over the last 100 steps
 
 in cosine distance; 0 is usual, higher is more suspect. `rejection` is the same with 1 for a distance above tau and 0 for one below. Taking
-the step's mean away takes out that rejections are rare early on and frequent late. The usual way, for comparison, is the loss:
+the recent mean away takes out that rejections are rare early on and frequent late; a step's own would leave nothing where k = 2, for
+there one row is compared. The usual way, for comparison, is the loss:
 its mean over the evaluations (as in O2U-Net, ICCV 2019), and at the evaluation that held-out labels choose.
 
 samples.csv has a line per training sample; audit.jsonl a line per seed:
@@ -18,11 +19,13 @@ precision: share of flipped ones among the most suspect, as many as there are fl
 import csv
 import dataclasses
 import math
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich import box
 from rich.table import Table
@@ -31,6 +34,9 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 import gaf
+from gaf.sequential import TIE
+from gaf.telemetry import WINDOW
+from gaf_lab import statistics as st
 from gaf_lab.config import ConfigError, TrainConfig
 from gaf_lab.evaluate import logits
 from gaf_lab.figures import DPI, INK, SOFT, canvas, plain
@@ -51,23 +57,30 @@ class Tally:
 
     def __init__(self, n: int) -> None:
         self.total, self.rejections, self.appearances = (torch.zeros(n, dtype=torch.float64) for _ in range(3))
+        self.recent: deque[tuple[int, float, float]] = deque(
+            maxlen=WINDOW
+        )  # of each step: rows, and their distances and rejections added up
 
     def add(self, indices: Sequence[Tensor], outcome: gaf.Outcome) -> None:
         """One step.
 
         Args:
             indices: of the k micro-batches, which samples each holds, (b,).
-            outcome: of the step; the row that the sum started from, and absent ones, say nothing.
+            outcome: of the step. Absent rows say nothing; of the row that the sum started from those compared with it say
+                their mean, so that with k = 2 both rows are as far from each other.
         """
-        start = next((i for i, d in enumerate(outcome.distances) if not math.isnan(d)), -1)
-        seen = [i for i, d in enumerate(outcome.distances) if i != start and not math.isnan(d)]
-        if not seen:
+        present = [i for i, d in enumerate(outcome.distances) if not math.isnan(d)]
+        if len(present) < 2:
             return
-        distance = torch.tensor([outcome.distances[i] for i in seen], dtype=torch.float64)
-        rejected = (distance > outcome.tau + 1e-12).double()
-        for i, d, r in zip(seen, distance - distance.mean(), rejected - rejected.mean(), strict=True):
-            self.total.index_add_(0, indices[i], d.expand(len(indices[i])))
-            self.rejections.index_add_(0, indices[i], r.expand(len(indices[i])))
+        start = min(present, key=lambda i: outcome.distances[i])
+        others = torch.tensor([outcome.distances[i] for i in present if i != start], dtype=torch.float64)
+        said = torch.stack([others, (others > outcome.tau + TIE).double()])  # (2, rows)
+        self.recent.append((len(others), *said.sum(1).tolist()))
+        rows, distances, rejections = map(sum, zip(*self.recent, strict=True))
+        said = torch.cat([said, said.mean(1, keepdim=True)], 1) - torch.tensor([[distances], [rejections]], dtype=torch.float64) / rows
+        for i, (distance, rejected) in zip([*(i for i in present if i != start), start], said.T, strict=True):
+            self.total.index_add_(0, indices[i], distance.expand(len(indices[i])))
+            self.rejections.index_add_(0, indices[i], rejected.expand(len(indices[i])))
             self.appearances.index_add_(0, indices[i], torch.ones(len(indices[i]), dtype=torch.float64))
 
     def score(self) -> Tensor:
@@ -170,17 +183,17 @@ def sample_losses(training: Training) -> Tensor:
 
 
 def write_samples(found: Audited, path: Path) -> None:
-    """A line per training sample, the most suspect first. flipped is empty where no label is known to be wrong."""
+    """A line per training sample, the most suspect first; index is the data set's own. flipped is empty where no wrong label is known."""
     order = found.ways["score"].argsort(descending=True).tolist()
     known = bool(found.flipped.any())
     train = found.problem.train
     with path.open("w", newline="") as file:
         out = csv.writer(file)
-        out.writerow(["rank", "sample", "observed", "clean", "flipped", "appearances", "score", "rejection", "loss"])
+        out.writerow(["rank", "index", "observed", "clean", "flipped", "appearances", "score", "rejection", "loss"])
         for rank, i in enumerate(order, 1):
             labels = [int(train.observed[i]), int(train.clean[i]), int(found.flipped[i]) if known else ""]
             values = [f"{float(found.ways[way][i]):.6g}" for way in ("score", "rejection", "loss")]
-            out.writerow([rank, i, *labels, int(found.appearances[i]), *values])
+            out.writerow([rank, int(found.problem.origin[i]), *labels, int(found.appearances[i]), *values])
 
 
 def table(lines: Sequence[dict[str, Any]]) -> Table:
@@ -207,7 +220,15 @@ def verdict(lines: Sequence[dict[str, Any]]) -> str:
         return "Which labels are wrong is not known here: samples.csv is ranked by score, and nothing tells how good the ranking is."
     means = {way: sum(line["auroc"][way] for line in known) / len(known) for way in WAYS}
     best = max(means, key=lambda way: means[way])
-    return f"Best at finding wrong labels: {WAYS[best]} (AUROC {means[best]:.3f}); the filter's score has {means['score']:.3f}."
+    return (f"Best at finding wrong labels: {WAYS[best]} (AUROC {means[best]:.3f}); the filter's score has {means['score']:.3f}. "
+            f"Less the mean loss of plain averaging, the usual way, that is {gap(known)}.")  # fmt: skip
+
+
+def gap(lines: Sequence[dict[str, Any]]) -> str:
+    """AUROC of the score less that of the loss under plain averaging: the mean over seeds, with its paired bootstrap interval."""
+    pairs = np.array([line["auroc"]["score"] - line["auroc"]["loss_averaging"] for line in lines])
+    low, high = st.bootstrap(pairs)
+    return f"{pairs.mean():+.3f}" + (f" ({low:+.3f} to {high:+.3f})" if len(pairs) > 1 else "")
 
 
 def draw(found: Audited, path: Path) -> None:
@@ -224,14 +245,15 @@ def draw(found: Audited, path: Path) -> None:
             (100 * count / count.sum()).tolist(), torch.linspace(low, high, 51).tolist(), fill=True, alpha=0.4, color=color, label=name
         )
     right.plot([0, 100], [0, 100], color=SOFT, linewidth=0.8, linestyle=(0, (4, 3)))
-    for way, color in zip(("score", "loss", "loss_averaging"), ("#e0561b", "#12a08a", "#8c1d4f"), strict=True):
+    curves = {"score": ("distance", "#e0561b"), "loss": ("loss", "#12a08a"), "loss_averaging": ("loss, averaging", "#8c1d4f")}
+    for way, (name, color) in curves.items():
         if flipped.any():
             false, true, _ = roc_curve(flipped, found.ways[way])
-            right.plot(100 * false, 100 * true, color=color, linewidth=1.8, label=WAYS[way])
+            right.plot(100 * false, 100 * true, color=color, linewidth=1.8, label=name)
     for ax, title, x in ((left, "samples (%)", "score: mean excess distance"), (right, "flipped found (%)", "clean ones suspected (%)")):
         plain(ax)
         ax.set_title(title, loc="left", fontsize=11, color=INK, pad=8)
         ax.set_xlabel(x, fontsize=10, color=SOFT)
         if ax.get_legend_handles_labels()[0]:
-            ax.legend(frameon=False, fontsize=9.5, labelcolor=SOFT, loc="upper right" if ax is left else "center right")
+            ax.legend(frameon=False, fontsize=9.5, labelcolor=SOFT, loc="upper right" if ax is left else "lower right")
     figure.savefig(path, dpi=DPI)

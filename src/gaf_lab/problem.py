@@ -47,6 +47,7 @@ class Problem:
         train, heldout: disjoint parts of the training set, with noisy labels. test: clean, only reported.
         probe: the training samples on which memorisation is measured.
         reader: of micro-batches whose pictures are in files; None where they are in memory.
+        origin: which of the data set's training pictures, in its own order, each of `train` is, (N,) on the CPU.
     """
 
     config: TrainConfig
@@ -57,6 +58,7 @@ class Problem:
     probe: Pictures
     sampler: Sampler
     reader: Reader | None
+    origin: Tensor
 
     @property
     def steps(self) -> int:
@@ -118,14 +120,20 @@ def build(config: TrainConfig, folder: Path | None, device: torch.device) -> Pro
         raise ConfigError(f"b must not exceed the training samples; got {config.b} of {len(train)}. Lower b or heldout.")
     sampler = make_sampler(config, train, data.classes)
     reader = make_reader(config, train, sampler)
-    return Problem(config, data, on(train, device), on(heldout, device), on(test, device), on(probe, device), sampler, reader)
+    origin = chosen(data.name, len(found.train_y), config.limit)[order[kept:]]
+    return Problem(config, data, on(train, device), on(heldout, device), on(test, device), on(probe, device), sampler, reader, origin)
+
+
+def chosen(name: str, n: int, limit: int) -> Tensor:
+    """Which of a data set's n pictures are used: at most `limit`, the same for every seed; all of them, in order, for 0."""
+    return torch.randperm(n, generator=generator(0, name, "limit"))[:limit] if limit else torch.arange(n)
 
 
 def limited(data: DataSet, limit: int) -> DataSet:
     """At most `limit` training and as many test pictures, the same for every seed; all of them for 0."""
     if not limit:
         return data
-    train, test = (torch.randperm(n, generator=generator(0, data.name, "limit"))[:limit] for n in (len(data.train_y), len(data.test_y)))
+    train, test = (chosen(data.name, len(labels), limit) for labels in (data.train_y, data.test_y))
     human = None if data.human is None else data.human[train]
     parts: dict[str, Any] = {
         "train_x": data.train_x[train],

@@ -4,6 +4,8 @@ import csv
 import dataclasses
 import json
 import math
+import statistics
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,8 @@ from gaf_lab import audit
 from gaf_lab.audit import Tally, spelled
 from gaf_lab.cli import main
 from gaf_lab.config import ConfigError, TrainConfig
+from gaf_lab.data import load
+from gaf_lab.problem import build
 
 ROOT = Path(__file__).parent.parent.parent
 SMALL = TrainConfig(dataset="digits", k=4, b=8, passes=3.0, eval_every=1.0, tau=0.9)
@@ -24,19 +28,45 @@ def outcome(distances: list[float], tau: float = 0.9) -> gaf.Outcome:
     return gaf.Outcome(any(accepted), accepted, distances, [0.0] * len(distances), [1.0] * len(distances), 1.0, tau)
 
 
-def test_a_score_is_the_mean_excess_over_the_step_of_the_micro_batches_that_held_the_sample():
-    tally = Tally(8)
-    batches = [torch.tensor([0, 1]), torch.tensor([2, 3]), torch.tensor([4, 5]), torch.tensor([0, 6])]
-    tally.add(batches, outcome([0.0, 0.8, 1.1, 0.8]))  # the first is the start: it says nothing of 0 and 1
-    tally.add([torch.tensor([2, 6]), torch.tensor([2, 4]), torch.tensor([5, 6]), torch.tensor([1, 3])], outcome([math.nan, 0.0, 0.7, 1.0]))
-    first, second = 0.9, 0.85
-    expected = [0.8 - first, 1 - second, 0.8 - first, (0.8 - first + 1 - second) / 2, 1.1 - first, (1.1 - first + 0.7 - second) / 2,
-                (0.8 - first + 0.7 - second) / 2, 0.0]  # fmt: skip
-    assert tally.score().tolist() == pytest.approx(expected)
-    assert tally.appearances.tolist() == [1, 1, 1, 2, 1, 2, 2, 0]
-    assert tally.rejection().tolist() == pytest.approx(
-        [-1 / 3, 1 / 2, -1 / 3, (-1 / 3 + 1 / 2) / 2, 2 / 3, (2 / 3 - 1 / 2) / 2, (-1 / 3 - 1 / 2) / 2, 0]
-    )
+def written_out(steps: list[tuple[list[torch.Tensor], list[float]]], n: int, of: Callable[[float], float]) -> list[float]:
+    """Each sample's mean excess over the last 100 steps, one appearance at a time; of: what is said of a compared row's distance."""
+    excess: list[list[float]] = [[] for _ in range(n)]
+    rows = [[of(d) for d in sorted(d for d in distances if d == d)[1:]] for _, distances in steps]
+    for t, (batches, distances) in enumerate(steps):
+        usual = statistics.fmean(v for row in rows[max(t - 99, 0) : t + 1] for v in row)
+        for batch, d in zip(batches, distances, strict=True):
+            for sample in batch.tolist() if d == d else []:
+                excess[sample].append((of(d) if d > 0 else statistics.fmean(rows[t])) - usual)
+    return [statistics.fmean(one) if one else 0.0 for one in excess]
+
+
+def test_a_score_is_the_mean_excess_over_the_last_hundred_steps_of_the_micro_batches_that_held_the_sample():
+    draw, tally, steps = torch.Generator().manual_seed(0), Tally(9), []
+    for t in range(130):
+        distances = (0.6 + 0.7 * torch.rand(4, generator=draw)).tolist()
+        distances[0] = 0.0 if t % 3 else math.nan
+        distances[1] = distances[1] if t % 3 else 0.0
+        steps.append((list(torch.randint(8, (4, 3), generator=draw)), distances))  # no micro-batch holds sample 8
+        tally.add(steps[-1][0], outcome(distances))
+    assert tally.score().tolist() == pytest.approx(written_out(steps, 9, lambda d: d))
+    assert tally.rejection().tolist() == pytest.approx(written_out(steps, 9, lambda d: float(d > 0.9)))
+    assert tally.appearances[8] == tally.score()[8] == 0
+
+
+def test_of_two_micro_batches_both_are_as_far_from_each_other():
+    tally = Tally(4)
+    tally.add([torch.tensor([0]), torch.tensor([1])], outcome([0.0, 0.4]))
+    tally.add([torch.tensor([2]), torch.tensor([3])], outcome([0.0, 1.2]))
+    assert tally.score().tolist() == pytest.approx([0, 0, 0.4, 0.4])  # 1.2 less the mean of both steps
+    assert tally.rejection().tolist() == pytest.approx([0, 0, 0.5, 0.5])
+
+
+@pytest.mark.parametrize("limit", [0, 300])
+def test_the_list_names_samples_as_the_data_set_does(limit):
+    problem = build(dataclasses.replace(SMALL, limit=limit), None, torch.device("cpu"))
+    data = load("digits", None)
+    torch.testing.assert_close(data.train_x[problem.origin], problem.train.x, rtol=0, atol=0)
+    assert data.train_y[problem.origin].equal(problem.train.clean)
 
 
 def test_a_step_in_which_nothing_was_compared_says_nothing():
@@ -103,6 +133,12 @@ def test_the_command_writes_a_ranked_list_a_figure_and_lines(tmp_path, capsys):
     assert "Best at finding wrong labels" in capsys.readouterr().out
 
 
+def test_the_difference_is_paired_by_seed():
+    lines = [{"auroc": {"score": s, "loss_averaging": u}} for s, u in ((0.5, 0.9), (0.6, 1.0), (0.4, 0.8))]
+    assert audit.gap(lines) == "-0.400 (-0.400 to -0.400)"  # the spread between seeds is common to both
+    assert audit.gap(lines[:1]) == "-0.400"
+
+
 def test_without_known_flips_the_ranking_is_written_and_called_unproven(tmp_path, capsys):
     words = [
         "audit",
@@ -138,10 +174,11 @@ def test_what_has_no_distances_to_a_running_sum_is_refused(change):
 def table() -> str:
     lines = [json.loads(line) for line in (ROOT / "results" / "audit.jsonl").read_text().splitlines()]
     lines = [line for line in lines if line["kind"] == "audit"]
-    rows = ["| data, label noise | b | n | " + " | ".join(audit.WAYS.values()) + " |", "|---" * (3 + len(audit.WAYS)) + "|"]
+    rows = ["| data, label noise | b | n | " + " | ".join([*audit.WAYS.values(), "distance - loss of averaging"]) + " |"]
+    rows.append("|---" * (4 + len(audit.WAYS)) + "|")
     for dataset, rate, b in dict.fromkeys((line["dataset"], line["noise_rate"], line["b"]) for line in lines):
         group = [line for line in lines if (line["dataset"], line["noise_rate"], line["b"]) == (dataset, rate, b)]
-        cells = [spelled(group, "auroc", way) for way in audit.WAYS]
+        cells = [*(spelled(group, "auroc", way) for way in audit.WAYS), audit.gap(group)]
         rows.append(f"| {dataset}, {100 * rate:.0f}% | {b} | {len(group)} | " + " | ".join(cells) + " |")
     return "\n".join(rows)
 
