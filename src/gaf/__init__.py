@@ -2,6 +2,7 @@
 
 from gaf.accumulate import Accumulator
 from gaf.attach import attach
+from gaf.audit import Audit
 from gaf.combine import aggregate
 from gaf.decision import Decision
 from gaf.gram import gram
@@ -16,6 +17,7 @@ __version__ = "0.1.0"
 __all__ = [
     "GAF",
     "Accumulator",
+    "Audit",
     "Decision",
     "Handle",
     "Mean",

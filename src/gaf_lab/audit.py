@@ -19,7 +19,6 @@ precision: share of flipped ones among the most suspect, as many as there are fl
 import csv
 import dataclasses
 import math
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,8 +33,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 import gaf
+from gaf.audit import Excess, judged
 from gaf.sequential import TIE
-from gaf.telemetry import WINDOW
 from gaf_lab import statistics as st
 from gaf_lab.config import ConfigError, TrainConfig
 from gaf_lab.evaluate import logits
@@ -53,42 +52,26 @@ WAYS = {
 
 
 class Tally:
-    """Adds up, for each of n samples, what is said of the micro-batches that hold it."""
+    """For each of n samples how far, and how often above tau, the micro-batches were that held it; see gaf.Audit."""
 
     def __init__(self, n: int) -> None:
-        self.total, self.rejections, self.appearances = (torch.zeros(n, dtype=torch.float64) for _ in range(3))
-        self.recent: deque[tuple[int, float, float]] = deque(
-            maxlen=WINDOW
-        )  # of each step: rows, and their distances and rejections added up
+        self.distances, self.bits = gaf.Audit(n), Excess(n)
 
     def add(self, indices: Sequence[Tensor], outcome: gaf.Outcome) -> None:
-        """One step.
+        """One step; indices: of the k micro-batches, which samples each holds, (b,)."""
+        self.distances.record(indices, outcome)
+        self.bits.add(indices, judged([float(d > outcome.tau + TIE) for d in outcome.distances], outcome.distances))
 
-        Args:
-            indices: of the k micro-batches, which samples each holds, (b,).
-            outcome: of the step. Absent rows say nothing; of the row that the sum started from those compared with it say
-                their mean, so that with k = 2 both rows are as far from each other.
-        """
-        present = [i for i, d in enumerate(outcome.distances) if not math.isnan(d)]
-        if len(present) < 2:
-            return
-        start = min(present, key=lambda i: outcome.distances[i])
-        others = torch.tensor([outcome.distances[i] for i in present if i != start], dtype=torch.float64)
-        said = torch.stack([others, (others > outcome.tau + TIE).double()])  # (2, rows)
-        self.recent.append((len(others), *said.sum(1).tolist()))
-        rows, distances, rejections = map(sum, zip(*self.recent, strict=True))
-        said = torch.cat([said, said.mean(1, keepdim=True)], 1) - torch.tensor([[distances], [rejections]], dtype=torch.float64) / rows
-        for i, (distance, rejected) in zip([*(i for i in present if i != start), start], said.T, strict=True):
-            self.total.index_add_(0, indices[i], distance.expand(len(indices[i])))
-            self.rejections.index_add_(0, indices[i], rejected.expand(len(indices[i])))
-            self.appearances.index_add_(0, indices[i], torch.ones(len(indices[i]), dtype=torch.float64))
+    @property
+    def appearances(self) -> Tensor:
+        return self.distances.counts
 
     def score(self) -> Tensor:
         """(n,); 0 for a sample that no compared micro-batch held."""
-        return self.total / self.appearances.clamp_min(1)
+        return self.distances.scores().nan_to_num(0)
 
     def rejection(self) -> Tensor:
-        return self.rejections / self.appearances.clamp_min(1)
+        return self.bits.scores().nan_to_num(0)
 
 
 @dataclass(frozen=True, eq=False)

@@ -32,6 +32,7 @@ def written_out(steps: list[tuple[list[torch.Tensor], list[float]]], n: int, of:
     """Each sample's mean excess over the last 100 steps, one appearance at a time; of: what is said of a compared row's distance."""
     excess: list[list[float]] = [[] for _ in range(n)]
     rows = [[of(d) for d in sorted(d for d in distances if d == d)[1:]] for _, distances in steps]
+    rows = [[*row, statistics.fmean(row)] for row in rows]  # the start's
     for t, (batches, distances) in enumerate(steps):
         usual = statistics.fmean(v for row in rows[max(t - 99, 0) : t + 1] for v in row)
         for batch, d in zip(batches, distances, strict=True):
@@ -73,7 +74,7 @@ def test_a_step_in_which_nothing_was_compared_says_nothing():
     tally = Tally(4)
     tally.add([torch.tensor([0]), torch.tensor([1])], outcome([0.0, math.nan]))
     tally.add([torch.tensor([0]), torch.tensor([1])], outcome([math.nan, math.nan]))
-    assert tally.appearances.sum() == tally.total.abs().sum() == 0
+    assert tally.appearances.sum() == tally.score().abs().sum() == tally.rejection().abs().sum() == 0
 
 
 def test_samples_whose_micro_batches_point_elsewhere_come_out_on_top():
