@@ -275,5 +275,5 @@ def test_max_norm_ratio_must_be_at_least_one(ratio: object) -> None:
 
 
 def test_scope_group_is_for_data_parallel_engines() -> None:
-    with pytest.raises(ValueError, match=r"scope must be 'all'; got 'group'.*Use gaf\.attach"):
+    with pytest.raises(ValueError, match=r"scope must be 'all' or 'layer'; got 'group'.*Use gaf\.attach"):
         gaf.Accumulator(SGD([nn.Parameter(torch.ones(2))], 0.1), gaf.GAF(scope="group"))

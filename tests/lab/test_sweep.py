@@ -225,6 +225,7 @@ def test_killed_at_any_moment_and_started_again_a_sweep_ends_as_an_undisturbed_o
     assert_index_is_whole(tmp_path)
 
 
+@pytest.mark.slow
 def test_two_sweeps_at_the_same_time_share_the_runs(plan, whole, start, tmp_path):
     both = [start(plan, "--workers", 2, "--out", tmp_path) for _ in range(2)]
     for process in both:
