@@ -236,6 +236,6 @@ def test_a_run_decides_per_bucket_and_records_what_any_bucket_accepted(tmp_path)
 def test_accepted_batch_norm_statistics_are_refused():
     with pytest.raises(
         ConfigError,
-        match="scope 'group' and 'layer' go with bn 'all' and a fixed threshold alone: .*; got 'group'. Set bn 'all' and threshold 'fixed', or scope 'all'",
+        match="scope 'group' and 'layer' go with bn 'all' and a fixed threshold alone: .*; got 'group'",
     ):
         dataclasses.replace(SMALL, bn="accepted")
