@@ -133,7 +133,9 @@ class GAFDDPStrategy(DDPStrategy):
     """Lightning's DDP with a GAFCallback: Trainer(strategy=GAFDDPStrategy(gaf.GAF(tau=0.9)), devices=8).
 
     Args:
-        policy, b, micro_group: as for `GAFCallback` and `gaf.attach`.
+        policy: as for `GAFCallback`.
+        b: as for `GAFCallback`.
+        micro_group: as for `gaf.attach`.
         options: of Lightning's DDPStrategy. Its `ddp_comm_hook`, which Lightning ignores on a CPU, excludes filtering.
     """
 

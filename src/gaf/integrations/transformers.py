@@ -34,7 +34,8 @@ class GAFMixin(Base):
     Args:
         gaf_policy: `gaf.GAF(...)`, or any other that `gaf.Accumulator` or `gaf.attach` takes.
         gaf_options: of `gaf.Accumulator` in one process (bn, leave_out), of `gaf.attach` in several (micro_group).
-        args, kwargs: the Trainer's.
+        *args: the Trainer's.
+        **kwargs: the Trainer's.
 
     Attributes:
         gaf: what decides, from the start of training on: `.last`, `.stats()`.
