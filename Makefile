@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test matrix check docs bench wheel clean
+.PHONY: demo test matrix check docs docs-serve bench wheel clean
 
 demo: .venv/installed
 	$(BIN)/gaf demo
@@ -22,6 +22,9 @@ check: .venv/installed
 
 docs: .venv/installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --site-dir build/site
+
+docs-serve: .venv/installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs serve
 
 bench: .venv/installed
 	$(BIN)/gaf bench accumulate --rounds 40 --out benchmarks/accumulate.jsonl
