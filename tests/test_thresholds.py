@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 import gaf
+from gaf.agreement import noise_squared
 from gaf.sequential import Seen
-from gaf.thresholds import Threshold, square_over_fours
+from gaf.thresholds import Threshold
 
 KINDS: list[Callable[[], Threshold]] = [
     lambda: gaf.SignalTau(0.7),
@@ -54,13 +55,11 @@ def test_the_signals_tau_is_one_minus_kappa_times_the_expected_cosine():
 
 
 @pytest.mark.parametrize("k", [4, 8, 10])
-def test_fours_of_rows_give_the_trace_of_the_squared_covariance_whatever_the_gradient(k: int):
+def test_quadruples_of_rows_give_the_trace_of_the_squared_covariance_whatever_the_gradient(k: int):
     scales = torch.linspace(0.2, 2.0, 30, dtype=torch.float64)
     g = torch.full((30,), 5.0, dtype=torch.float64)
     generator = torch.Generator().manual_seed(0)
-    found = [
-        float(square_over_fours(gaf.gram(g + scales * torch.randn(k, 30, generator=generator, dtype=torch.float64)))) for _ in range(4000)
-    ]
+    found = [float(noise_squared(gaf.gram(g + scales * torch.randn(k, 30, generator=generator, dtype=torch.float64)))) for _ in range(4000)]
     mean = sum(found) / len(found)
     spread = (sum((f - mean) ** 2 for f in found) / len(found)) ** 0.5
     assert abs(mean - float((scales**4).sum())) < 4 * spread / len(found) ** 0.5

@@ -174,7 +174,7 @@ class Accumulator:
     def _decide(self, rows: Rows) -> Decision:
         decision, evidence = rows.decide()
         if isinstance(rows, Layered):
-            self.layers = dict(zip(layers_of(self._params, self._names), rows.decisions, strict=True))
+            self.layers = dict(zip(self._parts(), rows.decisions, strict=True))
         outcome = Outcome.fetch(decision, evidence)
         overflow = self.scaler is not None and any(n != n or n == float("inf") for n in outcome.norms2)
         if overflow and outcome.stepped:
@@ -301,9 +301,13 @@ class Accumulator:
     def _holder(self, voters: list[bool], device: torch.device) -> Rows:
         if getattr(self.policy, "scope", "all") != "layer":
             return rows_for(self.policy, voters, self._spare, device)
-        layers = list(layers_of(self._params, self._names).values())
+        layers = list(self._parts().values())
         parts = [([voters[j] for j in layer], [self._spare[j] for j in layer]) for layer in layers]
         return Layered(layers, [rows_for(self.policy, votes, spare, device) for votes, spare in parts])
+
+    def _parts(self) -> dict[str, list[int]]:
+        """What decides for itself under scope="layer": by name, the parameters' indices."""
+        return layers_of(self._params, self._names)
 
     def _check_clean(self) -> None:
         for p in self._params:

@@ -80,10 +80,20 @@ def cosines_of(gram: Float64[Tensor, "r r"]) -> Float64[Tensor, "r r"]:
 def dimension_of(gram: Float64[Tensor, "r r"]) -> float:
     """The effective dimension of the noise from r >= 4 rows.
 
-        d_eff = (mean diagonal - mean off-diagonal)^2 / E[(K13 - K14 - K23 + K24)^2 / 4]
+    d_eff = (mean diagonal - mean off-diagonal)^2 / E[(K13 - K14 - K23 + K24)^2 / 4]
 
-    The expectation is over all quadruples of different rows. Multiplied out it needs only sums over pairs that share two,
-    one or no index (Chen, Zhang and Zhong, J. Amer. Statist. Assoc. 105, 2010, for tr(Sigma^2)).
+    """
+    r = len(gram)
+    noise = gram.diagonal().mean() - (gram.sum() - gram.diagonal().sum()) / (r * (r - 1))
+    square = float(noise_squared(gram))
+    return float(noise) ** 2 / square if square > 0 else math.inf
+
+
+def noise_squared(gram: Float64[Tensor, "r r"]) -> Float64[Tensor, ""]:
+    """tr(Sigma^2) / b^2 from r >= 4 present rows: the mean of (K13 - K14 - K23 + K24)^2 / 4 over all quadruples of different rows.
+
+    Unbiased, whatever g: (g_1 - g_2)'(g_3 - g_4) holds none of it, and each difference has covariance 2 Sigma / b. Multiplied out it
+    needs only sums over pairs that share two, one or no index (Chen, Zhang and Zhong, J. Amer. Statist. Assoc. 105, 2010).
     """
     r = len(gram)
     off = gram - gram.diagonal().diag()
@@ -92,9 +102,7 @@ def dimension_of(gram: Float64[Tensor, "r r"]) -> float:
     pairs = squares / (r * (r - 1))
     triples = (chains - squares) / (r * (r - 1) * (r - 2))
     quadruples = (total**2 - 4 * chains + 2 * squares) / (r * (r - 1) * (r - 2) * (r - 3))
-    noise = gram.diagonal().mean() - total / (r * (r - 1))
-    square = float(pairs - 2 * triples + quadruples)
-    return float(noise) ** 2 / square if square > 0 else math.inf
+    return pairs - 2 * triples + quadruples
 
 
 def expected_cosine(rho: float, c: float) -> float:

@@ -13,17 +13,23 @@ vector on the rows' device, changed in place so that a captured CUDA graph may h
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from itertools import pairwise
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from gaf.agreement import noise_squared
 from gaf.sequential import Seen, present
 from gaf.shapes import Float64
 
 WINDOW = 50.0  # steps that averages look back
+ABOVE_0 = math.ulp(0)
+RANGES = {  # of the arguments, whichever kind has them
+    "kappa": (0, math.inf), "z": (0, math.inf), "p": (0, 1), "half_life": (ABOVE_0, math.inf), "margin": (-1, 1), "cap": (0, 2),
+    "rate": (ABOVE_0, math.inf), "window": (1, math.inf), "initial": (0, 2), "tau": (0, 2),
+}  # fmt: skip
 
 
 @dataclass(eq=False)
@@ -36,6 +42,12 @@ class Threshold:
     needs_gram: ClassVar[bool] = False  # whether it learns from the rows' Gram matrix, so that they cannot stream by
     _state: Tensor | None = field(default=None, init=False, repr=False)
 
+    def __post_init__(self) -> None:
+        for one in fields(self):
+            value = getattr(self, one.name)
+            if one.name in RANGES and not (value is None and one.default is None):
+                check(self, one.name, value)
+
     def first(self) -> list[float]:
         raise NotImplementedError
 
@@ -47,15 +59,16 @@ class Threshold:
 
     def on(self, device: torch.device) -> Float64[Tensor, ""]:
         """tau of the step at hand, () on the device."""
-        return self.rule(self._on(device)).clamp(0, 2)
+        return self.rule(self.state_on(device)).clamp(0, 2)
 
     def learn(self, seen: Seen) -> None:
         """Takes in one decision. What cannot be measured leaves the state as it was."""
-        state = self._on(seen.norms2.device)
+        state = self.state_on(seen.norms2.device)
         after = self.after(state, seen)
         state.copy_(torch.where(after.isfinite(), after, state))
 
-    def _on(self, device: torch.device) -> Tensor:
+    def state_on(self, device: torch.device) -> Float64[Tensor, " m"]:
+        """What was learned, (m,): the one tensor that a step changes, in its place."""
         if self._state is None:
             self._state = torch.tensor(self.first(), dtype=torch.float64)
         if self._state.device != device:
@@ -74,7 +87,11 @@ class Threshold:
         if state["kind"] != type(self).__name__:
             raise ValueError(f"{type(self).__name__}: the state must be of the same kind of threshold; it is of {state['kind']}. "
                              "Build the policy as it was when it was saved.")  # fmt: skip
-        self._state = None if state["state"] is None else torch.tensor(state["state"], dtype=torch.float64)
+        learned = torch.tensor(self.first() if state["state"] is None else state["state"], dtype=torch.float64)
+        if self._state is None:
+            self._state = learned
+        else:
+            self._state.copy_(learned)  # a captured graph may hold it
 
 
 def faded(total: Tensor, value: Tensor, window: float) -> Tensor:
@@ -108,11 +125,6 @@ class SignalTau(Threshold):
     window: float = WINDOW
     initial: float = 1.0
 
-    def __post_init__(self) -> None:
-        check(self, "kappa", self.kappa, 0, math.inf)
-        check(self, "window", self.window, 1, math.inf)
-        check(self, "initial", self.initial, 0, 2)
-
     def first(self) -> list[float]:
         return [0.0, 0.0]  # |g|^2 and E|g_i|^2
 
@@ -132,7 +144,7 @@ class NoiseFloorTau(Threshold):
         tau = 1 - z / sqrt(d_eff)        d_eff = tr(Sigma)^2 / tr(Sigma^2)
 
         tr(Sigma) / b      mean diagonal - mean off-diagonal of K
-        tr(Sigma^2) / b^2  mean of (K_13 - K_14 - K_23 + K_24)^2 / 4 over fours of rows; with less than four rows the variance
+        tr(Sigma^2) / b^2  mean of (K_13 - K_14 - K_23 + K_24)^2 / 4 over quadruples of rows; with less than four the variance
                            over steps of K_12, which holds 2 g' Sigma g / b too
 
     Rows that share a signal well above the floor pass; as soon as nothing but noise is left, none does. Keeps all k rows.
@@ -151,17 +163,12 @@ class NoiseFloorTau(Threshold):
     initial: float = 1.0
     needs_gram: ClassVar[bool] = True
 
-    def __post_init__(self) -> None:
-        check(self, "z", self.z, 0, math.inf)
-        check(self, "window", self.window, 1, math.inf)
-        check(self, "initial", self.initial, 0, 2)
-
     def first(self) -> list[float]:
-        return [0.0] * 5  # weight of the steps, tr(Sigma) / b, tr(Sigma^2) / b^2 from fours; K_12 and its square
+        return [0.0] * 5  # weight of the steps, tr(Sigma) / b, tr(Sigma^2) / b^2 from quadruples; K_12 and its square
 
     def rule(self, state: Float64[Tensor, " m"]) -> Float64[Tensor, ""]:
-        steps, trace, fours, inner, square = state
-        square_trace = torch.where(fours > 0, fours / steps, square / steps - (inner / steps) ** 2)
+        steps, trace, quadruples, inner, square = state
+        square_trace = torch.where(quadruples != 0, quadruples / steps, square / steps - (inner / steps) ** 2)
         floor = (square_trace.clamp_min(0).sqrt() / (trace / steps)).clamp(0, 1)  # 1 / sqrt(d_eff)
         return torch.where((steps > 0) & (trace > 0) & (square_trace > 0), 1 - self.z * floor, self.initial)
 
@@ -170,23 +177,9 @@ class NoiseFloorTau(Threshold):
         K, k = seen.gram, len(seen.gram)
         inner = (K.sum() - K.diagonal().sum()) / max(k * (k - 1), 1)
         first = K[0, min(1, k - 1)]
-        fours = square_over_fours(K) if k >= 4 else torch.zeros_like(inner)
-        known = torch.stack([torch.ones_like(inner), K.diagonal().mean() - inner, fours, first, first**2])
+        quadruples = noise_squared(K) if k >= 4 else torch.zeros_like(inner)
+        known = torch.stack([torch.ones_like(inner), K.diagonal().mean() - inner, quadruples, first, first**2])
         return faded(state, torch.where(present(seen.norms2).all() & (k > 1), known, math.nan), self.window)
-
-
-def square_over_fours(gram: Float64[Tensor, "k k"]) -> Float64[Tensor, ""]:
-    """An unbiased estimate of tr(Sigma^2) / b^2 from k >= 4 rows: the mean over fours of (K_13 - K_14 - K_23 + K_24)^2 / 4.
-
-    (g_1 - g_2)'(g_3 - g_4) holds no g; each difference has covariance 2 Sigma / b. Rows are taken by fours in their order, each
-    four in its three pairings.
-    """
-    i = torch.arange(len(gram) // 4, device=gram.device) * 4
-    parts = []
-    for a, b, c, d in ((0, 1, 2, 3), (0, 2, 1, 3), (0, 3, 1, 2)):
-        contrast = gram[i + a, i + c] - gram[i + a, i + d] - gram[i + b, i + c] + gram[i + b, i + d]
-        parts.append(contrast**2 / 4)
-    return torch.stack(parts).mean()
 
 
 @dataclass(eq=False)
@@ -214,13 +207,6 @@ class QuantileTau(Threshold):
     cap: float = 1.0
     rate: float = 0.02
     initial: float = 1.0
-
-    def __post_init__(self) -> None:
-        check(self, "p", self.p, 0, 1)
-        check(self, "half_life", 1.0 if self.half_life is None else self.half_life, math.ulp(0), math.inf)
-        check(self, "cap", self.cap, 0, 2)
-        check(self, "rate", self.rate, math.ulp(0), math.inf)
-        check(self, "initial", self.initial, 0, 2)
 
     def first(self) -> list[float]:
         return [min(self.initial, self.cap), self.p]
@@ -257,12 +243,6 @@ class MovingAverageTau(Threshold):
     window: float = WINDOW
     initial: float = 1.0
 
-    def __post_init__(self) -> None:
-        check(self, "margin", self.margin, -1, 1)
-        check(self, "cap", self.cap, 0, 2)
-        check(self, "window", self.window, 1, math.inf)
-        check(self, "initial", self.initial, 0, 2)
-
     def first(self) -> list[float]:
         return [0.0, 0.0]  # weight of the steps, their mean distances
 
@@ -297,7 +277,7 @@ class ScheduleTau(Threshold):
             raise ValueError(f"ScheduleTau: points must be (step, tau) pairs whose steps rise from 0 or more; got {self.points}. "
                              "[(0, 1.0), (1000, 0.8)] goes from 1 to 0.8 in a thousand steps.")  # fmt: skip
         for _, tau in self.points:
-            check(self, "tau", tau, 0, 2)
+            check(self, "tau", tau)
 
     def first(self) -> list[float]:
         return [0.0]
@@ -312,8 +292,9 @@ class ScheduleTau(Threshold):
         return state + 1
 
 
-def check(threshold: Threshold, name: str, value: Any, low: float, high: float) -> None:
+def check(threshold: Threshold, name: str, value: Any) -> None:
+    low, high = RANGES[name]
     if not isinstance(value, int | float) or isinstance(value, bool) or not low <= value <= high or value == math.inf:
-        least = "above 0" if low == math.ulp(0) else f"of at least {low:g}"
+        least = "above 0" if low == ABOVE_0 else f"of at least {low:g}"
         most = f" and at most {high:g}" if high < math.inf else ""
         raise ValueError(f"{type(threshold).__name__}: {name} must be a number {least}{most}; got {value!r}. Leave it out for the default.")

@@ -114,9 +114,9 @@ class TrainConfig:
     """For gaf: largest cosine distance to the running sum that is accepted, in [0, 2]. Lower filters more."""
     threshold: ThresholdName = "fixed"
     """For gaf: whether tau stays as it is, or is set by what the steps have shown; see gaf.thresholds. auto: the recommended one."""
-    threshold_by: float = 1.0
-    """What the threshold goes by: kappa of signal, z of noise-floor, p of quantile, margin of moving-average. Higher filters more, but
-    for p."""
+    threshold_by: float | None = None
+    """What the threshold goes by: kappa of signal, z of noise-floor, p of quantile, margin of moving-average; without it, the one's own
+    default. Higher filters more, but for p."""
     half_life: int = 0
     """For quantile: steps in which its p halves; 0: never."""
     start: Literal["first", "best", "worst"] = "first"
@@ -187,7 +187,8 @@ class TrainConfig:
             "scope": (self.scope == "all" or (self.bn == "all" and self.threshold == "fixed"),
                       "'group' and 'layer' go with bn 'all' and a fixed threshold alone: each part accepts other micro-batches",
                       "Set bn 'all' and threshold 'fixed', or scope 'all'."),
-            "half_life": (self.half_life >= 0, "must be at least 0", "It counts steps."),
+            "half_life": (self.half_life >= 0 and (not self.half_life or self.threshold == "quantile"),
+                          "must be at least 0, and goes with threshold 'quantile' alone", "It counts steps; 0 is never."),
             "replay": (self.replay is not None or self.policy not in REPLAYING, f"must be set for policy {self.policy!r}",
                        "Give the folder of a gaf run."),
             "loss": (self.loss != "elr" or not (self.sam or self.mixup), "elr goes neither with sam nor with mixup", "Set both to 0."),
@@ -230,7 +231,7 @@ ARMS = {
 LATER = {
     "limit": 0, "size": 224, "loss": "cross-entropy", "label_smoothing": 0.0, "gce_q": 0.7, "elr_beta": 0.7,
     "elr_lambda": 3.0, "mixup": 0.0, "sam": 0.0, "ema": 0.0, "early_stopping": 0, "scope": "all", "threshold": "fixed",
-    "threshold_by": 1.0, "half_life": 0, "compile": False, "engine": "auto",
+    "threshold_by": None, "half_life": 0, "compile": False, "engine": "auto",
 }  # fmt: skip
 
 
@@ -241,9 +242,9 @@ def named(config: TrainConfig) -> str:
         "SAM": config.sam, "EMA of weights": config.ema, "early stopping": config.early_stopping,
     }  # fmt: skip
     used = [name for name, on in techniques.items() if on]
-    filtering = config.policy == "gaf"
+    filtering, by = config.policy == "gaf", config.threshold_by
     variants = {
-        f"{config.threshold} {config.threshold_by:g}": filtering and config.threshold not in ("fixed", "auto"),
+        f"{config.threshold} {'' if by is None else f'{by:g}'}".strip(): filtering and config.threshold not in ("fixed", "auto"),
         "tau auto": filtering and config.threshold == "auto", f"half-life {config.half_life}": filtering and config.half_life,
         f"start {config.start}": filtering and config.start != "first", "halving": filtering and config.average == "halving",
         "per bucket": filtering and config.scope == "group", "per layer": filtering and config.scope == "layer",

@@ -23,6 +23,7 @@ from gaf.gate import gate
 from gaf.policies import fixed_tau
 from gaf.rows import Stacked, Streamed, rows_on_device, streams
 from gaf.telemetry import Telemetry, packed
+from gaf.thresholds import Threshold
 from gaf_lab.augment import affine, shifted
 from gaf_lab.config import ConfigError, TrainConfig
 from gaf_lab.controls import as_planned
@@ -154,7 +155,9 @@ class DeviceStep:
         """All tensors that a call changes."""
         moments = [value for p in self.params for value in self.optimizer.state[p].values() if isinstance(value, Tensor)]
         model = [*self.model.parameters(), *self.model.buffers()]
-        return [*model, *moments, *self.objective.state_dict().values(), self.at, self.taken, self.rate, self.log]
+        tau = getattr(self.policy, "tau", None)
+        learned = [tau.state_on(self.device)] if isinstance(tau, Threshold) else []
+        return [*model, *moments, *learned, *self.objective.state_dict().values(), self.at, self.taken, self.rate, self.log]
 
     def warm_up(self) -> None:
         """Takes some steps, and takes back all that they changed."""

@@ -37,7 +37,11 @@ from gaf_lab.tables import rates_ahead
 from gaf_lab.techniques import EarlyStopping, Forward, Objective, averaged, climbing
 
 ALONE = Group()
-Stepper = gaf.Accumulator | parallel.OverRanks | PerBucket | OnDevice
+THRESHOLDS: dict[str, tuple[Any, str]] = {  # by name, and what `threshold_by` is to it
+    "signal": (gaf.SignalTau, "kappa"), "noise-floor": (gaf.NoiseFloorTau, "z"), "quantile": (gaf.QuantileTau, "p"),
+    "moving-average": (gaf.MovingAverageTau, "margin"),
+}  # fmt: skip
+Stepper = gaf.Accumulator | parallel.OverRanks | OnDevice
 LOOK_EVERY = 50  # steps between looks at the loss on an accelerator, each of which waits for it
 
 
@@ -132,7 +136,7 @@ class Training:
                 run = (self.config, self.problem, self.model, self.objective, policy)
                 return forward, OnDevice(*run, self.optimizer, partial(make, fused=True))
             if self.config.policy == "gaf" and self.config.scope == "group":
-                return forward, PerBucket(self.optimizer, make, policy)
+                return forward, PerBucket(self.optimizer, policy, self.model)
             return forward, gaf.Accumulator(self.optimizer, policy, model=self.model, bn=self.config.bn)
         forward = parallel.data_parallel(self.model, self.group, *self.problem.micro_batch(0, self.group.rank))
         return forward, parallel.OverRanks(forward, self.optimizer, policy)
@@ -492,16 +496,14 @@ def make_policy(config: TrainConfig) -> Any:
 
 def make_tau(config: TrainConfig) -> Any:
     """The config's tau, or the object that sets it, which starts from there."""
-    by = config.threshold_by
-    if config.threshold == "signal":
-        return gaf.SignalTau(by, initial=config.tau)
-    if config.threshold == "noise-floor":
-        return gaf.NoiseFloorTau(by, initial=config.tau)
-    if config.threshold == "quantile":
-        return gaf.QuantileTau(by, half_life=config.half_life or None, initial=config.tau)
-    if config.threshold == "moving-average":
-        return gaf.MovingAverageTau(by, initial=config.tau)
-    return "auto" if config.threshold == "auto" else config.tau
+    if config.threshold in ("fixed", "auto"):
+        return config.tau if config.threshold == "fixed" else "auto"
+    kind, name = THRESHOLDS[config.threshold]
+    given = {name: config.threshold_by, "half_life": config.half_life or None}
+    try:
+        return kind(initial=config.tau, **{key: value for key, value in given.items() if value is not None})
+    except ValueError as error:
+        raise ConfigError(f"threshold_by: {error}") from None
 
 
 def step_probability(config: TrainConfig) -> float:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import gaf
 from gaf_lab import config as module
 from gaf_lab import records
 from gaf_lab.cli import parsed_train
@@ -185,3 +186,19 @@ def test_a_rate_cannot_be_scaled_by_a_run_that_accepted_nothing(tmp_path):
     records.append(tmp_path, {"kind": "eval", "rows": [0, 0]})
     with pytest.raises(ConfigError, match="replay: the recorded run must have accepted something .*; .* did not. Replay a run with a high"):
         learning_rate(dataclasses.replace(TrainConfig(), policy="scaled-lr", replay=tmp_path))
+
+
+def test_a_threshold_has_its_own_default_and_its_argument_is_checked_before_a_run():
+    from gaf_lab.train import make_tau
+
+    for name, kind in (("signal", gaf.SignalTau), ("noise-floor", gaf.NoiseFloorTau), ("quantile", gaf.QuantileTau),
+                       ("moving-average", gaf.MovingAverageTau)):  # fmt: skip
+        config = dataclasses.replace(TrainConfig(), threshold=name, tau=1.0)
+        assert repr(make_tau(config)) == repr(kind())
+        assert config.arm == f"GAF, {name}"
+        assert dataclasses.replace(config, threshold_by=0.5).arm == f"GAF, {name} 0.5"
+    assert make_tau(TrainConfig(tau=0.7)) == 0.7
+    with pytest.raises(ConfigError, match=r"threshold_by: QuantileTau: p must be a number of at least 0 and at most 1; got 1.5"):
+        make_tau(TrainConfig(threshold="quantile", threshold_by=1.5))
+    with pytest.raises(ConfigError, match="half_life must be at least 0, and goes with threshold 'quantile' alone; got 5"):
+        TrainConfig(threshold="signal", half_life=5)

@@ -93,6 +93,8 @@ def recorded(tmp_path_factory):
     "changes",
     [
         {"tau": 0.8},
+        {"threshold": "auto"},
+        {"threshold": "noise-floor", "threshold_by": 1.0, "schedule": "cosine"},
         {"tau": 0.8, "average": "halving", "schedule": "cosine", "schedule_waits": True},
         {"start": "best", "schedule": "multi-step"},
         {"start": "worst", "schedule": "cosine"},
@@ -126,6 +128,9 @@ def test_the_engine_decides_and_trains_as_the_plain_path(tmp_path, recorded, cha
             assert a[name] == b[name]
         assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-4)
     assert plain[2]["scheduler"] == device[2]["scheduler"]
+    learned = [found[2]["accumulator"]["policy"].pop("tau", {"state": []})["state"] for found in (plain, device)]
+    assert learned[0] == pytest.approx(learned[1], rel=1e-3)
+    assert bool(learned[0]) == (config.threshold != "fixed")
     assert plain[2]["accumulator"]["policy"] == device[2]["accumulator"]["policy"]
     assert plain[2]["optimizer"]["param_groups"] == device[2]["optimizer"]["param_groups"]
     lr = 2 * config.lr if config.optimizer.startswith("adam") else 2e-4  # Adam divides rounding by rounding where gradients vanish
@@ -166,10 +171,14 @@ def test_a_skipped_step_leaves_parameters_and_optimizer_state_bitwise_alone():
 
 
 def test_warming_up_leaves_everything_as_it_was():
-    step = fresh(model="convnet", loss="elr")
-    before = [t.clone() for t in step.state()]
+    step = fresh(model="convnet", loss="elr", threshold="auto")
+    before, learned = [t.clone() for t in step.state()], step.policy.state_dict()
     step.warm_up()
     assert all(torch.equal(a, b) for a, b in zip(step.state(), before, strict=True))
+    step()
+    assert step.policy.state_dict() != learned
+    step.policy.load_state_dict(learned)
+    assert step.policy.state_dict() == learned
 
 
 def fresh(**changes) -> DeviceStep:
@@ -227,11 +236,13 @@ def meta(monkeypatch):
     [{}, {"start": "best"}, {"start": "worst"}, {"average": "halving"}, {"policy": "mean"}, {"policy": "random-skip"},
      {"policy": "random-subset"}, {"policy": "replay-skip"}, {"optimizer": "adam"}, {"optimizer": "adamw", "schedule_waits": True},
      {"momentum": 0.0, "nesterov": False}, {"loss": "gce"}, {"loss": "elr"}, CONVNET,
+     *({"threshold": name} for name in ("auto", "signal", "noise-floor", "quantile")),
      pytest.param(CONVNET | {"model": "resnet18", "limit": 60}, marks=pytest.mark.slow)],
     ids=str,
 )  # fmt: skip
 def test_a_step_never_looks_at_the_host_nor_takes_anything_from_it(meta, recorded, changes):
     step = meta(replay=recorded, **changes)
+    step.state()  # a threshold's first state comes from Python, when a step is warmed up
     with NothingFromPython(), OnlyThere():
         step()
 
@@ -282,7 +293,8 @@ class Tape(TorchDispatchMode):
 @pytest.mark.parametrize(
     "changes",
     [{}, {"start": "best"}, {"average": "halving"}, {"policy": "random-skip"}, {"optimizer": "adamw", "lr": 0.001}, CONVNET,
-     {"schedule": "cosine", "schedule_waits": True}, {"loss": "elr"}],
+     {"schedule": "cosine", "schedule_waits": True}, {"loss": "elr"},
+     *({"threshold": name} for name in ("auto", "signal", "noise-floor", "quantile"))],
     ids=str,
 )  # fmt: skip
 def test_a_step_that_is_noted_once_and_repeated_is_a_step(changes):
