@@ -3,13 +3,24 @@
 from collections.abc import Iterator
 
 import pytest
-from oracle import launched  # puts ranks on the path
+from oracle import forget, launched  # puts ranks on the path
 from ranks import Ranks
 
 
+@pytest.fixture(autouse=True)
+def _nothing_left() -> None:
+    forget()
+
+
 @pytest.fixture(scope="session")
-def pair() -> Iterator[Ranks]:
+def two() -> Iterator[Ranks]:
     ranks = Ranks(2)
-    ranks.run(launched)
     yield ranks
     ranks.close()
+
+
+@pytest.fixture
+def pair(two: Ranks) -> Ranks:
+    """As a launcher starts them: the framework before may have left another environment."""
+    two.run(launched)
+    return two

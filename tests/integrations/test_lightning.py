@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from oracle import network, samples
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import StepLR
@@ -33,19 +34,6 @@ BATCH, K, TAU = 4, 8, 0.8
 SAMPLES = 15 * K * BATCH // 2  # an epoch is 7 macro-batches of 8 and one of 4
 
 
-def samples() -> tuple[Tensor, Tensor]:
-    """Labels of which 40% say nothing: micro-gradients agree more or less."""
-    rng = torch.Generator().manual_seed(1)
-    x = torch.randn(SAMPLES, 13, generator=rng)
-    noisy = torch.rand(SAMPLES, generator=rng) < 0.4
-    return x, torch.where(noisy, torch.randint(5, (SAMPLES,), generator=rng), x[:, :5].argmax(1))
-
-
-def network() -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(13, 31), nn.Tanh(), nn.Linear(31, 5))
-
-
 class Module(pl.LightningModule):
     def __init__(self, optimizer: Any = SGD, decay: float = 0.97) -> None:
         super().__init__()
@@ -63,7 +51,7 @@ class Module(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": StepLR(optimizer, 1, self.decay), "interval": "step"}}
 
     def train_dataloader(self) -> Any:
-        return DataLoader(TensorDataset(*samples()), batch_size=BATCH)
+        return DataLoader(TensorDataset(*samples(SAMPLES)), batch_size=BATCH)
 
 
 def trainer(callbacks: Any = (), logger: Any = False, epochs: int = 2, k: int = K, devices: int = 1, **options: Any) -> Any:
@@ -88,7 +76,7 @@ def by_hand(tau: float, world: int = 1, clip: float | None = None, epochs: int =
     net, steps, taken = network(), 0, 0
     optimizer = SGD(net.parameters())
     scheduler = StepLR(optimizer, 1, 0.97)
-    shares = [[part.split(BATCH) for part in (x[r::world], y[r::world])] for r in range(world) for x, y in [samples()]]
+    shares = [[part.split(BATCH) for part in (x[r::world], y[r::world])] for r in range(world) for x, y in [samples(SAMPLES)]]
     for _ in range(epochs):
         for start in range(0, len(shares[0][0]), k):
             rows = [[gradient(net, x, y, bf16) for x, y in zip(xs[start : start + k], ys[start : start + k], strict=True)]
@@ -202,7 +190,7 @@ def test_a_checkpoint_in_the_middle_of_a_macro_batch_holds_the_last_step_and_dis
     module = Module()
     keep = ModelCheckpoint(tmp_path, save_last=True, save_on_train_epoch_end=False, monitor=None)
     run = trainer([callback, keep], epochs=1, val_check_interval=2 * K + 3, num_sanity_val_steps=0)
-    run.fit(module, val_dataloaders=DataLoader(TensorDataset(*samples()), batch_size=SAMPLES))
+    run.fit(module, val_dataloaders=DataLoader(TensorDataset(*samples(SAMPLES)), batch_size=SAMPLES))
     saved = torch.load(tmp_path / "last.ckpt", weights_only=True)  # after 3 (2 K + 3) = 57 micro-batches
     assert saved["callbacks"]["GAFCallback"]["telemetry"]["totals"]["steps"] == 7
     assert near(flat(module), by_hand(TAU, epochs=1)[0])
@@ -311,7 +299,7 @@ def on_a_rank(policy: Any, way: str, ckpt_path: str | None = None, save: str | N
     module = Module()
     # Lightning would shuffle in its own sampler; rank r takes every second sample, from r on
     rank = torch.distributed.get_rank()
-    x, y = samples()
+    x, y = samples(SAMPLES)
     loader = DataLoader(TensorDataset(x[rank::2], y[rank::2]), batch_size=BATCH)
     run.fit(module, loader, ckpt_path=ckpt_path)
     found = {"weights": flat(module), "steps": run.global_step, "rate": run.lr_scheduler_configs[0].scheduler.last_epoch}
