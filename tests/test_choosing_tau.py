@@ -3,6 +3,7 @@
 `python tests/test_choosing_tau.py` prints them anew.
 """
 
+import json
 from functools import cache
 from pathlib import Path
 
@@ -62,12 +63,25 @@ def mean(arm: Arm) -> float:
     return found.mean
 
 
+def agreement() -> str:
+    """What two micro-gradients have in common while averaging trains, against how their cosine scatters by chance."""
+    lines, task = ["| task | b | after steps | mean cosine | scatter, 1 / sqrt(d_eff) | ratio |", "|---" * 6 + "|"], ""
+    for line in map(json.loads, (ROOT / "results" / "agreement.jsonl").read_text().splitlines()):
+        if line["kind"] == "conditions":
+            task = line["config"]["dataset"]
+        elif line["m"] == 1:
+            cosine, scatter = 1 - line["distance_mean"], line["dimension"] ** -0.5
+            lines.append(f"| {task} | {line['b']} | {line['after']} | {cosine:.3f} | {scatter:.3f} | {cosine / scatter:.1f} |")
+    return "\n".join(lines)
+
+
 TABLES = {
     "last 40": lambda: accuracies(0.4, st.LAST),
     "selected 40": lambda: accuracies(0.4, st.SELECTED),
     "last 0": lambda: accuracies(0.0, st.LAST),
     "accepted 40": lambda: accuracies(0.4, st.ACCEPTANCE),
     "auto": auto,
+    "agreement": agreement,
 }
 
 
