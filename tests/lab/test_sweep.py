@@ -160,6 +160,14 @@ def wait_until(holds, seconds=300):
         time.sleep(0.01)
 
 
+def runs(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
 # ---------------------------------------------------------------------------------- undisturbed
 
 
@@ -265,7 +273,7 @@ def test_a_worker_that_is_killed_is_replaced_and_its_run_goes_on_from_the_checkp
         wait_until((folder / checkpoint.FILE).exists)
         (worker,) = set(multiprocessing.active_children()) - others
         worker.kill()
-        worker.join()
+        wait_until(lambda: not runs(worker.pid))  # join() here would take the exit code that the sweep waits for
         kept.append(records.read(folder))
 
     killer = threading.Thread(target=kill)
