@@ -1,5 +1,6 @@
 """What an adapter must amount to, written out: rows by autograd, `gaf.aggregate`, a step or none."""
 
+import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -90,3 +91,13 @@ def launched() -> None:
     forget()
     rank, world = str(dist.get_rank()), str(dist.get_world_size())
     os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=world, LOCAL_WORLD_SIZE=world, MASTER_ADDR="127.0.0.1", OMP_NUM_THREADS="1")
+
+
+def alike(a: Any, b: Any) -> bool:
+    """Nested: equal but for the last digits of what was measured. DistributedDataParallel's buckets lie otherwise in a first
+    pass than in later ones, and how a BLAS rounds a sum can depend on where its terms lie."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(alike(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(alike, a, b))
+    return a == b or (isinstance(a, float) and math.isclose(a, b, rel_tol=1e-5))

@@ -106,7 +106,7 @@ def recorded(tmp_path_factory):
         {"loss": "elr", "early_stopping": 1, "eval_every": 0.5},
         {"optimizer": "adam", "lr": 0.001, "tau": 0.8, "label_smoothing": 0.1},
         CONVNET,
-        CONVNET | {"start": "best", "optimizer": "adamw", "lr": 0.001, "channels_last": True},
+        CONVNET | {"start": "best", "channels_last": True},
         CONVNET | {"policy": "random-skip", "autocast": "bfloat16"},
         {"k": 1, "b": 40},
     ],
