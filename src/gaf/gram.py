@@ -93,8 +93,8 @@ def products(vectors: Vectors, pairs: list[tuple[int, int]], wide: bool = False)
     """One slice's share of the inner products, each ().
 
     On a CPU pair by pair, for a matrix product's precision is the user's to lower (torch.set_float32_matmul_precision), and by
-    torch's own pairwise sum: how a BLAS adds up, and to how many digits, depends on the make of the CPU. Elsewhere one float64 product: exact for half and single
-    precision, out of reach of TF32, and without a look at the host.
+    torch's own pairwise sum, for how a BLAS adds up, and to how many digits, depends on the make of the CPU. Elsewhere one
+    float64 product: exact for half and single precision, out of reach of TF32, and without a look at the host.
     """
     if vectors[0].device.type == "cpu":
         held = [v.double() if wide else v.float() if v.dtype in HALF else v for v in vectors]
