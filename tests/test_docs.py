@@ -205,6 +205,22 @@ def test_python_blocks_run(tmp_path: Path, group: str):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+@pytest.mark.slow
+def test_ray_trains_as_its_page_says(tmp_path: Path):
+    """The two programs of the page as one file."""
+    for module in ("ray", "pyarrow", "pandas"):
+        pytest.importorskip(module, reason="ray[train] is not installed")
+    page = "frameworks/ray-train.md"
+    program = tmp_path / "program.py"
+    program.write_text("\n".join(block.text for block in blocks(page, "python", "text")))
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0", "HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, str(program)], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    shown = re.findall(r"'gaf/acceptance': ([\d.]+)", done.stdout)
+    assert shown
+    assert 0 < float(shown[0]) < 1
+
+
 def test_a_toml_block_is_a_plan_of_as_many_runs_as_its_page_says(tmp_path: Path):
     plans = [(page, block.text) for page in TEXTS for block in blocks(page, "toml")]
     assert plans
