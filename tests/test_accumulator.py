@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.datasets import load_digits
@@ -1014,6 +1015,23 @@ def test_a_scheduler_stepped_once_per_epoch_is_noticed() -> None:
             scheduler.step()
     with pytest.raises(RuntimeError, match=r"StepLR\.step\(\) must be called after every step.*4 steps went by"):
         scheduler.step()
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("tau", [lambda: 0.5, lambda: gaf.MovingAverageTau(0.05), lambda: gaf.NoiseFloorTau()])
+def test_the_state_goes_through_torchs_distributed_checkpoint_into_a_new_run(tau: Callable[[], Any], tmp_path: Path) -> None:
+    """It takes dictionaries apart, and finds only what the new run's own state has a place for."""
+    p = vector()
+    acc, fresh = (gaf.Accumulator(SGD([p], 0.1), gaf.GAF(tau())) for _ in range(2))
+    for rows in (AGREE, DISAGREE, AGREE):
+        feed(acc, p, rows)
+        acc.step()
+    dcp.save({"gaf": acc.state_dict()}, checkpoint_id=tmp_path, no_dist=True)
+    state = {"gaf": fresh.state_dict()}
+    dcp.load(state, checkpoint_id=tmp_path, no_dist=True)
+    fresh.load_state_dict(state["gaf"])
+    assert fresh.state_dict() == acc.state_dict()
+    assert fresh.stats()["steps"] == 3
 
 
 @pytest.mark.parametrize("agree", [True, False])

@@ -5,7 +5,7 @@ import sys
 import warnings
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -156,12 +156,13 @@ class Telemetry:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        lately = {"recent": [asdict(r) for r in self.recent], "none_for": self.none_for, "all_for": self.all_for}
+        # rows without names: torch.distributed.checkpoint takes dictionaries in a list apart, and then misses them in a new run
+        lately = {"recent": [list(astuple(r)) for r in self.recent], "none_for": self.none_for, "all_for": self.all_for}
         return {"totals": dict(self.totals), "warned": sorted(self.warned)} | lately
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.totals = dict(state["totals"])
-        self.recent = deque((Recent(**r) for r in state["recent"]), maxlen=WINDOW)
+        self.recent = deque((Recent(*r) for r in state["recent"]), maxlen=WINDOW)
         self.none_for, self.all_for = state["none_for"], state["all_for"]
         self.warned = set(state["warned"])
 
