@@ -114,6 +114,8 @@ def offline(monkeypatch, tmp_path) -> Path:
 
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
+    for name in ("WANDB_X_SERVICE_WAIT", "WANDB_INIT_TIMEOUT"):  # seconds, for a machine that is busy
+        monkeypatch.setenv(name, "300")
     for module in (utils, sqlite_storage):
         monkeypatch.setattr(module, "TRACKIO_DIR", tmp_path / "trackio")
     return tmp_path
