@@ -535,12 +535,12 @@ def test_a_group_added_later_takes_part_from_the_next_macro_batch_on() -> None:
 
 
 def test_a_parameter_put_in_anothers_place_takes_over() -> None:
-    p, q = vector(), vector()
-    optimizer = SGD([p], 0.1)
-    acc = gaf.Accumulator(optimizer, gaf.GAF(2.0), leave_out=lambda name, _: name == "no such")
+    p, q, other = vector(), vector(), vector()
+    optimizer = SGD([p, other], 0.1)
+    acc = gaf.Accumulator(optimizer, gaf.GAF(2.0), leave_out=lambda name, _: name == "1 of group 0")
     feed(acc, p, DISAGREE)
     acc.step()
-    optimizer.param_groups[0]["params"] = [q]
+    optimizer.param_groups[0]["params"] = [q, other]
     feed(acc, q, AGREE)
     acc.decide()
     assert q.grad.tolist() == [1, 0.25]
@@ -933,7 +933,7 @@ def test_names_are_the_models_or_the_places_in_the_optimizer() -> None:
     model, extra = nn.Sequential(nn.Linear(2, 1)), vector()
     optimizers = [SGD(model.parameters(), 0.1), SGD([extra], 0.1)]
     for named in (model, None):
-        acc = gaf.Accumulator(optimizers, gaf.GAF(2.0), model=named, leave_out=lambda name, t: bool(seen.append(name)))
+        acc = gaf.Accumulator(optimizers, gaf.GAF(2.0), model=named, leave_out=lambda name, t: seen.append(name) is None and t is extra)
         acc.backward(model(torch.ones(1, 2)).sum() + extra.sum())
     assert seen == [
         "0.weight", "0.bias", "0 of group 0 of optimizer 1",

@@ -1,7 +1,10 @@
 """What a user's model, policy or loop may do to gaf.Accumulator: shared memory, foreign policies, statistics set by hand."""
 
 import copy
+import gc
+import warnings
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +13,7 @@ from torch.nn.functional import cross_entropy
 from torch.optim import SGD
 
 import gaf
-from gaf.accumulate import own
+from gaf.accumulate import unshared
 from gaf.decision import Decision
 
 # ----------------------------------------------------------------------------------------------------- shared memory
@@ -58,8 +61,8 @@ def test_a_gradient_that_the_user_keeps_is_not_written_over() -> None:
 def test_memory_of_its_own_is_not_copied() -> None:
     """The count of references that a fresh tensor has is torch's, and may change with a release: then every gradient is copied."""
     fresh = torch.ones(4)
-    assert own(fresh) is fresh
-    assert own(fresh[:2]).data_ptr() != fresh.data_ptr()
+    assert unshared(fresh) is fresh
+    assert unshared(fresh[:2]).data_ptr() != fresh.data_ptr()
 
 
 def test_a_parameter_must_get_one_gradient_in_a_backward_pass() -> None:
@@ -277,3 +280,113 @@ def test_max_norm_ratio_must_be_at_least_one(ratio: object) -> None:
 def test_scope_group_is_for_data_parallel_engines() -> None:
     with pytest.raises(ValueError, match=r"scope must be 'all' or 'layer'; got 'group'.*Use gaf\.attach"):
         gaf.Accumulator(SGD([nn.Parameter(torch.ones(2))], 0.1), gaf.GAF(scope="group"))
+
+
+# ------------------------------------------------------------------------------------------------- steps beside the Accumulator
+
+
+def line() -> tuple[nn.Linear, torch.optim.Optimizer]:
+    torch.manual_seed(0)
+    model = nn.Linear(3, 1)
+    return model, torch.optim.SGD(model.parameters(), lr=0.1)
+
+
+def loss_of(model: nn.Module) -> Tensor:
+    return model(torch.randn(4, 3)).square().mean()
+
+
+def test_an_optimizer_stepped_by_hand_while_micro_gradients_wait_is_refused_and_nothing_has_moved() -> None:
+    model, optimizer = line()
+    acc = gaf.Accumulator(optimizer, gaf.GAF(2.0))
+    before = [p.clone() for p in model.parameters()]
+    for decide in (False, True):
+        acc.backward(loss_of(model))
+        if decide:
+            acc.decide()
+        with pytest.raises(RuntimeError, match=r"SGD.step\(\) must not be called while micro-gradients wait; it was. Call acc.step\(\)"):
+            optimizer.step()
+        assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+    acc.step()
+    optimizer.step()  # none wait
+    del acc
+    gc.collect()
+    optimizer.step()
+
+
+def test_an_update_that_was_cleared_before_its_step_is_told_of() -> None:
+    model, optimizer = line()
+    acc = gaf.Accumulator(optimizer, gaf.GAF(2.0))
+    for _ in range(2):
+        acc.backward(loss_of(model))
+    acc.decide()
+    optimizer.zero_grad()
+    with pytest.raises(RuntimeError, match="the update that decide.. put into p.grad must still be there; it is gone. Leave out zero_grad"):
+        acc.step()
+
+
+def test_a_name_that_leaves_out_nothing_for_want_of_the_model_is_refused() -> None:
+    model, optimizer = line()
+    acc = gaf.Accumulator(optimizer, gaf.GAF(2.0), leave_out=lambda name, p: "bias" in name)
+    with pytest.raises(ValueError, match="must be true for at least one parameter; it is for none.*'0 of group 0'. Pass model="):
+        acc.backward(loss_of(model))
+    acc = gaf.Accumulator(optimizer, gaf.GAF(2.0), leave_out=lambda name, p: "bias" in name, model=model)
+    acc.backward(loss_of(model))
+
+
+@pytest.mark.parametrize("options", [{}, {"bn": "accepted"}])
+def test_a_model_that_is_not_the_optimizers_is_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="model must hold the optimizer's parameters; this Linear holds none of them"):
+        gaf.Accumulator(line()[1], gaf.GAF(), model=nn.Linear(3, 1), **options)
+
+
+def test_frozen_parameters_alone_are_refused() -> None:
+    model, optimizer = line()
+    model.requires_grad_(False)
+    with pytest.raises(ValueError, match="at least one parameter that requires a gradient; all are frozen"):
+        gaf.Accumulator(optimizer, gaf.GAF()).backward(torch.ones((), requires_grad=True) * 2)
+
+
+# ------------------------------------------------------------------------------------------------- runs that go nowhere
+
+
+def warned(policy: Any, k: int, steps: int = 101, factor: float = 1.0) -> str:
+    """What is warned of in a run, as one text."""
+    model, optimizer = line()
+    acc = gaf.Accumulator(optimizer, policy)
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        for _ in range(steps):
+            for _ in range(k):
+                acc.backward(factor * loss_of(model))
+            acc.step()
+    return "\n".join(str(w.message) for w in found)
+
+
+@pytest.mark.parametrize("tau", [0.9, "auto", gaf.NoiseFloorTau()])
+def test_one_micro_gradient_is_warned_of_whatever_the_threshold(tau: Any) -> None:
+    assert "One micro-gradient has nothing to agree with" in warned(gaf.GAF(tau), 1, steps=1)
+
+
+def test_more_accepted_rows_asked_for_than_there_are_is_named_as_the_cause() -> None:
+    text = warned(gaf.GAF(1.9, min_accepted=5), 4)
+    assert "min_accepted = 5 of 4 is more than ever agreed. Lower min_accepted" in text
+    assert "raise tau" not in text
+
+
+def test_rows_that_are_all_absent_are_warned_of() -> None:
+    assert "Every micro-gradient was zero, NaN or infinite in 100 steps" in warned(gaf.GAF(), 2, factor=float("nan"))
+    assert "Every micro-gradient" not in warned(gaf.Mean(), 2, factor=float("nan"))
+
+
+def test_rows_that_count_as_absent_for_their_norm_are_no_evidence() -> None:
+    torch.manual_seed(0)
+    p = nn.Parameter(torch.zeros(20))
+    acc = gaf.Accumulator(torch.optim.SGD([p], lr=0.0), gaf.GAF(2.0, max_norm_ratio=5))
+    for _ in range(100):
+        for i in range(4):
+            acc.backward((p * (1 + torch.randn(20)) * (100 if i == 3 else 1)).sum())
+        acc.step()
+    found = acc.stats()
+    assert found["absent"] == 100
+    assert 0.8 < found["noise_scale"] < 1.25  # 1, up to sampling
+    assert found["norm_dispersion"] < 0.5

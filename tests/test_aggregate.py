@@ -89,3 +89,17 @@ def test_aggregate_asks_nothing_of_the_host_off_the_cpu() -> None:
     """The meta device has no values: whatever wanted one would raise."""
     update, decision = gaf.aggregate(torch.empty(4, 9, dtype=torch.bfloat16, device="meta"), gaf.GAF(0.9))
     assert (update.shape, update.dtype, update.device.type, decision.stepped.device.type) == ((9,), torch.bfloat16, "meta", "meta")
+
+
+def test_rows_that_require_grad_are_filtered_like_any_others() -> None:
+    rows = torch.randn(3, 5)
+    assert torch.equal(gaf.gram(rows.clone().requires_grad_()), gaf.gram(rows))
+    assert gaf.aggregate(rows.clone().requires_grad_(), gaf.GAF(2.0))[1].weights.tolist() == [1 / 3] * 3
+
+
+def test_what_is_no_matrix_or_no_policy_is_refused(unchecked: None) -> None:
+    rows = torch.randn(3, 5)
+    with pytest.raises(TypeError, match=r"rows must be a \(k, n\) tensor, one micro-gradient a row; got list. Use torch.stack"):
+        gaf.aggregate(list(rows), gaf.GAF())  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="aggregate: policy must be a callable from a Gram matrix to a Decision; got 0.97"):
+        gaf.aggregate(rows, 0.97)  # type: ignore[arg-type]

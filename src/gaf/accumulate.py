@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ from gaf.checks import (
 from gaf.combine import Policy
 from gaf.decision import Decision
 from gaf.gate import gate
-from gaf.policies import fixed_tau, skipped
+from gaf.policies import own, skipped
 from gaf.rows import Layered, Stacked, Streamed, rows_for
 from gaf.telemetry import Outcome, Telemetry
 
@@ -74,7 +75,7 @@ class Accumulator:
         leave_out: LeaveOut | None = None,
     ) -> None:
         self.optimizers = check_optimizers(optimizer, "Accumulator")
-        self.policy = check_policy(policy, "Accumulator")
+        self.policy = own(check_policy(policy, "Accumulator"))
         check_scope(policy, model, bn, leave_out)
         self.scaler = scaler if scaler is not None and scaler.is_enabled() else None
         self.last: Decision | None = None  # of the last step
@@ -82,7 +83,7 @@ class Accumulator:
         self.layers: dict[str, Decision] = {}  # with scope="layer", of the last step, by the name of the module
         self._model, self._leave_out = model, leave_out
         self._names = names_of(self.optimizers, model)
-        check_model(model, bn)
+        check_model(model, bn, self._names)
         self._bn = BatchNormStatistics(model) if model is not None and bn == "accepted" else None
         self._params: list[nn.Parameter] = []
         self._spare: list[Tensor | None] = []  # buffers of the last macro-batch
@@ -91,7 +92,10 @@ class Accumulator:
         self._decided: Decision | None = None
         self._telemetry = Telemetry()
         self._progress = (0, 0)  # steps decided and steps taken by this object; unlike stats, not restored
+        self._stepping = False
         check_parameters(self._names, self._parameters())
+        for one in self.optimizers:
+            one.register_step_pre_hook(partial(refuse_step, ref(self)))
 
     def backward(self, loss: Tensor, *, retain_graph: bool = False) -> None:
         """Computes one micro-gradient. Runs the loss's backward pass for this optimizer's parameters only.
@@ -133,10 +137,13 @@ class Accumulator:
             if j in taken or grad.layout != torch.strided:
                 raise_unusable(self._names[self._params[j]], grad)
             taken.add(j)
-            rows.take(j, own(grad))
+            rows.take(j, unshared(grad))
 
         trained = [(j, p) for j, p in enumerate(self._params) if p.requires_grad]
         hooks = [p.register_post_accumulate_grad_hook(partial(take, j)) for j, p in trained]
+        if not trained:
+            raise ValueError("Accumulator: the optimizer must hold at least one parameter that requires a gradient; all are frozen. "
+                             "Set requires_grad on some of them.")  # fmt: skip
         try:
             torch.autograd.backward(loss, inputs=[p for _, p in trained], retain_graph=retain_graph)
         finally:
@@ -193,20 +200,30 @@ class Accumulator:
         """Steps the optimizer, or leaves it exactly as it was; then clears the gradients and ends the macro-batch.
 
         Raises:
-            RuntimeError: where no backward() came before.
+            RuntimeError: where no backward() came before; where the update is gone that decide() left.
         """
         decision = self.decide()
         if self.outcome is not None and self.outcome.stepped:
-            for optimizer in self.optimizers:
-                if self.scaler is None:
-                    optimizer.step()
-                elif has_gradients(optimizer):
-                    self.scaler.step(optimizer)
+            if not any(map(has_gradients, self.optimizers)):
+                raise RuntimeError("Accumulator: the update that decide() put into p.grad must still be there; it is gone. Leave out "
+                                   "zero_grad(): step() clears the gradients itself.")  # fmt: skip
+            self._step()
         if self.scaler is not None:
             self.scaler.update()
         self._clear()
         self.last, self._decided = decision, None
         return decision
+
+    def _step(self) -> None:
+        self._stepping = True
+        try:
+            for optimizer in self.optimizers:
+                if self.scaler is None:
+                    optimizer.step()
+                elif has_gradients(optimizer):
+                    self.scaler.step(optimizer)
+        finally:
+            self._stepping = False
 
     def discard(self) -> None:
         """Drops the macro-batch under way and its micro-gradients; for an epoch that is broken off. Does nothing else.
@@ -292,6 +309,9 @@ class Accumulator:
         self._params = params
         self._check_clean()
         voters = [self._leave_out is None or not self._leave_out(self._names[p], p) for p in params]
+        if all(voters) and self._leave_out is not None and self._model is None:
+            raise ValueError("Accumulator: leave_out must be true for at least one parameter; it is for none, and without model= it "
+                             f"is given names such as {self._names[params[0]]!r}. Pass model= for the model's own names.")  # fmt: skip
         if not any(voters):
             raise ValueError("Accumulator: leave_out must leave at least one parameter to decide on; it is true for all of them.")
         self._rows = self._holder(voters, params[0].device)
@@ -339,13 +359,21 @@ class Accumulator:
         self.outcome = outcome
         self._progress = (self._progress[0] + 1, self._progress[1] + outcome.stepped)
         scale = 1.0 if self.scaler is None else self.scaler.get_scale()
-        self._telemetry.record(outcome, tau=fixed_tau(self.policy), scale=scale)
+        self._telemetry.record(outcome, self.policy, scale=scale)
         if self._bn is not None:
             self._bn.settle(outcome.accepted)
             self._bn.begin()
 
 
-def own(grad: Tensor) -> Tensor:
+def refuse_step(user: "ref[Accumulator]", optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    """Before every step of an optimizer: while micro-gradients wait, the step is the Accumulator's."""
+    acc = user()
+    if acc is not None and acc.waiting and not acc._stepping:
+        raise RuntimeError(f"Accumulator: {type(optimizer).__name__}.step() must not be called while micro-gradients wait; it was. Call "
+                           "acc.step() in its place: it decides, steps the optimizer or leaves it, and clears the gradients.")  # fmt: skip
+
+
+def unshared(grad: Tensor) -> Tensor:
     """A gradient that may be written over: autograd can hand out one whose memory another tensor has too."""
     shared = torch._C._storage_Use_Count(grad.untyped_storage()._cdata) > 2
     return grad.clone() if shared else grad

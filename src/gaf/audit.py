@@ -41,6 +41,7 @@ class Excess:
                 An empty one where they are not known here, as those of other ranks.
             values: k numbers; NaN says nothing.
         """
+        members = [torch.as_tensor(items) for items in members]
         if len(members) != len(values):
             raise ValueError(f"Audit: there must be members for each of the {len(values)} micro-gradients that were measured; got "
                              f"{len(members)}. Give an empty tensor for a micro-batch whose members are not known here.")  # fmt: skip
@@ -87,7 +88,7 @@ class Audit(Excess):
         ...
         decision = acc.step()
         audit.record(members, decision)           # members[i]: which samples micro-batch i held
-        suspects = audit.scores().argsort(descending=True)
+        suspects = audit.scores().nan_to_num(nan=-2).argsort(descending=True)      # those never seen come last
 
     The score is the mean, over an item's micro-batches, of the cosine distance that decided, less the mean distance of the last 100
     steps; the row that the sum started from was compared with nothing, and is taken to be as far as those compared with it were on

@@ -48,13 +48,16 @@ def claim_scaler(scaler: GradScaler, user: Any) -> None:
     _scaler_users[scaler] = ref(user)
 
 
-def check_model(model: nn.Module | None, bn: str) -> None:
+def check_model(model: nn.Module | None, bn: str, names: Names) -> None:
     if bn not in ("all", "accepted"):
         raise ValueError(f"Accumulator: bn must be 'all' or 'accepted'; got {bn!r}.")
     if bn == "accepted" and model is None:
         raise ValueError("Accumulator: bn='accepted' needs the model whose BatchNorm layers it holds still; got model=None. Pass model=.")
     if isinstance(model, DistributedDataParallel):
         raise_distributed("model is a DistributedDataParallel")
+    if model is not None and not any(p in names for p in model.parameters()):
+        raise ValueError(f"Accumulator: model must hold the optimizer's parameters; this {type(model).__name__} holds none of them. "
+                         "Pass the model that is trained.")  # fmt: skip
 
 
 def check_parameters(names: Names, params: list[nn.Parameter]) -> None:

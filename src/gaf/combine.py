@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from gaf.checks import check_policy
 from gaf.decision import Decision
 from gaf.gram import check_rows, gram
 from gaf.shapes import Float, Float64
@@ -23,7 +24,7 @@ def aggregate(rows: Float[Tensor, "k n"], policy: Policy) -> tuple[Float[Tensor,
         The update, (n,) in the rows' dtype, zeros where not stepped, and the Decision.
 
     Raises:
-        ValueError: where `rows` is not such a matrix.
+        ValueError, TypeError: where `rows` is not such a matrix, or the policy no callable.
 
     >>> from gaf import GAF
     >>> update, decision = aggregate(torch.tensor([[1.0, 0.0], [0.8, 0.6], [-1.0, 0.0]]), GAF(tau=0.5))
@@ -31,6 +32,7 @@ def aggregate(rows: Float[Tensor, "k n"], policy: Policy) -> tuple[Float[Tensor,
     (tensor([0.9000, 0.3000]), tensor([ True,  True, False]))
     """
     check_rows(rows)
+    check_policy(policy, "aggregate")
     decision = policy(gram(rows))
     return combine(decision.weights, rows), decision
 

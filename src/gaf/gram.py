@@ -37,7 +37,7 @@ def gram(rows: Float[Tensor, "k n"]) -> Float64[Tensor, "k k"]:
         finite.
 
     Raises:
-        ValueError: where `rows` is not a matrix with at least one row of real floating-point numbers.
+        ValueError, TypeError: where `rows` is not a matrix with at least one row of real floating-point numbers.
 
     >>> gram(torch.tensor([[3.0, 4.0], [4.0, -3.0]]))
     tensor([[25.,  0.],
@@ -48,6 +48,8 @@ def gram(rows: Float[Tensor, "k n"]) -> Float64[Tensor, "k k"]:
 
 
 def check_rows(rows: Tensor) -> None:
+    if not isinstance(rows, Tensor):
+        raise TypeError(f"rows must be a (k, n) tensor, one micro-gradient a row; got {type(rows).__name__}. Use torch.stack on a list.")
     if rows.ndim != 2 or rows.shape[0] < 1 or rows.dtype not in (*HALF, torch.float32, torch.float64):
         raise ValueError(
             "rows must be a (k, n) matrix of float16, bfloat16, float32 or float64 with k >= 1, one micro-gradient a row; "
@@ -96,6 +98,7 @@ def products(vectors: Vectors, pairs: list[tuple[int, int]], wide: bool = False)
     torch's own pairwise sum, for how a BLAS adds up, and to how many digits, depends on the make of the CPU. Elsewhere one
     float64 product: exact for half and single precision, out of reach of TF32, and without a look at the host.
     """
+    vectors = [v.detach() for v in vectors]
     if vectors[0].device.type == "cpu":
         held = [v.double() if wide else v.float() if v.dtype in HALF else v for v in vectors]
         product = torch.empty_like(held[0])

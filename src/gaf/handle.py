@@ -14,7 +14,7 @@ from gaf.combine import Policy
 from gaf.decision import Decision, Evidence
 from gaf.exchange import Exchange, add_in_rank_order
 from gaf.gate import gate
-from gaf.policies import Mean, fixed_tau, skipped
+from gaf.policies import Mean, own, skipped
 from gaf.rows import judged
 from gaf.telemetry import Outcome, Telemetry
 
@@ -29,7 +29,7 @@ class Handle:
     """
 
     def __init__(self, optimizers: list[Optimizer], policy: Policy, scaler: GradScaler | None, k: int) -> None:
-        self.policy = policy
+        self.policy = own(policy)
         self.scaler = scaler if scaler is not None and scaler.is_enabled() else None
         self.last: Decision | None = None
         self.outcome: Outcome | None = None
@@ -162,7 +162,7 @@ class Handle:
         self._moves = self._moves or outcome.stepped
         if not outcome.stepped:
             self._still.update(params)
-        self._telemetry.record(outcome, tau=fixed_tau(self.policy), scale=self._scale)
+        self._telemetry.record(outcome, self.policy, scale=self._scale)
         for i, (accepted, distance) in enumerate(zip(outcome.accepted, outcome.distances, strict=False)):
             self._absent[i] += distance != distance
             self._rejected[i] += distance == distance and not accepted

@@ -4,6 +4,7 @@ A policy is any callable `gram -> Decision`. The ones here are `Sequential`: the
 at the running sum of the rows taken so far, so that they can decide while the rows stream by.
 """
 
+import copy
 import math
 import numbers
 import random
@@ -42,14 +43,16 @@ class GAF(Sequential):
             authors' released code), which weighs later rows more and changes later decisions. The same for k = 2.
         min_accepted: accepted rows, the start included, without which the step is skipped; at least 1. Higher skips
             more. With 1 the start alone is enough.
-        max_norm_ratio: a row whose norm is more than this many times the median norm of the present rows counts as
-            absent; at least 1. None (the paper): no limit. The rule looks at directions only: one huge row that
+        max_norm_ratio: a row whose norm is more than this many times the lower median of the present rows' norms (of two rows, the
+            smaller) counts as absent; at least 1. None (the paper): no limit. The rule looks at directions only: one huge row that
             agrees would otherwise be nearly all of the average.
         scope: "all": one decision for the whole gradient (the paper). "group": under `gaf.attach`, one for each of
             DDP's buckets or FSDP2's parameter groups. This is another algorithm: its decisions depend on how the
             engine groups parameters, and some groups can step where others do not. "layer": under `gaf.Accumulator(model=...)`,
             one for each module that has parameters; another algorithm too: what a layer is told by a micro-batch that another
             layer refused still counts. Both take a number for tau.
+
+    An Accumulator and a Handle keep their own copy of what an adaptive tau learns: a policy may serve several.
 
     A single row (k = 1) has nothing to agree with: it steps as plain training does, unless it is absent.
 
@@ -111,6 +114,9 @@ class GAF(Sequential):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes back what `state_dict` gave. The state of a run whose tau was a number holds nothing."""
         if isinstance(self.tau, Threshold) and state:
+            if "tau" not in state:
+                raise ValueError(f"GAF: the state must be of a policy of the same kind; it holds {sorted(state)}. "
+                                 "Build the policy as it was when it was saved.")  # fmt: skip
             self.tau.load_state_dict(state["tau"])
 
     def conclude(self, accepted: Bool[Tensor, " k"], distances: Float64[Tensor, " k"]) -> Decision:
@@ -157,14 +163,17 @@ def automatic() -> Threshold:
     return MovingAverageTau(0.05)
 
 
-def fixed_tau(policy: Any) -> float | None:
-    """The policy's tau, where it has one that stays as it is."""
-    tau = getattr(policy, "tau", None)
-    return tau if isinstance(tau, numbers.Real) else None  # type: ignore[return-value]
+def own(policy: Any) -> Any:
+    """The same policy with a state of its own, where it has one: what it learns under one run stays there."""
+    if isinstance(policy, GAF) and isinstance(policy.tau, Threshold):
+        twin = copy.copy(policy)
+        object.__setattr__(twin, "tau", copy.deepcopy(policy.tau))
+        return twin
+    return copy.copy(policy) if isinstance(policy, RandomSkip) else policy
 
 
 def without_giants(gram: Float64[Tensor, "k k"], ratio: float) -> Float64[Tensor, "k k"]:
-    """The Gram matrix with rows zero, that is absent, whose norm is more than `ratio` times the median of the present ones."""
+    """The Gram matrix with rows zero, that is absent, whose norm is more than `ratio` times the (lower) median of the present ones."""
     norms = torch.where(present(gram.diagonal()), gram.diagonal().sqrt(), math.nan)
     giant = norms > ratio * norms.nanmedian()
     return torch.where(giant | giant[:, None], 0.0, gram)

@@ -9,7 +9,7 @@ from torch import Tensor
 from gaf.combine import Policy
 from gaf.decision import Decision, Evidence
 from gaf.gram import gram_of
-from gaf.policies import GAF
+from gaf.policies import GAF, without_giants
 from gaf.sequential import Seen, Sequential, norm2_after, present, signal
 from gaf.shapes import Float64
 from gaf.sums import Buffers, SumOnCpu, SumOnDevice, norm2_of_rest, voting
@@ -226,10 +226,14 @@ def judged(policy: Policy, gram: Float64[Tensor, "k k"]) -> tuple[Decision, Evid
     """What the policy says of a Gram matrix, and what else the matrix tells."""
     tau = tau_of(policy, gram)
     decision = policy(gram)
+    if not isinstance(decision, Decision) or not all(isinstance(part, Tensor) for part in vars(decision).values()):
+        raise TypeError(f"policy {policy!r}: it must return a gaf.Decision of tensors; got {decision!r}. Use torch.tensor(...) for each.")
     if decision.weights.shape != (len(gram),):
         raise ValueError(f"policy {policy!r}: a Decision must have one weight for each of the {len(gram)} rows; "
                          f"got shape {tuple(decision.weights.shape)}.")  # fmt: skip
-    return decision, Evidence(gram.diagonal(), mean_off_diagonal(gram), tau)
+    ratio = getattr(policy, "max_norm_ratio", None)
+    compared = gram if ratio is None else without_giants(gram, ratio)
+    return decision, Evidence(compared.diagonal(), mean_off_diagonal(compared), tau)
 
 
 def tau_of(policy: Policy, like: Tensor) -> Float64[Tensor, ""]:

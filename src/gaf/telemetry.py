@@ -6,6 +6,7 @@ import warnings
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import astuple, dataclass, replace
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -107,30 +108,31 @@ class Telemetry:
         self.none_for = self.all_for = 0  # steps in a row with none, and with all, of the compared rows accepted
         self.warned: set[str] = set()
 
-    def record(self, outcome: Outcome, tau: float | None, scale: float = 1.0) -> None:
-        """Adds one step. tau: the policy's threshold, if it has one. scale: what a GradScaler multiplied the rows by."""
+    def record(self, outcome: Outcome, policy: Any, scale: float = 1.0) -> None:
+        """Adds one step. policy: what decided, for the warnings. scale: what a GradScaler multiplied the rows by."""
         k, accepted, absent = len(outcome.accepted), sum(outcome.accepted), outcome.absent
         rejected = sum(not a and not math.isnan(d) for a, d in zip(outcome.accepted, outcome.distances, strict=False))
         moved = {"steps": 1, "stepped": outcome.stepped, "micro_gradients": k}
         for key, value in (moved | {"accepted": accepted, "rejected": rejected, "absent": absent}).items():
             self.totals[key] += int(value)
         self.recent.append(Recent.of(outcome, scale))
-        if tau is not None:
-            self._warn(outcome, self.recent[-1], tau)
+        if not math.isnan(outcome.tau):
+            self._warn(outcome, self.recent[-1], policy)
 
-    def _warn(self, outcome: Outcome, step: Recent, tau: float) -> None:
+    def _warn(self, outcome: Outcome, step: Recent, policy: Any) -> None:
         if len(outcome.accepted) == 1 and outcome.stepped:
             self._warn_once("one", "One micro-gradient has nothing to agree with: it was stepped on as in plain training.")
+        if len(self.recent) == WINDOW and all(math.isnan(r.dispersion) for r in self.recent):
+            self._warn_once("absent", f"Every micro-gradient was zero, NaN or infinite in {WINDOW} steps, and nothing moved: has the loss "
+                "become NaN, or does it not depend on the parameters?")  # fmt: skip
         if not step.compared:
             return
         self.none_for = 0 if step.accepted else self.none_for + 1
         self.all_for = self.all_for + 1 if step.accepted == step.compared else 0
         seen = [r for r in self.recent if r.compared]
         if self.none_for >= WINDOW:
-            least = min(r.distance_min for r in seen)
-            self._warn_once("none", f"No micro-gradient was accepted in {WINDOW} steps: tau = {tau} does not fit this task. "
-                f"The smallest distance seen was {least:.3f}: raise tau above that, or use larger micro-batches. "
-                "tau does not transfer between tasks; acc.stats() shows the distances.")  # fmt: skip
+            self._warn_once("none", f"No micro-gradient was accepted in {WINDOW} steps: " + remedy(policy, outcome, seen))
+        tau = policy.tau if isinstance(getattr(policy, "tau", None), Real) else 2
         if self.all_for >= WINDOW and tau < 2:
             mean = total(r.distance_sum for r in seen) / total(r.compared for r in seen)
             self._warn_once("all", f"Every micro-gradient was accepted in {WINDOW} steps: tau = {tau} filters nothing here. "
@@ -167,9 +169,22 @@ class Telemetry:
         self.warned = set(state["warned"])
 
 
+def remedy(policy: Any, outcome: Outcome, seen: list[Recent]) -> str:
+    """Why nothing is accepted, and what to do."""
+    least, k = min(r.distance_min for r in seen), len(outcome.accepted)
+    if least <= outcome.tau and getattr(policy, "min_accepted", 2) > 2:
+        return (f"min_accepted = {policy.min_accepted} of {k} is more than ever agreed. Lower min_accepted; acc.stats() shows the "
+                "distances.")  # fmt: skip
+    fixed = isinstance(getattr(policy, "tau", None), Real)
+    way = f"tau = {policy.tau} does not fit" if fixed else f"{getattr(policy, 'tau', policy)} came to {outcome.tau:.3f} and does not fit"
+    change = "raise tau above that" if fixed else "choose one that accepts more"
+    return (f"{way} this task. The smallest distance seen was {least:.3f}: {change}, or use larger micro-batches. "
+            "tau does not transfer between tasks; acc.stats() shows the distances.")  # fmt: skip
+
+
 def frames_inside() -> int:
-    """Calls between here and the first line outside this package: the user's, which a warning is to name."""
-    here, frame, count = str(Path(__file__).parent), sys._getframe(1), 1
+    """Calls between here and the first line outside this package and torch: the user's, which a warning is to name."""
+    here, frame, count = (str(Path(__file__).parent), str(Path(torch.__file__).parent)), sys._getframe(1), 1
     while frame.f_back is not None and frame.f_code.co_filename.startswith(here):
         frame, count = frame.f_back, count + 1
     return count - 1

@@ -16,11 +16,10 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 import gaf
-from gaf.accumulate import own
+from gaf.accumulate import unshared
 from gaf.combine import Policy
 from gaf.decision import Evidence
 from gaf.gate import gate
-from gaf.policies import fixed_tau
 from gaf.rows import Stacked, Streamed, rows_on_device, streams
 from gaf.telemetry import Telemetry, packed
 from gaf.thresholds import Threshold
@@ -124,7 +123,7 @@ class DeviceStep:
         for j, p in enumerate(self.params):
             grad, p.grad = p.grad, None
             assert grad is not None
-            rows.take(j, own(grad))
+            rows.take(j, unshared(grad))
         with torch.no_grad():
             rows.add()
         return loss.detach()
@@ -269,7 +268,7 @@ class OnDevice:
         entry, k = self.waiting.popleft(), self.config.k
         self.outcome, self.losses = gaf.Outcome.unpacked(entry[:-k]), torch.tensor(entry[-k:])
         self._progress = (self._progress[0] + 1, self._progress[1] + self.outcome.stepped)
-        self._telemetry.record(self.outcome, tau=fixed_tau(self.policy))
+        self._telemetry.record(self.outcome, self.policy)
         if self.one.planned:
             self.policy.step += 1
 
