@@ -135,6 +135,8 @@ def check(config: TrainConfig) -> None:
     if config.policy != "gaf" or config.scope != "all" or config.start != "first":
         raise ConfigError("policy must be 'gaf' with scope 'all' and start 'first' for an audit, for it looks at distances to the running "
                           f"sum; got {config.policy!r}, {config.scope!r} and {config.start!r}. Leave them at their defaults.")  # fmt: skip
+    if config.k < 2:
+        raise ConfigError(f"k must be at least 2 for an audit; got {config.k}. One micro-gradient has nothing to agree with.")
     if config.dataset == "imagenet":
         raise ConfigError("dataset must be in memory for an audit; got 'imagenet'. Use another.")
 

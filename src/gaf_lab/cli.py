@@ -16,7 +16,7 @@ import tyro
 from rich.console import Console
 from tyro.conf import OmitArgPrefixes, Positional
 
-from gaf_lab.config import ConfigError, ModelName, TrainConfig, from_toml, nearest
+from gaf_lab.config import ConfigError, ModelName, TrainConfig, check_tau, from_toml, nearest
 from gaf_lab.presets import DEMO
 
 Words = list[str]
@@ -163,7 +163,8 @@ def base_config(words: Words) -> TrainConfig:
     """The config before the command line's own options: defaults, preset, TOML file."""
     from gaf_lab.presets import preset
 
-    given = {name: value_of(words, name) for name in ("--preset", "--toml")}
+    given = {name: value_of(words, name) for name in ("--preset", "--toml", "--tau")}
+    check_tau(given["--tau"])  # before the parser, which would say that it is no float
     base = preset(given["--preset"]) if given["--preset"] is not None else TrainConfig()
     return from_toml(Path(given["--toml"]), base) if given["--toml"] is not None else base
 
@@ -290,9 +291,9 @@ class Report:
     """The table, figures and page of any set of runs."""
 
     runs: Positional[tuple[Path, ...]]
-    """Folders of runs, folders that hold such, or files of results/, in which many runs are packed."""
+    """Folders of runs, folders that hold such, a run's records.jsonl, or files of results/, in which many runs are packed."""
     out: Path | None = None
-    """Folder for report.html and the figures; without it, the first of the runs' folders, or for a file runs/ and its name."""
+    """Folder for report.html and the figures; without it, the first of the runs' folders, or for a packed file runs/ and its name."""
     title: str | None = None
     """Heading of the page."""
 
@@ -307,12 +308,20 @@ def report(words: Words, console: Console) -> int:
     found = [run for run in records.find(list(options.runs)) if run.evals]
     if not found:
         raise ConfigError("report needs a run with at least one evaluation; these have none yet.")
-    first = options.runs[0]
-    out = options.out or (Path("runs") / first.stem if first.is_file() else first)
+    out = options.out or beside(options.runs[0])
     console.print(page.table(found))
     records.make_folder(out)
     say(console, f"Page: {page.write(found, out, title=options.title)}")
     return 0
+
+
+def beside(place: Path) -> Path:
+    """Where the report of a place goes: into the folder, that of a run's records, or for a pack into runs/ under its name."""
+    from gaf_lab.records import FILE
+
+    if place.is_dir():
+        return place
+    return place.parent if place.name == FILE else Path("runs") / place.stem
 
 
 @dataclass
@@ -337,6 +346,7 @@ def audit(words: Words, console: Console) -> int:
     from gaf_lab import audit as job
     from gaf_lab import bench as file
     from gaf_lab import records
+    from gaf_lab.console import labelled, trained
     from gaf_lab.train import pick_device
 
     if options.seeds < 1:
@@ -353,6 +363,7 @@ def audit(words: Words, console: Console) -> int:
     job.draw(found[0], options.out / "audit.png")
     conditions = {"command": "gaf audit " + shlex.join(words), "config": options.config.plain()}
     file.write(found, options.out / "audit.jsonl", conditions, pick_device(options.config.device))
+    say(console, f"{labelled(options.config)}; {trained(options.config)}")
     console.print(job.table(lines))
     say(console, job.verdict(lines))
     say(console, f"Samples: {options.out / 'samples.csv'}. Figure: {options.out / 'audit.png'}")
@@ -389,6 +400,7 @@ def probe(words: Words, console: Console) -> int:
     from gaf_lab import bench as file
     from gaf_lab import probe as job
     from gaf_lab import records
+    from gaf_lab.console import labelled, trained
     from gaf_lab.train import pick_device
 
     records.make_folder(options.out)
@@ -396,6 +408,7 @@ def probe(words: Words, console: Console) -> int:
     sizes = (options.rows, options.slices, options.share, options.chance)
     with console.status(f"{config.dataset}, {config.model}, b = {config.b}: {options.rows} micro-gradients"):
         found = list(job.look(config, options.after, options.data, *sizes))
+    say(console, f"{labelled(config)}; {trained(config)}")
     lines = [one.line() for one in found]
     console.print(job.table(lines))
     console.print(job.layer_table([line for line in lines if line["layers"]][-1]))

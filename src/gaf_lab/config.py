@@ -151,6 +151,7 @@ class TrainConfig:
     """What tables and figures call the arm; without it, its name comes from the fields above. Changes nothing else."""
 
     def __post_init__(self) -> None:
+        check_tau(self.tau)
         for field in dataclasses.fields(self):
             check_type(field.name, field.type, getattr(self, field.name))
         rules = {
@@ -181,7 +182,9 @@ class TrainConfig:
             "patience": (self.patience >= 0, "must be at least 0", "It counts looks at the loss."),
             "plateau_every": (self.plateau_every >= 1, "must be at least 1", "It counts evaluations."),
             "tau": (0 <= self.tau <= 2, "must lie in [0, 2]", "It is a cosine distance; the paper uses 0.97."),
-            "min_accepted": (self.min_accepted >= 1, "must be at least 1", "The paper uses 2."),
+            # k = 1 with the default passes, for the commands that refuse k = 1 say so better
+            "min_accepted": (1 <= self.min_accepted <= (max(self.k, 2) if self.policy == "gaf" else math.inf),
+                             f"must be at least 1 and at most k = {self.k}, or no step is ever taken", "The paper uses 2."),
             "step_probability": (0 <= self.step_probability <= 1, "must lie in [0, 1]", "Give GAF's share of steps."),
             "nesterov": (not self.nesterov or self.momentum > 0, "needs momentum above 0", "Set momentum, or nesterov off."),
             "scope": (self.scope == "all" or (self.bn == "all" and self.threshold == "fixed"),
@@ -223,6 +226,13 @@ class TrainConfig:
         return hashlib.sha256(json.dumps(counted, sort_keys=True).encode()).hexdigest()[:12]
 
 
+def label_noise(config: TrainConfig) -> str:
+    """What is wrong with the training labels, in words: "40% symmetric label noise", "human labels"; empty where they are clean."""
+    if config.noise == "human":
+        return "human labels"
+    return f"{100 * config.noise_rate:g}% {config.noise} label noise" if config.noise != "none" and config.noise_rate else ""
+
+
 REPLAYING = ("replay-skip", "random-subset", "scaled-lr")
 ARMS = {
     "mean": "averaging", "gaf": "GAF", "random-skip": "random skip", "replay-skip": "replay skip", "random-subset": "random subset",
@@ -255,6 +265,12 @@ def named(config: TrainConfig) -> str:
 
 
 OPTIMIZERS = {"sgd": "SGD", "adam": "Adam", "adamw": "AdamW", "rmsprop": "RMSprop"}
+
+
+def check_tau(tau: Any) -> None:
+    """The library's "auto" is a threshold here."""
+    if tau == "auto":
+        raise ConfigError("tau must be a number; got 'auto'. For the recommended threshold, which sets tau, use --threshold auto.")
 
 
 def check_type(name: str, kind: Any, value: Any) -> None:

@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 import gaf
+from gaf_lab.config import TrainConfig, label_noise
 from gaf_lab.problem import Problem
 from gaf_lab.train import Listener
 
@@ -24,6 +25,15 @@ def number(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
+def labelled(config: TrainConfig) -> str:
+    """The data set, and what is wrong with its labels."""
+    return ", ".join(filter(None, (config.dataset, label_noise(config))))
+
+
+def trained(config: TrainConfig) -> str:
+    return f"{config.model}; {config.arm}, k = {config.k}, b = {config.b}"
+
+
 TITLES = ("pass", "step", "loss", "held-out", "test", "memorised", "accepted", "distance", "samples/s")
 WIDTHS = (7, 8, 7, 10, 7, 11, 9, 9, 10)  # 78 in all
 
@@ -37,8 +47,8 @@ class ConsoleListener:
     def begin(self, problem: Problem, step: int, steps: int) -> None:
         c = problem.config
         self.console.print(
-            f"{c.dataset}: {len(problem.train):,} training pictures, {len(problem.heldout):,} held out, {len(problem.test):,} for test; "
-            f"{c.model}; {c.arm}, k = {c.k}, b = {c.b}; {steps:,} steps" + (f", from step {step:,}" if step else "")
+            f"{labelled(c)}: {len(problem.train):,} training pictures, {len(problem.heldout):,} held out, {len(problem.test):,} for test; "
+            f"{trained(c)}; {steps:,} steps" + (f", from step {step:,}" if step else "")
         )
         self.console.print("".join(title.rjust(width) for title, width in zip(TITLES, WIDTHS, strict=True)), style="bold")
         self.bar.start()

@@ -115,7 +115,8 @@ def serves_everywhere(item: Item, arm: Arm) -> bool:
 
 def names_of(item: Item, runs: list[Run]) -> list[str]:
     """The arms, those of the runs first."""
-    return list(dict.fromkeys([*(run.arm for run in runs), *(item.paper if runs == [] else {})]))
+    names = {id(run): arm.name for arms in grouped(item, runs).values() for arm in arms for run in arm.runs}
+    return list(dict.fromkeys([*(names[id(run)] for run in runs), *(item.paper if runs == [] else {})]))
 
 
 def printed(item: Item, arm: str, x: Place, key: str) -> float | None:

@@ -114,11 +114,36 @@ def read(folder: Path) -> Run:
 
 
 def find(places: list[Path]) -> list[Run]:
-    """All runs in or below the folders, in order of their paths, then those of the packs (`gaf_lab.packs`) among the places."""
-    from gaf_lab import packs
+    """All runs in or below the folders, in order of their paths, then those of the files: a run's own, or packs (`gaf_lab.packs`).
 
-    folders = sorted({file.parent for place in places for file in place.rglob(FILE)})
-    runs = [*map(read, folders), *(run for place in places if place.is_file() for run in packs.read(place))]
+    Raises:
+        ValueError: without places, where one does not exist or holds no run, or where a file is broken.
+    """
+    if not places:
+        raise ValueError(f"runs: must have at least one place; got none. Give the folder of a run, which has a file {FILE}.")
+    below = [inside(place) for place in places]
+    folders = sorted({folder for found in below for folder in found})
+    return [*map(read, folders), *(run for place in places if place.is_file() and place.name != FILE for run in packed(place))]
+
+
+def inside(place: Path) -> list[Path]:
+    """The folders of runs at a place; none for a pack."""
+    if not place.exists():
+        raise ValueError(f"{place}: must exist; it does not. Give a folder of runs, a {FILE}, or a file of results/.")
+    if place.is_file():
+        return [place.parent] if place.name == FILE else []
+    found = [file.parent for file in place.rglob(FILE)]
+    if not found:
+        raise ValueError(
+            f"{place}: must hold at least one run (a file {FILE}); none was found. Give the folder that `gaf train --out` wrote."
+        )
+    return found
+
+
+def packed(place: Path) -> list[Run]:
+    from gaf_lab import packs  # which takes Run from here
+
+    runs = packs.read(place)
     if not runs:
-        raise ValueError(f"{', '.join(map(str, places))}: must hold at least one run (a file {FILE}); none was found.")
+        raise ValueError(f"{place}: must hold at least one run; none was found. Give another file of results/.")
     return runs

@@ -149,11 +149,16 @@ def is_gaf(arm: Arm) -> bool:
 
 def reference(of: list[Arm]) -> Arm | None:
     """The arm "GAF"; the first under its policy where there is none of that name."""
-    return next((arm for arm in of if arm.name == "GAF"), next(filter(is_gaf, of), None))
+    return next((arm for arm in of if arm.kind == "GAF"), next(filter(is_gaf, of), None))
 
 
 def pairs(of: list[Arm]) -> list[tuple[Arm, Arm]]:
-    """What is compared, a number of pairs that grows as the arms do.
+    """What is compared, point by point of the grid."""
+    return [pair for group in st.by_point(of) for pair in pairs_at(group)]
+
+
+def pairs_at(of: list[Arm]) -> list[tuple[Arm, Arm]]:
+    """What is compared at a point, a number of pairs that grows as the arms do.
 
     Each arm with the baseline; GAF with each other arm, its variants taken the other way round; and two arms that differ
     only before a comma, as "GAF, AdamW" and "averaging, AdamW". Not each variant with each control: a control replays
@@ -161,12 +166,26 @@ def pairs(of: list[Arm]) -> list[tuple[Arm, Arm]]:
     """
     baseline, gaf = st.baseline(of), reference(of)
     rest = [arm for arm in of if arm is not baseline]
-    others = [arm for arm in rest if gaf not in (None, baseline, arm)]
-    found = [(arm, baseline) for arm in rest]
-    found += [(arm, gaf) if is_gaf(arm) else (gaf, arm) for arm in others if gaf is not None]
-    names = {arm.name: arm for arm in of}
-    namesakes = [(arm, names.get(f"{baseline.name}, {arm.name.partition(', ')[2]}")) for arm in rest if is_gaf(arm)]
+    found = [(arm, one) for arm in rest if (one := partner(baseline, arm, of)) is not None]
+    for arm in rest:
+        if gaf is not None and gaf not in (baseline, arm) and (one := partner(gaf, arm, of)) is not None:
+            found.append((arm, one) if is_gaf(arm) else (one, arm))
+    names = {arm.kind: arm for arm in of}
+    namesakes = [(arm, names.get(f"{baseline.kind}, {arm.kind.partition(', ')[2]}")) for arm in rest if is_gaf(arm)]
     return found + [(arm, other) for arm, other in namesakes if other is not None]
+
+
+def partner(one: Arm, other: Arm, of: list[Arm]) -> Arm | None:
+    """The first namesake of `one` that the other can be compared with; None where it is the control of none of them."""
+    if is_gaf(other):
+        return one
+    return next((arm for arm in of if arm.kind == one.kind and meet(arm, other, of)), None)
+
+
+def meet(gaf: Arm, other: Arm, of: list[Arm]) -> bool:
+    """Whether the other is no control of a namesake: where GAF was run at several taus, each control replays one of them."""
+    alone = sum(arm.kind == gaf.kind for arm in of) == 1
+    return alone or all(other.settings.get(field, value) == value for field, value in gaf.settings.items() if field in st.FILTER)
 
 
 def differences(of: list[Arm], measure: Measure) -> list[Difference]:
@@ -176,16 +195,23 @@ def differences(of: list[Arm], measure: Measure) -> list[Difference]:
 
 def summary(of: list[Arm]) -> str:
     """The page's first paragraph: what was run, what came out, and what cannot be told."""
+    groups = st.by_point(of)
+    sentences = [setting(of)]
+    if len(groups) <= SHOWN:
+        sentences += [sentence for group in groups for sentence in outcome(group)]
+    else:
+        sentences += tally([(arm, st.baseline(group)) for group in groups for arm in group])
+    return unbroken(" ".join([*sentences, *caveats(of)]))
+
+
+def outcome(of: list[Arm]) -> list[str]:
+    """What came out at a point of the grid."""
     baseline = st.baseline(of)
     focus, others = spoken(of)
-    sentences = [setting(of)]
-    if not focus:
-        sentences += alone(baseline)
-    sentences += [sentence for arm in focus for sentence in against(arm, others)]
+    sentences = [] if focus else alone(baseline)
+    sentences += [sentence for arm in focus for sentence in against(arm, [other for other in others if meet(arm, other, of)])]
     untold = [arm for arm in of if arm not in (baseline, *focus, *others)]
-    if untold:
-        sentences.append(tally([arm for arm in of if arm is not baseline], baseline))
-    return unbroken(" ".join([*sentences, *caveats(of)]))
+    return sentences + (tally([(arm, baseline) for arm in of]) if untold else [])
 
 
 def spoken(of: list[Arm]) -> tuple[list[Arm], list[Arm]]:
@@ -231,7 +257,7 @@ def alone(arm: Arm) -> list[str]:
         return ["No test accuracy was recorded yet."]
     value, deviation = spelled(found, st.LAST, 1.0)
     return [f"{arm.name} has a test accuracy of {value}%{' ' + deviation if deviation else ''} at the last evaluation (n = {found.n}). "
-            "There is no other arm to compare it with."]  # fmt: skip
+            "There is no other arm of the same data to compare it with."]  # fmt: skip
 
 
 def against(arm: Arm, others: list[Arm]) -> list[str]:
@@ -270,12 +296,16 @@ def certainty(gap: Difference) -> str:
     return f"({interval}: {why})"
 
 
-def tally(focus: list[Arm], baseline: Arm) -> str:
-    """For many arms: how many are above, below and untold."""
-    gaps = [gap for arm in focus if (gap := st.difference(arm, baseline, st.LAST)) is not None]
+def tally(found: list[tuple[Arm, Arm]]) -> list[str]:
+    """For many arms, each with its baseline: how many are above, below and untold."""
+    compared = [(arm, baseline) for arm, baseline in found if arm is not baseline]
+    if not compared:
+        return []
+    gaps = [gap for arm, baseline in compared if (gap := st.difference(arm, baseline, st.LAST)) is not None]
     above, below = sum(gap.told and gap.mean > 0 for gap in gaps), sum(gap.told and gap.mean < 0 for gap in gaps)
-    return (f"Of {len(focus)} arms compared with {baseline.name} in test accuracy at the last evaluation, {above} can be told to be above, "
-            f"{below} below, and {len(focus) - above - below} neither. The best of many arms is partly the luckiest.")  # fmt: skip
+    names = listing(list(dict.fromkeys(baseline.kind for _, baseline in compared)))
+    return [f"Of {len(compared)} arms compared with {names} in test accuracy at the last evaluation, {above} can be told to be above, "
+            f"{below} below, and {len(compared) - above - below} neither. The best of many arms is partly the luckiest."]  # fmt: skip
 
 
 def caveats(of: list[Arm]) -> list[str]:
@@ -285,9 +315,9 @@ def caveats(of: list[Arm]) -> list[str]:
     left = [run for arm in of for run in arm.runs if arm.finished and run not in arm.finished]
     if left:
         found.append(f"{count(len(left), 'unfinished run')} {'is' if len(left) == 1 else 'are'} left out of these numbers.")
-    diverged = [run for run in left if st.status(run) == "diverged"]
+    diverged = [arm.name for arm in of for run in arm.runs if run in left and st.status(run) == "diverged"]
     if diverged:
-        found.append(f"{count(len(diverged), 'run')} diverged: leaving them out flatters {listing(sorted({run.arm for run in diverged}))}.")
+        found.append(f"{count(len(diverged), 'run')} diverged: leaving them out flatters {listing(sorted(set(diverged)))}.")
     return found
 
 
@@ -420,12 +450,12 @@ def compared(of: list[Arm]) -> list[dict[str, Any]]:
     return groups
 
 
-def listed(run: Run) -> dict[str, Any]:
-    """A run in one row."""
+def listed(run: Run, arm: str) -> dict[str, Any]:
+    """A run in one row, under its arm's name."""
     passes, last = st.last(run, "passes"), st.last(run, "test_accuracy")
     return {
         "name": str(run.header.get("name") or run.folder.name),
-        "arm": run.arm,
+        "arm": arm,
         "seed": run.seed,
         "status": st.status(run),
         "samples": f"{run.evals[-1]['samples']:,}" if run.evals else "0",
@@ -517,6 +547,7 @@ def write(runs: list[Run], out: Path, title: str | None = None) -> Path:
     columns, second = headings(of)
     common, differing = conditions(of)
     colours: dict[str, Shade] = figures.palette([arm.name for arm in of])
+    names = {id(run): arm.name for arm in of for run in arm.runs}
     page = render(
         "report.html.j2",
         title=titled(of, title),
@@ -532,7 +563,7 @@ def write(runs: list[Run], out: Path, title: str | None = None) -> Path:
         common=common,
         differing=differing,
         departures=departures(of, differing),
-        runs=[listed(run) for run in runs],
+        runs=[listed(run, names[id(run)]) for run in runs],
         commands=commands(runs),
     )
     path = out / "report.html"

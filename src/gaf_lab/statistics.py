@@ -1,17 +1,21 @@
 """The numbers of a report: means over seeds, paired differences between arms, curves. Each is a function of the runs alone.
 
-Runs of one arm differ by their seed. Only finished runs are compared; an arm that has none is described by the runs
-that it has, as far as they got, and takes part in no difference. Runs that share arm and seed are averaged first, so n
-always counts seeds. Missing values (null in the records) are left out, never replaced.
+Runs of one arm differ by their seed: they share a name, and all of their configs that means something to them. Only
+finished runs are compared; an arm that has none is described by the runs that it has, as far as they got, and takes part
+in no difference. Runs that share arm and seed are averaged first, so n always counts seeds. Missing values (null in the
+records) are left out, never replaced.
 """
 
-from collections.abc import Callable, Iterable
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from gaf_lab.config import LATER, TrainConfig
 from gaf_lab.records import Run
 
 Values = NDArray[np.float64]
@@ -20,6 +24,16 @@ BASELINE = "averaging"  # the arm that the others are compared with, where there
 ENOUGH = 3  # seeds: with fewer, no difference is claimed
 LEVEL = 0.95
 RESAMPLES = 10_000
+
+FIELDS = tuple(field.name for field in dataclasses.fields(TrainConfig))
+RUN = ("seed", "label", "replay")  # these name a run; what a control replays differs from seed to seed
+FILTER = ("tau", "threshold", "threshold_by", "half_life", "start", "average", "min_accepted", "scope")
+TECHNIQUE = ("loss", "label_smoothing", "gce_q", "elr_beta", "elr_lambda", "mixup", "sam", "ema", "early_stopping")
+METHOD = (*FILTER, *TECHNIQUE, "policy", "step_probability")
+DATA = ("dataset", "noise", "noise_rate", "limit")
+SIZES = ("heldout", "sampler", "augment", "size", "model", "stem", "k", "b", "passes")
+
+Settings = dict[str, Any]  # of a config, by field, what means something to the run
 
 
 @dataclass(frozen=True)
@@ -51,14 +65,27 @@ class Spread:
 
 @dataclass(frozen=True)
 class Arm:
-    """The runs of one arm, in the order given."""
+    """The runs of one arm, in the order given.
+
+    Attributes:
+        name: the runs' own, with what sets them apart where others in the report share it: "GAF, tau 0.5".
+        settings: the runs' own.
+        point: where in the report's grid the arm stands; only arms of one point are compared. See `arms`.
+    """
 
     name: str
     runs: list[Run]
+    settings: Settings = dataclasses.field(default_factory=dict)
+    point: Settings = dataclasses.field(default_factory=dict)
+
+    @property
+    def kind(self) -> str:
+        """The name without what sets it apart from others that share it."""
+        return self.runs[0].arm
 
     @property
     def config(self) -> dict[str, Any]:
-        """The first run's; the arm's other runs should differ from it in the seed alone."""
+        """The first run's."""
         config: dict[str, Any] = self.runs[0].header["config"]
         return config
 
@@ -166,16 +193,100 @@ COMPARED = (LAST, SELECTED, MEMORISED, CORRECTED)  # those that differences are 
 
 
 def arms(runs: Iterable[Run]) -> list[Arm]:
-    """The runs grouped by arm, in order of first appearance."""
-    groups: dict[str, list[Run]] = {}
-    for run in runs:
-        groups.setdefault(run.arm, []).append(run)
-    return [Arm(name, group) for name, group in groups.items()]
+    """The runs grouped by arm, in order of first appearance.
+
+    An arm's runs share name and settings. Where arms share a name, it is followed by what differs between them.
+
+    Arms stand at one point of the grid where they agree in their data, in those of SIZES that differ among runs without a
+    label (a label, such as "larger batch", says what it departs in), and in what else differs under one name. The method
+    itself is no part of it: GAF at every tau is compared with the averaging of the same data.
+    """
+    given = list(runs)
+    beside = {run.folder: run for run in given}
+    groups: list[tuple[str, Settings, list[Run]]] = []
+    for run in given:
+        found = settings(run, beside)
+        group = next((group for name, values, group in groups if (name, values) == (run.arm, found)), None)
+        if group is None:
+            groups.append((run.arm, found, [run]))
+        else:
+            group.append(run)
+    within = {name: varied([values for other, values, _ in groups if other == name]) for name, _, _ in groups}
+    grid = pointing(within.values(), [values for _, values, group in groups if not labelled(group)])
+    return [
+        Arm(", ".join([name, *told_apart(values, within[name])]), group, values, {field: values.get(field) for field in grid})
+        for name, values, group in groups
+    ]
+
+
+def settings(run: Run, beside: dict[Path, Run]) -> Settings:
+    """What the run is, but for RUN. A control is told by the filter of the run that it replays, where that is among those given.
+
+    beside: runs by their folders.
+    """
+    config = LATER | run.header["config"]
+    replayed = beside.get(run.folder.parent / Path(config["replay"]).name) if config.get("replay") else None
+    if replayed is not None:
+        config |= {field: value for field, value in (LATER | replayed.header["config"]).items() if field in FILTER}
+    known = [field for field in dict.fromkeys([*FIELDS, *config]) if field in config]
+    return {field: config[field] for field in known if field not in RUN and matters(field, config)}
+
+
+def matters(field: str, config: Settings) -> bool:
+    """Whether a field means something to a run: averaging has no tau, clean labels no rate."""
+    policy, replays = config.get("policy"), bool(config.get("replay"))
+    if field in FILTER:
+        return policy != "mean" and (policy != "random-skip" or replays)
+    if field == "step_probability":
+        return policy == "random-skip" and not replays
+    return field != "noise_rate" or config.get("noise") not in ("none", "human")
+
+
+def labelled(runs: list[Run]) -> bool:
+    return any(run.header["config"].get("label") for run in runs)
+
+
+def varied(of: Sequence[Settings]) -> list[str]:
+    """The fields that are not the same in all, in the config's order."""
+    fields = dict.fromkeys(field for values in of for field in values)
+    differing = [field for field in fields if any(values.get(field) != of[0].get(field) for values in of)]
+    return sorted(differing, key=lambda field: FIELDS.index(field) if field in FIELDS else len(FIELDS))
+
+
+def pointing(within: Iterable[list[str]], unlabelled: Sequence[Settings]) -> list[str]:
+    """The fields that make up a point of the grid; see `arms`."""
+    found = [*DATA, *(field for field in varied(unlabelled) if field in SIZES), *(field for fields in within for field in fields)]
+    return [field for field in dict.fromkeys(found) if field not in METHOD]
+
+
+def told_apart(values: Settings, fields: Sequence[str]) -> list[str]:
+    """The fields in the words of the command line: "tau 0.5", "noise rate 0.6", "no augment"; without those that the arm has no use for."""
+    return [worded(field.replace("_", " "), values[field]) for field in fields if values.get(field) is not None]
+
+
+def worded(words: str, value: Any) -> str:
+    if isinstance(value, bool):
+        return words if value else f"no {words}"
+    if isinstance(value, list | tuple):
+        return " ".join([words, *(f"{one:g}" for one in value)])
+    return f"{words} {value:g}" if isinstance(value, float) else f"{words} {value}"
+
+
+def by_point(of: Iterable[Arm]) -> list[list[Arm]]:
+    """The arms by their point of the grid, in order of first appearance."""
+    found: list[list[Arm]] = []
+    for arm in of:
+        group = next((group for group in found if group[0].point == arm.point), None)
+        if group is None:
+            found.append([arm])
+        else:
+            group.append(arm)
+    return found
 
 
 def baseline(of: list[Arm]) -> Arm:
     """The arm "averaging"; the first one where there is none of that name."""
-    return next((arm for arm in of if arm.name == BASELINE), of[0])
+    return next((arm for arm in of if arm.kind == BASELINE), of[0])
 
 
 def by_seed(runs: Iterable[Run], measure: Measure) -> dict[int, float]:
@@ -204,9 +315,11 @@ def difference(arm: Arm, other: Arm, measure: Measure) -> Difference | None:
 
 
 def differences(of: list[Arm], measure: Measure, against: Arm | None = None) -> list[Difference]:
-    """Each arm against one, the baseline unless told otherwise; arms without a common seed are left out."""
-    other = against or baseline(of)
-    found = [difference(arm, other, measure) for arm in of if arm.name != other.name]
+    """Each arm against one, its point's baseline unless told otherwise; arms without a common seed or point are left out."""
+    found = []
+    for group in by_point(of):
+        other = against or baseline(group)
+        found += [difference(arm, other, measure) for arm in group if arm.name != other.name and arm.point == other.point]
     return [one for one in found if one is not None]
 
 

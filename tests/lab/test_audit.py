@@ -131,7 +131,9 @@ def test_the_command_writes_a_ranked_list_a_figure_and_lines(tmp_path, capsys):
     assert (tmp_path / "audit.png").read_bytes().startswith(b"\x89PNG")
     lines = [json.loads(line) for line in (tmp_path / "audit.jsonl").read_text().splitlines()][1:]
     assert [line["seed"] for line in lines] == [0, 1]
-    assert "Best at finding wrong labels" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert out.startswith("digits, 40% symmetric label noise; mlp; GAF, k = 4, b = 8\n")
+    assert "Best at finding wrong labels" in out
 
 
 def test_the_difference_is_paired_by_seed():
@@ -167,6 +169,11 @@ def test_without_known_flips_the_ranking_is_written_and_called_unproven(tmp_path
 def test_what_has_no_distances_to_a_running_sum_is_refused(change):
     with pytest.raises(ConfigError, match="policy must be 'gaf' with scope 'all' and start 'first' for an audit"):
         audit.audit(dataclasses.replace(SMALL, **change), None, lambda *at: None)
+
+
+def test_one_micro_gradient_is_refused():
+    with pytest.raises(ConfigError, match="k must be at least 2 for an audit; got 1"):
+        audit.audit(dataclasses.replace(SMALL, k=1), None, lambda *at: None)
 
 
 # --- the page: `python tests/lab/test_audit.py` prints its table anew

@@ -45,6 +45,15 @@ def test_train_writes_records_that_report_turns_into_a_page(run, tmp_path):
     assert {p.name for p in (tmp_path / "page").iterdir()} >= {"report.html", "accuracy.png", "distance.png", "memorisation.png"}
 
 
+@pytest.mark.parametrize(
+    ("words", "start"),
+    [((), "digits, 40% symmetric label noise: 1,"), (("--noise", "none"), "digits: 1,"), (("--noise-rate", 0), "digits: 1,")],
+)
+def test_train_says_first_what_is_wrong_with_the_labels(run, tmp_path, words, start):
+    _, out, _ = run("train", *SMALL, *words, "--steps", 1, "--out", tmp_path)
+    assert out.startswith(start)
+
+
 def test_the_command_line_wins_over_toml_and_toml_over_the_preset(run, tmp_path):
     toml = tmp_path / "run.toml"
     toml.write_text('dataset = "digits"\nk = 5\ntau = 0.6\n')
@@ -96,6 +105,11 @@ def test_tensorboard_writes_events(run, tmp_path):
     [
         (["trian"], "unknown command 'trian'. Did you mean 'train'?"),
         (["train", "--preset", "cifar100-gad"], "unknown preset 'cifar100-gad'. Did you mean 'cifar100-gaf'?"),
+        (
+            ["train", "--tau", "auto"],
+            "tau must be a number; got 'auto'. For the recommended threshold, which sets tau, use --threshold auto.",
+        ),
+        (["train", "--k", "4", "--min-accepted", "9"], "min_accepted must be at least 1 and at most k = 4"),
         (["train", "--tau", "3"], "tau must lie in [0, 2]; got 3.0"),
         (["train", "--k", "0"], "k must be at least 1; got 0"),
         (["train", "--noise-rate", "1"], "noise_rate must lie in [0, 1); got 1.0"),
@@ -103,7 +117,7 @@ def test_tensorboard_writes_events(run, tmp_path):
         (["train", "--out", "/dev/null/run"], "output folder /dev/null/run: must be writable"),
         (["train", "--toml", "/nowhere.toml"], "config file /nowhere.toml: must exist"),
         (["data", "cifar-100"], "Did you mean 'cifar100'?"),
-        (["report", "/nowhere"], "must hold at least one run"),
+        (["report", "/nowhere"], "/nowhere: must exist; it does not. Give a folder of runs"),
         (["bench", "fsdp"], "There is: gaf bench accumulate, gaf bench ddp"),
         (["bench", "accumulate", "--model", "resnet-18"], "invalid choice 'resnet-18' for argument '--model'"),
         (["demo", "--seeds", "0"], "seeds must be at least 1; got 0"),
@@ -136,6 +150,32 @@ def test_a_report_that_cannot_be_written_still_shows_its_table(run, tmp_path):
     assert code == 2
     assert "GAF" in out
     assert "output folder /dev/null/page: must be writable" in err
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ("typo", "typo: must exist; it does not"),
+        ("empty", "empty: must hold at least one run (a file records.jsonl); none was found"),
+        ("p.jsonl", "p.jsonl: must hold at least one run; none was found"),
+    ],
+)
+def test_a_report_refuses_each_place_without_runs_before_it_writes(run, tmp_path, place, message):
+    assert run("train", *SMALL, "--out", tmp_path / "run")[0] == 0
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "p.jsonl").write_text('{"kind": "pack"}\n')
+    code, out, err = run("report", tmp_path / "run", tmp_path / place, "--out", tmp_path / "page")
+    assert (code, out) == (2, "")
+    assert message in err
+    assert not (tmp_path / "page").exists()
+
+
+def test_a_report_takes_a_runs_own_file_and_goes_beside_it(run, tmp_path):
+    assert run("train", *SMALL, "--out", tmp_path)[0] == 0
+    code, out, _ = run("report", tmp_path / "records.jsonl", tmp_path)
+    assert code == 0
+    assert f"Page: {tmp_path / 'report.html'}" in out
+    assert "All 1 finished." in (tmp_path / "report.html").read_text()
 
 
 def test_an_archive_that_is_not_there_is_asked_for_by_name(run, tmp_path):

@@ -13,7 +13,7 @@ import gaf
 from gaf_lab import config as module
 from gaf_lab import records
 from gaf_lab.cli import parsed_train
-from gaf_lab.config import ConfigError, TrainConfig, from_dict, from_toml
+from gaf_lab.config import ConfigError, TrainConfig, from_dict, from_toml, label_noise
 from gaf_lab.paper import every_arm
 from gaf_lab.presets import PRESETS, preset
 from gaf_lab.train import learning_rate, make_policy
@@ -34,6 +34,9 @@ def test_every_field_has_a_docstring():
         ("tau", 2.5, r"tau must lie in \[0, 2\]; got 2.5"),
         ("tau", float("nan"), r"tau must lie in \[0, 2\]; got nan"),
         ("tau", -0.1, r"tau must lie in \[0, 2\]"),
+        ("tau", "auto", "tau must be a number; got 'auto'.*--threshold auto"),
+        ("min_accepted", 0, "min_accepted must be at least 1 and at most k = 8"),
+        ("min_accepted", 9, "min_accepted must be at least 1 and at most k = 8, or no step is ever taken; got 9"),
         ("k", 0, "k must be at least 1; got 0"),
         ("b", 0, "b must be at least 1; got 0"),
         ("noise_rate", 1.0, r"noise_rate must lie in \[0, 1\); got 1.0"),
@@ -53,6 +56,26 @@ def test_every_field_has_a_docstring():
 def test_a_bad_value_is_refused_with_its_name_and_the_fix(field, value, message):
     with pytest.raises(ConfigError, match=message):
         dataclasses.replace(TrainConfig(), **{field: value})
+
+
+def test_what_never_counts_accepted_rows_may_ask_for_any_number():
+    assert TrainConfig(k=1).min_accepted == 2
+    assert TrainConfig(k=4, min_accepted=4).min_accepted == 4
+    assert TrainConfig(policy="mean", k=4, min_accepted=9).k == 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, "40% symmetric label noise"),
+        ({"noise": "asymmetric", "noise_rate": 0.125}, "12.5% asymmetric label noise"),
+        ({"dataset": "cifar100n", "noise": "human"}, "human labels"),
+        ({"noise": "none"}, ""),
+        ({"noise_rate": 0.0}, ""),
+    ],
+)
+def test_wrong_labels_in_words(changes, words):
+    assert label_noise(TrainConfig(**changes)) == words
 
 
 def test_an_unknown_key_is_refused_with_the_nearest(tmp_path):

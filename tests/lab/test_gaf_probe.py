@@ -50,6 +50,7 @@ def test_lines_hold_what_table_and_figure_show(run, tmp_path):
     code, out, _ = run(*SMALL, "--after", 0, 10, "--out", tmp_path)
     assert code == 0
     assert "…" not in out  # 80 columns are enough
+    assert out.startswith("digits, 40% symmetric label noise; mlp; GAF, k = 4, b = 16\n")
     conditions, lines = lines_of(tmp_path)
     assert conditions["command"].startswith("gaf probe --dataset digits")
     assert [(line["after"], line["m"], line["b"], line["rows"]) for line in lines] == [

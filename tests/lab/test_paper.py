@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from gaf_lab import paper, presets, reproduce
+from gaf_lab import paper_figures as pf
 from gaf_lab.config import ConfigError
 from gaf_lab.plan import folder_name
+from gaf_lab.records import Run
 from gaf_lab.sweep import jobs
 
 IDS = tuple(paper.ITEMS)
@@ -30,6 +32,18 @@ def test_every_run_that_is_replayed_is_planned_before_and_of_the_same_point_and_
             same = dataclasses.replace(config, policy="gaf", replay=None, label=recorded.label, average=recorded.average)
             assert same.hash == recorded.hash
     assert set(jobs(configs, tmp_path, data_folder=None, keep_checkpoints=True, command=None)) == set(named)
+
+
+@pytest.mark.parametrize("scale", ["smoke", "small", "full"])
+@pytest.mark.parametrize("reading", ["paper", "code"])
+@pytest.mark.parametrize("name", IDS)
+def test_at_each_place_of_a_figure_an_arms_name_is_one_config(name, reading, scale):
+    item, configs = paper.ITEMS[name], paper.plan(name, scale, reading)
+    runs = [Run(Path(folder_name(config)), {"arm": config.arm, "config": config.plain()}, [], None) for config in configs]
+    of = [arm for arms in pf.grouped(item, runs).values() for arm in arms]
+    assert {arm.name for arm in of} <= set(pf.names_of(item, runs))
+    if (name, reading, scale) != ("fig9", "code", "smoke"):  # there the code's batch of 128 has a length for each b
+        assert [arm.name for arm in of] == [arm.kind for arm in of]
 
 
 @pytest.mark.parametrize("name", [name for name in IDS if name != "fig2"])

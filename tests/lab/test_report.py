@@ -3,7 +3,6 @@
 import html
 import io
 import itertools
-import json
 import math
 import random
 import subprocess
@@ -311,10 +310,9 @@ def test_conditions_stand_once_where_common_and_by_arm_where_not(runs):
 
 
 def test_a_condition_that_varies_within_an_arm_shows_all_its_values(runs):
-    other = Run(Path(), json.loads(json.dumps(runs[0].header)), runs[0].evals, runs[0].end)
-    other.header["config"]["lr"] = 0.1
+    other = Run(Path(), runs[0].header | {"commit": "0a1b2c3d"}, runs[0].evals, runs[0].end)
     _, differing = report.conditions(statistics.arms([*runs, other]))
-    assert ("lr", ["0.05 / 0.1", "0.05", "0.05"]) in differing
+    assert ("commit", ["b3bf7001 / 0a1b2c3d", "b3bf7001", "b3bf7001"]) in differing
 
 
 def test_each_command_is_given_once(nine_page):
@@ -329,6 +327,55 @@ def test_each_arm_is_explained(nine_page):
 def test_no_runs_no_report(tmp_path):
     with pytest.raises(ValueError, match="at least one run"):
         report.write([], tmp_path)
+
+
+# --- a grid ------------------------------------------------------------------------------------------------------
+
+
+def across(folder: Path, field: str, values: tuple[float, ...]) -> list[Run]:
+    """Averaging, GAF and its random subset at each value of a field, three seeds each."""
+    runs = []
+    for place, value in enumerate(values):
+        for arm, level in (("averaging", 0.5), ("GAF", 0.6 + 0.1 * place), ("random subset", 0.55)):
+            for run in flat_runs(folder, {arm: [level] * 3}):
+                config = {field: value} | ({} if arm != "random subset" else {"replay": f"GAF-{place}-{run.seed}"})
+                run.header["config"] |= config
+                runs.append(Run(folder / f"{arm}-{place}-{run.seed}", run.header, run.evals, run.end))
+    return runs
+
+
+def test_at_several_taus_each_is_compared_with_averaging_and_with_its_own_control(tmp_path):
+    of = statistics.arms(across(tmp_path, "tau", (0.5, 0.9)))
+    assert {(one.name, other.name) for one, other in report.pairs(of)} == {
+        ("GAF, tau 0.5", "averaging"), ("GAF, tau 0.9", "averaging"), ("random subset, tau 0.5", "averaging"),
+        ("random subset, tau 0.9", "averaging"), ("GAF, tau 0.9", "GAF, tau 0.5"), ("GAF, tau 0.5", "random subset, tau 0.5"),
+        ("GAF, tau 0.9", "random subset, tau 0.9"),
+    }  # fmt: skip
+    text = report.summary(of)
+    assert "GAF, tau 0.9's test accuracy is 20.0 points above averaging" in text
+    assert text.count("random subset, tau 0.9") == text.count("random subset, tau 0.5") == 1
+    without = statistics.arms(run for run in across(tmp_path, "tau", (0.5, 0.9)) if run.arm != "averaging")
+    assert ("random subset, tau 0.9", "GAF, tau 0.5") not in [(one.name, other.name) for one, other in report.pairs(without)]
+
+
+def test_across_noise_levels_only_arms_of_one_level_are_compared(tmp_path):
+    of = statistics.arms(across(tmp_path, "noise_rate", (0.2, 0.4)))
+    found = [(one.name.partition(", ")[2], other.name.partition(", ")[2]) for one, other in report.pairs(of)]
+    assert found == [("noise rate 0.2", "noise rate 0.2")] * 3 + [("noise rate 0.4", "noise rate 0.4")] * 3
+    assert "GAF, noise rate 0.4's test accuracy is 20.0 points above averaging, noise rate 0.4 (" in report.summary(of)
+
+
+def test_the_summary_of_many_points_counts(tmp_path):
+    text = report.summary(statistics.arms(across(tmp_path, "noise_rate", (0.1, 0.2, 0.3, 0.4))))
+    assert "Of 8 arms compared with averaging in test accuracy at the last evaluation, 8 can be told to be above" in text
+
+
+def test_the_page_of_a_grid_names_each_run_by_its_arm(tmp_path):
+    runs = across(tmp_path, "tau", (0.5, 0.9))
+    found = page(runs, tmp_path)
+    arms = [attrs["data-arm"] for tag, attrs in found.elements if "data-arm" in attrs]
+    assert arms == [arm.name for arm in statistics.arms(runs)]
+    assert "GAF, tau 0.9 0 finished" in found.text
 
 
 # --- numbers as text ---------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from gaf_lab import statistics as st
+from gaf_lab.config import TrainConfig
 from gaf_lab.records import Run
 
 KEYS = ("heldout_accuracy", "test_accuracy", "memorised", "corrected", "acceptance", "distance_mean")
@@ -237,3 +238,86 @@ def test_evaluations_between_which_no_step_was_taken_count_once():
 def test_the_lowest_passes_over_missing_values():
     assert st.lowest(run(distance_mean=[0.9, None, 0.7, 0.8]), "distance_mean") == 0.7
     assert st.lowest(run(distance_mean=[None]), "distance_mean") is None
+
+
+# --- arms and points of a grid -----------------------------------------------------------------------------------
+
+LEVELS = {0.5: 0.6, 0.9: 0.8}
+
+
+def planned(accuracy=0.5, folder="", **config) -> Run:
+    """A finished run as a sweep would record it."""
+    whole = TrainConfig(**config)
+    made = run(whole.arm, whole.seed, test_accuracy=[accuracy])
+    return Run(Path("runs") / (folder or whole.hash), made.header | {"config": whole.plain()}, made.evals, made.end)
+
+
+def gaf_at(taus=LEVELS, seeds=3, **config) -> list[Run]:
+    return [planned(LEVELS[tau], f"gaf-{tau}-{seed}", tau=tau, seed=seed, **config) for tau in taus for seed in range(seeds)]
+
+
+def described(of: list[st.Arm]) -> dict[str, tuple[float, int]]:
+    spreads = {arm.name: st.spread(arm, st.LAST) for arm in of}
+    return {name: (round(found.mean, 6), found.n) for name, found in spreads.items() if found is not None}
+
+
+def test_runs_of_different_configs_are_never_one_arm():
+    assert described(st.arms(gaf_at())) == {"GAF, tau 0.5": (0.6, 3), "GAF, tau 0.9": (0.8, 3)}
+    assert list(described(st.arms(gaf_at([0.5])))) == ["GAF"]
+
+
+def test_what_differs_is_told_in_the_words_of_the_command_line_and_the_order_of_the_config():
+    changes = [{"dataset": "digits"}, {"augment": True, "tau": 0.9}, {"schedule": "multi-step", "milestones": (0.2, 0.5)}]
+    assert [arm.name for arm in st.arms(planned(**change) for change in changes)] == [
+        "GAF, dataset digits, no augment, schedule constant, milestones 0.5 0.75, tau 0.8",
+        "GAF, dataset mnist5k, augment, schedule constant, milestones 0.5 0.75, tau 0.9",
+        "GAF, dataset mnist5k, no augment, schedule multi-step, milestones 0.2 0.5, tau 0.8",
+    ]
+
+
+def test_labels_name_an_arm_and_are_no_part_of_it():
+    assert described(st.arms([planned(seed=0), planned(seed=1, label="GAF")])) == {"GAF": (0.5, 2)}
+
+
+def test_a_record_from_before_a_field_is_of_the_same_arm():
+    old = planned(seed=1)
+    del old.header["config"]["engine"]
+    assert len(st.arms([planned(seed=0), old])) == 1
+
+
+def test_averaging_has_no_tau_and_clean_labels_no_rate():
+    assert len(st.arms(planned(policy="mean", tau=tau, seed=seed) for seed, tau in enumerate(LEVELS))) == 1
+    assert len(st.arms(planned(noise="none", noise_rate=rate, seed=seed) for seed, rate in enumerate((0.0, 0.4)))) == 1
+
+
+@pytest.mark.parametrize("policy", ["random-skip", "random-subset", "replay-skip", "scaled-lr"])
+def test_a_control_is_one_arm_whatever_it_measured_and_one_for_each_tau_that_it_replays(policy):
+    controls = [
+        planned(policy=policy, seed=seed, replay=Path(f"there/gaf-{tau}-{seed}"), step_probability=0.1 * (seed + 1))
+        for tau in LEVELS
+        for seed in range(3)
+    ]
+    assert [len(arm.runs) for arm in st.arms([*gaf_at([0.5]), *controls[:3]])] == [3, 3]
+    names = [arm.name.partition(", tau ")[2] for arm in st.arms([*gaf_at(), *controls])]
+    assert names == ["0.5", "0.9"] * 2
+
+
+def test_only_arms_of_one_point_of_the_grid_are_compared():
+    runs = [run for rate in (0.2, 0.4) for run in gaf_at(noise_rate=rate)]
+    runs += [planned(rate, policy="mean", noise_rate=rate, seed=seed) for rate in (0.2, 0.4) for seed in range(3)]
+    found = {(gap.arm, gap.other): round(gap.mean, 6) for gap in st.differences(st.arms(runs), st.LAST)}
+    assert found == {
+        (f"GAF, noise rate {rate:g}, tau {tau:g}", f"averaging, noise rate {rate:g}"): round(level - rate, 6)
+        for rate in (0.2, 0.4)
+        for tau, level in LEVELS.items()
+    }
+
+
+@pytest.mark.parametrize("other", [{"dataset": "digits"}, {"noise": "none"}, {"limit": 100}, {"k": 4}, {"b": 10}, {"passes": 3.0}])
+def test_arms_of_other_data_or_sizes_are_not_compared(other):
+    assert not st.differences(st.arms([planned(), planned(policy="mean", **other)]), st.LAST)
+
+
+def test_a_label_says_in_what_sizes_its_arm_departs_and_not_in_what_data():
+    runs = [planned(), planned(policy="mean"), planned(policy="mean", b=80, label="larger batch"), planned(limit=9, label="few")]
+    assert [(gap.arm, gap.other) for gap in st.differences(st.arms(runs), st.LAST)] == [("GAF", "averaging"), ("larger batch", "averaging")]
