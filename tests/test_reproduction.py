@@ -111,6 +111,32 @@ def courses(name: str) -> str:
     return "\n".join(lines)
 
 
+def along(name: str, field: str, measure: Measure, form: str, head: str) -> str:
+    """GAF, averaging and the controls at every value of a field; and what is paired of them."""
+    arms = ("averaging", "GAF", "random skip", "random subset")
+    lines = [f"| {head} | {' | '.join(arms)} | GAF - averaging | GAF - random subset |", "|---" * 7 + "|"]
+    for value in sorted({run.header["config"][field] for run in runs(name)}):
+        found = {arm.name: arm for arm in at(name, field, value)}
+        assert all(len(found[arm].seeds) == 3 for arm in arms)
+        cells = [spelled(found[arm], measure) for arm in arms]
+        cells += [gap(found["GAF"], found[arm], measure) for arm in ("averaging", "random subset")]
+        lines.append(f"| {format(value, form)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def shares(name: str, field: str, form: str, head: str) -> str:
+    """What GAF accepts at every value of a field, and what it and averaging memorise."""
+    lines = [f"| {head} | accepted | steps taken | memorised, GAF | memorised, averaging |", "|---" * 5 + "|"]
+    for value in sorted({run.header["config"][field] for run in runs(name)}):
+        found = {arm.name: arm for arm in at(name, field, value)}
+        cells = [spelled(found["GAF"], measure) for measure in (st.ACCEPTANCE, st.STEPS, st.MEMORISED)]
+        lines.append(f"| {format(value, form)} | {' | '.join([*cells, spelled(found['averaging'], st.MEMORISED)])} |")
+    return "\n".join(lines)
+
+
+BY_NOISE, BY_SIZE = ("fig6", "noise_rate"), ("fig9", "b")
+
+
 def thresholds() -> str:
     """Figure 7; averaging is tau = 2."""
     columns = (st.SELECTED, st.LAST, st.MEMORISED, st.ACCEPTANCE, st.STEPS)
@@ -125,6 +151,9 @@ TABLES = {
     "table1 0": lambda: accuracies(0.0), "table1 40": lambda: accuracies(0.4), "table1 60": lambda: accuracies(0.6),
     "gaps 0": lambda: gaps(0.0), "gaps 40": lambda: gaps(0.4), "gaps 60": lambda: gaps(0.6), "fig4": sizes,
     "fig1": lambda: courses("fig1"), "fig5": lambda: courses("fig5"), "fig7": thresholds,
+    "fig6 last": lambda: along(*BY_NOISE, st.LAST, ".0%", "wrong"), "fig6 selected": lambda: along(*BY_NOISE, st.SELECTED, ".0%", "wrong"),
+    "fig6 shares": lambda: shares(*BY_NOISE, ".0%", "wrong"), "fig9 last": lambda: along(*BY_SIZE, st.LAST, "d", "b"),
+    "fig9 selected": lambda: along(*BY_SIZE, st.SELECTED, "d", "b"), "fig9 shares": lambda: shares(*BY_SIZE, "d", "b"),
 }  # fmt: skip
 
 
@@ -133,7 +162,7 @@ def test_the_pages_tables_are_the_records(name):
     assert TABLES[name]() in PAGE.read_text()
 
 
-@pytest.mark.parametrize("name", ["table1", "fig1", "fig4", "fig5", "fig7"])
+@pytest.mark.parametrize("name", ["table1", "fig1", "fig4", "fig5", "fig6", "fig7", "fig9"])
 def test_the_records_are_finished_runs_of_the_figures_plan(name):
     planned = {config.hash for config in paper.plan(name, "small")}
     assert {run.header["config_hash"] for run in runs(name)} == planned
