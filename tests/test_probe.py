@@ -2,7 +2,8 @@
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -161,6 +162,12 @@ def test_merged_is_the_probe_of_averaged_rows():
     assert merged.b == 30
     with pytest.raises(ValueError, match=r"merged\(10\): 50 rows merged 10 at a time must leave at least 8.*got 5"):
         probe_of(rows, k=4).merged(10)
+
+
+@pytest.mark.parametrize("call", [lambda p: p.merged(0), lambda p: p.predicted(0.9, m=0), lambda p: p.recommend(m=0)])
+def test_no_rows_cannot_be_merged(call: Callable[[Any], Any]) -> None:
+    with pytest.raises(ValueError, match="m must be a whole number of at least 1; got 0. It counts the rows"):
+        call(probe_of(torch.randn(24, 5), k=4))
 
 
 def test_predictions_for_larger_micro_batches_hold_on_merged_rows():

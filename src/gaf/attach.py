@@ -67,7 +67,7 @@ def attach(
     check_same_everywhere(model, policy, micro_group, group)  # first, so that no rank is left waiting by what another one alone has wrong
     exchange = exchange_over(group, micro_group)
     check_model(model, optimizers, exchange)
-    warn_alone(exchange)
+    check_rows(exchange.k, policy)
     handle = Handle(optimizers, policy, scaler, exchange.k)
     engine.install(model, handle, exchange)
     return handle
@@ -197,7 +197,11 @@ def first_difference(a: str, b: str) -> tuple[str, str]:
     return pairs[0] if pairs else (f"{len(a.split('; '))} of them", f"{len(b.split('; '))} of them")
 
 
-def warn_alone(exchange: Exchange) -> None:
-    if exchange.k == 1:
+def check_rows(k: int, policy: Policy) -> None:
+    least = getattr(policy, "min_accepted", 1)
+    if 1 < k < least:
+        raise ValueError(f"attach: the policy's min_accepted must be at most the number of rows, for no step could be taken; got {least} "
+                         f"and {k} rows. Lower min_accepted, or start more ranks.")  # fmt: skip
+    if k == 1:
         warnings.warn("gaf: there is one row only, and it has nothing to agree with: every step is taken as in plain training.",
                       stacklevel=frames_inside() + 1)  # fmt: skip

@@ -80,6 +80,7 @@ class Probe:
 
     def predicted(self, tau: float, m: int = 1) -> float:
         """Expected share of compared rows that GAF(tau) accepts, from B and d_eff alone; for micro-batches of b * m samples."""
+        check_merging(m, "predicted")
         return predicted_acceptance(tau, self.k, self.noise.rho / m, self.noise.dimension)
 
     def measured(self, tau: float) -> Acceptance:
@@ -93,8 +94,9 @@ class Probe:
             K -> A K A^T        A (r // m, r): 1 / m for the m rows that are merged, else 0
 
         Raises:
-            ValueError: where fewer rows would be left than k and the two halves need.
+            ValueError: where m is below 1, or fewer rows would be left than k and the two halves need.
         """
+        check_merging(m, "merged")
         left = len(self) // m
         check_enough(left, self.k, f"merged({m}): {len(self)} rows merged {m} at a time must leave")
         average = torch.eye(left, dtype=torch.float64).repeat_interleave(m, 1) / m
@@ -117,13 +119,14 @@ class Probe:
             m: for micro-batches of b * m samples: predicted from B and d_eff at b, measured on merged rows.
 
         Raises:
-            ValueError: where share or chance is not in (0, 1), or too few rows are left of those merged.
+            ValueError: where share or chance is not in (0, 1), m is below 1, or too few rows are left of those merged.
         """
         for name, value in (("share", share), ("chance", chance)):
             if not 0 < value < 1:
                 raise ValueError(
                     f"recommend: {name} must lie in (0, 1); got {value}. The default is {HALF if name == 'share' else CHANCE}."
                 )
+        check_merging(m, "recommend")
         noise = self.noise
         floor, wanted = noise_floor(chance, noise.dimension), tau_for(share, self.k, noise.rho / m, noise.dimension)
         tau = min(floor, wanted)
@@ -247,6 +250,11 @@ def of_losses(model: nn.Module, losses: Losses, b: int, k: int, slices: int = 1)
     absent = int((~sound).sum())
     check_enough(len(gram) - absent, k, f"probe: {absent} of {len(gram)} micro-gradients are absent (zero, NaN or infinite); there must be")
     return Probe(b, k, gram[sound][:, sound], {name: found[sound][:, sound] for name, found in layers.items()}, absent)
+
+
+def check_merging(m: int, call: str) -> None:
+    if not isinstance(m, int) or m < 1:
+        raise ValueError(f"{call}: m must be a whole number of at least 1; got {m!r}. It counts the rows that are merged into one.")
 
 
 def check_enough(seen: int, k: int, subject: str) -> None:

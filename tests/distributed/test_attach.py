@@ -571,6 +571,7 @@ REFUSALS: dict[str, tuple[Callable[[], tuple[Any, Any]], dict[str, Any], str]] =
     "mixed precision": (mixed_precision, {}, "Use torch.autocast"),
     "micro group": (partial(wrapped, Odd), {"micro_group": 3}, r"divides the 2 ranks; got 3. Use one of \[1, 2\]"),
     "policy": (partial(wrapped, Odd), {"policy": gaf.GAF}, "attach: policy must be a callable"),
+    "too many": (partial(wrapped, Odd), {"policy": gaf.GAF(min_accepted=3)}, "must be at most the number of rows.*got 3 and 2 rows"),
     "closure": (needs_closure, {}, "attach: the optimizer must not need a closure; LBFGS"),
     "group": (partial(wrapped, Odd), {"group": "another"}, "must be the model's own process group"),
 }
