@@ -167,7 +167,7 @@ def test_merged_is_the_probe_of_averaged_rows():
 @pytest.mark.parametrize("call", [lambda p: p.merged(0), lambda p: p.predicted(0.9, m=0), lambda p: p.recommend(m=0)])
 def test_no_rows_cannot_be_merged(call: Callable[[Any], Any]) -> None:
     with pytest.raises(ValueError, match="m must be a whole number of at least 1; got 0. It counts the rows"):
-        call(probe_of(torch.randn(24, 5), k=4))
+        call(probe_of(torch.randn(24, 5).double(), k=4))
 
 
 def test_predictions_for_larger_micro_batches_hold_on_merged_rows():
