@@ -160,7 +160,8 @@ def thresholds() -> str:
 TABLES = {
     "table1 0": lambda: accuracies(0.0), "table1 40": lambda: accuracies(0.4), "table1 60": lambda: accuracies(0.6),
     "gaps 0": lambda: gaps(0.0), "gaps 40": lambda: gaps(0.4), "gaps 60": lambda: gaps(0.6), "fig4": sizes,
-    "fig1": lambda: courses("fig1"), "fig5": lambda: courses("fig5"), "fig8": lambda: courses("fig8"), "fig8 course": memorising, "fig7": thresholds,
+    "fig1": lambda: courses("fig1"), "fig5": lambda: courses("fig5"), "fig8": lambda: courses("fig8"), "fig8 course": memorising,
+    "fig7": thresholds,
     "fig6 last": lambda: along(*BY_NOISE, st.LAST, ".0%", "wrong"), "fig6 selected": lambda: along(*BY_NOISE, st.SELECTED, ".0%", "wrong"),
     "fig6 shares": lambda: shares(*BY_NOISE, ".0%", "wrong"), "fig9 last": lambda: along(*BY_SIZE, st.LAST, "d", "b"),
     "fig9 selected": lambda: along(*BY_SIZE, st.SELECTED, "d", "b"), "fig9 shares": lambda: shares(*BY_SIZE, "d", "b"),
