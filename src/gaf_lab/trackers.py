@@ -67,7 +67,7 @@ def wandb(folder: Path, config: dict[str, Any]) -> tuple[Log, Callable[[], Any]]
         run = wandb.init(project="gaf", name=folder.name, dir=folder, config=config)
     except wandb.Error as error:
         raise ConfigError(f"tracker wandb: a run must be begun; wandb says: {error} Log in, or set WANDB_MODE=offline.") from None
-    return lambda numbers, samples: run.log(numbers, step=samples), run.finish
+    return lambda numbers, samples: run.log(numbers, step=samples, commit=True), run.finish
 
 
 def trackio(folder: Path, config: dict[str, Any]) -> tuple[Log, Callable[[], Any]]:

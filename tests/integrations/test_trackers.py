@@ -4,6 +4,7 @@ import json
 import math
 import struct
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,15 @@ def from_tensorboard(folder: Path) -> Logged:
     return found
 
 
-def from_wandb(folder: Path) -> Logged:
+def from_wandb(folder: Path, seconds: float = 60) -> Logged:
+    """What a finished run has logged. Its service writes the file, and on a busy machine may come to that after finish()."""
+    end = time.monotonic() + seconds
+    while not (found := history(folder)) and time.monotonic() < end:
+        time.sleep(0.1)
+    return found
+
+
+def history(folder: Path) -> Logged:
     """A .wandb file: 7 bytes, then a LevelDB log (blocks of 32 KiB; records of checksum, length, kind, data) of protocol buffers."""
     from wandb.proto.wandb_internal_pb2 import Record
 
@@ -134,7 +143,7 @@ def test_weights_and_biases_takes_them_as_they_are(acc, offline):
     import wandb
 
     with wandb.init(project="gaf", dir=offline) as run:
-        run.log(metrics(acc), step=3)
+        run.log(metrics(acc), step=3, commit=True)
     assert from_wandb(offline) == {3: metrics(acc)}
 
 
