@@ -390,3 +390,11 @@ def test_rows_that_count_as_absent_for_their_norm_are_no_evidence() -> None:
     assert found["absent"] == 100
     assert 0.8 < found["noise_scale"] < 1.25  # 1, up to sampling
     assert found["norm_dispersion"] < 0.5
+
+
+def test_a_policy_that_returns_plain_numbers_is_told_what_is_wanted() -> None:
+    model, optimizer = line()
+    acc = gaf.Accumulator(optimizer, lambda K: Decision([1.0], [True], True, [0.0]))  # type: ignore[arg-type]
+    acc.backward(loss_of(model))
+    with pytest.raises((TypeError, ValueError), match="Decision"):
+        acc.step()

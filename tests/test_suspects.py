@@ -144,3 +144,10 @@ def test_an_audit_of_nothing_and_a_state_of_another_size_are_refused():
         gaf.Audit(0)
     with pytest.raises(ValueError, match="must be of 3 items; got 2"):
         gaf.Audit(3).load_state_dict(gaf.audit.Audit(2).state_dict())
+
+
+def test_members_may_be_lists_and_who_was_never_seen_is_no_suspect() -> None:
+    audit = gaf.Audit(6)
+    rows = torch.tensor([[1.0, 0.0], [1.0, 0.0], [-1.0, 0.0]])
+    audit.record([[0], [1], [2]], gaf.aggregate(rows, gaf.GAF(0.5))[1])
+    assert audit.scores().nan_to_num(nan=-2).argsort(descending=True)[:3].tolist() == [2, 0, 1]  # as its docstring has it

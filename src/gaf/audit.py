@@ -33,22 +33,22 @@ class Excess:
         self.sums, self.counts = torch.zeros(2, n, dtype=torch.float64).unbind()
         self._recent: deque[tuple[float, int]] = deque(maxlen=WINDOW)  # of each step: sum and number of its values
 
-    def add(self, members: Sequence[Tensor] | Tensor, values: Sequence[float]) -> None:
+    def add(self, members: Sequence[Tensor | Sequence[int]] | Tensor, values: Sequence[float]) -> None:
         """Adds one step.
 
         Args:
-            members: k integer tensors of any length, or one of k rows: the items in each micro-batch, as often as they are in it.
-                An empty one where they are not known here, as those of other ranks.
+            members: k integer tensors or lists of any length, or one tensor of k rows: the items in each micro-batch, as often as they
+                are in it. An empty one where they are not known here, as those of other ranks.
             values: k numbers; NaN says nothing.
         """
-        members = [torch.as_tensor(items) for items in members]
+        held = [torch.as_tensor(items) for items in members]
         if len(members) != len(values):
             raise ValueError(f"Audit: there must be members for each of the {len(values)} micro-gradients that were measured; got "
                              f"{len(members)}. Give an empty tensor for a micro-batch whose members are not known here.")  # fmt: skip
         known = [value for value in values if not math.isnan(value)]
         self._recent.append((sum(known), len(known)))
         usual = sum(total for total, _ in self._recent) / max(sum(number for _, number in self._recent), 1)
-        for items, value in zip(members, values, strict=True):
+        for items, value in zip(held, values, strict=True):
             if items.numel() and not math.isnan(value):
                 where = self._checked(items)
                 self.sums.index_add_(0, where, torch.full(where.shape, value - usual, dtype=torch.float64))
@@ -111,13 +111,13 @@ class Audit(Excess):
     tensor([ 0., -1.,  1.], dtype=torch.float64)
     """
 
-    def record(self, members: Sequence[Tensor] | Tensor, decision: Decision | Outcome) -> None:
+    def record(self, members: Sequence[Tensor | Sequence[int]] | Tensor, decision: Decision | Outcome) -> None:
         """Adds one step; a Decision on an accelerator is fetched, an Outcome (`acc.outcome`, `handle.outcome`) is already on the host.
 
         Args:
-            members: k integer tensors of any length, or one of k rows: the items in each micro-batch, as often as they are in it. An
-                empty one where they are not known here: under `gaf.attach` each rank knows its own; add `sums` and `counts` over
-                the ranks at the end.
+            members: k integer tensors or lists of any length, or one tensor of k rows: the items in each micro-batch, as often as
+                they are in it. An empty one where they are not known here: under `gaf.attach` each rank knows its own; add `sums`
+                and `counts` over the ranks at the end.
             decision: what was decided about these micro-batches, in the same order.
         """
         distances = torch.as_tensor(decision.distances).tolist()
