@@ -320,8 +320,17 @@ def test_an_update_that_was_cleared_before_its_step_is_told_of() -> None:
         acc.backward(loss_of(model))
     acc.decide()
     optimizer.zero_grad()
-    with pytest.raises(RuntimeError, match="the update that decide.. put into p.grad must still be there; it is gone. Leave out zero_grad"):
+    with pytest.raises(RuntimeError, match="the update that decide.. put into p.grad must still be there; it was gone, and no step"):
         acc.step()
+    assert not acc.waiting  # the next macro-batch may begin
+
+
+def test_an_optimizer_forgets_an_accumulator_that_is_gone() -> None:
+    optimizer = line()[1]
+    for _ in range(3):
+        gaf.Accumulator(optimizer, gaf.Mean())
+    gc.collect()
+    assert not optimizer._optimizer_step_pre_hooks
 
 
 def test_a_name_that_leaves_out_nothing_for_want_of_the_model_is_refused() -> None:

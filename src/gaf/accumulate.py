@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal
-from weakref import ref
+from weakref import finalize, ref
 
 import torch
 from torch import Tensor, nn
@@ -92,10 +92,11 @@ class Accumulator:
         self._decided: Decision | None = None
         self._telemetry = Telemetry()
         self._progress = (0, 0)  # steps decided and steps taken by this object; unlike stats, not restored
-        self._stepping = False
+        self._placed = False  # whether decide() has put an update into p.grad
+        self._stepping = False  # whether an optimizer's step is this object's own
         check_parameters(self._names, self._parameters())
         for one in self.optimizers:
-            one.register_step_pre_hook(partial(refuse_step, ref(self)))
+            finalize(self, one.register_step_pre_hook(partial(refuse_step, ref(self))).remove)
 
     def backward(self, loss: Tensor, *, retain_graph: bool = False) -> None:
         """Computes one micro-gradient. Runs the loss's backward pass for this optimizer's parameters only.
@@ -140,10 +141,10 @@ class Accumulator:
             rows.take(j, unshared(grad))
 
         trained = [(j, p) for j, p in enumerate(self._params) if p.requires_grad]
-        hooks = [p.register_post_accumulate_grad_hook(partial(take, j)) for j, p in trained]
         if not trained:
             raise ValueError("Accumulator: the optimizer must hold at least one parameter that requires a gradient; all are frozen. "
                              "Set requires_grad on some of them.")  # fmt: skip
+        hooks = [p.register_post_accumulate_grad_hook(partial(take, j)) for j, p in trained]
         try:
             torch.autograd.backward(loss, inputs=[p for _, p in trained], retain_graph=retain_graph)
         finally:
@@ -190,6 +191,7 @@ class Accumulator:
         if outcome.stepped:
             for p, grad in zip(self._params, rows.update(outcome.weights), strict=True):
                 p.grad = None if grad is None else grad.to(p.dtype)
+        self._placed = any(map(has_gradients, self.optimizers))
         self._spare = rows.spare
         self._rows = None
         self._unscale(overflow)
@@ -203,15 +205,16 @@ class Accumulator:
             RuntimeError: where no backward() came before; where the update is gone that decide() left.
         """
         decision = self.decide()
-        if self.outcome is not None and self.outcome.stepped:
-            if not any(map(has_gradients, self.optimizers)):
-                raise RuntimeError("Accumulator: the update that decide() put into p.grad must still be there; it is gone. Leave out "
-                                   "zero_grad(): step() clears the gradients itself.")  # fmt: skip
+        gone = self._placed and not any(map(has_gradients, self.optimizers))
+        if self.outcome is not None and self.outcome.stepped and not gone:
             self._step()
         if self.scaler is not None:
             self.scaler.update()
         self._clear()
         self.last, self._decided = decision, None
+        if gone:
+            raise RuntimeError("Accumulator: the update that decide() put into p.grad must still be there; it was gone, and no step was "
+                               "taken. Leave out zero_grad(): step() clears the gradients itself.")  # fmt: skip
         return decision
 
     def _step(self) -> None:

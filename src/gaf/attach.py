@@ -67,7 +67,7 @@ def attach(
     check_same_everywhere(model, policy, micro_group, group)  # first, so that no rank is left waiting by what another one alone has wrong
     exchange = exchange_over(group, micro_group)
     check_model(model, optimizers, exchange)
-    check_rows(exchange.k, policy)
+    check_k(exchange.k, policy)
     handle = Handle(optimizers, policy, scaler, exchange.k)
     engine.install(model, handle, exchange)
     return handle
@@ -197,7 +197,7 @@ def first_difference(a: str, b: str) -> tuple[str, str]:
     return pairs[0] if pairs else (f"{len(a.split('; '))} of them", f"{len(b.split('; '))} of them")
 
 
-def check_rows(k: int, policy: Policy) -> None:
+def check_k(k: int, policy: Policy) -> None:
     least = getattr(policy, "min_accepted", 1)
     if 1 < k < least:
         raise ValueError(f"attach: the policy's min_accepted must be at most the number of rows, for no step could be taken; got {least} "

@@ -88,7 +88,7 @@ class Audit(Excess):
         ...
         decision = acc.step()
         audit.record(members, decision)           # members[i]: which samples micro-batch i held
-        suspects = audit.scores().nan_to_num(nan=-2).argsort(descending=True)      # those never seen come last
+        suspects = audit.scores().nan_to_num(nan=-2).argsort(descending=True)  # those never seen: last
 
     The score is the mean, over an item's micro-batches, of the cosine distance that decided, less the mean distance of the last 100
     steps; the row that the sum started from was compared with nothing, and is taken to be as far as those compared with it were on
