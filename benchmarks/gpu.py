@@ -24,7 +24,8 @@ from typing import Any
 from unittest.mock import MagicMock
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
-for name in ("pooch", "requests", "rich", "rich.console", "rich.progress", "PIL", "PIL.Image"):  # downloads, progress bars, JPEGs
+# downloads, progress bars, JPEGs
+for name in ("pooch", "requests", "rich", "rich.console", "rich.progress", "PIL", "PIL.Image"):
     whole = name.split(".")[0]
     if isinstance(sys.modules.get(whole), MagicMock) or importlib.util.find_spec(whole) is None:
         sys.modules[name] = MagicMock()
@@ -57,12 +58,15 @@ CHECKED: dict[str, Line] = {
     "augmentation": {"augment": True},
 }
 PICTURES = "noise"  # of CIFAR's shape, made anew
-CLOSE = 1e-3  # of distances: float32 rounding over some tens of steps, and convolutions that a library may choose anew
+# of distances: float32 rounding over some tens of steps, and convolutions that a library may choose anew
+CLOSE = 1e-3
 
 
 def main(words: list[str] | None = None) -> int:
     options = parsed(words)
-    device = torch.device("cuda" if torch.cuda.is_available() and options.device != "cpu" else "cpu")
+    device = torch.device(
+        "cuda" if torch.cuda.is_available() and options.device != "cpu" else "cpu"
+    )
     if device.type == "cpu":
         print("No CUDA device is used: the engine is run as it is, without a capture.")
     torch.backends.cudnn.deterministic = True  # for the checks
@@ -70,7 +74,12 @@ def main(words: list[str] | None = None) -> int:
     torch.backends.cudnn.deterministic = False
     found += [said(line) for line in times(options, device)]
     if options.out is not None:
-        conditions = {"kind": "conditions", **vars(options), "versions": environment.versions(), "machine": environment.machine(device)}
+        conditions = {
+            "kind": "conditions",
+            **vars(options),
+            "versions": environment.versions(),
+            "machine": environment.machine(device),
+        }
         with options.out.open("a") as file:
             for line in [conditions | {"commit": environment.commit()}, *found]:
                 file.write(json.dumps(line, default=str) + "\n")
@@ -80,15 +89,21 @@ def main(words: list[str] | None = None) -> int:
 
 
 def parsed(words: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", type=Path, help="folder of CIFAR-100's archive")
     parser.add_argument("--model", default="resnet18")
     parser.add_argument("--stem", default="imagenet", choices=["imagenet", "cifar"])
     parser.add_argument("--k", type=int, default=4)
     parser.add_argument("--b", type=int, default=100)
     parser.add_argument("--autocast", default="none", choices=["none", "bfloat16"])
-    parser.add_argument("--runs", type=int, nargs="+", default=[1, 2, 4, 8], help="at the same time")
-    parser.add_argument("--block", type=int, default=32, help="steps between two looks at the clock, at most 64")
+    parser.add_argument(
+        "--runs", type=int, nargs="+", default=[1, 2, 4, 8], help="at the same time"
+    )
+    parser.add_argument(
+        "--block", type=int, default=32, help="steps between two looks at the clock, at most 64"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--limit", type=int, default=10_000, help="training pictures")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu"])
@@ -98,7 +113,9 @@ def parsed(words: list[str] | None) -> argparse.Namespace:
 
 def said(line: Line) -> Line:
     if line["kind"] == "check":
-        print(f"{'ok    ' if line['ok'] else 'FAILED'}  {line['what']:<46} {line['seen']}", flush=True)
+        print(
+            f"{'ok    ' if line['ok'] else 'FAILED'}  {line['what']:<46} {line['seen']}", flush=True
+        )
     else:
         ratio = f"{line['ratio_median']:.3f}"
         print(f"{line['what']:<22} {line['engine']:<7} {line['runs']:>2} runs {line['ms_median']:>9.2f} ms {ratio:>7} of plain averaging",
@@ -113,17 +130,32 @@ def small(options: argparse.Namespace, device: torch.device, **changes: Any) -> 
     """Some tens of steps of a small network."""
     dataset: Any = PICTURES if options.data is None else "cifar100"
     base = TrainConfig(
-        dataset=dataset, limit=400, model="convnet", k=4, b=20, passes=4.0, eval_every=2.0, lr=0.02, tau=0.9, nesterov=True, probe=100
+        dataset=dataset,
+        limit=400,
+        model="convnet",
+        k=4,
+        b=20,
+        passes=4.0,
+        eval_every=2.0,
+        lr=0.02,
+        tau=0.9,
+        nesterov=True,
+        probe=100,
     )
     return dataclasses.replace(base, device=device.type, **changes)
 
 
 def checks(options: argparse.Namespace, device: torch.device) -> Iterator[Line]:
     for what, changes in CHECKED.items():
-        yield check(f"decides as the plain path: {what}", lambda changes=changes: same_decisions(options, device, changes))  # type: ignore[misc]
+        yield check(
+            f"decides as the plain path: {what}",
+            lambda changes=changes: same_decisions(options, device, changes),
+        )  # type: ignore[misc]
     if device.type == "cuda":
         yield check("a step makes no call that waits", lambda: no_call_waits(options, device))
-    yield check("runs side by side are what they are alone", lambda: same_side_by_side(options, device))
+    yield check(
+        "runs side by side are what they are alone", lambda: same_side_by_side(options, device)
+    )
 
 
 def check(what: str, look: Callable[[], tuple[bool, str]]) -> Line:
@@ -153,13 +185,31 @@ def outcomes(options: argparse.Namespace, config: TrainConfig) -> list[gaf.Outco
     return keeps.outcomes
 
 
-def same_decisions(options: argparse.Namespace, device: torch.device, changes: Line) -> tuple[bool, str]:
-    plain, ours = (outcomes(options, small(options, device, engine=engine, **changes)) for engine in ("plain", "device"))
-    apart = next((step for step, (a, b) in enumerate(zip(plain, ours, strict=True)) if a.accepted != b.accepted), None)
-    furthest = max(distance_between(a, b) for a, b in itertools.islice(zip(plain, ours, strict=True), apart))
+def same_decisions(
+    options: argparse.Namespace, device: torch.device, changes: Line
+) -> tuple[bool, str]:
+    plain, ours = (
+        outcomes(options, small(options, device, engine=engine, **changes))
+        for engine in ("plain", "device")
+    )
+    apart = next(
+        (
+            step
+            for step, (a, b) in enumerate(zip(plain, ours, strict=True))
+            if a.accepted != b.accepted
+        ),
+        None,
+    )
+    furthest = max(
+        distance_between(a, b) for a, b in itertools.islice(zip(plain, ours, strict=True), apart)
+    )
     taken = sum(a.stepped for a in ours)
     seen = f"{len(ours)} steps, {taken} taken; distances differ by {furthest:.1e}"
-    seen += "" if apart is None else f"; decisions part at step {apart}: {plain[apart].distances} and {ours[apart].distances}"
+    seen += (
+        ""
+        if apart is None
+        else f"; decisions part at step {apart}: {plain[apart].distances} and {ours[apart].distances}"
+    )
     return apart is None and furthest < CLOSE and taken > 0, seen
 
 
@@ -168,7 +218,9 @@ def distance_between(a: gaf.Outcome, b: gaf.Outcome) -> float:
 
 
 def no_call_waits(options: argparse.Namespace, device: torch.device) -> tuple[bool, str]:
-    accumulator = Training(small(options, device, engine="device", augment=True), options.data).accumulator
+    accumulator = Training(
+        small(options, device, engine="device", augment=True), options.data
+    ).accumulator
     assert isinstance(accumulator, OnDevice)
     accumulator.one.warm_up()
     torch.cuda.set_sync_debug_mode("error")
@@ -184,7 +236,9 @@ def same_side_by_side(options: argparse.Namespace, device: torch.device) -> tupl
     alone = [[o.accepted for o in outcomes(options, config)] for config in configs]
     keeps = [Keeps() for _ in configs]
     with tempfile.TemporaryDirectory() as folder:
-        ended = train_together(configs, [Path(folder) / str(c.seed) for c in configs], keeps, data_folder=options.data)
+        ended = train_together(
+            configs, [Path(folder) / str(c.seed) for c in configs], keeps, data_folder=options.data
+        )
     errors = [one for one in ended if isinstance(one, Exception)]
     if errors:
         raise errors[0]
@@ -197,9 +251,19 @@ def same_side_by_side(options: argparse.Namespace, device: torch.device) -> tupl
 class Runs:
     """Some runs of one config, each in its own place, that take a block of steps together."""
 
-    def __init__(self, options: argparse.Namespace, device: torch.device, engine: str, count: int, changes: Line) -> None:
+    def __init__(
+        self,
+        options: argparse.Namespace,
+        device: torch.device,
+        engine: str,
+        count: int,
+        changes: Line,
+    ) -> None:
         self.block, self.device = options.block, device
-        shared = {name: getattr(options, name) for name in ("model", "stem", "k", "b", "autocast", "limit")}
+        shared = {
+            name: getattr(options, name)
+            for name in ("model", "stem", "k", "b", "autocast", "limit")
+        }
         dataset: Any = PICTURES if options.data is None else "cifar100"
         config = TrainConfig(
             dataset=dataset, engine=engine, device=device.type, augment=True, passes=1000.0, lr=0.01, nesterov=True, weight_decay=5e-4,
@@ -209,7 +273,9 @@ class Runs:
         self.trainings = []
         for seed, place in enumerate(self.places):
             with place.taken():
-                self.trainings.append(Training(dataclasses.replace(config, seed=seed), options.data))
+                self.trainings.append(
+                    Training(dataclasses.replace(config, seed=seed), options.data)
+                )
 
     def milliseconds(self) -> float:
         """Of one step of one run."""
@@ -218,7 +284,9 @@ class Runs:
         for training, place in zip(self.trainings, self.places, strict=True):
             if isinstance(training.accumulator, OnDevice):
                 with place.taken():
-                    training.accumulator.launch(range(training.step, training.step + self.block), [0.01] * self.block)
+                    training.accumulator.launch(
+                        range(training.step, training.step + self.block), [0.01] * self.block
+                    )
         for training, place in zip(self.trainings, self.places, strict=True):
             with place.taken():
                 if isinstance(training.accumulator, OnDevice):
@@ -236,16 +304,22 @@ def wait(device: torch.device) -> None:
 
 def times(options: argparse.Namespace, device: torch.device) -> Iterator[Line]:
     """Each way beside averaging on the plain path, a block of each in turn; the first round is not counted."""
-    ways = [(what, "plain", 1) for what in POLICIES] + [(what, "device", count) for count in options.runs for what in POLICIES]
+    ways = [(what, "plain", 1) for what in POLICIES] + [
+        (what, "device", count) for count in options.runs for what in POLICIES
+    ]
     base = Runs(options, device, "plain", 1, POLICIES["averaging"])
     for what, engine, count in ways:
         try:
             runs = Runs(options, device, engine, count, POLICIES[what])
-            rounds = [(base.milliseconds(), runs.milliseconds()) for _ in range(options.rounds + 1)][1:]
+            rounds = [
+                (base.milliseconds(), runs.milliseconds()) for _ in range(options.rounds + 1)
+            ][1:]
         except torch.OutOfMemoryError:
             print(f"{what}, {count} runs: out of memory")
             continue
-        memory = {"peak_mib": torch.cuda.max_memory_allocated() / 2**20} if device.type == "cuda" else {}
+        memory = (
+            {"peak_mib": torch.cuda.max_memory_allocated() / 2**20} if device.type == "cuda" else {}
+        )
         yield {"kind": "time", "what": what, "engine": engine, "runs": count, "ms": [ours for _, ours in rounds],
                "ms_median": statistics.median(ours for _, ours in rounds), "plain_averaging_ms": [plain for plain, _ in rounds],
                "ratio_median": statistics.median(ours / plain for plain, ours in rounds)} | memory  # fmt: skip

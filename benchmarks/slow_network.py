@@ -58,42 +58,83 @@ def main() -> int:
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hosts", type=int, nargs="+", default=[2, 4], help="numbers of hosts, each 2 to 200; default 2 4")
-    parser.add_argument("--mbit", type=float, default=1000, help="megabits per second of each host's link; default 1000")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--hosts",
+        type=int,
+        nargs="+",
+        default=[2, 4],
+        help="numbers of hosts, each 2 to 200; default 2 4",
+    )
+    parser.add_argument(
+        "--mbit",
+        type=float,
+        default=1000,
+        help="megabits per second of each host's link; default 1000",
+    )
     parser.add_argument("--model", default="resnet18", choices=get_args(ModelName))
     parser.add_argument("--stem", default="imagenet", choices=("imagenet", "cifar"))
     parser.add_argument("--b", type=int, default=32, help="samples per process; default 32")
-    parser.add_argument("--rounds", type=int, default=10, help="steps of each kind, at least 2; default 10")
+    parser.add_argument(
+        "--rounds", type=int, default=10, help="steps of each kind, at least 2; default 10"
+    )
     parser.add_argument("--out", type=Path, help="file for the figures, JSON lines")
     options = parser.parse_args()
-    if not all(2 <= hosts <= 200 for hosts in options.hosts) or options.rounds < 2 or options.b < 2 or options.mbit <= 0:
-        parser.error("--hosts must lie in 2 to 200, --rounds and --b be at least 2, and --mbit be above 0.")
+    if (
+        not all(2 <= hosts <= 200 for hosts in options.hosts)
+        or options.rounds < 2
+        or options.b < 2
+        or options.mbit <= 0
+    ):
+        parser.error(
+            "--hosts must lie in 2 to 200, --rounds and --b be at least 2, and --mbit be above 0."
+        )
     return options
 
 
 def check_machine() -> None:
     if sys.platform != "linux":
-        raise NotHere(f"the system must be Linux, for network namespaces; it is {sys.platform}. Use gaf bench ddp.")
+        raise NotHere(
+            f"the system must be Linux, for network namespaces; it is {sys.platform}. Use gaf bench ddp."
+        )
     missing = [tool for tool in ("ip", "tc") if shutil.which(tool) is None]
     if missing:
-        raise NotHere(f"the machine must have ip and tc; {' and '.join(missing)} not found. Install the package iproute2.")
+        raise NotHere(
+            f"the machine must have ip and tc; {' and '.join(missing)} not found. Install the package iproute2."
+        )
     if os.geteuid() != 0:
-        raise NotHere(f"the user must be root, to make network namespaces; it is number {os.geteuid()}. Use sudo.")
+        raise NotHere(
+            f"the user must be root, to make network namespaces; it is number {os.geteuid()}. Use sudo."
+        )
 
 
 def measure(hosts: int, options: argparse.Namespace) -> list[object]:
     from gaf_lab import bench_ddp
 
-    wanted = {"model": options.model, "stem": options.stem, "b": options.b, "rounds": options.rounds}
+    wanted = {
+        "model": options.model,
+        "stem": options.stem,
+        "b": options.b,
+        "rounds": options.rounds,
+    }
     with tempfile.TemporaryDirectory() as folder, network(hosts, options.mbit) as names:
         result = Path(folder) / "result.json"
         command = [sys.executable, "-m", "gaf_lab.bench_ddp", json.dumps(wanted), str(result)]
         ranks, said = [], [(Path(folder) / f"{name}.txt").open("wb+") for name in names]
         try:
             for rank, name in enumerate(names):
-                place = bench_ddp.environment_of(rank, hosts, f"{NETWORK}.1", PORT, local=1) | {"GLOO_SOCKET_IFNAME": DEVICE}
-                ranks.append(subprocess.Popen(["ip", "netns", "exec", name, *command], env=os.environ | place, stderr=said[rank]))
+                place = bench_ddp.environment_of(rank, hosts, f"{NETWORK}.1", PORT, local=1) | {
+                    "GLOO_SOCKET_IFNAME": DEVICE
+                }
+                ranks.append(
+                    subprocess.Popen(
+                        ["ip", "netns", "exec", name, *command],
+                        env=os.environ | place,
+                        stderr=said[rank],
+                    )
+                )
             wait(ranks, said)
         finally:
             for process, file in zip(ranks, said, strict=False):
@@ -113,11 +154,15 @@ def wait(ranks: list[subprocess.Popen[bytes]], said: list[BinaryIO]) -> None:
             number = next(i for i, code in enumerate(codes) if code)
             said[number].seek(0)
             why = said[number].read().decode(errors="replace").strip()
-            raise Failed(f"rank {number} must end with code 0; it ended with {codes[number]}:\n{why}")
+            raise Failed(
+                f"rank {number} must end with code 0; it ended with {codes[number]}:\n{why}"
+            )
         if None not in codes:
             return
         if time.monotonic() > until:
-            raise Failed(f"the ranks must be done within {TIMEOUT} s; they are not. Give fewer --rounds.")
+            raise Failed(
+                f"the ranks must be done within {TIMEOUT} s; they are not. Give fewer --rounds."
+            )
         time.sleep(0.1)
 
 
@@ -137,7 +182,8 @@ def network(hosts: int, mbit: float) -> Iterator[list[str]]:
         yield names
     finally:
         for name, cable in zip(names, cables, strict=True):
-            subprocess.run(["ip", "link", "del", cable], capture_output=True, check=False)  # goes with the namespace, but later
+            # goes with the namespace, but later
+            subprocess.run(["ip", "link", "del", cable], capture_output=True, check=False)
             subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
         subprocess.run(["ip", "link", "del", bridge], capture_output=True, check=False)
 
@@ -157,14 +203,25 @@ def join(bridge: str, name: str, cable: str, address: str, mbit: float) -> None:
 def limit(mbit: float) -> tuple[str, ...]:
     """A token bucket of 4 ms, at least one of TCP's 64 KiB segments; a queue of 100 ms before it."""
     burst = max(2**17, int(mbit * 1e6 / 8 * 0.004))
-    return ("root", "tbf", "rate", f"{round(mbit * 1e6)}bit", "burst", f"{burst}b", "latency", "100ms")
+    return (
+        "root",
+        "tbf",
+        "rate",
+        f"{round(mbit * 1e6)}bit",
+        "burst",
+        f"{burst}b",
+        "latency",
+        "100ms",
+    )
 
 
 def run(*command: str) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         why = " ".join((done.stderr or done.stdout).split()) or f"code {done.returncode}"
-        raise NotHere(f"the kernel must allow `{' '.join(command)}`; it says: {why}. Use one with CAP_NET_ADMIN, bridge, veth and tbf.")
+        raise NotHere(
+            f"the kernel must allow `{' '.join(command)}`; it says: {why}. Use one with CAP_NET_ADMIN, bridge, veth and tbf."
+        )
 
 
 def show(found: list[object], options: argparse.Namespace) -> None:
@@ -175,7 +232,11 @@ def show(found: list[object], options: argparse.Namespace) -> None:
     Console().print(bench_ddp.table(found))
     if options.out is not None:
         wanted = bench_ddp.Options(options.model, options.stem, options.b, options.rounds)
-        bench.write(found, options.out, bench_ddp.conditions(wanted) | {"mbit": options.mbit, "network": "namespaces, tc tbf"})
+        bench.write(
+            found,
+            options.out,
+            bench_ddp.conditions(wanted) | {"mbit": options.mbit, "network": "namespaces, tc tbf"},
+        )
         print(f"Figures: {options.out}")
 
 

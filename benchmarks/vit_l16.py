@@ -22,18 +22,25 @@ import torch
 from gaf_lab import checkpoint, environment, imagenet, records
 
 STEPS, K = 3, 2
-ARMS = (("mean", 0.97), ("gaf", 0.97), ("gaf", 2.0))  # policy, tau; at 2 GAF accepts every row, the most work and memory that it can have
+# policy, tau; at 2 GAF accepts every row, the most work and memory that it can have
+ARMS = (("mean", 0.97), ("gaf", 0.97), ("gaf", 2.0))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--b", type=int, default=4)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
-        pictures = imagenet.make_pictures(Path(name) / "pictures", classes=1000, per_class=1, size=224)
+        pictures = imagenet.make_pictures(
+            Path(name) / "pictures", classes=1000, per_class=1, size=224
+        )
         for policy, tau in ARMS:
-            line = conditions() | measured(policy, tau, options.b, pictures, Path(name) / f"{policy}-{tau}")
+            line = conditions() | measured(
+                policy, tau, options.b, pictures, Path(name) / f"{policy}-{tau}"
+            )
             print(json.dumps(line))
             if options.out is not None:
                 with options.out.open("a") as file:
@@ -46,15 +53,30 @@ def measured(policy: str, tau: float, b: int, pictures: Path, out: Path) -> dict
         "dataset": "imagenet", "model": "vit-l16", "size": 224, "k": K, "b": b, "policy": policy, "tau": tau, "noise": "none",
         "heldout": 0.0, "limit": K * b, "passes": STEPS, "eval_every": STEPS, "probe": 1, "optimizer": "sgd", "lr": 0.01, "device": "cpu",
     }  # fmt: skip
-    words = [word for key, value in config.items() for word in (f"--{key.replace('_', '-')}", str(value))] + ["--augment"]
-    command = [sys.executable, "-m", "gaf_lab", "train", *words, "--data", str(pictures), "--out", str(out)]
+    words = [
+        word for key, value in config.items() for word in (f"--{key.replace('_', '-')}", str(value))
+    ] + ["--augment"]
+    command = [
+        sys.executable,
+        "-m",
+        "gaf_lab",
+        "train",
+        *words,
+        "--data",
+        str(pictures),
+        "--out",
+        str(out),
+    ]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         raise SystemExit(f"vit_l16: gaf train must end well; it ended with status {status}.")
     run = records.read(out)
     (line,) = run.evals
-    found = {name: line[name] for name in ("step", "steps_taken", "acceptance", "distance_mean", "train_loss", "rows")}
+    found = {
+        name: line[name]
+        for name in ("step", "steps_taken", "acceptance", "distance_mean", "train_loss", "rows")
+    }
     return {
         "kind": "vit-l16", "config": run.header["config"], **found, "seconds_per_step": K * b / line["samples_per_second"],
         "peak_gib": usage.ru_maxrss / 2**20, "checkpoint_gib": (out / checkpoint.FILE).stat().st_size / 2**30,
@@ -63,7 +85,9 @@ def measured(policy: str, tau: float, b: int, pictures: Path, out: Path) -> dict
 
 
 def conditions() -> dict[str, Any]:
-    versions = environment.versions() | {name: metadata.version(name) for name in ("transformers", "pillow")}
+    versions = environment.versions() | {
+        name: metadata.version(name) for name in ("transformers", "pillow")
+    }
     return {"versions": versions, "machine": environment.machine(torch.device("cpu")), "commit": environment.commit(),
             "load": os.getloadavg()[0]}  # fmt: skip
 

@@ -11,4 +11,6 @@ SESSION = re.compile(r"^>>> .*?(?=\n\n|\Z)", re.MULTILINE | re.DOTALL)
 class Doctests(griffe.Extension):
     def on_object(self, *, obj: griffe.Object, **kwargs: Any) -> None:
         if obj.docstring is not None:
-            obj.docstring.value = SESSION.sub(lambda found: f"```pycon\n{found.group()}\n```", obj.docstring.value)
+            obj.docstring.value = SESSION.sub(
+                lambda found: f"```pycon\n{found.group()}\n```", obj.docstring.value
+            )

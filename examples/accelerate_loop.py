@@ -26,7 +26,9 @@ def digits() -> tuple[TensorDataset, torch.Tensor, torch.Tensor]:
     order = torch.randperm(len(x), generator=rng)
     train, test = order[:1200], order[1200:]
     wrong = torch.arange(1200) < 480
-    labels = torch.where(wrong, (y[train] + torch.randint(1, 10, (1200,), generator=rng)) % 10, y[train])
+    labels = torch.where(
+        wrong, (y[train] + torch.randint(1, 10, (1200,), generator=rng)) % 10, y[train]
+    )
     return TensorDataset(x[train], labels), x[test], y[test]
 
 
@@ -50,7 +52,9 @@ def train(policy: gaf.GAF | None) -> None:
     accuracy = (model(test_x).argmax(1) == test_y).float().mean().item()
     told = {} if handle is None else metrics(handle, b=B)
     name = "averaging" if policy is None else "GAF"
-    accelerator.print(f"{name}: accuracy {accuracy:.3f}", {key: round(value, 3) for key, value in told.items()})
+    accelerator.print(
+        f"{name}: accuracy {accuracy:.3f}", {key: round(value, 3) for key, value in told.items()}
+    )
 
 
 if __name__ == "__main__":

@@ -26,7 +26,9 @@ class Net(nn.Module):
 
     def forward(self, pixels: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
         logits = self.layers(pixels)
-        return {"logits": logits} | ({} if labels is None else {"loss": cross_entropy(logits, labels)})
+        return {"logits": logits} | (
+            {} if labels is None else {"loss": cross_entropy(logits, labels)}
+        )
 
 
 def digits() -> tuple[list[dict[str, Tensor]], Tensor, Tensor]:
@@ -35,8 +37,16 @@ def digits() -> tuple[list[dict[str, Tensor]], Tensor, Tensor]:
     x, rng = (x / 16).float(), torch.Generator().manual_seed(0)
     order = torch.randperm(len(x), generator=rng)
     train, test = order[:1200], order[1200:]
-    labels = torch.where(torch.arange(1200) < 480, (y[train] + torch.randint(1, 10, (1200,), generator=rng)) % 10, y[train])
-    return [{"pixels": p, "labels": label} for p, label in zip(x[train], labels, strict=True)], x[test], y[test]
+    labels = torch.where(
+        torch.arange(1200) < 480,
+        (y[train] + torch.randint(1, 10, (1200,), generator=rng)) % 10,
+        y[train],
+    )
+    return (
+        [{"pixels": p, "labels": label} for p, label in zip(x[train], labels, strict=True)],
+        x[test],
+        y[test],
+    )
 
 
 def train(policy: gaf.GAF | None) -> None:
@@ -50,7 +60,12 @@ def train(policy: gaf.GAF | None) -> None:
         trainer = Trainer(**parts) if policy is None else GAFTrainer(**parts, gaf_policy=policy)
         trainer.train()
     accuracy = (trainer.model(test_x)["logits"].argmax(1) == test_y).float().mean().item()
-    told = {key: round(value, 3) for log in trainer.state.log_history for key, value in log.items() if key.startswith("gaf/")}
+    told = {
+        key: round(value, 3)
+        for log in trainer.state.log_history
+        for key, value in log.items()
+        if key.startswith("gaf/")
+    }
     if trainer.is_world_process_zero():
         print(f"{'averaging' if policy is None else 'GAF'}: accuracy {accuracy:.3f}", told)
 

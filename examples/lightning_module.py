@@ -23,7 +23,9 @@ def digits() -> tuple[TensorDataset, torch.Tensor, torch.Tensor]:
     order = torch.randperm(len(x), generator=rng)
     train, test = order[:1200], order[1200:]
     wrong = torch.arange(1200) < 480
-    labels = torch.where(wrong, (y[train] + torch.randint(1, 10, (1200,), generator=rng)) % 10, y[train])
+    labels = torch.where(
+        wrong, (y[train] + torch.randint(1, 10, (1200,), generator=rng)) % 10, y[train]
+    )
     return TensorDataset(x[train], labels), x[test], y[test]
 
 
@@ -38,16 +40,31 @@ class Digits(pl.LightningModule):
     def configure_optimizers(self) -> dict[str, object]:
         optimizer = torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
         scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.999)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }
 
 
 def train(policy: gaf.GAF | None) -> None:
     pl.seed_everything(0)
     data, test_x, test_y = digits()
     callbacks = [] if policy is None else [GAFCallback(policy, b=B)]
-    shown = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    shown = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
     model = Digits()
-    trainer = pl.Trainer(accelerator="cpu", devices=1, max_epochs=EPOCHS, accumulate_grad_batches=K, callbacks=callbacks, **shown)
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        devices=1,
+        max_epochs=EPOCHS,
+        accumulate_grad_batches=K,
+        callbacks=callbacks,
+        **shown,
+    )
     trainer.fit(model, DataLoader(data, batch_size=B, shuffle=True))
     accuracy = (model.net(test_x).argmax(1) == test_y).float().mean().item()
     told = {key: round(value.item(), 3) for key, value in trainer.callback_metrics.items()}

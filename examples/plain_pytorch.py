@@ -22,7 +22,9 @@ def digits() -> tuple[TensorDataset, torch.Tensor, torch.Tensor]:
     order = torch.randperm(len(x), generator=rng)
     train, test = order[:1200], order[1200:]
     wrong = torch.arange(1200) < 480
-    labels = torch.where(wrong, (y[train] + torch.randint(1, 10, (1200,), generator=rng)) % 10, y[train])
+    labels = torch.where(
+        wrong, (y[train] + torch.randint(1, 10, (1200,), generator=rng)) % 10, y[train]
+    )
     return TensorDataset(x[train], labels), x[test], y[test]
 
 
@@ -36,14 +38,18 @@ def train(policy: gaf.GAF | gaf.Mean) -> None:
     loader = DataLoader(data, batch_size=B, shuffle=True)
     for _ in range(EPOCHS):
         for i, (x, y) in enumerate(loader):
-            acc.backward(cross_entropy(model(x), y))  # the mean over this micro-batch; not divided by K
+            # the mean over this micro-batch; not divided by K
+            acc.backward(cross_entropy(model(x), y))
             if (i + 1) % K == 0:
                 acc.decide()  # p.grad holds the update: the place to clip
                 nn.utils.clip_grad_norm_(model.parameters(), 1.0)
                 acc.step()
                 scheduler.step()  # stands still on a skip
     accuracy = (model(test_x).argmax(1) == test_y).float().mean().item()
-    print(f"{type(policy).__name__}: accuracy {accuracy:.3f}", {key: round(value, 3) for key, value in metrics(acc, b=B).items()})
+    print(
+        f"{type(policy).__name__}: accuracy {accuracy:.3f}",
+        {key: round(value, 3) for key, value in metrics(acc, b=B).items()},
+    )
 
 
 if __name__ == "__main__":

@@ -24,14 +24,18 @@ def digits() -> tuple[TensorDataset, torch.Tensor, torch.Tensor]:
     order = torch.randperm(len(x), generator=rng)
     train, test = order[:1200], order[1200:]
     wrong = torch.arange(1200) < 480
-    labels = torch.where(wrong, (y[train] + torch.randint(1, 10, (1200,), generator=rng)) % 10, y[train])
+    labels = torch.where(
+        wrong, (y[train] + torch.randint(1, 10, (1200,), generator=rng)) % 10, y[train]
+    )
     return TensorDataset(x[train], labels), x[test], y[test]
 
 
 def train(policy: gaf.GAF | gaf.Mean) -> None:
     torch.manual_seed(0)
     data, test_x, test_y = digits()
-    model = DistributedDataParallel(nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 10)))
+    model = DistributedDataParallel(
+        nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 10))
+    )
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     handle = gaf.attach(model, optimizer, policy)  # the loop below is DistributedDataParallel's
     sampler = DistributedSampler(data)
@@ -43,7 +47,10 @@ def train(policy: gaf.GAF | gaf.Mean) -> None:
             optimizer.step()  # a skip leaves parameters and momentum as they were
     accuracy = (model(test_x).argmax(1) == test_y).float().mean().item()
     if dist.get_rank() == 0:
-        print(f"{type(policy).__name__}: accuracy {accuracy:.3f}", {key: round(value, 3) for key, value in metrics(handle, b=B).items()})
+        print(
+            f"{type(policy).__name__}: accuracy {accuracy:.3f}",
+            {key: round(value, 3) for key, value in metrics(handle, b=B).items()},
+        )
 
 
 if __name__ == "__main__":

@@ -12,11 +12,21 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 torch.set_num_threads(1)
-hypothesis.settings.register_profile("gaf", deadline=None, derandomize=True, database=None, print_blob=True)
+hypothesis.settings.register_profile(
+    "gaf", deadline=None, derandomize=True, database=None, print_blob=True
+)
 hypothesis.settings.load_profile("gaf")
 
 
-LONG = ("test_paper_smoke", "test_sweep_ray", "test_sweep", "test_parallel", "test_demo", "test_train")  # files that take a minute
+# files that take a minute
+LONG = (
+    "test_paper_smoke",
+    "test_sweep_ray",
+    "test_sweep",
+    "test_parallel",
+    "test_demo",
+    "test_train",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -72,13 +72,17 @@ def micro_gradients(model: nn.Module, batches: Sequence[Batch], scale: float = 1
     rows = []
     for x, y in batches:
         twin = copy.deepcopy(model)
-        grads = torch.autograd.grad(scale * cross_entropy(twin(x).float(), y), list(twin.parameters()))
+        grads = torch.autograd.grad(
+            scale * cross_entropy(twin(x).float(), y), list(twin.parameters())
+        )
         rows.append(torch.cat([g.double().reshape(-1) / scale for g in grads]))
     return torch.stack(rows)
 
 
 def flat_grad(model: nn.Module) -> Tensor:
-    return torch.cat([p.grad.double().reshape(-1) for p in model.parameters() if p.grad is not None])
+    return torch.cat(
+        [p.grad.double().reshape(-1) for p in model.parameters() if p.grad is not None]
+    )
 
 
 def a_telling_tau(rows: Tensor) -> float:
@@ -134,7 +138,9 @@ def stacked(policy: Callable) -> Callable:
 @pytest.mark.parametrize("average", ["mean", "halving"])
 @pytest.mark.parametrize("k", [2, 3, 5, 8])
 @pytest.mark.parametrize("net", NETS)
-def test_the_gradient_after_decide_is_the_papers_update(digits: Batch, net: str, k: int, average: str) -> None:
+def test_the_gradient_after_decide_is_the_papers_update(
+    digits: Batch, net: str, k: int, average: str
+) -> None:
     """Over three macro-batches with steps between them, on separately computed micro-gradients in float64."""
     model = NETS[net]()
     optimizer = SGD(model.parameters(), 0.05, momentum=0.9)
@@ -150,7 +156,9 @@ def test_the_gradient_after_decide_is_the_papers_update(digits: Batch, net: str,
         assert decision.accepted.tolist() == accepted
         assert want is not None
         # Sums of at most eight float32 gradients: eight roundings of 2^-24 of the largest.
-        torch.testing.assert_close(flat_grad(model), want, rtol=0, atol=8 * 2**-24 * rows.abs().max().item())
+        torch.testing.assert_close(
+            flat_grad(model), want, rtol=0, atol=8 * 2**-24 * rows.abs().max().item()
+        )
         acc.step()
 
 
@@ -185,7 +193,10 @@ def test_streaming_is_stacking(digits: Batch, policy: Any, k: int) -> None:
     for p, q in zip(model.parameters(), other.parameters(), strict=True):
         assert (p.grad is None) == (q.grad is None)
         if p.grad is not None:
-            torch.testing.assert_close(p.grad, q.grad, rtol=0, atol=8 * 2**-24 * p.grad.abs().max().item() * k)  # roundings of k terms
+            # roundings of k terms
+            torch.testing.assert_close(
+                p.grad, q.grad, rtol=0, atol=8 * 2**-24 * p.grad.abs().max().item() * k
+            )
 
 
 @given(st.data())
@@ -194,26 +205,48 @@ def test_streaming_stacking_and_aggregate_agree_on_rows_with_holes(data: st.Data
     """Small integers, so that every tie and every cancelled sum is exact; parameters without a gradient, rows that are not finite."""
     k, sizes = data.draw(st.integers(1, 5)), (1, 2, 3)
     entry = st.integers(-2, 2).map(float) | st.sampled_from([0.0, math.nan])
-    rows = [[data.draw(st.none() | st.lists(entry, min_size=n, max_size=n)) for n in sizes] for _ in range(k)]
-    rows = [[[1.0], None, None] if row == [None] * 3 else row for row in rows]  # a loss must depend on something
+    rows = [
+        [data.draw(st.none() | st.lists(entry, min_size=n, max_size=n)) for n in sizes]
+        for _ in range(k)
+    ]
+    # a loss must depend on something
+    rows = [[[1.0], None, None] if row == [None] * 3 else row for row in rows]
     tau = data.draw(st.sampled_from([0.0, 0.5, 1.0, 1.5, 2.0]))
-    policy = gaf.GAF(tau, average=data.draw(st.sampled_from(["mean", "halving"])), min_accepted=data.draw(st.integers(1, 3)))
-    whole = torch.tensor([[x for part, n in zip(row, sizes, strict=True) for x in part or [0.0] * n] for row in rows])
+    policy = gaf.GAF(
+        tau,
+        average=data.draw(st.sampled_from(["mean", "halving"])),
+        min_accepted=data.draw(st.integers(1, 3)),
+    )
+    whole = torch.tensor(
+        [[x for part, n in zip(row, sizes, strict=True) for x in part or [0.0] * n] for row in rows]
+    )
     update, want = gaf.aggregate(whole, policy)
     for rule in (policy, stacked(policy)):
         params = [vector(n) for n in sizes]
         acc = gaf.Accumulator(SGD(params, 0.1), rule)
         for row in rows:
-            acc.backward(sum((p * torch.tensor(part)).sum() for p, part in zip(params, row, strict=True) if part is not None))
+            acc.backward(
+                sum(
+                    (p * torch.tensor(part)).sum()
+                    for p, part in zip(params, row, strict=True)
+                    if part is not None
+                )
+            )
         found = acc.decide()
         assert found.accepted.tolist() == want.accepted.tolist()
         assert found.weights.tolist() == want.weights.tolist()
-        torch.testing.assert_close(found.distances, want.distances, rtol=0, atol=1e-12, equal_nan=True)  # integers: float64 roundings
+        # integers: float64 roundings
+        torch.testing.assert_close(
+            found.distances, want.distances, rtol=0, atol=1e-12, equal_nan=True
+        )
         for i, (p, part) in enumerate(zip(params, update.split(sizes), strict=True)):
-            held = any(taken and row[i] is not None for taken, row in zip(want.accepted, rows, strict=True))
+            held = any(
+                taken and row[i] is not None for taken, row in zip(want.accepted, rows, strict=True)
+            )
             assert (p.grad is not None) == held
             if held:
-                torch.testing.assert_close(p.grad, part, rtol=0, atol=1e-6)  # thirds of integers in float32
+                # thirds of integers in float32
+                torch.testing.assert_close(p.grad, part, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("rule", [gaf.Mean(), stacked(gaf.Mean())], ids=["streamed", "stacked"])
@@ -225,7 +258,10 @@ def test_mean_is_plain_gradient_accumulation(digits: Batch, rule: Any) -> None:
     for x, y in batches:
         acc.backward(cross_entropy(model(x), y))
     acc.decide()
-    torch.testing.assert_close(flat_grad(model), want.mean(0), rtol=0, atol=8 * 2**-24 * want.abs().max().item())  # as above
+    # as above
+    torch.testing.assert_close(
+        flat_grad(model), want.mean(0), rtol=0, atol=8 * 2**-24 * want.abs().max().item()
+    )
 
 
 @pytest.mark.parametrize("rule", [gaf.Mean(), stacked(gaf.Mean())], ids=["streamed", "stacked"])
@@ -253,7 +289,9 @@ def test_other_starts_choose_among_all_rows(start: str) -> None:
 @pytest.mark.parametrize("wrap", [lambda p: p, stacked], ids=["streamed", "stacked"])
 @pytest.mark.parametrize("average", ["mean", "halving"])
 @pytest.mark.parametrize("place", [0, 1, 3])
-def test_an_absent_micro_gradient_leaves_no_trace(bad: float, wrap: Callable, average: str, place: int) -> None:
+def test_an_absent_micro_gradient_leaves_no_trace(
+    bad: float, wrap: Callable, average: str, place: int
+) -> None:
     p = vector()
     acc = gaf.Accumulator(SGD([p], 0.1), wrap(gaf.GAF(0.5, average=average)))
     rows = [[8.0, 0.0], [16.0, 0.0], [32.0, 0.0]]
@@ -261,7 +299,8 @@ def test_an_absent_micro_gradient_leaves_no_trace(bad: float, wrap: Callable, av
     feed(acc, p, rows)
     decision = acc.decide()
     assert decision.accepted.tolist() == [i != place for i in range(4)]
-    assert p.grad.tolist() == [pytest.approx(56 / 3) if average == "mean" else 22.0, 0.0]  # ((8 + 16) / 2 + 32) / 2
+    # ((8 + 16) / 2 + 32) / 2
+    assert p.grad.tolist() == [pytest.approx(56 / 3) if average == "mean" else 22.0, 0.0]
 
 
 def test_retain_graph_lets_a_graph_be_used_again() -> None:
@@ -299,13 +338,22 @@ def test_after_a_step_every_gradient_is_none(rows: list) -> None:
 
 
 def dense_optimizers() -> dict[str, type[Optimizer]]:
-    kinds = {n: c for n, c in vars(torch.optim).items() if isinstance(c, type) and issubclass(c, Optimizer)}
+    kinds = {
+        n: c
+        for n, c in vars(torch.optim).items()
+        if isinstance(c, type) and issubclass(c, Optimizer)
+    }
     return {n: c for n, c in kinds.items() if n not in ("Optimizer", "LBFGS", "SparseAdam")}
 
 
 # Whatever makes an optimizer move on a zero gradient is set: weight decay, momentum.
 VARIANTS: dict[str, list[dict[str, Any]]] = {
-    "SGD": [{}, {"momentum": 0.9}, {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1}, {"weight_decay": 0.1, "maximize": True}],
+    "SGD": [
+        {},
+        {"momentum": 0.9},
+        {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1},
+        {"weight_decay": 0.1, "maximize": True},
+    ],
     "Adam": [{"weight_decay": 0.1}, {"amsgrad": True}],
     "AdamW": [{"weight_decay": 0.1}, {"amsgrad": True}],
     "Adamax": [{"weight_decay": 0.1}],
@@ -326,9 +374,15 @@ def optimizer_cases() -> Iterator[Any]:
     for name, variants in VARIANTS.items():
         for options in variants:
             for mode in ({}, {"foreach": True}, {"foreach": False}, {"fused": True}):
-                if ("fused" in mode and name not in FUSED) or ("foreach" in mode and name == "Muon"):
+                if ("fused" in mode and name not in FUSED) or (
+                    "foreach" in mode and name == "Muon"
+                ):
                     continue
-                yield pytest.param(name, options | mode, id="-".join([name, *options, *(f"{key}={v}" for key, v in mode.items())]))
+                yield pytest.param(
+                    name,
+                    options | mode,
+                    id="-".join([name, *options, *(f"{key}={v}" for key, v in mode.items())]),
+                )
 
 
 def test_every_dense_optimizer_of_torch_is_among_the_cases() -> None:
@@ -336,7 +390,9 @@ def test_every_dense_optimizer_of_torch_is_among_the_cases() -> None:
 
 
 @pytest.mark.parametrize(("name", "options"), list(optimizer_cases()))
-def test_an_optimizer_steps_as_it_would_by_itself_and_does_nothing_on_a_skip(name: str, options: dict[str, Any]) -> None:
+def test_an_optimizer_steps_as_it_would_by_itself_and_does_nothing_on_a_skip(
+    name: str, options: dict[str, Any]
+) -> None:
     """Bitwise: parameters and state. A skip comes first, before the optimizer has any state, and again between steps."""
     if name not in dense_optimizers():
         pytest.skip(f"this torch has no {name}")
@@ -366,7 +422,9 @@ def test_an_optimizer_steps_as_it_would_by_itself_and_does_nothing_on_a_skip(nam
     assert not same(initial, state_of(optimizer)) or not state_of(optimizer)  # plain SGD keeps none
 
 
-def test_a_training_run_is_the_plain_one_bit_by_bit_where_everything_is_accepted(digits: Batch) -> None:
+def test_a_training_run_is_the_plain_one_bit_by_bit_where_everything_is_accepted(
+    digits: Batch,
+) -> None:
     """Two micro-batches: s = g_1 + g_2 is one rounding, and halving it is exact, as dividing both losses by two is."""
     model = conv_net()
     twin = copy.deepcopy(model)
@@ -391,12 +449,14 @@ def test_clipping_between_decide_and_step_clips_the_update() -> None:
     acc, plain = gaf.Accumulator(SGD([p], 0.1), gaf.GAF(0.5)), SGD([q], 0.1)
     feed(acc, p, [[300.0, 400.0], [300.0, 400.0]])
     acc.decide()
-    assert nn.utils.clip_grad_norm_([p], 5.0).item() == pytest.approx(500.0)  # the mean is exact; the norm float32
+    # the mean is exact; the norm float32
+    assert nn.utils.clip_grad_norm_([p], 5.0).item() == pytest.approx(500.0)
     q.grad = p.grad.clone()
     acc.step()
     plain.step()
     assert torch.equal(p, q)
-    torch.testing.assert_close(q.grad, torch.tensor([3.0, 4.0]), rtol=1e-5, atol=0)  # clip_grad_norm_ adds 1e-6 to the norm
+    # clip_grad_norm_ adds 1e-6 to the norm
+    torch.testing.assert_close(q.grad, torch.tensor([3.0, 4.0]), rtol=1e-5, atol=0)
 
 
 def test_an_incomplete_last_macro_batch_is_decided_on_the_rows_it_has(digits: Batch) -> None:
@@ -408,7 +468,10 @@ def test_an_incomplete_last_macro_batch_is_decided_on_the_rows_it_has(digits: Ba
             acc.backward(cross_entropy(model(x), y))
         assert acc.decide().weights.tolist() == [1 / k] * k
         rows = micro_gradients(model, batches)
-        torch.testing.assert_close(flat_grad(model), rows.mean(0), rtol=0, atol=8 * 2**-24 * rows.abs().max().item())  # float32 sums
+        # float32 sums
+        torch.testing.assert_close(
+            flat_grad(model), rows.mean(0), rtol=0, atol=8 * 2**-24 * rows.abs().max().item()
+        )
         acc.step()
 
 
@@ -438,7 +501,10 @@ def test_a_single_absent_micro_batch_does_not_claim_to_have_been_stepped_on() ->
 
 
 def test_a_gan_trains_with_two_accumulators_and_neither_leaks_into_the_other() -> None:
-    generator, discriminator = nn.Linear(3, 2), nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 1))
+    generator, discriminator = (
+        nn.Linear(3, 2),
+        nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 1)),
+    )
     g_rows, d_rows = [], []
     acc_g = gaf.Accumulator(SGD(generator.parameters(), 0.1), gaf.GAF(2.0))
     acc_d = gaf.Accumulator(SGD(discriminator.parameters(), 0.1), gaf.GAF(2.0))
@@ -446,7 +512,9 @@ def test_a_gan_trains_with_two_accumulators_and_neither_leaks_into_the_other() -
         fake, real = generator(torch.randn(5, 3)), torch.randn(5, 2)
         d_loss = discriminator(fake).mean() - discriminator(real).mean()
         g_loss = -discriminator(fake).mean()
-        d_rows.append(torch.autograd.grad(d_loss, list(discriminator.parameters()), retain_graph=True))
+        d_rows.append(
+            torch.autograd.grad(d_loss, list(discriminator.parameters()), retain_graph=True)
+        )
         g_rows.append(torch.autograd.grad(g_loss, list(generator.parameters()), retain_graph=True))
         acc_d.backward(d_loss, retain_graph=True)
         acc_g.backward(g_loss)
@@ -455,7 +523,8 @@ def test_a_gan_trains_with_two_accumulators_and_neither_leaks_into_the_other() -
     acc_d.decide()
     assert all(p.grad is None for p in generator.parameters())
     for p, *rows in zip(discriminator.parameters(), *d_rows, strict=True):
-        torch.testing.assert_close(p.grad, torch.stack(rows).mean(0), rtol=0, atol=1e-6)  # float32 means of numbers of size 1
+        # float32 means of numbers of size 1
+        torch.testing.assert_close(p.grad, torch.stack(rows).mean(0), rtol=0, atol=1e-6)
     acc_d.step()
     assert same(before, generator.state_dict())
     acc_g.decide()
@@ -470,15 +539,20 @@ def test_several_optimizers_share_one_decision() -> None:
     first, second = SGD([p], 0.125), torch.optim.Adam([q], 0.1)
     acc = gaf.Accumulator([first, second], gaf.GAF(0.5))
     for sign in (1.0, -1.0):  # p agrees at length 10, q disagrees at length 1
-        acc.backward((p * torch.tensor([10.0, 0.0])).sum() + sign * (q * torch.tensor([1.0, 0.0])).sum())
+        acc.backward(
+            (p * torch.tensor([10.0, 0.0])).sum() + sign * (q * torch.tensor([1.0, 0.0])).sum()
+        )
     decision = acc.step()
     assert decision.stepped
-    assert decision.distances[1].item() == pytest.approx(1 - 99 / 101, abs=1e-6)  # float32 inner products
+    # float32 inner products
+    assert decision.distances[1].item() == pytest.approx(1 - 99 / 101, abs=1e-6)
     assert p.tolist() == [-0.25, 1.0]
     assert q.tolist() == [1.0, 1.0]  # the mean of q's gradients is zero, and Adam moves by nothing
     before = p.detach().clone(), state_of(second)
     for sign in (1.0, -1.0):  # now p disagrees at length 10
-        acc.backward(sign * (p * torch.tensor([10.0, 0.0])).sum() + (q * torch.tensor([1.0, 0.0])).sum())
+        acc.backward(
+            sign * (p * torch.tensor([10.0, 0.0])).sum() + (q * torch.tensor([1.0, 0.0])).sum()
+        )
     assert not acc.step().stepped
     assert torch.equal(p, before[0])
     assert same(state_of(second), before[1])
@@ -487,7 +561,13 @@ def test_several_optimizers_share_one_decision() -> None:
 def test_parameter_groups_keep_their_own_settings(digits: Batch) -> None:
     model = mlp()
     twin = copy.deepcopy(model)
-    groups = [[{"params": m[1].parameters(), "lr": 0.5}, {"params": m[3].parameters(), "weight_decay": 0.1}] for m in (model, twin)]
+    groups = [
+        [
+            {"params": m[1].parameters(), "lr": 0.5},
+            {"params": m[3].parameters(), "weight_decay": 0.1},
+        ]
+        for m in (model, twin)
+    ]
     optimizer, plain = (SGD(g, 0.01, momentum=0.9) for g in groups)
     acc = gaf.Accumulator(optimizer, gaf.GAF(2.0))
     for macro in range(3):
@@ -551,7 +631,9 @@ def test_a_parameter_put_in_anothers_place_takes_over() -> None:
 def test_a_parameter_without_a_gradient_is_not_touched(wrap: Callable) -> None:
     """Weight decay and momentum would move it on a gradient of zeros. So it is, too, where only rejected rows had one."""
     p, unused, rejected, half = vector(), vector(), vector(), vector()
-    acc = gaf.Accumulator(SGD([p, unused, rejected, half], 0.1, momentum=0.9, weight_decay=0.1), wrap(gaf.GAF(0.5)))
+    acc = gaf.Accumulator(
+        SGD([p, unused, rejected, half], 0.1, momentum=0.9, weight_decay=0.1), wrap(gaf.GAF(0.5))
+    )
     for _ in range(3):
         acc.backward(10 * p.sum())
         acc.backward(-10 * p.sum() + rejected.sum())
@@ -592,7 +674,13 @@ def test_a_gradient_that_is_exactly_zero_is_not_a_missing_one() -> None:
 
 
 def test_tied_weights_get_one_gradient(digits: Batch) -> None:
-    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 64, bias=False), nn.Tanh(), nn.Linear(64, 64, bias=False), nn.Linear(64, 10))
+    model = nn.Sequential(
+        nn.Flatten(),
+        nn.Linear(64, 64, bias=False),
+        nn.Tanh(),
+        nn.Linear(64, 64, bias=False),
+        nn.Linear(64, 10),
+    )
     model[3].weight = model[1].weight
     batches = micro_batches(digits, 3)
     rows = micro_gradients(model, batches)
@@ -600,12 +688,17 @@ def test_tied_weights_get_one_gradient(digits: Batch) -> None:
     for x, y in batches:
         acc.backward(cross_entropy(model(x), y))
     acc.decide()
-    torch.testing.assert_close(flat_grad(model), rows.mean(0), rtol=0, atol=8 * 2**-24 * rows.abs().max().item())  # float32 sums
+    # float32 sums
+    torch.testing.assert_close(
+        flat_grad(model), rows.mean(0), rtol=0, atol=8 * 2**-24 * rows.abs().max().item()
+    )
 
 
 def test_channels_last_parameters_and_their_gradients_are_read_alike(digits: Batch) -> None:
     model = conv_net().to(memory_format=torch.channels_last)
-    batches = [(x.contiguous(memory_format=torch.channels_last), y) for x, y in micro_batches(digits, 4)]
+    batches = [
+        (x.contiguous(memory_format=torch.channels_last), y) for x, y in micro_batches(digits, 4)
+    ]
     rows = micro_gradients(model, batches)
     tau = a_telling_tau(rows)
     for rule in (gaf.GAF(tau), stacked(gaf.GAF(tau))):
@@ -614,13 +707,18 @@ def test_channels_last_parameters_and_their_gradients_are_read_alike(digits: Bat
             acc.backward(cross_entropy(model(x), y))
         want, accepted = gaf.reference(rows, tau)
         assert acc.decide().accepted.tolist() == accepted
-        torch.testing.assert_close(flat_grad(model), want, rtol=0, atol=8 * 2**-24 * rows.abs().max().item())  # float32 sums
+        # float32 sums
+        torch.testing.assert_close(
+            flat_grad(model), want, rtol=0, atol=8 * 2**-24 * rows.abs().max().item()
+        )
         acc.step()
 
 
 @pytest.mark.parametrize("wrap", [lambda p: p, stacked], ids=["streamed", "stacked"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_parameters_of_other_dtypes_are_decided_and_updated_alike(digits: Batch, dtype: torch.dtype, wrap: Callable) -> None:
+def test_parameters_of_other_dtypes_are_decided_and_updated_alike(
+    digits: Batch, dtype: torch.dtype, wrap: Callable
+) -> None:
     model = mlp(dtype)
     batches = [(x.to(dtype), y) for x, y in micro_batches(digits, 4)]
     rows = micro_gradients(model, batches)
@@ -632,12 +730,16 @@ def test_parameters_of_other_dtypes_are_decided_and_updated_alike(digits: Batch,
     assert acc.decide().accepted.tolist() == accepted
     assert all(p.grad.dtype == dtype for p in model.parameters())
     # At most four roundings, each half a unit in the last place, of sums of at most four of the largest entry.
-    torch.testing.assert_close(flat_grad(model), want, rtol=0, atol=8 * torch.finfo(dtype).eps * rows.abs().max().item())
+    torch.testing.assert_close(
+        flat_grad(model), want, rtol=0, atol=8 * torch.finfo(dtype).eps * rows.abs().max().item()
+    )
     acc.step()
 
 
 def test_dtypes_may_be_mixed() -> None:
-    params = [vector(2, dtype) for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)]
+    params = [
+        vector(2, dtype) for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    ]
     acc = gaf.Accumulator(SGD(params, 0.5), gaf.GAF(0.5))
     for factor in (1.0, 3.0, -1.0):
         acc.backward(sum(factor * p.sum().double() for p in params))
@@ -681,7 +783,10 @@ def test_a_row_is_judged_by_its_angle_to_a_sum_out_of_float32s_range(s: float, g
     p = vector()
     acc = gaf.Accumulator(SGD([p], 0.0), gaf.GAF(0.5))
     feed(acc, p, [[s, s], [g, -0.5 * g]])
-    assert acc.decide().distances[1].item() == pytest.approx(1 - 0.5 / math.sqrt(2 * 1.25), abs=1e-6)  # float32 arithmetic
+    # float32 arithmetic
+    assert acc.decide().distances[1].item() == pytest.approx(
+        1 - 0.5 / math.sqrt(2 * 1.25), abs=1e-6
+    )
 
 
 # --------------------------------------------------------------------------------------------------------- GradScaler
@@ -693,7 +798,9 @@ def scaler(**kwargs: Any) -> torch.amp.GradScaler:
 
 @pytest.mark.parametrize("wrap", [lambda p: p, stacked], ids=["streamed", "stacked"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_the_update_under_autocast_and_a_scaler_is_unscaled(digits: Batch, dtype: torch.dtype, wrap: Callable) -> None:
+def test_the_update_under_autocast_and_a_scaler_is_unscaled(
+    digits: Batch, dtype: torch.dtype, wrap: Callable
+) -> None:
     model = mlp()
     amp, batches = scaler(), micro_batches(digits, 4)
     with torch.autocast("cpu", dtype):
@@ -707,10 +814,15 @@ def test_the_update_under_autocast_and_a_scaler_is_unscaled(digits: Batch, dtype
     want, accepted = gaf.reference(rows, tau)
     assert acc.decide().accepted.tolist() == accepted
     # The same half precision backward passes; the gradients that autocast hands out are float32, added as such.
-    torch.testing.assert_close(flat_grad(model), want, rtol=0, atol=8 * 2**-24 * rows.abs().max().item())
+    torch.testing.assert_close(
+        flat_grad(model), want, rtol=0, atol=8 * 2**-24 * rows.abs().max().item()
+    )
     before = [p.detach() - 0.1 * p.grad for p in model.parameters()]
     acc.step()
-    torch.testing.assert_close([p.detach() for p in model.parameters()], before, rtol=1e-6, atol=1e-7)  # float32; no second unscaling
+    # float32; no second unscaling
+    torch.testing.assert_close(
+        [p.detach() for p in model.parameters()], before, rtol=1e-6, atol=1e-7
+    )
 
 
 SCALED_OPTIMIZERS = [
@@ -723,7 +835,9 @@ SCALED_OPTIMIZERS = [
 @pytest.mark.parametrize("make", SCALED_OPTIMIZERS, ids=["SGD", "AdamW", "fused AdamW"])
 @pytest.mark.parametrize("bad", [math.inf, math.nan])
 @pytest.mark.parametrize("place", [0, 1, 2])
-def test_an_overflow_in_one_micro_batch_stops_the_step_and_the_scale_falls(make: Callable, bad: float, place: int) -> None:
+def test_an_overflow_in_one_micro_batch_stops_the_step_and_the_scale_falls(
+    make: Callable, bad: float, place: int
+) -> None:
     p = vector()
     optimizer, amp = make([p]), scaler(backoff_factor=0.25)
     acc = gaf.Accumulator(optimizer, gaf.GAF(0.5), scaler=amp)
@@ -790,7 +904,9 @@ def test_an_overflow_where_too_few_agree_anyway_still_lowers_the_scale() -> None
     assert amp.get_scale() == 2.0**9
 
 
-@pytest.mark.parametrize("policy", [gaf.Mean(), gaf.RandomSkip(1.0), gaf.GAF(2.0, start="best")], ids=repr)
+@pytest.mark.parametrize(
+    "policy", [gaf.Mean(), gaf.RandomSkip(1.0), gaf.GAF(2.0, start="best")], ids=repr
+)
 def test_no_policy_steps_on_an_overflow(policy: Any) -> None:
     p = vector()
     amp = scaler()
@@ -804,7 +920,9 @@ def test_no_policy_steps_on_an_overflow(policy: Any) -> None:
 def test_an_overflow_in_one_of_several_optimizers_stops_them_all() -> None:
     p, q, idle = vector(), vector(), vector()
     amp = scaler()
-    acc = gaf.Accumulator([SGD([p], 0.1), SGD([q], 0.1), SGD([idle], 0.1, weight_decay=1.0)], gaf.GAF(2.0), scaler=amp)
+    acc = gaf.Accumulator(
+        [SGD([p], 0.1), SGD([q], 0.1), SGD([idle], 0.1, weight_decay=1.0)], gaf.GAF(2.0), scaler=amp
+    )
     for factor in (1.0, math.inf):
         acc.backward(p.sum() + factor * q.sum())
     assert not acc.step().stepped
@@ -834,7 +952,8 @@ def test_clipping_under_a_scaler_sees_unscaled_gradients() -> None:
     acc.decide()
     assert nn.utils.clip_grad_norm_([p], 1.0).item() == 5
     acc.step()
-    torch.testing.assert_close(p.detach(), torch.tensor([0.94, 0.92]), rtol=0, atol=1e-6)  # float32; clipping adds 1e-6 to the norm
+    # float32; clipping adds 1e-6 to the norm
+    torch.testing.assert_close(p.detach(), torch.tensor([0.94, 0.92]), rtol=0, atol=1e-6)
 
 
 def test_a_disabled_scaler_is_none_and_may_be_shared() -> None:
@@ -851,7 +970,10 @@ def test_a_scaler_serves_one_macro_batch_at_a_time() -> None:
     first, second = (gaf.Accumulator(SGD([v], 0.1), gaf.GAF(0.5), scaler=amp) for v in (p, q))
     for _ in range(2):
         feed(first, p, [[1.0, 0.0], [1.0, 0.0]])
-        with pytest.raises(ValueError, match=r"scaler must serve one macro-batch at a time.*Call its step\(\) first"):
+        with pytest.raises(
+            ValueError,
+            match=r"scaler must serve one macro-batch at a time.*Call its step\(\) first",
+        ):
             second.backward(q.sum())
         first.step()
         feed(second, q, [[0.0, 1.0], [0.0, 1.0]])
@@ -874,14 +996,19 @@ def test_a_copy_of_a_gated_scheduler_is_a_plain_one() -> None:
 
 
 @pytest.mark.parametrize("wrap", [lambda p: p, stacked], ids=["streamed", "stacked"])
-def test_leave_out_decides_on_the_rest_and_updates_all_with_the_same_weights(digits: Batch, wrap: Callable) -> None:
+def test_leave_out_decides_on_the_rest_and_updates_all_with_the_same_weights(
+    digits: Batch, wrap: Callable
+) -> None:
     model = mlp()
     batches = micro_batches(digits, 6)
     rows = micro_gradients(model, batches)
     first = model[1].weight.numel() + model[1].bias.numel()
     tau = a_telling_tau(rows[:, first:])
     acc = gaf.Accumulator(
-        SGD(model.parameters(), 0.1), wrap(gaf.GAF(tau)), model=model, leave_out=lambda name, p: name.startswith("1.") and p.numel() > 0
+        SGD(model.parameters(), 0.1),
+        wrap(gaf.GAF(tau)),
+        model=model,
+        leave_out=lambda name, p: name.startswith("1.") and p.numel() > 0,
     )
     for x, y in batches:
         acc.backward(cross_entropy(model(x), y))
@@ -890,13 +1017,18 @@ def test_leave_out_decides_on_the_rest_and_updates_all_with_the_same_weights(dig
     assert decision.accepted.tolist() == accepted
     assert 2 <= sum(accepted) < 6
     want = decision.weights @ rows
-    torch.testing.assert_close(flat_grad(model), want, rtol=0, atol=8 * 2**-24 * rows.abs().max().item())  # float32 sums
+    # float32 sums
+    torch.testing.assert_close(
+        flat_grad(model), want, rtol=0, atol=8 * 2**-24 * rows.abs().max().item()
+    )
 
 
 @pytest.mark.parametrize("wrap", [lambda p: p, stacked], ids=["streamed", "stacked"])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("place", [0, 1])
-def test_a_left_out_parameter_that_is_not_finite_makes_its_row_absent(wrap: Callable, bad: float, place: int) -> None:
+def test_a_left_out_parameter_that_is_not_finite_makes_its_row_absent(
+    wrap: Callable, bad: float, place: int
+) -> None:
     p, q = vector(), vector()
     acc = gaf.Accumulator(SGD([p, q], 0.1), wrap(gaf.GAF(0.5)), leave_out=lambda name, t: t is q)
     for i in range(3):
@@ -933,7 +1065,12 @@ def test_names_are_the_models_or_the_places_in_the_optimizer() -> None:
     model, extra = nn.Sequential(nn.Linear(2, 1)), vector()
     optimizers = [SGD(model.parameters(), 0.1), SGD([extra], 0.1)]
     for named in (model, None):
-        acc = gaf.Accumulator(optimizers, gaf.GAF(2.0), model=named, leave_out=lambda name, t: seen.append(name) is None and t is extra)
+        acc = gaf.Accumulator(
+            optimizers,
+            gaf.GAF(2.0),
+            model=named,
+            leave_out=lambda name, t: seen.append(name) is None and t is extra,
+        )
         acc.backward(model(torch.ones(1, 2)).sum() + extra.sum())
     assert seen == [
         "0.weight", "0.bias", "0 of group 0 of optimizer 1",
@@ -963,7 +1100,8 @@ def test_a_gated_scheduler_moves_with_the_steps_that_are_taken(make: Callable) -
     keys = scheduler.state_dict().keys()
     assert acc.gate(scheduler) is scheduler
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # such as "scheduler.step() before optimizer.step()", after the skip that comes first
+        # such as "scheduler.step() before optimizer.step()", after the skip that comes first
+        warnings.simplefilter("error")
         for agree in PATTERN:
             feed(acc, p, AGREE if agree else DISAGREE)
             assert acc.step().stepped == agree
@@ -1013,13 +1151,19 @@ def test_a_scheduler_stepped_once_per_epoch_is_noticed() -> None:
             acc.step()
         if not scheduler.last_epoch:
             scheduler.step()
-    with pytest.raises(RuntimeError, match=r"StepLR\.step\(\) must be called after every step.*4 steps went by"):
+    with pytest.raises(
+        RuntimeError, match=r"StepLR\.step\(\) must be called after every step.*4 steps went by"
+    ):
         scheduler.step()
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-@pytest.mark.parametrize("tau", [lambda: 0.5, lambda: gaf.MovingAverageTau(0.05), lambda: gaf.NoiseFloorTau()])
-def test_the_state_goes_through_torchs_distributed_checkpoint_into_a_new_run(tau: Callable[[], Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "tau", [lambda: 0.5, lambda: gaf.MovingAverageTau(0.05), lambda: gaf.NoiseFloorTau()]
+)
+def test_the_state_goes_through_torchs_distributed_checkpoint_into_a_new_run(
+    tau: Callable[[], Any], tmp_path: Path
+) -> None:
     """It takes dictionaries apart, and finds only what the new run's own state has a place for."""
     p = vector()
     acc, fresh = (gaf.Accumulator(SGD([p], 0.1), gaf.GAF(tau())) for _ in range(2))
@@ -1079,7 +1223,10 @@ def test_what_is_not_stepped_with_the_optimizer_cannot_be_gated() -> None:
     with pytest.raises(TypeError, match="ReduceLROnPlateau is stepped once per evaluation"):
         acc.gate(ReduceLROnPlateau(optimizer))
     for thing in (optimizer, None, "StepLR"):
-        with pytest.raises(TypeError, match=f"must be a torch.optim.lr_scheduler.LRScheduler; got {type(thing).__name__}"):
+        with pytest.raises(
+            TypeError,
+            match=f"must be a torch.optim.lr_scheduler.LRScheduler; got {type(thing).__name__}",
+        ):
             acc.gate(thing)  # type: ignore[arg-type]
 
 
@@ -1087,7 +1234,9 @@ def test_what_is_not_stepped_with_the_optimizer_cannot_be_gated() -> None:
 
 
 def norm_state(model: nn.Module) -> list[Tensor]:
-    return [b.clone() for m in model.modules() if isinstance(m, nn.BatchNorm2d) for b in m.buffers()]
+    return [
+        b.clone() for m in model.modules() if isinstance(m, nn.BatchNorm2d) for b in m.buffers()
+    ]
 
 
 def with_momentum(model: nn.Module, momentum: float | None) -> nn.Module:
@@ -1098,7 +1247,9 @@ def with_momentum(model: nn.Module, momentum: float | None) -> nn.Module:
 
 
 @pytest.mark.parametrize("momentum", [0.1, 0.5, None])
-def test_bn_accepted_has_the_statistics_of_a_model_that_saw_the_accepted_micro_batches_alone(digits: Batch, momentum: float | None) -> None:
+def test_bn_accepted_has_the_statistics_of_a_model_that_saw_the_accepted_micro_batches_alone(
+    digits: Batch, momentum: float | None
+) -> None:
     """The other model is given the same parameters and only the accepted micro-batches, over macro-batches that step and that skip."""
     model = with_momentum(conv_net(), momentum)
     saw = copy.deepcopy(model)
@@ -1179,14 +1330,17 @@ def test_two_passes_a_micro_batch_are_two_moves(digits: Batch) -> None:
     for momentum in (0.1, None):
         model = with_momentum(conv_net(), momentum)
         saw = copy.deepcopy(model)
-        acc = gaf.Accumulator(SGD(model.parameters(), 0.0), gaf.GAF(2.0), model=model, bn="accepted")
+        acc = gaf.Accumulator(
+            SGD(model.parameters(), 0.0), gaf.GAF(2.0), model=model, bn="accepted"
+        )
         pairs = [micro_batches(digits, 2, macro) for macro in range(3)]
         for (a, y), (b, z) in pairs:
             acc.backward(cross_entropy(model(a), y) + cross_entropy(model(b), z))
             saw(a)
             saw(b)
         acc.step()
-        torch.testing.assert_close(norm_state(model), norm_state(saw), rtol=1e-5, atol=1e-6)  # float32, as above
+        # float32, as above
+        torch.testing.assert_close(norm_state(model), norm_state(saw), rtol=1e-5, atol=1e-6)
 
 
 def test_a_cumulative_batch_norm_that_was_not_used_keeps_its_statistics() -> None:
@@ -1205,7 +1359,9 @@ def test_backward_after_decide_is_refused() -> None:
     acc = gaf.Accumulator(SGD([p], 0.1), gaf.GAF(0.5))
     feed(acc, p, AGREE)
     acc.decide()
-    with pytest.raises(RuntimeError, match=r"backward\(\) came after decide\(\); call step\(\) first"):
+    with pytest.raises(
+        RuntimeError, match=r"backward\(\) came after decide\(\); call step\(\) first"
+    ):
         acc.backward(p.sum())
     assert acc.step().stepped
     feed(acc, p, AGREE)
@@ -1231,7 +1387,9 @@ def test_a_gradient_from_elsewhere_is_refused_by_the_parameters_name(when: int) 
     for _ in range(when):
         acc.backward(model(torch.ones(1, 2)).sum())
     model.bias.grad = torch.zeros(1)
-    with pytest.raises(RuntimeError, match="parameter 'bias' must have no gradient before backward"):
+    with pytest.raises(
+        RuntimeError, match="parameter 'bias' must have no gradient before backward"
+    ):
         acc.backward(model(torch.ones(1, 2)).sum())
     model.zero_grad()
     for _ in range(2):
@@ -1242,7 +1400,9 @@ def test_a_gradient_from_elsewhere_is_refused_by_the_parameters_name(when: int) 
 def test_a_sparse_gradient_is_refused_and_the_accumulator_can_be_used_further() -> None:
     model = nn.Embedding(5, 2, sparse=True)
     acc = gaf.Accumulator(SGD(model.parameters(), 0.1), gaf.GAF(2.0), model=model)
-    with pytest.raises(TypeError, match=r"gradients must be dense; that of 'weight' is torch.sparse_coo"):
+    with pytest.raises(
+        TypeError, match=r"gradients must be dense; that of 'weight' is torch.sparse_coo"
+    ):
         acc.backward(model(torch.tensor([0, 1])).sum())
     assert model.weight.grad is None
     model.sparse = False
@@ -1281,7 +1441,11 @@ def test_a_reentrant_checkpoint_gives_its_gradients_or_is_refused() -> None:
     acc = gaf.Accumulator(SGD([*inner.parameters(), *outer.parameters()], 0.1), gaf.GAF(2.0))
     try:
         for _ in range(2):
-            acc.backward(outer(checkpoint(inner, torch.ones(1, 2, requires_grad=True), use_reentrant=True)).sum())
+            acc.backward(
+                outer(
+                    checkpoint(inner, torch.ones(1, 2, requires_grad=True), use_reentrant=True)
+                ).sum()
+            )
     except RuntimeError as refusal:
         assert "use_reentrant=False" in str(refusal)  # noqa: PT017
     else:
@@ -1294,7 +1458,11 @@ def test_a_checkpoint_that_is_not_reentrant_gives_its_gradients() -> None:
     acc = gaf.Accumulator(SGD([*inner.parameters(), *outer.parameters()], 0.1), gaf.GAF(2.0))
     (want,) = torch.autograd.grad(outer(inner(torch.ones(1, 2))).sum(), inner.weight)
     for _ in range(2):
-        acc.backward(outer(checkpoint(inner, torch.ones(1, 2, requires_grad=True), use_reentrant=False)).sum())
+        acc.backward(
+            outer(
+                checkpoint(inner, torch.ones(1, 2, requires_grad=True), use_reentrant=False)
+            ).sum()
+        )
     acc.decide()
     assert torch.equal(inner.weight.grad, want)  # (g + g) / 2 is exact
 
@@ -1311,7 +1479,8 @@ def test_bn_accepted_forgets_a_micro_batch_whose_backward_failed() -> None:
         saw(x)
     acc.step()
     assert model[0].num_batches_tracked == 2
-    torch.testing.assert_close(model[0].running_mean, saw[0].running_mean, rtol=1e-5, atol=1e-6)  # float32, as above
+    # float32, as above
+    torch.testing.assert_close(model[0].running_mean, saw[0].running_mean, rtol=1e-5, atol=1e-6)
 
 
 def test_after_a_failed_first_backward_step_says_what_is_missing() -> None:
@@ -1339,20 +1508,26 @@ def test_optimizers_that_cannot_be_filtered_are_refused() -> None:
 @pytest.mark.usefixtures("unchecked")
 def test_what_is_no_optimizer_is_refused() -> None:
     for thing in ([vector()], ["SGD"], [SGD([vector()], 0.1), None]):
-        with pytest.raises(TypeError, match=r"optimizer must be a torch.optim.Optimizer or a sequence of them; got"):
+        with pytest.raises(
+            TypeError, match=r"optimizer must be a torch.optim.Optimizer or a sequence of them; got"
+        ):
             gaf.Accumulator(thing, gaf.GAF(0.5))
 
 
 def test_a_parameter_may_not_be_in_two_optimizers_and_one_must_be_in_some() -> None:
     p = vector()
-    with pytest.raises(ValueError, match=r"hold parameters, each of them once; got 2 entries with 1 parameters"):
+    with pytest.raises(
+        ValueError, match=r"hold parameters, each of them once; got 2 entries with 1 parameters"
+    ):
         gaf.Accumulator([SGD([p], 0.1), SGD([p], 0.1)], gaf.GAF(0.5))
     with pytest.raises(ValueError, match="got 0 entries"):
         gaf.Accumulator([], gaf.GAF(0.5))
 
 
 def test_complex_parameters_are_refused_at_once_and_when_added_later() -> None:
-    with pytest.raises(TypeError, match=r"parameters must be real; '0 of group 0' is torch.complex64"):
+    with pytest.raises(
+        TypeError, match=r"parameters must be real; '0 of group 0' is torch.complex64"
+    ):
         gaf.Accumulator(SGD([vector(2, torch.complex64)], 0.1), gaf.GAF(0.5))
     p = vector()
     optimizer = SGD([p], 0.1)
@@ -1375,7 +1550,9 @@ def test_an_unknown_bn_is_refused_with_the_value() -> None:
 
 @pytest.fixture
 def one_process_group(tmp_path: Path) -> Iterator[None]:
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1
+    )
     yield
     torch.distributed.destroy_process_group()
 
@@ -1387,7 +1564,9 @@ def test_a_distributed_model_is_refused_and_pointed_to_attach() -> None:
     with pytest.raises(TypeError, match=r"model is a DistributedDataParallel.*gaf\.attach"):
         gaf.Accumulator(optimizer, gaf.GAF(0.5), model=model)
     for inner in (None, model.module):
-        with pytest.raises(TypeError, match=r"parameters belong to a DistributedDataParallel model.*gaf\.attach"):
+        with pytest.raises(
+            TypeError, match=r"parameters belong to a DistributedDataParallel model.*gaf\.attach"
+        ):
             gaf.Accumulator(optimizer, gaf.GAF(0.5), model=inner)
     other = nn.Linear(2, 1)  # beside one that is distributed, another model is none of its business
     acc = gaf.Accumulator(SGD(other.parameters(), 0.1), gaf.GAF(2.0))
@@ -1397,7 +1576,9 @@ def test_a_distributed_model_is_refused_and_pointed_to_attach() -> None:
 
 
 @pytest.mark.usefixtures("one_process_group")
-def test_a_model_distributed_after_the_accumulator_was_made_is_noticed_at_the_first_backward() -> None:
+def test_a_model_distributed_after_the_accumulator_was_made_is_noticed_at_the_first_backward() -> (
+    None
+):
     model = nn.Linear(2, 1)
     acc = gaf.Accumulator(SGD(model.parameters(), 0.1), gaf.GAF(0.5))
     ddp = DistributedDataParallel(model)
@@ -1437,7 +1618,11 @@ def test_stats_count_accepted_rejected_and_absent_rows() -> None:
         steps, seen = steps + 1, seen + len(rows)
         counts = tuple(a + b for a, b in zip(counts, moved, strict=True))
         stats = acc.stats()
-        assert (stats["steps"], stats["stepped"], stats["micro_gradients"]) == (steps, stepped, seen)
+        assert (stats["steps"], stats["stepped"], stats["micro_gradients"]) == (
+            steps,
+            stepped,
+            seen,
+        )
         assert (stats["accepted"], stats["rejected"], stats["absent"]) == counts
     assert all(type(v) in (int, float) for v in stats.values())
 
@@ -1445,20 +1630,25 @@ def test_stats_count_accepted_rejected_and_absent_rows() -> None:
 def test_distances_and_norms_in_stats_are_those_of_the_rows_compared() -> None:
     p = vector()
     acc = gaf.Accumulator(SGD([p], 0.1), gaf.GAF(0.5))
-    feed(acc, p, [[2.0, 0.0], [0.0, 1.0], [0.0, 0.0], [3.0, 0.0]])  # distances 0 (start), 1, none, 0
+    # distances 0 (start), 1, none, 0
+    feed(acc, p, [[2.0, 0.0], [0.0, 1.0], [0.0, 0.0], [3.0, 0.0]])
     acc.step()
     feed(acc, p, [[1.0, 0.0], [-1.0, 0.0]])  # 0 (start), 2
     acc.step()
     stats = acc.stats()
     assert stats["distance_mean"] == pytest.approx(1.0)  # of 1, 0 and 2
     assert stats["distance_min"] == 0
-    assert stats["norm_dispersion"] == pytest.approx(math.sqrt(2 / 3) / 2 / 2)  # of 2, 1, 3, and of 1, 1; mean over the steps
+    # of 2, 1, 3, and of 1, 1; mean over the steps
+    assert stats["norm_dispersion"] == pytest.approx(math.sqrt(2 / 3) / 2 / 2)
 
 
 def test_stats_of_nothing_are_nan() -> None:
     stats = gaf.Accumulator(SGD([vector()], 0.1), gaf.GAF(0.5)).stats()
     assert stats["steps"] == 0
-    assert all(math.isnan(stats[key]) for key in ("distance_mean", "distance_min", "norm_dispersion", "noise_scale"))
+    assert all(
+        math.isnan(stats[key])
+        for key in ("distance_mean", "distance_min", "norm_dispersion", "noise_scale")
+    )
 
 
 def noisy_run(policy: Any, steps: int = 100, k: int = 4, **kwargs: Any) -> gaf.Accumulator:
@@ -1474,7 +1664,9 @@ def noisy_run(policy: Any, steps: int = 100, k: int = 4, **kwargs: Any) -> gaf.A
 # From 100 steps with six pairs each, |g|^2 = 1 is known to about sqrt((2 * 5 / 3 + 25 / 1000 / 6) / 100 / 1000), below 1%,
 # where the streamed estimate uses three pairs a step; 10% is far out.
 @pytest.mark.parametrize("wrap", [lambda p: p, stacked], ids=["streamed", "stacked"])
-@pytest.mark.parametrize("policy", [gaf.GAF(2.0), gaf.Mean(), gaf.GAF(2.0, average="halving")], ids=repr)
+@pytest.mark.parametrize(
+    "policy", [gaf.GAF(2.0), gaf.Mean(), gaf.GAF(2.0, average="halving")], ids=repr
+)
 def test_the_noise_scale_is_found_within_sampling_error(policy: Any, wrap: Callable) -> None:
     acc = noisy_run(wrap(policy))
     assert acc.stats()["noise_scale"] == pytest.approx(5.0, rel=0.1)
@@ -1527,9 +1719,14 @@ def warned(acc: gaf.Accumulator, p: nn.Parameter, rows: list, steps: int) -> lis
 @pytest.mark.parametrize("start", ["first", "best"])
 @pytest.mark.parametrize(
     ("rows", "message"),
-    [(DISAGREE, "No micro-gradient was accepted in 100 steps"), (AGREE, "Every micro-gradient was accepted in 100 steps")],
+    [
+        (DISAGREE, "No micro-gradient was accepted in 100 steps"),
+        (AGREE, "Every micro-gradient was accepted in 100 steps"),
+    ],
 )
-def test_a_tau_that_never_or_always_accepts_is_told_once_after_100_steps(rows: list, message: str, start: str) -> None:
+def test_a_tau_that_never_or_always_accepts_is_told_once_after_100_steps(
+    rows: list, message: str, start: str
+) -> None:
     p = vector()
     acc = gaf.Accumulator(SGD([p], 0.0), gaf.GAF(0.5, start=start))
     assert warned(acc, p, rows, 99) == []
@@ -1548,7 +1745,9 @@ def test_one_row_accepted_and_one_rejected_in_100_steps_is_no_cause_for_a_warnin
             assert warned(acc, p, DISAGREE if rows is AGREE else AGREE, 1) == []
 
 
-@pytest.mark.parametrize("policy", [gaf.Mean(), gaf.GAF(2.0), gaf.RandomSkip(0.0), gaf.RandomSkip(1.0)], ids=repr)
+@pytest.mark.parametrize(
+    "policy", [gaf.Mean(), gaf.GAF(2.0), gaf.RandomSkip(0.0), gaf.RandomSkip(1.0)], ids=repr
+)
 @pytest.mark.parametrize("rows", [AGREE, DISAGREE], ids=["agree", "disagree"])
 def test_policies_without_a_threshold_to_set_do_not_warn(policy: Any, rows: list) -> None:
     p = vector()
@@ -1568,7 +1767,9 @@ def test_a_leftover_micro_batch_in_every_epoch_does_not_silence_the_warning() ->
 
 
 @pytest.mark.parametrize("through", ["json", "torch.save"])
-@pytest.mark.parametrize("policy", [lambda: gaf.GAF(0.8), lambda: gaf.RandomSkip(0.5, seed=5)], ids=["GAF", "RandomSkip"])
+@pytest.mark.parametrize(
+    "policy", [lambda: gaf.GAF(0.8), lambda: gaf.RandomSkip(0.5, seed=5)], ids=["GAF", "RandomSkip"]
+)
 def test_a_resumed_run_is_the_undisturbed_one(policy: Callable, through: str) -> None:
     rows = torch.randn(30, 3, 4).add(0.5)
     rows[4, 1] = math.nan
@@ -1625,7 +1826,9 @@ def test_the_state_cannot_be_taken_while_micro_gradients_wait() -> None:
     p = vector()
     acc = gaf.Accumulator(SGD([p], 0.1), gaf.GAF(0.5))
     feed(acc, p, AGREE)
-    with pytest.raises(RuntimeError, match=r"state_dict\(\) must come between macro-batches; micro-gradients wait"):
+    with pytest.raises(
+        RuntimeError, match=r"state_dict\(\) must come between macro-batches; micro-gradients wait"
+    ):
         acc.state_dict()
     acc.decide()
     with pytest.raises(RuntimeError, match=r"micro-gradients wait and would be lost"):
@@ -1649,7 +1852,11 @@ def only_new_objects() -> Iterator[None]:
 def gradient_sized_blocks(params: list[nn.Parameter]) -> int:
     """How many pieces of memory of a parameter's size are alive beside the parameters themselves."""
     n = params[0].numel()
-    alive = {t.untyped_storage().data_ptr() for t in gc.get_objects() if issubclass(type(t), Tensor) and t.numel() == n}
+    alive = {
+        t.untyped_storage().data_ptr()
+        for t in gc.get_objects()
+        if issubclass(type(t), Tensor) and t.numel() == n
+    }
     grads = {p.grad.untyped_storage().data_ptr() for p in params if p.grad is not None}
     return len((alive | grads) - {p.untyped_storage().data_ptr() for p in params})
 
@@ -1657,7 +1864,9 @@ def gradient_sized_blocks(params: list[nn.Parameter]) -> int:
 @pytest.mark.usefixtures("only_new_objects")
 @pytest.mark.parametrize("k", [2, 5, 9])
 @pytest.mark.parametrize("agree", [True, False])
-def test_streaming_holds_at_most_two_gradients_whatever_k_and_stacking_holds_k(k: int, agree: bool) -> None:
+def test_streaming_holds_at_most_two_gradients_whatever_k_and_stacking_holds_k(
+    k: int, agree: bool
+) -> None:
     """The running sum and one more, after each backward, after decide and after step."""
     params = [nn.Parameter(torch.zeros(1234)), nn.Parameter(torch.zeros(1234))]
 
@@ -1691,10 +1900,15 @@ def test_an_accumulator_keeps_no_graph_alive() -> None:
         assert node() is None
 
 
-@pytest.mark.parametrize("policy", [gaf.GAF(0.5), gaf.GAF(0.5, average="halving"), gaf.Mean(), stacked(gaf.GAF(0.5))])
+@pytest.mark.parametrize(
+    "policy", [gaf.GAF(0.5), gaf.GAF(0.5, average="halving"), gaf.Mean(), stacked(gaf.GAF(0.5))]
+)
 def test_no_micro_gradient_waits_for_the_host_off_the_cpu(policy: Any) -> None:
     """The meta device has no values: whatever wanted one would raise. The decision itself is the one transfer of a step."""
-    p = [nn.Parameter(torch.empty(3, 4, device="meta")), nn.Parameter(torch.empty(5, device="meta"))]
+    p = [
+        nn.Parameter(torch.empty(3, 4, device="meta")),
+        nn.Parameter(torch.empty(5, device="meta")),
+    ]
     acc = gaf.Accumulator(SGD(p, 0.1), policy, leave_out=lambda name, t: t.ndim == 1)
     for _ in range(4):
         acc.backward(p[0].sum() + p[1].sum())
@@ -1720,7 +1934,8 @@ def test_a_gpu_decides_and_updates_as_the_cpu_does(average: str, wrap: Callable)
         torch.cuda.set_sync_debug_mode("default")
     update, decision = gaf.aggregate(rows.cpu(), gaf.GAF(0.9, average=average))
     assert acc.decide().accepted.tolist() == decision.accepted.tolist()
-    torch.testing.assert_close(p.grad.cpu(), update, rtol=0, atol=1e-5)  # float32 sums of six numbers of size 1
+    # float32 sums of six numbers of size 1
+    torch.testing.assert_close(p.grad.cpu(), update, rtol=0, atol=1e-5)
 
 
 # ------------------------------------------------------------------------------------------------- the accelerator's path
@@ -1736,11 +1951,19 @@ def test_the_sum_for_accelerators_decides_and_updates_as_the_one_for_cpus(
     bad = [] if policy == "mean" else [1]
     generator = torch.Generator().manual_seed(0)
     found = []
-    rows = [(torch.randn(5, generator=generator) + 1, torch.randn(3, generator=generator) + 0.5) for _ in range(6)]
+    rows = [
+        (torch.randn(5, generator=generator) + 1, torch.randn(3, generator=generator) + 0.5)
+        for _ in range(6)
+    ]
     for device in (False, True):
         with monkeypatch.context() as patch:
             if device:
-                patch.setattr("gaf.rows.SumOnCpu", lambda voters, spare: SumOnDevice(voters, average == "halving", torch.device("cpu")))
+                patch.setattr(
+                    "gaf.rows.SumOnCpu",
+                    lambda voters, spare: SumOnDevice(
+                        voters, average == "halving", torch.device("cpu")
+                    ),
+                )
             p, q = vector(5), vector(3)
             acc = gaf.Accumulator(SGD([p, q], 0.1), made)
             for _ in range(3):
@@ -1752,7 +1975,8 @@ def test_the_sum_for_accelerators_decides_and_updates_as_the_one_for_cpus(
     (one, p, q, stats), (other, r, s, others) = found
     assert one.accepted.tolist() == other.accepted.tolist()
     assert bool(one.stepped)
-    torch.testing.assert_close(one.distances, other.distances, rtol=0, atol=1e-6, equal_nan=True)  # float32 products against float64
+    # float32 products against float64
+    torch.testing.assert_close(one.distances, other.distances, rtol=0, atol=1e-6, equal_nan=True)
     torch.testing.assert_close(p, r, rtol=1e-6, atol=1e-7)
     torch.testing.assert_close(q, s, rtol=1e-6, atol=1e-7)
     assert stats == pytest.approx(others, rel=1e-4, nan_ok=True)

@@ -32,7 +32,10 @@ class Seen(nn.Module):
 
 @pytest.mark.parametrize("start", ["first", "best"])
 def test_parameters_whose_gradients_share_memory_are_added_up_once(start: str) -> None:
-    model, rows = Seen(), torch.tensor([[1.0, 2.0, 3.0], [2.0, 2.0, 2.0], [1.0, 1.0, 4.0], [3.0, 2.0, 1.0]])
+    model, rows = (
+        Seen(),
+        torch.tensor([[1.0, 2.0, 3.0], [2.0, 2.0, 2.0], [1.0, 1.0, 4.0], [3.0, 2.0, 1.0]]),
+    )
     acc = gaf.Accumulator(SGD(model.parameters(), 0.1), gaf.GAF(0.9, start=start))
     for row in rows:
         acc.backward(model(row))
@@ -116,7 +119,12 @@ class LastOnly(gaf.GAF):
     def __call__(self, gram: Tensor) -> Decision:
         accepted = torch.zeros(len(gram), dtype=torch.bool)
         accepted[-1] = True
-        return Decision(accepted.double(), accepted, torch.tensor(True), torch.zeros(len(gram), dtype=torch.float64))
+        return Decision(
+            accepted.double(),
+            accepted,
+            torch.tensor(True),
+            torch.zeros(len(gram), dtype=torch.float64),
+        )
 
 
 @dataclass(frozen=True)
@@ -241,7 +249,11 @@ def test_discard_takes_batch_norm_back_to_the_macro_batches_start() -> None:
     before = copy.deepcopy(norm.state_dict())
     acc.backward(cross_entropy(model(torch.randn(8, 4)), torch.randint(2, (8,))))
     acc.discard()
-    assert all(torch.equal(before[key], value) for key, value in norm.state_dict().items() if "running" in key or "num" in key)
+    assert all(
+        torch.equal(before[key], value)
+        for key, value in norm.state_dict().items()
+        if "running" in key or "num" in key
+    )
 
 
 # -------------------------------------------------------------------------------------------------------- giants, scope
@@ -265,7 +277,9 @@ def test_a_row_far_longer_than_the_median_is_absent() -> None:
 
 
 def test_broken_rows_do_not_move_the_median() -> None:
-    rows = torch.tensor([[torch.nan, 0.0], [torch.inf, 0.0], [0.0, 0.0], [1.0, 0.0], [1.0, 0.1], [50.0, 0.0]])
+    rows = torch.tensor(
+        [[torch.nan, 0.0], [torch.inf, 0.0], [0.0, 0.0], [1.0, 0.0], [1.0, 0.1], [50.0, 0.0]]
+    )
     decision = gaf.GAF(0.5, max_norm_ratio=10)(gaf.gram(rows))
     assert decision.accepted.tolist() == [False, False, False, True, True, False]
 
@@ -273,12 +287,16 @@ def test_broken_rows_do_not_move_the_median() -> None:
 @pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("ratio", [0.5, 0, -1, float("nan"), "10"])
 def test_max_norm_ratio_must_be_at_least_one(ratio: object) -> None:
-    with pytest.raises(ValueError, match="max_norm_ratio must be None or a number of at least 1; got"):
+    with pytest.raises(
+        ValueError, match="max_norm_ratio must be None or a number of at least 1; got"
+    ):
         gaf.GAF(max_norm_ratio=ratio)  # type: ignore[arg-type]
 
 
 def test_scope_group_is_for_data_parallel_engines() -> None:
-    with pytest.raises(ValueError, match=r"scope must be 'all' or 'layer'; got 'group'.*Use gaf\.attach"):
+    with pytest.raises(
+        ValueError, match=r"scope must be 'all' or 'layer'; got 'group'.*Use gaf\.attach"
+    ):
         gaf.Accumulator(SGD([nn.Parameter(torch.ones(2))], 0.1), gaf.GAF(scope="group"))
 
 
@@ -295,7 +313,9 @@ def loss_of(model: nn.Module) -> Tensor:
     return model(torch.randn(4, 3)).square().mean()
 
 
-def test_an_optimizer_stepped_by_hand_while_micro_gradients_wait_is_refused_and_nothing_has_moved() -> None:
+def test_an_optimizer_stepped_by_hand_while_micro_gradients_wait_is_refused_and_nothing_has_moved() -> (
+    None
+):
     model, optimizer = line()
     acc = gaf.Accumulator(optimizer, gaf.GAF(2.0))
     before = [p.clone() for p in model.parameters()]
@@ -303,7 +323,10 @@ def test_an_optimizer_stepped_by_hand_while_micro_gradients_wait_is_refused_and_
         acc.backward(loss_of(model))
         if decide:
             acc.decide()
-        with pytest.raises(RuntimeError, match=r"SGD.step\(\) must not be called while micro-gradients wait; it was. Call acc.step\(\)"):
+        with pytest.raises(
+            RuntimeError,
+            match=r"SGD.step\(\) must not be called while micro-gradients wait; it was. Call acc.step\(\)",
+        ):
             optimizer.step()
         assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
     acc.step()
@@ -320,7 +343,10 @@ def test_an_update_that_was_cleared_before_its_step_is_told_of() -> None:
         acc.backward(loss_of(model))
     acc.decide()
     optimizer.zero_grad()
-    with pytest.raises(RuntimeError, match="the update that decide.. put into p.grad must still be there; it was gone, and no step"):
+    with pytest.raises(
+        RuntimeError,
+        match="the update that decide.. put into p.grad must still be there; it was gone, and no step",
+    ):
         acc.step()
     assert not acc.waiting  # the next macro-batch may begin
 
@@ -336,22 +362,32 @@ def test_an_optimizer_forgets_an_accumulator_that_is_gone() -> None:
 def test_a_name_that_leaves_out_nothing_for_want_of_the_model_is_refused() -> None:
     model, optimizer = line()
     acc = gaf.Accumulator(optimizer, gaf.GAF(2.0), leave_out=lambda name, p: "bias" in name)
-    with pytest.raises(ValueError, match="must be true for at least one parameter; it is for none.*'0 of group 0'. Pass model="):
+    with pytest.raises(
+        ValueError,
+        match="must be true for at least one parameter; it is for none.*'0 of group 0'. Pass model=",
+    ):
         acc.backward(loss_of(model))
-    acc = gaf.Accumulator(optimizer, gaf.GAF(2.0), leave_out=lambda name, p: "bias" in name, model=model)
+    acc = gaf.Accumulator(
+        optimizer, gaf.GAF(2.0), leave_out=lambda name, p: "bias" in name, model=model
+    )
     acc.backward(loss_of(model))
 
 
 @pytest.mark.parametrize("options", [{}, {"bn": "accepted"}])
 def test_a_model_that_is_not_the_optimizers_is_refused(options: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="model must hold the optimizer's parameters; this Linear holds none of them"):
+    with pytest.raises(
+        ValueError,
+        match="model must hold the optimizer's parameters; this Linear holds none of them",
+    ):
         gaf.Accumulator(line()[1], gaf.GAF(), model=nn.Linear(3, 1), **options)
 
 
 def test_frozen_parameters_alone_are_refused() -> None:
     model, optimizer = line()
     model.requires_grad_(False)
-    with pytest.raises(ValueError, match="at least one parameter that requires a gradient; all are frozen"):
+    with pytest.raises(
+        ValueError, match="at least one parameter that requires a gradient; all are frozen"
+    ):
         gaf.Accumulator(optimizer, gaf.GAF()).backward(torch.ones((), requires_grad=True) * 2)
 
 
@@ -383,7 +419,9 @@ def test_more_accepted_rows_asked_for_than_there_are_is_named_as_the_cause() -> 
 
 
 def test_rows_that_are_all_absent_are_warned_of() -> None:
-    assert "Every micro-gradient was zero, NaN or infinite in 100 steps" in warned(gaf.GAF(), 2, factor=float("nan"))
+    assert "Every micro-gradient was zero, NaN or infinite in 100 steps" in warned(
+        gaf.GAF(), 2, factor=float("nan")
+    )
     assert "Every micro-gradient" not in warned(gaf.Mean(), 2, factor=float("nan"))
 
 

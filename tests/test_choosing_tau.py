@@ -30,30 +30,51 @@ def runs() -> list[Run]:
 
 def at(task: str, b: int, rate: float) -> dict[str, Arm]:
     wanted = {"dataset": task, "b": b, "noise_rate": rate}
-    found = st.arms(run for run in runs() if {key: run.header["config"][key] for key in wanted} == wanted)
+    found = st.arms(
+        run for run in runs() if {key: run.header["config"][key] for key in wanted} == wanted
+    )
     return {arm.name: arm for arm in found}
 
 
 def accuracies(rate: float, measure: st.Measure) -> str:
     """Every arm at a noise level: a column for each task and micro-batch size."""
     columns = [(task, b) for task in TASKS for b in SIZES]
-    lines = ["| arm | " + " | ".join(f"{task}, b = {b}" for task, b in columns) + " |", "|---" * (1 + len(columns)) + "|"]
+    lines = [
+        "| arm | " + " | ".join(f"{task}, b = {b}" for task, b in columns) + " |",
+        "|---" * (1 + len(columns)) + "|",
+    ]
     for name in at(*columns[0], rate):
-        lines.append(f"| {name} | " + " | ".join(spelled(at(task, b, rate)[name], measure) for task, b in columns) + " |")
+        lines.append(
+            f"| {name} | "
+            + " | ".join(spelled(at(task, b, rate)[name], measure) for task, b in columns)
+            + " |"
+        )
     return "\n".join(lines)
 
 
 def auto() -> str:
     """The recommended threshold against averaging, and against the fixed tau that was best there, which nobody knows beforehand."""
-    lines = ["| task | b | label noise | auto - averaging, last | best fixed tau | auto - best fixed, last |", "|---" * 6 + "|"]
+    lines = [
+        "| task | b | label noise | auto - averaging, last | best fixed tau | auto - best fixed, last |",
+        "|---" * 6 + "|",
+    ]
     for rate in (0.4, 0.0):
         for task in TASKS:
             for b in SIZES:
                 arms = at(task, b, rate)
-                fixed = {name: arm for name, arm in arms.items() if name.startswith("tau") and "," not in name}
+                fixed = {
+                    name: arm
+                    for name, arm in arms.items()
+                    if name.startswith("tau") and "," not in name
+                }
                 best = max(fixed, key=lambda name: mean(fixed[name]))
-                differences = gap(arms[AUTO], arms["averaging"], st.LAST), gap(arms[AUTO], arms[best], st.LAST)
-                lines.append(f"| {task} | {b} | {100 * rate:.0f}% | {differences[0]} | {best[4:]} | {differences[1]} |")
+                differences = (
+                    gap(arms[AUTO], arms["averaging"], st.LAST),
+                    gap(arms[AUTO], arms[best], st.LAST),
+                )
+                lines.append(
+                    f"| {task} | {b} | {100 * rate:.0f}% | {differences[0]} | {best[4:]} | {differences[1]} |"
+                )
     return "\n".join(lines)
 
 
@@ -65,13 +86,21 @@ def mean(arm: Arm) -> float:
 
 def agreement() -> str:
     """What two micro-gradients have in common while averaging trains, against how their cosine scatters by chance."""
-    lines, task = ["| task | b | after steps | mean cosine | scatter, 1 / sqrt(d_eff) | ratio |", "|---" * 6 + "|"], ""
+    lines, task = (
+        [
+            "| task | b | after steps | mean cosine | scatter, 1 / sqrt(d_eff) | ratio |",
+            "|---" * 6 + "|",
+        ],
+        "",
+    )
     for line in map(json.loads, (ROOT / "results" / "agreement.jsonl").read_text().splitlines()):
         if line["kind"] == "conditions":
             task = line["config"]["dataset"]
         elif line["m"] == 1:
             cosine, scatter = 1 - line["distance_mean"], line["dimension"] ** -0.5
-            lines.append(f"| {task} | {line['b']} | {line['after']} | {cosine:.3f} | {scatter:.3f} | {cosine / scatter:.1f} |")
+            lines.append(
+                f"| {task} | {line['b']} | {line['after']} | {cosine:.3f} | {scatter:.3f} | {cosine / scatter:.1f} |"
+            )
     return "\n".join(lines)
 
 

@@ -20,20 +20,26 @@ def rows_of(case: dict, dtype: torch.dtype = torch.float64) -> torch.Tensor:
 
 
 def policy_of(case: dict) -> gaf.GAF:
-    return gaf.GAF(case["tau"], start=case["start"], average=case["average"], min_accepted=case["min_accepted"])
+    return gaf.GAF(
+        case["tau"], start=case["start"], average=case["average"], min_accepted=case["min_accepted"]
+    )
 
 
 def exact_in_float32(case: dict) -> bool:
     """Not where float32 cannot hold the values, nor where exactly parallel rows stop being so once rounded."""
     values = [abs(x) for row in rows_of(case).tolist() for x in row]
-    return not case["name"].startswith("parallel") and all(x == 0 or (not 0 < x < 1e-15 and not 1e30 <= x < float("inf")) for x in values)
+    return not case["name"].startswith("parallel") and all(
+        x == 0 or (not 0 < x < 1e-15 and not 1e30 <= x < float("inf")) for x in values
+    )
 
 
 def expect(case: dict, decision: gaf.Decision, update: torch.Tensor, rows: torch.Tensor) -> None:
     assert decision.stepped.item() == case["stepped"]
     assert decision.accepted.tolist() == case["accepted"]
     # The answers are rationals written as float64; mean and halving weights are exact to one rounding.
-    torch.testing.assert_close(decision.weights, torch.tensor(case["weights"], dtype=torch.float64), rtol=0, atol=1e-15)
+    torch.testing.assert_close(
+        decision.weights, torch.tensor(case["weights"], dtype=torch.float64), rtol=0, atol=1e-15
+    )
     want = torch.zeros(rows.shape[1], dtype=torch.float64)
     for weight, row in zip(case["weights"], rows.double(), strict=True):
         want += weight * row if weight else 0
@@ -77,6 +83,8 @@ def test_the_accumulator_streams_to_the_exact_answer(case: dict) -> None:
 
 @pytest.mark.parametrize("case", STREAMED, ids=case_id)
 def test_the_reference_gives_the_exact_answer(case: dict) -> None:
-    update, accepted = gaf.reference(rows_of(case), case["tau"], case["average"], case["min_accepted"])
+    update, accepted = gaf.reference(
+        rows_of(case), case["tau"], case["average"], case["min_accepted"]
+    )
     assert accepted == case["accepted"]
     assert (update is not None) == case["stepped"]

@@ -54,8 +54,17 @@ class Block(NamedTuple):
 def blocks(page: str, *languages: str) -> list[Block]:
     """Those of the languages, fenced at the left margin or indented, in order."""
     text = TEXTS[page]
-    parts = re.finditer(r"^```(\w+)\n(.*?)^```$|(?<=\n\n)((?:    [^\n]*\n|\n(?= {4}))+)", text, re.M | re.S)
-    found = [Block(m[1] or "", m[2] if m[1] else textwrap.dedent(m[3]), text.count("\n", 0, m.start(2 if m[1] else 3))) for m in parts]
+    parts = re.finditer(
+        r"^```(\w+)\n(.*?)^```$|(?<=\n\n)((?:    [^\n]*\n|\n(?= {4}))+)", text, re.M | re.S
+    )
+    found = [
+        Block(
+            m[1] or "",
+            m[2] if m[1] else textwrap.dedent(m[3]),
+            text.count("\n", 0, m.start(2 if m[1] else 3)),
+        )
+        for m in parts
+    ]
     return [block for block in found if block.language in languages]
 
 
@@ -82,7 +91,11 @@ def html_of(page: str) -> str:
 
 @every_page
 def test_a_page_is_in_the_navigation(site: Path, page: str):
-    (navigation,) = re.findall(r'<nav class="md-nav md-nav--primary.*?</nav>\s*</div>', (site / "faq.html").read_text(), re.S)
+    (navigation,) = re.findall(
+        r'<nav class="md-nav md-nav--primary.*?</nav>\s*</div>',
+        (site / "faq.html").read_text(),
+        re.S,
+    )
     assert f'href="{html_of(page)}"' in navigation
 
 
@@ -97,7 +110,9 @@ def public() -> set[str]:
         "accelerate": ["attach"], "lightning": ["GAFCallback", "GAFDDPStrategy"], "trackers": ["metrics"],
         "transformers": ["GAFMixin", "GAFTrainer"],
     }  # fmt: skip
-    return {f"gaf.{name}" for name in gaf.__all__} | {f"gaf.integrations.{m}.{name}" for m, names in adapters.items() for name in names}
+    return {f"gaf.{name}" for name in gaf.__all__} | {
+        f"gaf.integrations.{m}.{name}" for m, names in adapters.items() for name in names
+    }
 
 
 def test_the_reference_has_every_public_name(site: Path):
@@ -105,7 +120,8 @@ def test_the_reference_has_every_public_name(site: Path):
     headings = re.findall(r'<h3 id="[\w.]+" class="doc doc-heading">(.*?)</h3>', text, re.S)
     shown = {re.sub(r"<[^>]*>", "", heading).split()[0] for heading in headings}
     assert public() <= shown
-    assert all(f"<code>{name}" not in text for name in ("judge", "settle"))  # of Handle, for the engines
+    # of Handle, for the engines
+    assert all(f"<code>{name}" not in text for name in ("judge", "settle"))
 
 
 def test_the_reference_shows_doctests_as_code(site: Path):
@@ -134,7 +150,9 @@ def test_pages_in_a_browser(address: str):
             for width in WIDTHS:
                 emulate(driver, width)
                 assert settled(lambda w=width: driver.execute_script(WIDER, w)) == [], page
-            asked = driver.execute_script("return performance.getEntriesByType('resource').map((entry) => entry.name)")
+            asked = driver.execute_script(
+                "return performance.getEntriesByType('resource').map((entry) => entry.name)"
+            )
             assert asked
             assert [url for url in asked if not url.startswith(address)] == []
         driver.get(f"{address}/index.html?q=SignalTau")
@@ -157,7 +175,11 @@ def test_blocks_are_of_a_known_kind(page: str):
 
 @every_page
 def test_a_program_runs_or_says_that_it_was_not(page: str):
-    programs = [block.text for block in blocks(page, "text", "diff", "") if re.search(r"^\s*(import|from) \w", block.text, re.M)]
+    programs = [
+        block.text
+        for block in blocks(page, "text", "diff", "")
+        if re.search(r"^\s*(import|from) \w", block.text, re.M)
+    ]
     assert not programs or re.search(r"\*\*([\w ]+ )?not (been )?run\*\*", TEXTS[page])
     for program in programs:
         ast.parse(textwrap.dedent(program))
@@ -177,11 +199,15 @@ def calls(source: str) -> Iterator[ast.Call]:
 @pytest.mark.parametrize("text", [*TEXTS.values(), README], ids=[*TEXTS, "README"])
 def test_what_fragments_call_exists_and_takes_these_arguments(text: str):
     """In code within a line, in diffs and in text; ... stands for any arguments."""
-    fragments = [line.lstrip("+ ").partition("  #")[0] for line in text.splitlines()] + re.findall(r"`([^`\n]+)`", text)
+    fragments = [line.lstrip("+ ").partition("  #")[0] for line in text.splitlines()] + re.findall(
+        r"`([^`\n]+)`", text
+    )
     for call in (found for fragment in fragments for found in calls(fragment)):
         given = [None for argument in call.args if ast.unparse(argument) != "..."]
         signature = inspect.signature(eval(ast.unparse(call.func), {"gaf": gaf}))
-        signature.bind_partial(*given, **{keyword.arg: None for keyword in call.keywords if keyword.arg})
+        signature.bind_partial(
+            *given, **{keyword.arg: None for keyword in call.keywords if keyword.arg}
+        )
 
 
 RUN = """
@@ -197,10 +223,23 @@ for page, blocks in json.load(sys.stdin).items():
 def test_python_blocks_run(tmp_path: Path, group: str):
     """The pages in one process, so that torch is imported once; an error names page and line."""
     chosen = [page for page in TEXTS if page.startswith("frameworks/") == (group == "frameworks")]
-    found = {str(DOCS / page): [(block.line, block.text) for block in blocks(page, "python")] for page in chosen}
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "WANDB_MODE": "offline", "WANDB_SILENT": "true", "TRACKIO_DIR": str(tmp_path)}
+    found = {
+        str(DOCS / page): [(block.line, block.text) for block in blocks(page, "python")]
+        for page in chosen
+    }
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "WANDB_MODE": "offline",
+        "WANDB_SILENT": "true",
+        "TRACKIO_DIR": str(tmp_path),
+    }
     done = subprocess.run(
-        [sys.executable, "-c", RUN], input=json.dumps(found), cwd=tmp_path, env=environment, capture_output=True, text=True
+        [sys.executable, "-c", RUN],
+        input=json.dumps(found),
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr[-3000:]
 
@@ -213,8 +252,19 @@ def test_ray_trains_as_its_page_says(tmp_path: Path):
     page = "frameworks/ray-train.md"
     program = tmp_path / "program.py"
     program.write_text("\n".join(block.text for block in blocks(page, "python", "text")))
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0", "HOME": str(tmp_path)}
-    done = subprocess.run([sys.executable, str(program)], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "HOME": str(tmp_path),
+    }
+    done = subprocess.run(
+        [sys.executable, str(program)],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     shown = re.findall(r"'gaf/acceptance': ([\d.]+)", done.stdout)
     assert shown
@@ -235,9 +285,20 @@ def test_a_toml_block_is_a_plan_of_as_many_runs_as_its_page_says(tmp_path: Path)
 
 def commands() -> list[str]:
     """Every command of the pages' and the README's blocks, without comments; ; separates two."""
-    shells = [block.text for page in TEXTS for block in blocks(page, "sh") if not block.text.startswith("cd ")]
-    readme = [line for block in re.findall(r"(?:^    .*\n)+", README, re.M) for line in textwrap.dedent(block).splitlines()]
-    lines = [line for shell in shells for line in shell.splitlines()] + [line for line in readme if line.split()[0] in TOOLS]
+    shells = [
+        block.text
+        for page in TEXTS
+        for block in blocks(page, "sh")
+        if not block.text.startswith("cd ")
+    ]
+    readme = [
+        line
+        for block in re.findall(r"(?:^    .*\n)+", README, re.M)
+        for line in textwrap.dedent(block).splitlines()
+    ]
+    lines = [line for shell in shells for line in shell.splitlines()] + [
+        line for line in readme if line.split()[0] in TOOLS
+    ]
     parts = [part.strip() for line in lines for part in line.partition(" #")[0].split(";")]
     return sorted({part.removeprefix("sudo ") for part in parts if part})
 
@@ -299,8 +360,14 @@ def test_a_command_parses(command: str, monkeypatch: pytest.MonkeyPatch):
 
 def test_extras_and_targets_named_anywhere_are_there():
     text = "\n".join([*TEXTS.values(), README])
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    named = {name for names in re.findall(r"(?:\.|gaf)\[([a-z,]+)\]['`]", text) for name in names.split(",")}
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+    named = {
+        name
+        for names in re.findall(r"(?:\.|gaf)\[([a-z,]+)\]['`]", text)
+        for name in names.split(",")
+    }
     assert "lab" in named
     assert named <= set(extras)
     targets = set(re.findall(r"`make (\w+)`", text))
@@ -315,7 +382,12 @@ def test_the_pictures_of_val_move_into_folders_as_the_page_on_imagenet_says(tmp_
     pictures = {"ILSVRC2012_val_00000001": "n01440764", "ILSVRC2012_val_00000002": "n01443537"}
     for picture in pictures:
         (val / f"{picture}.JPEG").touch()
-    lines = ["ImageId,PredictionString", *(f"{picture},{kind} 1 2 3 4" for picture, kind in pictures.items())]
+    lines = [
+        "ImageId,PredictionString",
+        *(f"{picture},{kind} 1 2 3 4" for picture, kind in pictures.items()),
+    ]
     (tmp_path / "LOC_val_solution.csv").write_text("\n".join(lines) + "\n")
     subprocess.run(["bash", "-e", "-c", block], cwd=tmp_path, check=True)
-    assert sorted(val.rglob("*.JPEG")) == [val / kind / f"{picture}.JPEG" for picture, kind in pictures.items()]
+    assert sorted(val.rglob("*.JPEG")) == [
+        val / kind / f"{picture}.JPEG" for picture, kind in pictures.items()
+    ]

@@ -37,20 +37,28 @@ def test_the_3_4_5_triangle_has_gram_25_in_every_dtype(dtype: torch.dtype) -> No
 
 @pytest.mark.parametrize("angle", [0.0, 0.1, 1.0, math.pi / 2, 3.0, math.pi])
 def test_unit_vectors_at_an_angle_have_its_cosine_as_inner_product(angle: float) -> None:
-    found = gaf.gram(torch.tensor([[1.0, 0.0], [math.cos(angle), math.sin(angle)]], dtype=torch.float64))
+    found = gaf.gram(
+        torch.tensor([[1.0, 0.0], [math.cos(angle), math.sin(angle)]], dtype=torch.float64)
+    )
     want = [[1.0, math.cos(angle)], [math.cos(angle), 1.0]]
-    torch.testing.assert_close(found, torch.tensor(want, dtype=torch.float64), rtol=0, atol=1e-15)  # a few roundings of numbers below 1
+    # a few roundings of numbers below 1
+    torch.testing.assert_close(found, torch.tensor(want, dtype=torch.float64), rtol=0, atol=1e-15)
 
 
 def test_one_row_gives_its_squared_norm() -> None:
     assert gaf.gram(torch.tensor([[1.0, 2.0, 2.0]])).tolist() == [[9.0]]
 
 
-@given(st.lists(st.lists(st.integers(-50, 50), min_size=3, max_size=3), min_size=1, max_size=6), st.sampled_from(DTYPES))
+@given(
+    st.lists(st.lists(st.integers(-50, 50), min_size=3, max_size=3), min_size=1, max_size=6),
+    st.sampled_from(DTYPES),
+)
 def test_integer_rows_are_exact_in_every_dtype(rows: list[list[int]], dtype: torch.dtype) -> None:
     """Integers below 128 are exact even in bfloat16, and so are their products once widened."""
     found = gaf.gram(torch.tensor(rows, dtype=dtype))
-    assert found.tolist() == [[sum(a * b for a, b in zip(x, y, strict=True)) for y in rows] for x in rows]
+    assert found.tolist() == [
+        [sum(a * b for a, b in zip(x, y, strict=True)) for y in rows] for x in rows
+    ]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -66,18 +74,24 @@ def test_ten_million_coordinates_are_accurate_to_1e_5(dtype: torch.dtype, kind: 
     rows = torch.randn(2, MILLIONS)
     rows = (rows.abs_().add_(0.5) if kind == "all positive" else rows).to(dtype)
     # 1e-5 is what gram's docstring promises; float64 sums of 1e7 like terms, here and there, differ by some 1e-12
-    assert relative_error(gaf.gram(rows), dense_in_parts(rows)) < (1e-11 if dtype == torch.float64 else 1e-5)
+    assert relative_error(gaf.gram(rows), dense_in_parts(rows)) < (
+        1e-11 if dtype == torch.float64 else 1e-5
+    )
 
 
 def test_ten_million_coordinates_with_a_heavy_head_are_accurate_to_1e_5() -> None:
     """One coordinate in 10,000 is 1, the others 1e-3: their 1e-6 is rounded off beside a sum of some ones."""
     rows = torch.full((2, MILLIONS), 1e-3)
     rows[:, ::10_000] = 1.0
-    assert relative_error(gaf.gram(rows), dense_in_parts(rows)) < 1e-5  # what gram's docstring promises
+    # what gram's docstring promises
+    assert relative_error(gaf.gram(rows), dense_in_parts(rows)) < 1e-5
 
 
 def test_float16_squares_do_not_overflow() -> None:
-    assert gaf.gram(torch.full((2, 4), 60_000, dtype=torch.float16)).tolist() == [[4 * 60_000**2] * 2] * 2
+    assert (
+        gaf.gram(torch.full((2, 4), 60_000, dtype=torch.float16)).tolist()
+        == [[4 * 60_000**2] * 2] * 2
+    )
 
 
 @pytest.mark.parametrize("scale", [1e25, 1e-25])
@@ -93,7 +107,9 @@ def test_a_huge_a_tiny_and_an_ordinary_row_together_are_accurate() -> None:
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_row_that_is_not_finite_marks_its_own_diagonal_alone(dtype: torch.dtype, bad: float) -> None:
+def test_a_row_that_is_not_finite_marks_its_own_diagonal_alone(
+    dtype: torch.dtype, bad: float
+) -> None:
     rows = torch.randn(3, 5).to(dtype)
     rows[1, 2] = bad
     assert gaf.gram(rows).diagonal().isfinite().tolist() == [True, False, True]
@@ -108,13 +124,24 @@ def test_gram_adds_up_over_slices_wherever_they_are_cut(cuts: list[int]) -> None
     rows = torch.randn(4, sum(cuts) + 17)
     pieces = rows.split([*cuts, 17], dim=1)
     # float32 dot products of up to 2^18 terms, cut in two ways, round differently: by some 1e-7 of |g_i| |g_j|.
-    assert relative_error(sum(map(gaf.gram, pieces), torch.zeros(4, 4, dtype=torch.float64)), gaf.gram(rows)) < 1e-6
+    assert (
+        relative_error(
+            sum(map(gaf.gram, pieces), torch.zeros(4, 4, dtype=torch.float64)), gaf.gram(rows)
+        )
+        < 1e-6
+    )
 
 
-@given(st.integers(1, 5), st.lists(st.integers(0, 4), min_size=1, max_size=5), st.randoms(use_true_random=False))
+@given(
+    st.integers(1, 5),
+    st.lists(st.integers(0, 4), min_size=1, max_size=5),
+    st.randoms(use_true_random=False),
+)
 def test_a_row_cut_into_parameters_is_the_same_row(k: int, sizes: list[int], rng: object) -> None:
     """Of integers, so that both are exact. Empty parameters take part."""
-    rows = torch.tensor([[rng.randint(-9, 9) for _ in range(sum(sizes))] for _ in range(k)], dtype=torch.float32)  # type: ignore[attr-defined]
+    rows = torch.tensor(
+        [[rng.randint(-9, 9) for _ in range(sum(sizes))] for _ in range(k)], dtype=torch.float32
+    )  # type: ignore[attr-defined]
     rows = rows.reshape(k, sum(sizes))
     assert torch.equal(gram_of([list(row.split(sizes)) for row in rows]), gaf.gram(rows))
 
@@ -126,7 +153,12 @@ def test_rows_without_coordinates_have_gram_zero() -> None:
 
 def test_none_counts_as_zeros() -> None:
     a, b = torch.tensor([1.0, 2.0]), torch.tensor([[3.0]])
-    assert gram_of([[a, None], [None, b], [a, b], [None, None]]).tolist() == [[5, 0, 5, 0], [0, 9, 9, 0], [5, 9, 14, 0], [0, 0, 0, 0]]
+    assert gram_of([[a, None], [None, b], [a, b], [None, None]]).tolist() == [
+        [5, 0, 5, 0],
+        [0, 9, 9, 0],
+        [5, 9, 14, 0],
+        [0, 0, 0, 0],
+    ]
     assert gram_of([[None], [None]]).tolist() == [[0, 0], [0, 0]]
 
 
@@ -147,7 +179,10 @@ LAYOUTS = {
 @pytest.mark.parametrize("second", LAYOUTS)
 @pytest.mark.parametrize("first", LAYOUTS)
 def test_the_memory_layout_of_a_row_does_not_matter(first: str, second: str) -> None:
-    a, b = LAYOUTS[first](torch.randint(-9, 9, (3, 4, 5, 2)).float()), LAYOUTS[second](torch.randint(-9, 9, (3, 4, 5, 2)).float())
+    a, b = (
+        LAYOUTS[first](torch.randint(-9, 9, (3, 4, 5, 2)).float()),
+        LAYOUTS[second](torch.randint(-9, 9, (3, 4, 5, 2)).float()),
+    )
     want = dense(torch.stack([a.reshape(-1), b.reshape(-1)]))  # reshape reads in logical order
     assert torch.equal(gram_of([[a], [b]]), want)  # integers: exact
 
@@ -171,7 +206,9 @@ def test_inner_products_gives_the_pairs_in_the_order_asked_for() -> None:
 def test_gram_asks_nothing_of_the_host_off_the_cpu() -> None:
     """The meta device has no values: whatever wanted one would raise."""
     assert gaf.gram(torch.empty(4, 1000, device="meta")).shape == (4, 4)
-    assert gram_of([[torch.empty(3, device="meta"), None], [None, torch.empty(2, 2, device="meta")]]).shape == (2, 2)
+    assert gram_of(
+        [[torch.empty(3, device="meta"), None], [None, torch.empty(2, 2, device="meta")]]
+    ).shape == (2, 2)
 
 
 @pytest.mark.usefixtures("unchecked")
@@ -188,7 +225,10 @@ def test_gram_asks_nothing_of_the_host_off_the_cpu() -> None:
 )
 def test_what_is_no_real_matrix_is_refused_by_name_shape_and_dtype(rows: torch.Tensor) -> None:
     for call in (gaf.gram, lambda r: gaf.aggregate(r, gaf.Mean())):
-        with pytest.raises(ValueError, match=r"rows must be a \(k, n\) matrix of float16, bfloat16, float32 or float64") as caught:
+        with pytest.raises(
+            ValueError,
+            match=r"rows must be a \(k, n\) matrix of float16, bfloat16, float32 or float64",
+        ) as caught:
             call(rows)
         assert str(tuple(rows.shape)) in str(caught.value)
         assert str(rows.dtype) in str(caught.value)

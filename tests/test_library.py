@@ -16,7 +16,12 @@ MODULES = sorted(Path(gaf.__file__).parent.glob("*.py"))
 
 def run(code: str) -> str:
     """In a fresh interpreter, where neither jaxtyping nor its hook was imported."""
-    done = subprocess.run([sys.executable, "-W", "error::UserWarning:gaf", "-c", code], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-W", "error::UserWarning:gaf", "-c", code],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -36,7 +41,16 @@ def test_every_public_name_exists_and_has_a_docstring() -> None:
 
 
 def test_the_names_of_the_design_are_public() -> None:
-    assert {"GAF", "Accumulator", "Decision", "Mean", "RandomSkip", "aggregate", "gram", "reference"} <= set(gaf.__all__)
+    assert {
+        "GAF",
+        "Accumulator",
+        "Decision",
+        "Mean",
+        "RandomSkip",
+        "aggregate",
+        "gram",
+        "reference",
+    } <= set(gaf.__all__)
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: p.stem)
@@ -78,7 +92,8 @@ print(json.dumps([acc.step().accepted.tolist(), p.tolist()]))
     accepted, found = json.loads(run(code))
     assert accepted == decision.accepted.tolist()
     assert 0 < sum(accepted) < 5
-    torch.testing.assert_close(torch.tensor(found), -update, rtol=0, atol=1e-6)  # a float32 sum of five numbers of size 1
+    # a float32 sum of five numbers of size 1
+    torch.testing.assert_close(torch.tensor(found), -update, rtol=0, atol=1e-6)
 
 
 def test_the_library_is_marked_as_typed() -> None:

@@ -32,13 +32,17 @@ def decide(rows: Tensor, *args: Any, **kwargs: Any) -> gaf.Decision:
 
 # Small integers make K exact, so that ties, cancelled sums and equal rows, of which they make many, are decided exactly.
 BAD = st.sampled_from([math.nan, math.inf, -math.inf])
-TAUS = st.sampled_from([0.0, 0.25, 0.5, 1 - math.sqrt(0.5), 0.97, 1.0, 1.25, 1.5, 1 + math.sqrt(0.5), 2.0]) | st.floats(0, 2)
+TAUS = st.sampled_from(
+    [0.0, 0.25, 0.5, 1 - math.sqrt(0.5), 0.97, 1.0, 1.25, 1.5, 1 + math.sqrt(0.5), 2.0]
+) | st.floats(0, 2)
 
 
 @st.composite
 def integer_rows(draw: st.DrawFn, least: int = 1, most: int = 6) -> Tensor:
     k, n = draw(st.integers(least, most)), draw(st.integers(1, 4))
-    rows = draw(st.lists(st.lists(st.integers(-3, 3), min_size=n, max_size=n), min_size=k, max_size=k))
+    rows = draw(
+        st.lists(st.lists(st.integers(-3, 3), min_size=n, max_size=n), min_size=k, max_size=k)
+    )
     found = matrix([[float(x) for x in row] for row in rows])
     if draw(st.booleans()):
         found[draw(st.integers(0, k - 1)), draw(st.integers(0, n - 1))] = draw(BAD)
@@ -51,7 +55,10 @@ def real_rows(draw: st.DrawFn, least: int = 1) -> Tensor:
     k, n, seed = draw(st.integers(least, 7)), draw(st.integers(2, 20)), draw(st.integers(0, 2**31))
     rng = torch.Generator().manual_seed(seed)
     lengths = 10 ** torch.empty(k, 1, dtype=torch.float64).uniform_(-3, 3, generator=rng)
-    return lengths * (torch.randn(k, n, generator=rng, dtype=torch.float64) + 0.5 * torch.randn(n, generator=rng, dtype=torch.float64))
+    return lengths * (
+        torch.randn(k, n, generator=rng, dtype=torch.float64)
+        + 0.5 * torch.randn(n, generator=rng, dtype=torch.float64)
+    )
 
 
 ROWS = integer_rows() | real_rows()
@@ -61,7 +68,9 @@ ROWS = integer_rows() | real_rows()
 
 
 @given(ROWS, TAUS, st.sampled_from(AVERAGES), st.integers(1, 4))
-def test_gaf_on_the_gram_matrix_is_the_papers_algorithm_on_the_vectors(rows: Tensor, tau: float, average: str, least: int) -> None:
+def test_gaf_on_the_gram_matrix_is_the_papers_algorithm_on_the_vectors(
+    rows: Tensor, tau: float, average: str, least: int
+) -> None:
     update, decision = gaf.aggregate(rows, gaf.GAF(tau, average=average, min_accepted=least))
     want, accepted = gaf.reference(rows, tau, average, least)
     assert decision.accepted.tolist() == accepted
@@ -77,7 +86,9 @@ def distance_to(total: Tensor, g: Tensor) -> float:
     return min(max(1 - (torch.dot(total, g) / lengths).item(), 0.0), 2.0) if lengths > 0 else 1.0
 
 
-def naive_run(rows: Tensor, order: list[int], tau: float, average: str) -> tuple[list[int], list[float]]:
+def naive_run(
+    rows: Tensor, order: list[int], tau: float, average: str
+) -> tuple[list[int], list[float]]:
     """Rows accepted, in the order of the visit, and the distances by row. Vectors and a loop, nothing else."""
     total, taken, distances = None, [], [math.nan] * len(rows)
     for i in order:
@@ -112,7 +123,9 @@ def naive_outcomes(rows: Tensor, tau: float, start: str, average: str, least: in
         if sound[s]:
             taken, distances = naive_run(rows, [(s + j) % k for j in range(k)], tau, average)
             cosines = [1 - distance_to(rows[i], rows[j]) for i, j in combinations(sorted(taken), 2)]
-            runs.append((len(taken), math.fsum(cosines) / max(len(cosines), 1), s, taken, distances))
+            runs.append(
+                (len(taken), math.fsum(cosines) / max(len(cosines), 1), s, taken, distances)
+            )
     if start == "worst":
         runs = [(-count, -cosine, *rest) for count, cosine, *rest in runs if count >= least]
     if not runs or abs(max(runs)[0]) < least:
@@ -120,12 +133,18 @@ def naive_outcomes(rows: Tensor, tau: float, start: str, average: str, least: in
     count = max(run[0] for run in runs)
     cosine = max(run[1] for run in runs if run[0] == count)
     tied = [run for run in runs if run[0] == count and run[1] > cosine - 1e-9]
-    first_of_its_set = {frozenset(run[3]): run for run in reversed(tied)}  # the same set ties exactly: the lowest start
-    return [(naive_weights(taken, k, average), sorted(taken), distances) for *_, taken, distances in first_of_its_set.values()]
+    # the same set ties exactly: the lowest start
+    first_of_its_set = {frozenset(run[3]): run for run in reversed(tied)}
+    return [
+        (naive_weights(taken, k, average), sorted(taken), distances)
+        for *_, taken, distances in first_of_its_set.values()
+    ]
 
 
 @given(ROWS, TAUS, st.sampled_from(("best", "worst")), st.sampled_from(AVERAGES), st.integers(1, 4))
-def test_best_and_worst_are_what_a_naive_loop_over_the_starts_finds(rows: Tensor, tau: float, start: str, average: str, least: int) -> None:
+def test_best_and_worst_are_what_a_naive_loop_over_the_starts_finds(
+    rows: Tensor, tau: float, start: str, average: str, least: int
+) -> None:
     decision = decide(rows, tau, start=start, average=average, min_accepted=least)
     outcomes = naive_outcomes(rows, tau, start, average, least)
     assert decision.stepped.item() == bool(outcomes)
@@ -135,7 +154,9 @@ def test_best_and_worst_are_what_a_naive_loop_over_the_starts_finds(rows: Tensor
         return
     found = decision.weights.tolist(), decision.accepted.nonzero()[:, 0].tolist()
     assert found in [(weights, taken) for weights, taken, _ in outcomes]
-    want = matrix(next(distances for weights, taken, distances in outcomes if (weights, taken) == found))
+    want = matrix(
+        next(distances for weights, taken, distances in outcomes if (weights, taken) == found)
+    )
     # 1e-6, since a sum that cancelled to 1e-9 of its terms has a direction known to that many digits only
     torch.testing.assert_close(decision.distances, want, rtol=0, atol=1e-6, equal_nan=True)
 
@@ -144,7 +165,9 @@ def test_best_and_worst_are_what_a_naive_loop_over_the_starts_finds(rows: Tensor
 
 
 @given(ROWS, TAUS, st.sampled_from(STARTS), st.sampled_from(AVERAGES), st.integers(-40, 40))
-def test_one_factor_on_all_rows_changes_no_decision(rows: Tensor, tau: float, start: str, average: str, power: int) -> None:
+def test_one_factor_on_all_rows_changes_no_decision(
+    rows: Tensor, tau: float, start: str, average: str, power: int
+) -> None:
     """Powers of two, so that K is scaled exactly, and then every bit of the decision stays."""
     policy = gaf.GAF(tau, start=start, average=average)
     a, b = policy(gaf.gram(rows)), policy(gaf.gram(rows * 2.0**power))
@@ -165,20 +188,25 @@ def test_tau_2_is_the_mean_of_the_present_rows(rows: Tensor, start: str) -> None
     present = rows.isfinite().all(1) & (rows != 0).any(1)
     update, decision = gaf.aggregate(rows, gaf.GAF(2.0, start=start, min_accepted=1))
     assert torch.equal(decision.accepted, present)
-    want = rows[present].mean(0) if present.any() else torch.zeros(rows.shape[1], dtype=torch.float64)
+    want = (
+        rows[present].mean(0) if present.any() else torch.zeros(rows.shape[1], dtype=torch.float64)
+    )
     scale = rows[present].abs().max().item() if present.any() else 1.0
     torch.testing.assert_close(update, want, rtol=0, atol=1e-14 * scale)  # both in float64
 
 
 @given(integer_rows(), TAUS, st.sampled_from(STARTS), st.sampled_from(AVERAGES), st.integers(1, 3))
-def test_every_decision_is_well_formed(rows: Tensor, tau: float, start: str, average: str, least: int) -> None:
+def test_every_decision_is_well_formed(
+    rows: Tensor, tau: float, start: str, average: str, least: int
+) -> None:
     """Absent rows are never accepted; weights are positive exactly where accepted and sum to 1, or are all zero on a skip."""
     k, d = len(rows), decide(rows, tau, start=start, average=average, min_accepted=least)
     absent = ~(rows.isfinite().all(1) & (rows != 0).any(1))
     assert not (d.accepted & absent).any()
     assert torch.equal(d.distances.isnan(), absent)
     assert torch.equal(d.weights > 0, d.accepted)
-    assert d.weights.sum().item() == pytest.approx(1.0 if d.stepped else 0.0, abs=1e-15)  # at most six roundings of 1/k
+    # at most six roundings of 1/k
+    assert d.weights.sum().item() == pytest.approx(1.0 if d.stepped else 0.0, abs=1e-15)
     assert d.accepted.sum().item() >= ((1 if k == 1 else least) if d.stepped else 0)
     assert d.stepped or not d.accepted.any()
     shown = d.distances[~absent]
@@ -189,19 +217,25 @@ def test_every_decision_is_well_formed(rows: Tensor, tau: float, start: str, ave
 
 @given(ROWS, TAUS)
 def test_best_accepts_at_least_as_many_as_first(rows: Tensor, tau: float) -> None:
-    best, first = (decide(rows, tau, start=s, min_accepted=1).accepted.sum() for s in ("best", "first"))
+    best, first = (
+        decide(rows, tau, start=s, min_accepted=1).accepted.sum() for s in ("best", "first")
+    )
     assert best >= first
 
 
 @given(ROWS, TAUS)
-def test_worst_accepts_at_most_as_many_as_best_and_steps_where_best_does(rows: Tensor, tau: float) -> None:
+def test_worst_accepts_at_most_as_many_as_best_and_steps_where_best_does(
+    rows: Tensor, tau: float
+) -> None:
     worst, best = (decide(rows, tau, start=s) for s in ("worst", "best"))
     assert worst.accepted.sum() <= best.accepted.sum()
     assert worst.stepped == best.stepped
 
 
 @given(real_rows(least=2), TAUS, st.data())
-def test_best_and_worst_choose_the_same_set_when_the_ring_is_turned(rows: Tensor, tau: float, data: st.DataObject) -> None:
+def test_best_and_worst_choose_the_same_set_when_the_ring_is_turned(
+    rows: Tensor, tau: float, data: st.DataObject
+) -> None:
     """Of rows in general position, where no two sets tie."""
     turn = data.draw(st.integers(1, len(rows) - 1))
     for start in ("best", "worst"):
@@ -211,15 +245,21 @@ def test_best_and_worst_choose_the_same_set_when_the_ring_is_turned(rows: Tensor
 
 def test_the_sequential_rule_depends_on_the_order() -> None:
     """At 60 degrees and tau = 1/2 neighbours agree; from the middle row on, all three do."""
-    assert decide(at_angles(0, 50, 100), 0.5).accepted.tolist() == [True, True, False]  # 100 lies 75 from the sum at 25
+    # 100 lies 75 from the sum at 25
+    assert decide(at_angles(0, 50, 100), 0.5).accepted.tolist() == [True, True, False]
     assert decide(at_angles(0, 100, 50), 0.5).accepted.tolist() == [True, False, True]
     assert decide(at_angles(100, 50, 0), 0.5).accepted.tolist() == [True, True, False]
 
 
 @pytest.mark.parametrize("start", STARTS)
 @pytest.mark.parametrize("average", AVERAGES)
-def test_for_two_rows_halving_is_the_mean_and_the_start_does_not_matter(start: str, average: str) -> None:
-    assert decide(at_angles(0, 59), 0.5, start=start, average=average).weights.tolist() == [0.5, 0.5]
+def test_for_two_rows_halving_is_the_mean_and_the_start_does_not_matter(
+    start: str, average: str
+) -> None:
+    assert decide(at_angles(0, 59), 0.5, start=start, average=average).weights.tolist() == [
+        0.5,
+        0.5,
+    ]
     assert not decide(at_angles(0, 61), 0.5, start=start, average=average).stepped
 
 
@@ -229,7 +269,8 @@ def test_for_two_rows_halving_is_the_mean_and_the_start_does_not_matter(start: s
 def test_distances_are_one_minus_the_cosine_to_the_running_sum() -> None:
     """0 and 60 degrees sum to 30; 120 lies 90 from that and is not accepted, so 150 is measured from 30 too."""
     d = decide(at_angles(0, 60, 120, 150), 0.75)
-    torch.testing.assert_close(d.distances, matrix([[0, 0.5, 1.0, 1.5]])[0], rtol=0, atol=1e-15)  # roundings of cosines
+    # roundings of cosines
+    torch.testing.assert_close(d.distances, matrix([[0, 0.5, 1.0, 1.5]])[0], rtol=0, atol=1e-15)
     assert d.accepted.tolist() == [True, True, False, False]
     assert d.weights.tolist() == [0.5, 0.5, 0, 0]
 
@@ -243,7 +284,13 @@ def test_a_distance_equal_to_tau_is_accepted_and_one_just_above_it_is_not(degree
 
 
 def test_five_accepted_rows_have_halving_weights_16ths_to_a_half() -> None:
-    assert decide(torch.ones(5, 3), 0.5, average="halving").weights.tolist() == [1 / 16, 1 / 16, 1 / 8, 1 / 4, 1 / 2]
+    assert decide(torch.ones(5, 3), 0.5, average="halving").weights.tolist() == [
+        1 / 16,
+        1 / 16,
+        1 / 8,
+        1 / 4,
+        1 / 2,
+    ]
 
 
 def test_halving_passes_over_what_is_not_accepted() -> None:
@@ -261,7 +308,9 @@ def test_halving_changes_later_decisions() -> None:
 
 def test_halving_from_the_best_start_weighs_in_the_order_of_the_visit() -> None:
     """Row 0 opposes; from row 1 the visit is 1, 2, 3, and around the ring from row 3 it would be 3, 1, 2: the lowest start is kept."""
-    assert decide(matrix([[-1.0], [1.0], [1.0], [1.0]]), 0.5, start="best", average="halving").weights.tolist() == [0, 0.25, 0.25, 0.5]
+    assert decide(
+        matrix([[-1.0], [1.0], [1.0], [1.0]]), 0.5, start="best", average="halving"
+    ).weights.tolist() == [0, 0.25, 0.25, 0.5]
 
 
 def test_equal_counts_are_decided_by_the_highest_mean_cosine() -> None:
@@ -283,7 +332,13 @@ def test_best_escapes_a_bad_first_row_and_worst_seeks_the_fewest_that_step() -> 
     assert decide(rows, 0.5, start="first").accepted.tolist() == [True, False, False, False, True]
     assert decide(rows, 0.5, start="best").accepted.tolist() == [False, True, True, True, False]
     assert decide(rows, 0.5, start="worst").accepted.tolist() == [True, False, False, False, True]
-    assert decide(rows, 0.5, start="worst", min_accepted=3).accepted.tolist() == [False, True, True, True, False]
+    assert decide(rows, 0.5, start="worst", min_accepted=3).accepted.tolist() == [
+        False,
+        True,
+        True,
+        True,
+        False,
+    ]
 
 
 def test_exact_ties_go_to_the_lowest_start() -> None:
@@ -315,17 +370,30 @@ def test_an_absent_row_is_passed_over_wherever_it_stands(start: str, bad: float)
 @pytest.mark.parametrize("start", STARTS)
 def test_nothing_present_is_a_skip_with_every_distance_nan(start: str) -> None:
     d = decide(torch.zeros(3, 2), 2.0, start=start, min_accepted=1)
-    assert (d.stepped.item(), d.accepted.tolist(), d.weights.tolist()) == (False, [False] * 3, [0.0] * 3)
+    assert (d.stepped.item(), d.accepted.tolist(), d.weights.tolist()) == (
+        False,
+        [False] * 3,
+        [0.0] * 3,
+    )
     assert d.distances.isnan().all()
 
 
 @pytest.mark.parametrize("start", STARTS)
 @pytest.mark.parametrize("average", AVERAGES)
-def test_one_row_steps_whatever_min_accepted_says_unless_it_is_absent(start: str, average: str) -> None:
+def test_one_row_steps_whatever_min_accepted_says_unless_it_is_absent(
+    start: str, average: str
+) -> None:
     for least in (1, 2, 5):
         d = decide(torch.ones(1, 2), 0.0, start=start, average=average, min_accepted=least)
-        assert (d.weights.tolist(), d.accepted.tolist(), d.stepped.item(), d.distances.tolist()) == ([1.0], [True], True, [0.0])
-        assert not decide(torch.zeros(1, 2), 0.0, start=start, average=average, min_accepted=least).stepped
+        assert (
+            d.weights.tolist(),
+            d.accepted.tolist(),
+            d.stepped.item(),
+            d.distances.tolist(),
+        ) == ([1.0], [True], True, [0.0])
+        assert not decide(
+            torch.zeros(1, 2), 0.0, start=start, average=average, min_accepted=least
+        ).stepped
 
 
 @pytest.mark.parametrize("start", STARTS)
@@ -344,7 +412,8 @@ def test_the_mean_pairwise_cosine_of_a_set_does_not_depend_on_who_asks() -> None
     unit = gram / gram.diagonal().sqrt() / gram.diagonal().sqrt()[:, None]
     for row, found in zip(accepted, twice, strict=False):
         pairs = [unit[i, j].item() for i, j in combinations(row.nonzero()[:, 0].tolist(), 2)]
-        assert found.item() == pytest.approx(math.fsum(pairs) / max(len(pairs), 1), abs=1e-14)  # float64 roundings
+        # float64 roundings
+        assert found.item() == pytest.approx(math.fsum(pairs) / max(len(pairs), 1), abs=1e-14)
 
 
 # -------------------------------------------------------------------------------------------- averaging, random skips
@@ -363,14 +432,18 @@ def test_mean_weighs_every_row_1_over_k_and_lets_a_nan_through(rows: Tensor) -> 
 @pytest.mark.parametrize("bad", [0.0, math.nan])
 def test_means_distances_are_those_of_tau_2_when_the_first_row_is_absent(bad: float) -> None:
     gram = gaf.gram(matrix([[bad, bad], [1.0, 0.0], [1.0, 1.0]]))
-    torch.testing.assert_close(gaf.Mean()(gram).distances, gaf.GAF(2.0)(gram).distances, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(
+        gaf.Mean()(gram).distances, gaf.GAF(2.0)(gram).distances, rtol=0, atol=0, equal_nan=True
+    )
 
 
 @given(integer_rows())
 def test_means_distances_are_those_of_tau_2(rows: Tensor) -> None:
     assume(rows[0].isfinite().all() and rows[0].norm() > 0)  # the case above
     gram = gaf.gram(rows)
-    torch.testing.assert_close(gaf.Mean()(gram).distances, gaf.GAF(2.0)(gram).distances, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(
+        gaf.Mean()(gram).distances, gaf.GAF(2.0)(gram).distances, rtol=0, atol=0, equal_nan=True
+    )
 
 
 def draws(policy: gaf.RandomSkip, steps: int) -> list[bool]:
@@ -391,7 +464,10 @@ def test_random_skip_averages_as_mean_or_does_nothing() -> None:
 def test_random_skip_steps_with_its_probability() -> None:
     steps = 1000
     for p in (0.1, 0.5, 0.9):
-        assert sum(draws(gaf.RandomSkip(p), steps)) / steps == pytest.approx(p, abs=4 * math.sqrt(p * (1 - p) / steps))  # four sigmas
+        # four sigmas
+        assert sum(draws(gaf.RandomSkip(p), steps)) / steps == pytest.approx(
+            p, abs=4 * math.sqrt(p * (1 - p) / steps)
+        )
     assert sum(draws(gaf.RandomSkip(0.0), 200)) == 0
     assert sum(draws(gaf.RandomSkip(1.0), 200)) == 200
 
@@ -433,7 +509,12 @@ def test_the_fields_of_a_decision_have_their_dtypes_and_shapes(policy: Any, k: i
             torch.bool,
             torch.float64,
         )
-        assert (d.weights.shape, d.accepted.shape, d.stepped.shape, d.distances.shape) == ((k,), (k,), (), (k,))
+        assert (d.weights.shape, d.accepted.shape, d.stepped.shape, d.distances.shape) == (
+            (k,),
+            (k,),
+            (),
+            (k,),
+        )
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids=repr)
@@ -467,13 +548,18 @@ def test_a_fetched_value_is_noticed() -> None:
 
 @pytest.mark.parametrize("tau", [math.nan, -0.1, 2.1, math.inf, -math.inf])
 def test_a_tau_that_is_no_cosine_distance_is_refused_with_the_value(tau: float) -> None:
-    with pytest.raises(ValueError, match=r"GAF: tau is a cosine distance and must lie in \[0, 2\]") as caught:
+    with pytest.raises(
+        ValueError, match=r"GAF: tau is a cosine distance and must lie in \[0, 2\]"
+    ) as caught:
         gaf.GAF(tau)
     assert f"got {tau}" in str(caught.value)
 
 
 @pytest.mark.usefixtures("unchecked")
-@pytest.mark.parametrize(("name", "value"), [("start", "random"), ("start", ""), ("average", "median"), ("average", "Mean")])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("start", "random"), ("start", ""), ("average", "median"), ("average", "Mean")],
+)
 def test_an_unknown_start_or_average_is_refused_with_the_choices(name: str, value: str) -> None:
     choices = {"start": "'first', 'best', 'worst'", "average": "'mean', 'halving'"}[name]
     with pytest.raises(ValueError, match=f"GAF: {name} must be one of {choices}; got {value!r}"):
@@ -483,13 +569,17 @@ def test_an_unknown_start_or_average_is_refused_with_the_choices(name: str, valu
 @pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("value", [0, -1, 1.5, 2.0, "2", None])
 def test_min_accepted_must_be_a_whole_number_of_at_least_1(value: Any) -> None:
-    with pytest.raises(ValueError, match="GAF: min_accepted must be a whole number of at least 1; got"):
+    with pytest.raises(
+        ValueError, match="GAF: min_accepted must be a whole number of at least 1; got"
+    ):
         gaf.GAF(0.5, min_accepted=value)
 
 
 @pytest.mark.parametrize("p", [math.nan, -0.1, 1.1])
 def test_a_step_probability_outside_0_to_1_is_refused(p: float) -> None:
-    with pytest.raises(ValueError, match=rf"RandomSkip: step_probability must lie in \[0, 1\]; got {p}"):
+    with pytest.raises(
+        ValueError, match=rf"RandomSkip: step_probability must lie in \[0, 1\]; got {p}"
+    ):
         gaf.RandomSkip(p)
 
 

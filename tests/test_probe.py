@@ -33,7 +33,9 @@ SPECTRA = ("identity", "low rank", "decaying")
 def gaussian(r: int, rho: float, eigenvalues: Tensor) -> Tensor:
     """r rows g + e with |g| = 1 and Cov(e) = rho diag(eigenvalues); g is of the noise's kind: g'Sigma g = tr(Sigma^2) / tr(Sigma)."""
     signs = torch.randint(0, 2, eigenvalues.shape) * 2.0 - 1
-    return eigenvalues.sqrt() * (signs + rho**0.5 * torch.randn(r, len(eigenvalues), dtype=torch.float64))
+    return eigenvalues.sqrt() * (
+        signs + rho**0.5 * torch.randn(r, len(eigenvalues), dtype=torch.float64)
+    )
 
 
 def probe_of(rows: Tensor, k: int = 8, b: int = 10) -> Probe:
@@ -45,13 +47,20 @@ def probe_of(rows: Tensor, k: int = 8, b: int = 10) -> Probe:
 
 def test_the_effective_dimension_is_the_mean_over_all_quadruples():
     gram = gaf.gram(torch.randn(7, 5, dtype=torch.float64))
-    square = [(gram[a, c] - gram[a, d] - gram[b, c] + gram[b, d]) ** 2 / 4 for a, b, c, d in itertools.permutations(range(7), 4)]
+    square = [
+        (gram[a, c] - gram[a, d] - gram[b, c] + gram[b, d]) ** 2 / 4
+        for a, b, c, d in itertools.permutations(range(7), 4)
+    ]
     noise = gram.diagonal().mean() - (gram.sum() - gram.trace()) / 42
-    assert dimension_of(gram) == pytest.approx(float(noise**2 / torch.stack(square).mean()), rel=1e-9)
+    assert dimension_of(gram) == pytest.approx(
+        float(noise**2 / torch.stack(square).mean()), rel=1e-9
+    )
 
 
 def test_noise_that_is_orthogonal_gives_b_exactly():
-    found = noise_of(2 * torch.ones(6, 6, dtype=torch.float64) + 6 * torch.eye(6, dtype=torch.float64), b=5)
+    found = noise_of(
+        2 * torch.ones(6, 6, dtype=torch.float64) + 6 * torch.eye(6, dtype=torch.float64), b=5
+    )
     assert (found.signal, found.trace, found.scale) == pytest.approx((2, 30, 15))
     assert (found.low, found.high) == pytest.approx((15, 15))
     assert found.rho == pytest.approx(3)
@@ -88,7 +97,9 @@ def test_a_few_rows_of_many_times_the_length_do_not_become_the_whole_dimension()
 def test_absent_rows_take_no_part():
     rows = gaussian(20, 3.0, spectrum("identity"))
     expected = noise_of(rows @ rows.T, b=2)
-    with_absent = torch.cat([rows, torch.zeros(1, 200).double(), torch.full((1, 200), math.nan).double()])
+    with_absent = torch.cat(
+        [rows, torch.zeros(1, 200).double(), torch.full((1, 200), math.nan).double()]
+    )
     assert noise_of(with_absent @ with_absent.T, b=2) == expected
     assert math.isnan(noise_of(torch.eye(3, dtype=torch.float64), b=2).scale)
 
@@ -103,8 +114,11 @@ def test_mean_and_spread_of_the_cosine_with_a_sum(name, rho, c):
     rows = gaussian(3000 * (c + 1), rho, eigenvalues).view(3000, c + 1, -1)
     cosines = torch.cosine_similarity(rows[:, :c].sum(1), rows[:, c], dim=1)
     dimension = float(1 / eigenvalues.square().sum())
-    assert float(cosines.mean()) == pytest.approx(agreement.expected_cosine(rho, c), abs=0.02)  # of order 1 / d_eff
-    assert float(cosines.std()) == pytest.approx(agreement.spread_of_cosine(rho, dimension, c), rel=0.1)
+    # of order 1 / d_eff
+    assert float(cosines.mean()) == pytest.approx(agreement.expected_cosine(rho, c), abs=0.02)
+    assert float(cosines.std()) == pytest.approx(
+        agreement.spread_of_cosine(rho, dimension, c), rel=0.1
+    )
 
 
 def test_where_all_is_noise_the_cosine_scatters_by_the_root_of_the_dimension_and_the_mean_is_that_of_b():
@@ -113,7 +127,9 @@ def test_where_all_is_noise_the_cosine_scatters_by_the_root_of_the_dimension_and
 
 
 @pytest.mark.parametrize("name", SPECTRA)
-@pytest.mark.parametrize(("rho", "tau", "k"), [(1.0, 0.5, 2), (3.0, 0.7, 8), (10.0, 0.85, 8), (100.0, 0.95, 4)])
+@pytest.mark.parametrize(
+    ("rho", "tau", "k"), [(1.0, 0.5, 2), (3.0, 0.7, 8), (10.0, 0.85, 8), (100.0, 0.95, 4)]
+)
 def test_predicted_acceptance_is_what_gaf_accepts_of_normal_rows(name, rho, tau, k):
     eigenvalues = spectrum(name)
     rows = gaussian(1500, rho, eigenvalues)
@@ -128,7 +144,9 @@ def test_predicted_acceptance_rises_with_tau_and_with_b_and_tau_for_inverts_it()
     assert shares[-1] == pytest.approx(1)
     assert predicted_acceptance(0.8, 8, 5.0, 100.0) < predicted_acceptance(0.8, 8, 2.0, 100.0)
     for share in (0.1, 0.5, 0.9):
-        assert predicted_acceptance(tau_for(share, 8, 5.0, 100.0), 8, 5.0, 100.0) == pytest.approx(share, abs=1e-6)
+        assert predicted_acceptance(tau_for(share, 8, 5.0, 100.0), 8, 5.0, 100.0) == pytest.approx(
+            share, abs=1e-6
+        )
 
 
 def test_pure_noise_passes_the_noise_floor_as_often_as_asked_for():
@@ -147,7 +165,9 @@ def test_measured_acceptance_is_gafs_own(tau):
     gram, k = rows @ rows.T, 5
     chosen = torch.rand(60, 30, generator=torch.Generator().manual_seed(0)).argsort(1)[:, :k]
     decisions = [gaf.GAF(tau)(gram[i][:, i]) for i in chosen]
-    compared = [(gaf.GAF(tau, min_accepted=1)(gram[i][:, i]).accepted.sum() - 1) / (k - 1) for i in chosen]
+    compared = [
+        (gaf.GAF(tau, min_accepted=1)(gram[i][:, i]).accepted.sum() - 1) / (k - 1) for i in chosen
+    ]
     found = acceptance(gram, k, tau, draws=60)
     assert found.steps == pytest.approx(sum(bool(d.stepped) for d in decisions) / 60)
     assert found.rows == pytest.approx(float(sum(compared)) / 60)
@@ -160,13 +180,19 @@ def test_merged_is_the_probe_of_averaged_rows():
     assert merged.gram.allclose(averaged @ averaged.T)
     assert merged.layers["all"].allclose(merged.gram)
     assert merged.b == 30
-    with pytest.raises(ValueError, match=r"merged\(10\): 50 rows merged 10 at a time must leave at least 8.*got 5"):
+    with pytest.raises(
+        ValueError, match=r"merged\(10\): 50 rows merged 10 at a time must leave at least 8.*got 5"
+    ):
         probe_of(rows, k=4).merged(10)
 
 
-@pytest.mark.parametrize("call", [lambda p: p.merged(0), lambda p: p.predicted(0.9, m=0), lambda p: p.recommend(m=0)])
+@pytest.mark.parametrize(
+    "call", [lambda p: p.merged(0), lambda p: p.predicted(0.9, m=0), lambda p: p.recommend(m=0)]
+)
 def test_no_rows_cannot_be_merged(call: Callable[[Any], Any]) -> None:
-    with pytest.raises(ValueError, match="m must be a whole number of at least 1; got 0. It counts the rows"):
+    with pytest.raises(
+        ValueError, match="m must be a whole number of at least 1; got 0. It counts the rows"
+    ):
         call(probe_of(torch.randn(24, 5).double(), k=4))
 
 
@@ -175,11 +201,15 @@ def test_predictions_for_larger_micro_batches_hold_on_merged_rows():
     for m in (1, 2, 4):
         tau = found.recommend(share=0.4, m=m).tau
         measured = found.merged(m).measured(tau) if m > 1 else found.measured(tau)
-        assert found.predicted(tau, m) == pytest.approx(measured.rows, abs=0.07)  # 600 rows, 150 of those merged by four
+        # 600 rows, 150 of those merged by four
+        assert found.predicted(tau, m) == pytest.approx(measured.rows, abs=0.07)
 
 
 def test_the_recommendation_is_the_lower_of_noise_floor_and_share():
-    few, many = probe_of(gaussian(256, 40.0, spectrum("identity"))), probe_of(gaussian(256, 1.0, spectrum("identity")))
+    few, many = (
+        probe_of(gaussian(256, 40.0, spectrum("identity"))),
+        probe_of(gaussian(256, 1.0, spectrum("identity"))),
+    )
     floor, half = few.recommend(), many.recommend()
     assert floor.tau == noise_floor(0.05, few.noise.dimension)
     assert "pure noise" in floor.reason
@@ -217,7 +247,9 @@ class Net(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.body = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 3))
+        self.body = nn.Sequential(
+            nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 3)
+        )
         self.frozen = nn.Linear(3, 3).requires_grad_(False)
         self.gain = nn.Parameter(torch.ones(3))
         self.unused = nn.Parameter(torch.ones(2))
@@ -237,7 +269,10 @@ def state(model: nn.Module) -> list[Tensor | bool | None]:
 
 
 def same(before: list[Tensor | bool | None], after: list[Tensor | bool | None]) -> bool:
-    return all(torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a is b for a, b in zip(before, after, strict=True))
+    return all(
+        torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a is b
+        for a, b in zip(before, after, strict=True)
+    )
 
 
 @pytest.mark.parametrize("slices", [1, 3])
@@ -248,11 +283,15 @@ def test_k_is_that_of_the_stacked_gradients_and_adds_up_over_layers(slices):
     rows = []
     with torch.random.fork_rng():  # the same dropout
         for x, y in data:
-            rows.append(list(torch.autograd.grad(cross_entropy(model(x), y), params, allow_unused=True)))
+            rows.append(
+                list(torch.autograd.grad(cross_entropy(model(x), y), params, allow_unused=True))
+            )
     assert found.gram.allclose(gram_of(rows), rtol=1e-5, atol=1e-7)
     assert sum(found.layers.values()).allclose(found.gram)
     assert list(found.layers) == ["gain", "unused", "body.0", "body.1", "body.3"]
-    assert found.layers["body.3"].allclose(gram_of([row[-2:] for row in rows]), rtol=1e-5, atol=1e-7)
+    assert found.layers["body.3"].allclose(
+        gram_of([row[-2:] for row in rows]), rtol=1e-5, atol=1e-7
+    )
     assert (found.b, found.k, len(found), found.absent) == (5, 4, 12, 0)
 
 
@@ -293,7 +332,9 @@ def test_absent_micro_gradients_are_counted_and_left_out():
     data = batches(14)
     data[3] = (torch.full((5, 6), math.nan), data[3][1])
     model = nn.Linear(6, 3)
-    found = probe(model, lambda scores, y: cross_entropy(scores, y) * (0 if y is data[5][1] else 1), data, k=4)
+    found = probe(
+        model, lambda scores, y: cross_entropy(scores, y) * (0 if y is data[5][1] else 1), data, k=4
+    )
     kept = probe(model, cross_entropy, [one for i, one in enumerate(data) if i not in (3, 5)], k=4)
     assert found.absent == 2
     torch.testing.assert_close(found.gram, kept.gram)
@@ -334,15 +375,51 @@ def test_distances_are_of_pairs_and_print_tells_the_advice():
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: probe(nn.Linear(6, 3), cross_entropy, batches(7), k=4), ValueError, "micro_batches must give at least 8.*got 7"),
-        (lambda: probe(nn.Linear(6, 3), cross_entropy, batches(), k=1), ValueError, "k must be a whole number of at least 2; got 1"),
-        (lambda: probe(nn.Linear(6, 3), cross_entropy, batches(), slices=0), ValueError, "slices must be a whole number of at least 1"),
-        (lambda: probe(nn.Linear(6, 3), cross_entropy, batches(), rows=9), ValueError, "rows must be a whole number of at least 16; got 9"),
-        (lambda: probe(nn.Linear(6, 3), cross_entropy, [*batches(9), *batches(1, 4)], k=2), ValueError, "number 9 holds 4, the first 5"),
-        (lambda: probe(nn.Linear(6, 3), cross_entropy, torch.zeros(9, 6), k=2), TypeError, "must be a pair .* got Tensor"),
-        (lambda: probe(nn.Linear(6, 3), lambda s, y: s, batches(9), k=2), TypeError, r"loss_fn must return the mean loss.*\(5, 3\)"),
-        (lambda: probe(nn.Linear(6, 3).requires_grad_(False), cross_entropy, batches(9), k=2), ValueError, "that require a gradient"),
-        (lambda: probe(nn.Linear(6, 3), lambda s, y: s.sum() * 0, batches(9), k=2), ValueError, "9 of 9 micro-gradients are absent"),
+        (
+            lambda: probe(nn.Linear(6, 3), cross_entropy, batches(7), k=4),
+            ValueError,
+            "micro_batches must give at least 8.*got 7",
+        ),
+        (
+            lambda: probe(nn.Linear(6, 3), cross_entropy, batches(), k=1),
+            ValueError,
+            "k must be a whole number of at least 2; got 1",
+        ),
+        (
+            lambda: probe(nn.Linear(6, 3), cross_entropy, batches(), slices=0),
+            ValueError,
+            "slices must be a whole number of at least 1",
+        ),
+        (
+            lambda: probe(nn.Linear(6, 3), cross_entropy, batches(), rows=9),
+            ValueError,
+            "rows must be a whole number of at least 16; got 9",
+        ),
+        (
+            lambda: probe(nn.Linear(6, 3), cross_entropy, [*batches(9), *batches(1, 4)], k=2),
+            ValueError,
+            "number 9 holds 4, the first 5",
+        ),
+        (
+            lambda: probe(nn.Linear(6, 3), cross_entropy, torch.zeros(9, 6), k=2),
+            TypeError,
+            "must be a pair .* got Tensor",
+        ),
+        (
+            lambda: probe(nn.Linear(6, 3), lambda s, y: s, batches(9), k=2),
+            TypeError,
+            r"loss_fn must return the mean loss.*\(5, 3\)",
+        ),
+        (
+            lambda: probe(nn.Linear(6, 3).requires_grad_(False), cross_entropy, batches(9), k=2),
+            ValueError,
+            "that require a gradient",
+        ),
+        (
+            lambda: probe(nn.Linear(6, 3), lambda s, y: s.sum() * 0, batches(9), k=2),
+            ValueError,
+            "9 of 9 micro-gradients are absent",
+        ),
     ],
 )
 def test_what_cannot_be_probed_is_refused(call, error, message):

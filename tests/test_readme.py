@@ -20,16 +20,30 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 def demo_table() -> str:
     columns = (st.SELECTED, st.LAST, st.MEMORISED, st.CORRECTED, st.ACCEPTANCE, st.STEPS)
-    lines = ["| arm | n | selected | last | memorised | corrected | accepted | steps taken |", "|---|---|---|---|---|---|---|---|"]
+    lines = [
+        "| arm | n | selected | last | memorised | corrected | accepted | steps taken |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     arms = st.arms(records.find([ROOT / "results" / "demo"]))
     for arm in arms:
         found = [st.spread(arm, measure) for measure in columns]
-        lines.append(f"| {arm.name} | {found[0].n} | " + " | ".join(f"{100 * s.mean:.1f} ± {100 * s.deviation:.1f}" for s in found) + " |")
+        lines.append(
+            f"| {arm.name} | {found[0].n} | "
+            + " | ".join(f"{100 * s.mean:.1f} ± {100 * s.deviation:.1f}" for s in found)
+            + " |"
+        )
     named = {arm.name: arm for arm in arms}
     lines += ["", "Paired differences in points, with 95% bootstrap intervals:", ""]
     lines += ["| difference | selected | last |", "|---|---|---|"]
-    for first, second in (("GAF", "averaging"), ("random subset", "averaging"), ("GAF", "random subset")):
-        both = [st.difference(named[first], named[second], measure) for measure in (st.SELECTED, st.LAST)]
+    for first, second in (
+        ("GAF", "averaging"),
+        ("random subset", "averaging"),
+        ("GAF", "random subset"),
+    ):
+        both = [
+            st.difference(named[first], named[second], measure)
+            for measure in (st.SELECTED, st.LAST)
+        ]
         cells = (f"{100 * d.mean:+.1f} ({100 * d.low:.1f} to {100 * d.high:.1f})" for d in both)
         lines.append(f"| {first} - {second} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -37,16 +51,28 @@ def demo_table() -> str:
 
 def bench_table() -> str:
     text = (ROOT / "benchmarks" / "accumulate.jsonl").read_text()
-    lines = ["| k | way | time, ratio (10% to 90%) | extra memory at the peak, gradients |", "|---|---|---|---|"]
+    lines = [
+        "| k | way | time, ratio (10% to 90%) | extra memory at the peak, gradients |",
+        "|---|---|---|---|",
+    ]
     for line in map(json.loads, text.splitlines()[1:]):
         spread = f"{line['ratio_median']:.3f} ({line['ratio_p10']:.2f} to {line['ratio_p90']:.2f})"
-        lines.append(f"| {line['k']} | `{line['way']}` | {spread} | {line['extra_gradients']:.2f} |")
+        lines.append(
+            f"| {line['k']} | `{line['way']}` | {spread} | {line['extra_gradients']:.2f} |"
+        )
     return "\n".join(lines)
 
 
 def ddp_table(name: str) -> str:
     """Of a file that `gaf bench ddp` or benchmarks/slow_network.py wrote."""
-    head = ["k", "way", "step, ratio (10% to 90%)", "aggregation alone, ratio", "MB sent by a rank", "extra memory, gradients"]
+    head = [
+        "k",
+        "way",
+        "step, ratio (10% to 90%)",
+        "aggregation alone, ratio",
+        "MB sent by a rank",
+        "extra memory, gradients",
+    ]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for line in map(json.loads, (ROOT / "benchmarks" / name).read_text().splitlines()[1:]):
         spread = f"{line['ratio_median']:.3f} ({line['ratio_p10']:.2f} to {line['ratio_p90']:.2f})"
@@ -58,11 +84,21 @@ def ddp_table(name: str) -> str:
 
 
 def messages_table() -> str:
-    found = [json.loads(line) for line in (ROOT / "benchmarks" / "messages.jsonl").read_text().splitlines()]
-    lines = ["| processes | link | " + " | ".join(found[0]["ms_median"]) + " |", "|---" * (2 + len(found[0]["ms_median"])) + "|"]
+    found = [
+        json.loads(line)
+        for line in (ROOT / "benchmarks" / "messages.jsonl").read_text().splitlines()
+    ]
+    lines = [
+        "| processes | link | " + " | ".join(found[0]["ms_median"]) + " |",
+        "|---" * (2 + len(found[0]["ms_median"])) + "|",
+    ]
     for line in found:
         link = "one machine" if line["mbit"] is None else f"{line['mbit'] / 1000:g} Gbit/s"
-        lines.append(f"| {line['k']} | {link} | " + " | ".join(f"{ms:.0f}" for ms in line["ms_median"].values()) + " |")
+        lines.append(
+            f"| {line['k']} | {link} | "
+            + " | ".join(f"{ms:.0f}" for ms in line["ms_median"].values())
+            + " |"
+        )
     return "\n".join(lines)
 
 
@@ -73,7 +109,9 @@ def predicted_table() -> str:
     lines = ["| k | way | predicted ms | measured ms |", "|---|---|---|---|"]
     for point in points:
         seconds, _ = predict.predicted(point, network)
-        lines.append(f"| {point['k']} | {point['way']} | {1000 * seconds:.0f} | {point['alone_ms_median']:.0f} |")
+        lines.append(
+            f"| {point['k']} | {point['way']} | {1000 * seconds:.0f} | {point['alone_ms_median']:.0f} |"
+        )
     return "\n".join(lines)
 
 
@@ -92,7 +130,11 @@ def test_there_is_code_to_run():
 
 
 def test_the_readmes_diff_is_the_code_that_the_tests_run():
-    for call in ("acc = gaf.Accumulator(optimizer, gaf.GAF(", "acc.backward(", "decision = acc.step()"):
+    for call in (
+        "acc = gaf.Accumulator(optimizer, gaf.GAF(",
+        "acc.backward(",
+        "decision = acc.step()",
+    ):
         assert any(call in block for block in BLOCKS)
 
 
@@ -122,9 +164,21 @@ def test_every_file_that_the_readme_points_to_exists():
 
 
 def test_the_annotated_tree_names_every_module():
-    modules = [p.name for folder in ("gaf", "gaf_lab") for p in (ROOT / "src" / folder).glob("*.py") if not p.name.startswith("__")]
+    modules = [
+        p.name
+        for folder in ("gaf", "gaf_lab")
+        for p in (ROOT / "src" / folder).glob("*.py")
+        if not p.name.startswith("__")
+    ]
     assert [name for name in modules if name not in README] == []
 
 
 if __name__ == "__main__":
-    print(demo_table(), bench_table(), *map(ddp_table, DDP), messages_table(), predicted_table(), sep="\n\n")
+    print(
+        demo_table(),
+        bench_table(),
+        *map(ddp_table, DDP),
+        messages_table(),
+        predicted_table(),
+        sep="\n\n",
+    )

@@ -31,7 +31,9 @@ def spelled(arm: Arm, measure: Measure) -> str:
     found = st.spread(arm, measure)
     if found is None:
         return "-"
-    return f"{100 * found.mean:.1f}" + ("" if found.deviation is None else f" ± {100 * found.deviation:.1f}")
+    return f"{100 * found.mean:.1f}" + (
+        "" if found.deviation is None else f" ± {100 * found.deviation:.1f}"
+    )
 
 
 def gap(arm: Arm, other: Arm, measure: Measure) -> str:
@@ -46,7 +48,11 @@ def accuracies(rate: float) -> str:
     columns = (st.SELECTED, st.LAST, st.MEMORISED, st.ACCEPTANCE, st.STEPS)
     lines = ["| arm | n | selected | last | memorised | accepted | steps taken |", "|---" * 7 + "|"]
     for arm in at("table1", "noise_rate", rate):
-        lines.append(f"| {arm.name} | {len(arm.seeds)} | " + " | ".join(spelled(arm, measure) for measure in columns) + " |")
+        lines.append(
+            f"| {arm.name} | {len(arm.seeds)} | "
+            + " | ".join(spelled(arm, measure) for measure in columns)
+            + " |"
+        )
     return "\n".join(lines)
 
 
@@ -56,18 +62,29 @@ def gaps(rate: float) -> str:
     gaf = arms.pop("GAF")
     lines = ["| GAF - | n | selected | last |", "|---" * 4 + "|"]
     for name, arm in arms.items():
-        lines.append(f"| {name} | {len(arm.seeds)} | " + " | ".join(gap(gaf, arm, m) for m in (st.SELECTED, st.LAST)) + " |")
+        lines.append(
+            f"| {name} | {len(arm.seeds)} | "
+            + " | ".join(gap(gaf, arm, m) for m in (st.SELECTED, st.LAST))
+            + " |"
+        )
     return "\n".join(lines)
 
 
 def sizes() -> str:
     """Figure 4: the mean distance over the run, and over its last evaluation interval, for each micro-batch size."""
-    lines = ["| b | n | mean distance, whole run | mean distance, last interval | noise scale B, last |", "|---" * 5 + "|"]
+    lines = [
+        "| b | n | mean distance, whole run | mean distance, last interval | noise scale B, last |",
+        "|---" * 5 + "|",
+    ]
     for b in sorted({run.header["config"]["b"] for run in runs("fig4")}):
         arm = at("fig4", "b", b)[0]
         whole = st.Spread.of(mean_distance(run) for run in arm.runs)
         late = st.Spread.of(float(run.evals[-1]["distance_mean"]) for run in arm.runs)
-        scale = st.Spread.of(float(run.evals[-1]["noise_scale"]) for run in arm.runs if run.evals[-1]["noise_scale"] is not None)
+        scale = st.Spread.of(
+            float(run.evals[-1]["noise_scale"])
+            for run in arm.runs
+            if run.evals[-1]["noise_scale"] is not None
+        )
         assert whole is not None
         assert late is not None
         noise = "-" if scale is None else f"{scale.mean:,.0f}"
@@ -83,7 +100,9 @@ def mean_distance(run: Run) -> float:
     """Over all steps of a run: intervals weigh as many steps as they have."""
     steps = [0, *(line["step"] for line in run.evals)]
     weights = [after - before for before, after in itertools.pairwise(steps)]
-    return sum(w * line["distance_mean"] for w, line in zip(weights, run.evals, strict=True)) / sum(weights)
+    return sum(w * line["distance_mean"] for w, line in zip(weights, run.evals, strict=True)) / sum(
+        weights
+    )
 
 
 def courses(name: str) -> str:
@@ -102,19 +121,34 @@ def courses(name: str) -> str:
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for data in dict.fromkeys(run.header["config"]["dataset"] for run in runs(name)):
         for arm in at(name, "dataset", data):
-            tracks = [[float(line["distance_mean"]) for line in run.evals if line["distance_mean"] is not None] for run in arm.runs]
-            found = [st.Spread.of(pick(track) for track in tracks) for pick in (lambda t: t[0], min, lambda t: t[-1])]
+            tracks = [
+                [
+                    float(line["distance_mean"])
+                    for line in run.evals
+                    if line["distance_mean"] is not None
+                ]
+                for run in arm.runs
+            ]
+            found = [
+                st.Spread.of(pick(track) for track in tracks)
+                for pick in (lambda t: t[0], min, lambda t: t[-1])
+            ]
             shown = [number(one) for one in found if one is not None]
             known = Measure("clean", "clean", "share", lambda run: st.last(run, "clean_accuracy"))
             rest = [spelled(arm, measure) for measure in (st.LAST, known, st.ACCEPTANCE)]
-            lines.append(f"| {data} | {arm.name} | {len(arm.seeds)} | " + " | ".join(shown + rest) + " |")
+            lines.append(
+                f"| {data} | {arm.name} | {len(arm.seeds)} | " + " | ".join(shown + rest) + " |"
+            )
     return "\n".join(lines)
 
 
 def along(name: str, field: str, measure: Measure, form: str, head: str) -> str:
     """GAF, averaging and the controls at every value of a field; and what is paired of them."""
     arms = ("averaging", "GAF", "random skip", "random subset")
-    lines = [f"| {head} | {' | '.join(arms)} | GAF - averaging | GAF - random subset |", "|---" * 7 + "|"]
+    lines = [
+        f"| {head} | {' | '.join(arms)} | GAF - averaging | GAF - random subset |",
+        "|---" * 7 + "|",
+    ]
     for value in sorted({run.header["config"][field] for run in runs(name)}):
         found = {arm.name: arm for arm in at(name, field, value)}
         assert all(len(found[arm].seeds) == 3 for arm in arms)
@@ -126,20 +160,33 @@ def along(name: str, field: str, measure: Measure, form: str, head: str) -> str:
 
 def shares(name: str, field: str, form: str, head: str) -> str:
     """What GAF accepts at every value of a field, and what it and averaging memorise."""
-    lines = [f"| {head} | accepted | steps taken | memorised, GAF | memorised, averaging |", "|---" * 5 + "|"]
+    lines = [
+        f"| {head} | accepted | steps taken | memorised, GAF | memorised, averaging |",
+        "|---" * 5 + "|",
+    ]
     for value in sorted({run.header["config"][field] for run in runs(name)}):
         found = {arm.name: arm for arm in at(name, field, value)}
-        cells = [spelled(found["GAF"], measure) for measure in (st.ACCEPTANCE, st.STEPS, st.MEMORISED)]
-        lines.append(f"| {format(value, form)} | {' | '.join([*cells, spelled(found['averaging'], st.MEMORISED)])} |")
+        cells = [
+            spelled(found["GAF"], measure) for measure in (st.ACCEPTANCE, st.STEPS, st.MEMORISED)
+        ]
+        lines.append(
+            f"| {format(value, form)} | {' | '.join([*cells, spelled(found['averaging'], st.MEMORISED)])} |"
+        )
     return "\n".join(lines)
 
 
 def memorising() -> str:
     """Figure 8 along its runs: every fourth evaluation."""
     averaging, gaf = (arm.runs[0].evals[1::4] for arm in st.arms(runs("fig8")))
-    lines = ["| steps | memorised, averaging | memorised, GAF | accepted, GAF | steps taken, GAF | mean distance, GAF |", "|---" * 6 + "|"]
+    lines = [
+        "| steps | memorised, averaging | memorised, GAF | accepted, GAF | steps taken, GAF | mean distance, GAF |",
+        "|---" * 6 + "|",
+    ]
     for a, g in zip(averaging, gaf, strict=True):
-        shares = " | ".join(f"{100 * line[key]:.0f}" for line, key in ((a, "memorised"), (g, "memorised"), (g, "acceptance")))
+        shares = " | ".join(
+            f"{100 * line[key]:.0f}"
+            for line, key in ((a, "memorised"), (g, "memorised"), (g, "acceptance"))
+        )
         lines.append(f"| {a['step']} | {shares} | {g['steps_taken']} | {g['distance_mean']:.3f} |")
     return "\n".join(lines)
 
@@ -153,7 +200,11 @@ def thresholds() -> str:
     lines = ["| tau | n | selected | last | memorised | accepted | steps taken |", "|---" * 7 + "|"]
     for tau in sorted({run.header["config"]["tau"] for run in runs("fig7")}):
         arm = at("fig7", "tau", tau)[0]
-        lines.append(f"| {tau:g} | {len(arm.seeds)} | " + " | ".join(spelled(arm, measure) for measure in columns) + " |")
+        lines.append(
+            f"| {tau:g} | {len(arm.seeds)} | "
+            + " | ".join(spelled(arm, measure) for measure in columns)
+            + " |"
+        )
     return "\n".join(lines)
 
 
@@ -175,7 +226,9 @@ def test_the_pages_tables_are_the_records(name):
 
 @pytest.mark.parametrize("name", ["table1", "fig1", "fig4", "fig5", "fig6", "fig7", "fig8", "fig9"])
 def test_the_records_are_finished_runs_of_the_figures_plan(name):
-    planned = {config.hash for config in paper.plan(name, "small", seeds=1 if name == "fig8" else None)}
+    planned = {
+        config.hash for config in paper.plan(name, "small", seeds=1 if name == "fig8" else None)
+    }
     assert {run.header["config_hash"] for run in runs(name)} == planned
     assert {st.status(run) for run in runs(name)} == {"finished"}
 

@@ -16,7 +16,10 @@ NAN = math.nan
 def steps(n: int, count: int, k: int = 3, b: int = 4):
     draw = torch.Generator().manual_seed(0)
     for _ in range(count):
-        yield list(torch.randint(n, (k, b), generator=draw)), torch.rand(k, dtype=torch.float64, generator=draw).tolist()
+        yield (
+            list(torch.randint(n, (k, b), generator=draw)),
+            torch.rand(k, dtype=torch.float64, generator=draw).tolist(),
+        )
 
 
 def written_out(n: int, found) -> torch.Tensor:
@@ -27,7 +30,9 @@ def written_out(n: int, found) -> torch.Tensor:
         for items, value in zip(members, values, strict=True):
             for item in items.tolist() if value == value else []:
                 excess[item].append(value - sum(past) / len(past))
-    return torch.tensor([sum(one) / len(one) if one else NAN for one in excess], dtype=torch.float64)
+    return torch.tensor(
+        [sum(one) / len(one) if one else NAN for one in excess], dtype=torch.float64
+    )
 
 
 def test_the_score_is_the_mean_excess_over_the_last_hundred_steps():
@@ -36,14 +41,18 @@ def test_the_score_is_the_mean_excess_over_the_last_hundred_steps():
     excess = Excess(7)  # the last item is never drawn
     for members, values in found:
         excess.add(members, values)
-    torch.testing.assert_close(excess.scores(), written_out(7, found), rtol=1e-12, atol=1e-12, equal_nan=True)  # float64 sums of 500 terms
+    # float64 sums of 500 terms
+    torch.testing.assert_close(
+        excess.scores(), written_out(7, found), rtol=1e-12, atol=1e-12, equal_nan=True
+    )
     assert excess.scores()[6].isnan()
 
 
 def test_the_start_is_as_far_as_those_compared_with_it_were():
     assert judged([0.0, 0.4, 0.8], [0.0, 0.4, 0.8]) == pytest.approx([0.6, 0.4, 0.8])
     assert judged([0.0, 0.3], [0.0, 0.3]) == [0.3, 0.3]  # k = 2: both are as far from each other
-    assert judged([1.0, 0.0, 1.0], [0.9, 0.0, 0.8]) == [1.0, 1.0, 1.0]  # the start need not be the first
+    # the start need not be the first
+    assert judged([1.0, 0.0, 1.0], [0.9, 0.0, 0.8]) == [1.0, 1.0, 1.0]
 
 
 def test_absent_rows_say_nothing():
@@ -58,7 +67,12 @@ def test_a_level_that_changes_as_training_goes_on_is_taken_out():
     """Item 0 is seen early, when distances are low, item 1 late; 100 steps after the change neither is suspected."""
     excess = Excess(2)
     for t in range(400):
-        excess.add([torch.tensor([0 if t < 100 else 1])] if not 100 <= t < 200 else [torch.tensor([], dtype=torch.long)], [float(t >= 100)])
+        excess.add(
+            [torch.tensor([0 if t < 100 else 1])]
+            if not 100 <= t < 200
+            else [torch.tensor([], dtype=torch.long)],
+            [float(t >= 100)],
+        )
     assert excess.scores().tolist() == [0.0, 0.0]
 
 
@@ -74,7 +88,8 @@ def test_a_saved_audit_goes_on_as_if_it_had_not_been_cut_off():
     for members, values in found[120:]:
         second.add(members, values)
     assert second.scores().equal(whole.scores())
-    assert first.scores().equal(torch.as_tensor(state["sums"] / state["counts"]))  # the state was its own
+    # the state was its own
+    assert first.scores().equal(torch.as_tensor(state["sums"] / state["counts"]))
 
 
 def test_ranks_that_each_know_their_own_members_add_up_to_one_that_knows_all():
@@ -86,7 +101,8 @@ def test_ranks_that_each_know_their_own_members_add_up_to_one_that_knows_all():
         for i, rank in enumerate(ranks):
             rank.add([items if i == j else nothing for j, items in enumerate(members)], values)
     sums, counts = sum(rank.sums for rank in ranks), sum(rank.counts for rank in ranks)
-    torch.testing.assert_close(sums / counts, whole.scores(), rtol=1e-12, atol=1e-12)  # the order of addition differs
+    # the order of addition differs
+    torch.testing.assert_close(sums / counts, whole.scores(), rtol=1e-12, atol=1e-12)
 
 
 def trained(bad: int, k: int = 4) -> gaf.Audit:
@@ -150,4 +166,5 @@ def test_members_may_be_lists_and_who_was_never_seen_is_no_suspect() -> None:
     audit = gaf.Audit(6)
     rows = torch.tensor([[1.0, 0.0], [1.0, 0.0], [-1.0, 0.0]])
     audit.record([[0], [1], [2]], gaf.aggregate(rows, gaf.GAF(0.5))[1])
-    assert audit.scores().nan_to_num(nan=-2).argsort(descending=True)[:3].tolist() == [2, 0, 1]  # as its docstring has it
+    # as its docstring has it
+    assert audit.scores().nan_to_num(nan=-2).argsort(descending=True)[:3].tolist() == [2, 0, 1]

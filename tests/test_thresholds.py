@@ -49,9 +49,13 @@ def test_the_signals_tau_is_one_minus_kappa_times_the_expected_cosine():
         one = seen(gaf.gram(rows(8, 100, 3.0, step)))
         for threshold in thresholds:
             threshold.learn(one)
-    assert [now(threshold) for threshold in thresholds] == pytest.approx([1 - kappa * 9 / 109 for kappa in (0.0, 0.5, 1.0, 2.0)], abs=0.01)
+    assert [now(threshold) for threshold in thresholds] == pytest.approx(
+        [1 - kappa * 9 / 109 for kappa in (0.0, 0.5, 1.0, 2.0)], abs=0.01
+    )
     unbiased = 1 - now(thresholds[2])
-    assert [1 - now(threshold) for threshold in thresholds] == pytest.approx([0, unbiased / 2, unbiased, 2 * unbiased])
+    assert [1 - now(threshold) for threshold in thresholds] == pytest.approx(
+        [0, unbiased / 2, unbiased, 2 * unbiased]
+    )
 
 
 @pytest.mark.parametrize("k", [4, 8, 10])
@@ -59,7 +63,14 @@ def test_quadruples_of_rows_give_the_trace_of_the_squared_covariance_whatever_th
     scales = torch.linspace(0.2, 2.0, 30, dtype=torch.float64)
     g = torch.full((30,), 5.0, dtype=torch.float64)
     generator = torch.Generator().manual_seed(0)
-    found = [float(noise_squared(gaf.gram(g + scales * torch.randn(k, 30, generator=generator, dtype=torch.float64)))) for _ in range(4000)]
+    found = [
+        float(
+            noise_squared(
+                gaf.gram(g + scales * torch.randn(k, 30, generator=generator, dtype=torch.float64))
+            )
+        )
+        for _ in range(4000)
+    ]
     mean = sum(found) / len(found)
     spread = (sum((f - mean) ** 2 for f in found) / len(found)) ** 0.5
     assert abs(mean - float((scales**4).sum())) < 4 * spread / len(found) ** 0.5
@@ -71,7 +82,9 @@ def bare(gram: Tensor) -> Seen:
     return Seen(unknown > 0, unknown, gram.diagonal(), unknown, gram)
 
 
-@pytest.mark.parametrize(("k", "z", "steps"), [(8, 1.0, 500), (4, 2.0, 1500), (2, 2.0, 3000), (3, 0.5, 3000)])
+@pytest.mark.parametrize(
+    ("k", "z", "steps"), [(8, 1.0, 500), (4, 2.0, 1500), (2, 2.0, 3000), (3, 0.5, 3000)]
+)
 def test_the_noise_floor_is_that_of_the_effective_dimension(k: int, z: float, steps: int):
     """Pure noise of unit covariance in n coordinates: d_eff = n. With less than four rows from the variance of K_12 over steps."""
     threshold, generator = gaf.NoiseFloorTau(z, window=1e9), torch.Generator().manual_seed(0)
@@ -145,12 +158,18 @@ class Stacks:
 
 
 def train(
-    policy: gaf.GAF, steps: int, k: int, stack: bool = False, anew: Callable[[], gaf.GAF] | None = None
+    policy: gaf.GAF,
+    steps: int,
+    k: int,
+    stack: bool = False,
+    anew: Callable[[], gaf.GAF] | None = None,
 ) -> tuple[list[float], Tensor]:
     """tau of each step, and the weights at the end. anew: makes a policy that takes over with the other's state after every step."""
     torch.manual_seed(1)
     model = nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 3)).double()
-    acc = gaf.Accumulator(torch.optim.SGD(model.parameters(), lr=0.3), Stacks(policy) if stack else policy)
+    acc = gaf.Accumulator(
+        torch.optim.SGD(model.parameters(), lr=0.3), Stacks(policy) if stack else policy
+    )
     x, y = torch.randn(400, 12, dtype=torch.float64), torch.randint(0, 3, (400,))
     taus = []
     for step in range(steps):
@@ -180,14 +199,18 @@ def test_rows_that_stream_teach_what_their_gram_matrix_does(make: Callable[[], T
 @pytest.mark.parametrize("start", ["first", "best", "worst"])
 def test_a_restored_run_goes_on_bit_for_bit(make: Callable[[], Threshold], start: Any):
     whole, weights = train(gaf.GAF(make(), start=start), 10, 4)
-    taus, others = train(gaf.GAF(make(), start=start), 10, 4, anew=lambda: gaf.GAF(make(), start=start))
+    taus, others = train(
+        gaf.GAF(make(), start=start), 10, 4, anew=lambda: gaf.GAF(make(), start=start)
+    )
     assert len(set(whole)) > 1
     assert taus == whole
     assert torch.equal(weights, others)
 
 
 @pytest.mark.parametrize("make", KINDS)
-def test_nothing_is_asked_of_the_host_and_the_state_stays_in_its_place(make: Callable[[], Threshold]):
+def test_nothing_is_asked_of_the_host_and_the_state_stays_in_its_place(
+    make: Callable[[], Threshold],
+):
     """On the meta device any look at a value raises."""
     policy = gaf.GAF(make())
     gram = torch.empty(5, 5, dtype=torch.float64, device="meta")
@@ -199,7 +222,9 @@ def test_nothing_is_asked_of_the_host_and_the_state_stays_in_its_place(make: Cal
 
 
 @pytest.mark.parametrize("make", KINDS[:4])
-@pytest.mark.parametrize("bad", [[0.0, 0.0, 0.0], [math.nan, 1.0, 1.0], [math.inf, 1.0, math.nan], [1.0, 0.0, 0.0]])
+@pytest.mark.parametrize(
+    "bad", [[0.0, 0.0, 0.0], [math.nan, 1.0, 1.0], [math.inf, 1.0, math.nan], [1.0, 0.0, 0.0]]
+)
 def test_what_cannot_be_measured_leaves_no_mark(make: Callable[[], Threshold], bad: list[float]):
     """Absent rows, or one present row alone: no number in the state turns NaN, and tau stays in [0, 2]."""
     policy = gaf.GAF(make())
@@ -222,7 +247,9 @@ def test_the_scale_of_the_rows_makes_no_difference():
             gram = gaf.gram(rows(6, 30, 2.0, step))
             one(gram)
             two(4 * gram)
-        assert float(one.tau_on(gram.device)) == pytest.approx(float(two.tau_on(gram.device)), rel=1e-12)
+        assert float(one.tau_on(gram.device)) == pytest.approx(
+            float(two.tau_on(gram.device)), rel=1e-12
+        )
 
 
 # In GAF
@@ -234,7 +261,8 @@ def test_auto_is_a_threshold_of_its_own_for_each_policy():
     assert one.tau is not other.tau
     assert repr(one) == repr(other)
     one(gaf.gram(rows(4, 20, 1.0, 0)))
-    assert repr(one) == repr(other)  # what it has learned is no part of what all ranks must have alike when they attach
+    # what it has learned is no part of what all ranks must have alike when they attach
+    assert repr(one) == repr(other)
 
 
 def test_stats_tell_the_tau_of_the_last_step():
@@ -252,13 +280,18 @@ def test_stats_tell_the_tau_of_the_last_step():
 
 def test_an_adaptive_tau_that_accepts_nothing_is_told_of():
     model = nn.Linear(3, 1)
-    acc = gaf.Accumulator(torch.optim.SGD(model.parameters(), lr=0.0), gaf.GAF(gaf.ScheduleTau([(0, 0.0)])))
+    acc = gaf.Accumulator(
+        torch.optim.SGD(model.parameters(), lr=0.0), gaf.GAF(gaf.ScheduleTau([(0, 0.0)]))
+    )
     for step in range(100):
         for _ in range(2):
             acc.backward(model(torch.randn(4, 3)).mean())
         if step < 99:
             acc.step()
-    with pytest.warns(UserWarning, match=r"ScheduleTau\(.*\) came to 0.000 and does not fit this task.*choose one that accepts more"):
+    with pytest.warns(
+        UserWarning,
+        match=r"ScheduleTau\(.*\) came to 0.000 and does not fit this task.*choose one that accepts more",
+    ):
         acc.step()
 
 
@@ -271,7 +304,10 @@ def test_what_a_policy_learns_under_one_run_does_not_go_into_the_next():
 
 
 def test_the_state_of_another_policy_is_refused():
-    with pytest.raises(ValueError, match=r"GAF: the state must be of a policy of the same kind; it holds \['step'\]"):
+    with pytest.raises(
+        ValueError,
+        match=r"GAF: the state must be of a policy of the same kind; it holds \['step'\]",
+    ):
         gaf.GAF("auto").load_state_dict(gaf.RandomSkip(0.5).state_dict())
 
 
@@ -279,18 +315,48 @@ def test_the_state_of_another_policy_is_refused():
     ("make", "message"),
     [
         (lambda: gaf.SignalTau(-1), r"SignalTau: kappa must be a number of at least 0; got -1"),
-        (lambda: gaf.SignalTau(window=0.5), r"SignalTau: window must be a number of at least 1; got 0.5"),
-        (lambda: gaf.NoiseFloorTau(math.nan), r"NoiseFloorTau: z must be a number of at least 0; got nan"),
-        (lambda: gaf.QuantileTau(1.5), r"QuantileTau: p must be a number of at least 0 and at most 1; got 1.5"),
-        (lambda: gaf.QuantileTau(half_life=0), r"QuantileTau: half_life must be a number above 0; got 0"),
-        (lambda: gaf.QuantileTau(initial=3.0), r"QuantileTau: initial must be a number of at least 0 and at most 2; got 3.0"),
-        (lambda: gaf.MovingAverageTau(cap=-1), r"MovingAverageTau: cap must be a number of at least 0 and at most 2; got -1"),
-        (lambda: gaf.ScheduleTau([]), r"ScheduleTau: points must be \(step, tau\) pairs whose steps rise from 0 or more; got \[\]"),
+        (
+            lambda: gaf.SignalTau(window=0.5),
+            r"SignalTau: window must be a number of at least 1; got 0.5",
+        ),
+        (
+            lambda: gaf.NoiseFloorTau(math.nan),
+            r"NoiseFloorTau: z must be a number of at least 0; got nan",
+        ),
+        (
+            lambda: gaf.QuantileTau(1.5),
+            r"QuantileTau: p must be a number of at least 0 and at most 1; got 1.5",
+        ),
+        (
+            lambda: gaf.QuantileTau(half_life=0),
+            r"QuantileTau: half_life must be a number above 0; got 0",
+        ),
+        (
+            lambda: gaf.QuantileTau(initial=3.0),
+            r"QuantileTau: initial must be a number of at least 0 and at most 2; got 3.0",
+        ),
+        (
+            lambda: gaf.MovingAverageTau(cap=-1),
+            r"MovingAverageTau: cap must be a number of at least 0 and at most 2; got -1",
+        ),
+        (
+            lambda: gaf.ScheduleTau([]),
+            r"ScheduleTau: points must be \(step, tau\) pairs whose steps rise from 0 or more; got \[\]",
+        ),
         (lambda: gaf.ScheduleTau([(5, 1.0), (5, 0.5)]), r"ScheduleTau: points must be .* rise"),
-        (lambda: gaf.ScheduleTau([(0, 2.5)]), r"ScheduleTau: tau must be a number of at least 0 and at most 2; got 2.5"),
-        (lambda: gaf.GAF(3.0), r"GAF: tau is a cosine distance and must lie in \[0, 2\], or be a threshold object or 'auto'; got 3.0"),
+        (
+            lambda: gaf.ScheduleTau([(0, 2.5)]),
+            r"ScheduleTau: tau must be a number of at least 0 and at most 2; got 2.5",
+        ),
+        (
+            lambda: gaf.GAF(3.0),
+            r"GAF: tau is a cosine distance and must lie in \[0, 2\], or be a threshold object or 'auto'; got 3.0",
+        ),
         (lambda: gaf.GAF("auto", scope="group"), r"GAF: with scope 'group' tau must be a number"),
-        (lambda: gaf.GAF(gaf.SignalTau(), scope="layer"), r"GAF: with scope 'layer' tau must be a number"),
+        (
+            lambda: gaf.GAF(gaf.SignalTau(), scope="layer"),
+            r"GAF: with scope 'layer' tau must be a number",
+        ),
     ],
 )
 def test_what_is_refused_names_the_requirement_and_the_value(make: Callable[[], Any], message: str):
@@ -300,7 +366,10 @@ def test_what_is_refused_names_the_requirement_and_the_value(make: Callable[[], 
 
 def test_the_state_of_another_kind_is_refused_and_that_of_a_number_starts_anew():
     state = gaf.GAF(gaf.SignalTau()).state_dict()
-    with pytest.raises(ValueError, match=r"QuantileTau: the state must be of the same kind of threshold; it is of SignalTau"):
+    with pytest.raises(
+        ValueError,
+        match=r"QuantileTau: the state must be of the same kind of threshold; it is of SignalTau",
+    ):
         gaf.GAF(gaf.QuantileTau()).load_state_dict(state)
     gaf.GAF(gaf.QuantileTau()).load_state_dict(gaf.GAF(0.9).state_dict())
     gaf.GAF(0.9).load_state_dict(state)

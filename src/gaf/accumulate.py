@@ -80,18 +80,21 @@ class Accumulator:
         self.scaler = scaler if scaler is not None and scaler.is_enabled() else None
         self.last: Decision | None = None  # of the last step
         self.outcome: Outcome | None = None  # the same with its evidence, as plain numbers
-        self.layers: dict[str, Decision] = {}  # with scope="layer", of the last step, by the name of the module
+        # with scope="layer", of the last step, by the name of the module
+        self.layers: dict[str, Decision] = {}
         self._model, self._leave_out = model, leave_out
         self._names = names_of(self.optimizers, model)
         check_model(model, bn, self._names)
         self._bn = BatchNormStatistics(model) if model is not None and bn == "accepted" else None
         self._params: list[nn.Parameter] = []
         self._spare: list[Tensor | None] = []  # buffers of the last macro-batch
-        self._missing: list[bool] | None = None  # which trainable parameters got no gradient when the graph was last looked at
+        # which trainable parameters got no gradient when the graph was last looked at
+        self._missing: list[bool] | None = None
         self._rows: Rows | None = None
         self._decided: Decision | None = None
         self._telemetry = Telemetry()
-        self._progress = (0, 0)  # steps decided and steps taken by this object; unlike stats, not restored
+        # steps decided and steps taken by this object; unlike stats, not restored
+        self._progress = (0, 0)
         self._placed = False  # whether decide() has put an update into p.grad
         self._stepping = False  # whether an optimizer's step is this object's own
         check_parameters(self._names, self._parameters())
@@ -111,13 +114,17 @@ class Accumulator:
             TypeError: for a sparse gradient.
         """
         if self._decided is not None:
-            raise RuntimeError("Accumulator: backward() came after decide(); call step() first, it ends the macro-batch.")
+            raise RuntimeError(
+                "Accumulator: backward() came after decide(); call step() first, it ends the macro-batch."
+            )
         if self.scaler is not None:
             claim_scaler(self.scaler, self)
         rows = self._rows if self._rows is not None else self._begin()
         self._check_clean()
         try:
-            self._micro_gradient(loss if self.scaler is None else self.scaler.scale(loss), rows, retain_graph)
+            self._micro_gradient(
+                loss if self.scaler is None else self.scaler.scale(loss), rows, retain_graph
+            )
         except BaseException:
             self._forget(rows)
             raise
@@ -184,7 +191,9 @@ class Accumulator:
         if isinstance(rows, Layered):
             self.layers = dict(zip(self._parts(), rows.decisions, strict=True))
         outcome = Outcome.fetch(decision, evidence)
-        overflow = self.scaler is not None and any(n != n or n == float("inf") for n in outcome.norms2)
+        overflow = self.scaler is not None and any(
+            n != n or n == float("inf") for n in outcome.norms2
+        )
         if overflow and outcome.stepped:
             decision = skipped(decision)
             outcome = Outcome.fetch(decision, evidence)
@@ -235,7 +244,9 @@ class Accumulator:
             RuntimeError: between `decide()` and `step()`: the decision is counted.
         """
         if self._decided is not None:
-            raise RuntimeError("Accumulator: discard() came after decide(), which counted the decision; call step().")
+            raise RuntimeError(
+                "Accumulator: discard() came after decide(), which counted the decision; call step()."
+            )
         if self._bn is not None and self._rows is not None:
             self._bn.settle([])
             self._bn.begin()
@@ -300,12 +311,19 @@ class Accumulator:
                                "Call step() first, or discard() to drop them.")  # fmt: skip
 
     def _parameters(self) -> list[nn.Parameter]:
-        return [p for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]]
+        return [
+            p
+            for optimizer in self.optimizers
+            for group in optimizer.param_groups
+            for p in group["params"]
+        ]
 
     def _begin(self) -> Rows:
         """The parameters of one macro-batch: groups may have been added, layers thawed, since the last."""
         params = self._parameters()
-        if len(params) != len(self._params) or any(p is not q for p, q in zip(params, self._params, strict=True)):
+        if len(params) != len(self._params) or any(
+            p is not q for p, q in zip(params, self._params, strict=True)
+        ):
             self._spare = [None] * len(params)
             self._names = names_of(self.optimizers, self._model)
             check_parameters(self._names, params)
@@ -316,7 +334,9 @@ class Accumulator:
             raise ValueError("Accumulator: leave_out must be true for at least one parameter; it is for none, and without model= it "
                              f"is given names such as {self._names[params[0]]!r}. Pass model= for the model's own names.")  # fmt: skip
         if not any(voters):
-            raise ValueError("Accumulator: leave_out must leave at least one parameter to decide on; it is true for all of them.")
+            raise ValueError(
+                "Accumulator: leave_out must leave at least one parameter to decide on; it is true for all of them."
+            )
         self._rows = self._holder(voters, params[0].device)
         self._spare = [None] * len(params)
         return self._rows
@@ -326,7 +346,9 @@ class Accumulator:
             return rows_for(self.policy, voters, self._spare, device)
         layers = list(self._parts().values())
         parts = [([voters[j] for j in layer], [self._spare[j] for j in layer]) for layer in layers]
-        return Layered(layers, [rows_for(self.policy, votes, spare, device) for votes, spare in parts])
+        return Layered(
+            layers, [rows_for(self.policy, votes, spare, device) for votes, spare in parts]
+        )
 
     def _parts(self) -> dict[str, list[int]]:
         """What decides for itself under scope="layer": by name, the parameters' indices."""
@@ -351,7 +373,15 @@ class Accumulator:
             if has_gradients(optimizer):
                 self.scaler.unscale_(optimizer)
             else:
-                probe = next((p for group in optimizer.param_groups for p in group["params"] if p.requires_grad and p.numel()), None)
+                probe = next(
+                    (
+                        p
+                        for group in optimizer.param_groups
+                        for p in group["params"]
+                        if p.requires_grad and p.numel()
+                    ),
+                    None,
+                )
                 if probe is None:
                     continue
                 probe.grad = torch.full_like(probe, float("inf") if overflow else 0.0)

@@ -67,7 +67,9 @@ def noise_of(gram: Float64[Tensor, "r r"], b: float) -> Noise:
     ratios = without / ((own.sum() - own) / (r - 1) - without)
     margin = NORMAL_95 * float(((r - 1) / r * (ratios - ratios.mean()).square().sum()).sqrt())
     ratio = signal / (norm2 - signal) if norm2 > signal else math.inf
-    scale, low, high = (b / x if x > 0 else math.inf for x in (ratio, ratio + margin, ratio - margin))
+    scale, low, high = (
+        b / x if x > 0 else math.inf for x in (ratio, ratio + margin, ratio - margin)
+    )
     return Noise(b, signal, b * (norm2 - signal), scale, low, high, dimension_of(cosines_of(gram)))
 
 
@@ -164,7 +166,11 @@ def tau_for(share: float, k: int, rho: float, dimension: float) -> float:
     low, high = 0.0, 2.0
     for _ in range(40):
         middle = (low + high) / 2
-        low, high = (middle, high) if predicted_acceptance(middle, k, rho, dimension) < share else (low, middle)
+        low, high = (
+            (middle, high)
+            if predicted_acceptance(middle, k, rho, dimension) < share
+            else (low, middle)
+        )
     return high
 
 

@@ -64,7 +64,8 @@ def attach(
         raise ValueError("attach: the policy's scope must be 'all' or 'group'; got 'layer', which gaf.Accumulator has on one device. Use "
                          "'group' for a decision per bucket or parameter group, or leave scope out.")  # fmt: skip
     engine, group = engine_of(model, policy, group)
-    check_same_everywhere(model, policy, micro_group, group)  # first, so that no rank is left waiting by what another one alone has wrong
+    # first, so that no rank is left waiting by what another one alone has wrong
+    check_same_everywhere(model, policy, micro_group, group)
     exchange = exchange_over(group, micro_group)
     check_model(model, optimizers, exchange)
     check_k(exchange.k, policy)
@@ -73,7 +74,9 @@ def attach(
     return handle
 
 
-def engine_of(model: nn.Module, policy: Policy, group: "dist.ProcessGroup | None") -> tuple[Any, "dist.ProcessGroup"]:
+def engine_of(
+    model: nn.Module, policy: Policy, group: "dist.ProcessGroup | None"
+) -> tuple[Any, "dist.ProcessGroup"]:
     """The module that installs a handle in the model's engine, and the ranks whose rows are compared. Imported where they are used."""
     if isinstance(model, DistributedDataParallel):
         from gaf import ddp
@@ -93,7 +96,9 @@ def engine_of(model: nn.Module, policy: Policy, group: "dist.ProcessGroup | None
                     "Wrap it before attaching. On one device use gaf.Accumulator(optimizer, policy).")  # fmt: skip
 
 
-def compared(model: nn.Module, policy: Policy, group: "dist.ProcessGroup | None") -> "dist.ProcessGroup":
+def compared(
+    model: nn.Module, policy: Policy, group: "dist.ProcessGroup | None"
+) -> "dist.ProcessGroup":
     """Of an FSDP2 model: its replicas, or with scope="group" the ranks that it is sharded over."""
     mesh = next(model.parameters()).device_mesh  # type: ignore[attr-defined]
     if mesh.ndim != 1:
@@ -124,7 +129,9 @@ def check_ddp(model: DistributedDataParallel, group: "dist.ProcessGroup | None")
         raise ValueError("attach: under DistributedDataParallel group must be the model's own process group; got another. Leave it out, "
                          "or give the group to DistributedDataParallel(process_group=...).")  # fmt: skip
     if ddp.is_attached(model):
-        raise RuntimeError("attach: the model must not be attached already; it is. Call handle.detach() first.")
+        raise RuntimeError(
+            "attach: the model must not be attached already; it is. Call handle.detach() first."
+        )
     if ddp.has_other_hook(model):
         raise RuntimeError(f"attach: the model must have no other communication hook; it has {model._comm_hooks[0][0].__qualname__}, and "
                            "DistributedDataParallel takes one. Wrap the model anew without it.")  # fmt: skip
@@ -142,7 +149,9 @@ def check_ddp(model: DistributedDataParallel, group: "dist.ProcessGroup | None")
 
 def check_model(model: nn.Module, optimizers: list[Optimizer], exchange: Exchange) -> None:
     """What would make rows depend on each other, escape the decision, or be stepped on before it."""
-    held = {p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    held = {
+        p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]
+    }
     for optimizer in optimizers:
         if getattr(optimizer, "_overlap_with_ddp", False):
             raise TypeError("attach: ZeroRedundancyOptimizer(overlap_with_ddp=True) steps during the backward pass, before the decision. "
@@ -152,29 +161,47 @@ def check_model(model: nn.Module, optimizers: list[Optimizer], exchange: Exchang
             raise TypeError(f"attach: the optimizer must step after the backward pass; that of {name!r} was applied in it "
                             "(apply_optimizer_in_backward). Use an ordinary optimizer.")  # fmt: skip
         if p.is_complex():
-            raise TypeError(f"attach: parameters must be real; {name!r} is {p.dtype}. Use torch.view_as_real.")
+            raise TypeError(
+                f"attach: parameters must be real; {name!r} is {p.dtype}. Use torch.view_as_real."
+            )
         if p.requires_grad and p not in held:
             raise ValueError(f"attach: the optimizers must hold every trainable parameter of the model, for each takes part in the "
                              f"decision; {name!r} is in none of them. Give all optimizers as a list, or freeze it with "
                              "requires_grad_(False) before wrapping.")  # fmt: skip
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse:
-            raise TypeError(f"attach: gradients must be dense; {name!r} is sparse. Use nn.Embedding(..., sparse=False).")
+            raise TypeError(
+                f"attach: gradients must be dense; {name!r} is sparse. Use nn.Embedding(..., sparse=False)."
+            )
         if isinstance(module, nn.SyncBatchNorm) and not within_micro_group(module, exchange):
             raise TypeError(f"attach: rows must come from separate micro-batches; SyncBatchNorm {name!r} mixes those of its ranks. Use "
                             "BatchNorm, or process groups of the ranks of one micro_group.")  # fmt: skip
 
 
 def within_micro_group(norm: nn.SyncBatchNorm, exchange: Exchange) -> bool:
-    ranks = dist.get_process_group_ranks(norm.process_group if norm.process_group is not None else dist.group.WORLD)
+    ranks = dist.get_process_group_ranks(
+        norm.process_group if norm.process_group is not None else dist.group.WORLD
+    )
     here = dist.get_process_group_ranks(exchange.group)
-    return all(r in here for r in ranks) and len({here.index(r) // exchange.micro_group for r in ranks}) == 1
+    return (
+        all(r in here for r in ranks)
+        and len({here.index(r) // exchange.micro_group for r in ranks}) == 1
+    )
 
 
-def check_same_everywhere(model: nn.Module, policy: Policy, micro_group: int, group: "dist.ProcessGroup") -> None:
+def check_same_everywhere(
+    model: nn.Module, policy: Policy, micro_group: int, group: "dist.ProcessGroup"
+) -> None:
     """Ranks that would cut or judge their gradients differently would wait for each other, or drift apart."""
-    shapes = [f"{name} {tuple(p.shape)} {p.dtype} trainable={p.requires_grad}" for name, p in model.named_parameters()]
-    mine = {"policy": described(policy), "micro_group": str(micro_group), "parameters": "; ".join(shapes)}
+    shapes = [
+        f"{name} {tuple(p.shape)} {p.dtype} trainable={p.requires_grad}"
+        for name, p in model.named_parameters()
+    ]
+    mine = {
+        "policy": described(policy),
+        "micro_group": str(micro_group),
+        "parameters": "; ".join(shapes),
+    }
     all_of: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(all_of, mine, group=group)
     for what in mine:
@@ -183,7 +210,9 @@ def check_same_everywhere(model: nn.Module, policy: Policy, micro_group: int, gr
             usual = Counter(told).most_common(1)[0][0]
             odd = next(r for r, value in enumerate(told) if value != usual)
             a, b = first_difference(usual, told[odd])
-            raise ValueError(f"attach: all ranks must have the same {what}; rank {odd} of the group has {b}, others {a}.")
+            raise ValueError(
+                f"attach: all ranks must have the same {what}; rank {odd} of the group has {b}, others {a}."
+            )
 
 
 def described(policy: Policy) -> str:

@@ -29,11 +29,16 @@ class Excess:
 
     def __init__(self, n: int) -> None:
         if n < 1:
-            raise ValueError(f"Audit: n must be at least 1; got {n}. It is the number of samples, or of shards.")
+            raise ValueError(
+                f"Audit: n must be at least 1; got {n}. It is the number of samples, or of shards."
+            )
         self.sums, self.counts = torch.zeros(2, n, dtype=torch.float64).unbind()
-        self._recent: deque[tuple[float, int]] = deque(maxlen=WINDOW)  # of each step: sum and number of its values
+        # of each step: sum and number of its values
+        self._recent: deque[tuple[float, int]] = deque(maxlen=WINDOW)
 
-    def add(self, members: Sequence[Tensor | Sequence[int]] | Tensor, values: Sequence[float]) -> None:
+    def add(
+        self, members: Sequence[Tensor | Sequence[int]] | Tensor, values: Sequence[float]
+    ) -> None:
         """Adds one step.
 
         Args:
@@ -47,19 +52,27 @@ class Excess:
                              f"{len(members)}. Give an empty tensor for a micro-batch whose members are not known here.")  # fmt: skip
         known = [value for value in values if not math.isnan(value)]
         self._recent.append((sum(known), len(known)))
-        usual = sum(total for total, _ in self._recent) / max(sum(number for _, number in self._recent), 1)
+        usual = sum(total for total, _ in self._recent) / max(
+            sum(number for _, number in self._recent), 1
+        )
         for items, value in zip(held, values, strict=True):
             if items.numel() and not math.isnan(value):
                 where = self._checked(items)
-                self.sums.index_add_(0, where, torch.full(where.shape, value - usual, dtype=torch.float64))
+                self.sums.index_add_(
+                    0, where, torch.full(where.shape, value - usual, dtype=torch.float64)
+                )
                 self.counts.index_add_(0, where, torch.ones(where.shape, dtype=torch.float64))
 
     def _checked(self, items: Tensor) -> Tensor:
         where, n = items.detach().cpu().flatten(), len(self.sums)
         if where.is_floating_point() or where.dtype == torch.bool:
-            raise ValueError(f"Audit: members must be whole numbers; got {where.dtype}. Give the items' numbers, from 0 on.")
+            raise ValueError(
+                f"Audit: members must be whole numbers; got {where.dtype}. Give the items' numbers, from 0 on."
+            )
         if where.min() < 0 or where.max() >= n:
-            raise ValueError(f"Audit: members must lie in [0, {n}); got {int(where.min())} to {int(where.max())}. Is n right?")
+            raise ValueError(
+                f"Audit: members must lie in [0, {n}); got {int(where.min())} to {int(where.max())}. Is n right?"
+            )
         return where.long()
 
     def scores(self) -> Float64[Tensor, " n"]:
@@ -67,7 +80,11 @@ class Excess:
         return self.sums / self.counts
 
     def state_dict(self) -> dict[str, Any]:
-        return {"sums": self.sums.clone(), "counts": self.counts.clone(), "recent": list(self._recent)}
+        return {
+            "sums": self.sums.clone(),
+            "counts": self.counts.clone(),
+            "recent": list(self._recent),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on from what `state_dict()` gave.
@@ -76,7 +93,9 @@ class Excess:
             ValueError: where it is of another number of items.
         """
         if len(state["sums"]) != len(self.sums):
-            raise ValueError(f"Audit: the state must be of {len(self.sums)} items; got {len(state['sums'])}. Give the n that was saved.")
+            raise ValueError(
+                f"Audit: the state must be of {len(self.sums)} items; got {len(state['sums'])}. Give the n that was saved."
+            )
         self.sums, self.counts = state["sums"].clone(), state["counts"].clone()
         self._recent = deque(state["recent"], maxlen=WINDOW)
 
@@ -111,7 +130,9 @@ class Audit(Excess):
     tensor([ 0., -1.,  1.], dtype=torch.float64)
     """
 
-    def record(self, members: Sequence[Tensor | Sequence[int]] | Tensor, decision: Decision | Outcome) -> None:
+    def record(
+        self, members: Sequence[Tensor | Sequence[int]] | Tensor, decision: Decision | Outcome
+    ) -> None:
         """Adds one step; a Decision on an accelerator is fetched, an Outcome (`acc.outcome`, `handle.outcome`) is already on the host.
 
         Args:

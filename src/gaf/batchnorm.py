@@ -34,7 +34,12 @@ class BatchNormStatistics:
     @torch.no_grad()
     def note(self) -> None:
         """After a micro-batch: keep its statistics and put those of the macro-batch's start back."""
-        self.moves.append([None if start is None else buffers_copy(m) for start, m in zip(self.start, self.norms, strict=True)])
+        self.moves.append(
+            [
+                None if start is None else buffers_copy(m)
+                for start, m in zip(self.start, self.norms, strict=True)
+            ]
+        )
         self.settle([])
 
     @torch.no_grad()
@@ -46,7 +51,11 @@ class BatchNormStatistics:
             state = [t.clone() for t in start]
             for move, taken in zip(self.moves, accepted, strict=False):
                 after = move[i]
-                state = replay(state, start, after, norm.momentum) if taken and after is not None else state
+                state = (
+                    replay(state, start, after, norm.momentum)
+                    if taken and after is not None
+                    else state
+                )
             for buffer, value in zip(buffers(norm), state, strict=True):
                 buffer.copy_(value)
 
@@ -59,15 +68,23 @@ def buffers_copy(norm: _BatchNorm) -> list[Tensor]:
     return [b.detach().clone() for b in buffers(norm)]
 
 
-def replay(state: list[Tensor], start: list[Tensor], after: list[Tensor], momentum: float | None) -> list[Tensor]:
+def replay(
+    state: list[Tensor], start: list[Tensor], after: list[Tensor], momentum: float | None
+) -> list[Tensor]:
     """Makes upon `state` the move that led from `start` to `after`; momentum None is the cumulative average."""
-    passes = after[2] - start[2]  # forward passes in this micro-batch: two for a GAN's discriminator
+    # forward passes in this micro-batch: two for a GAN's discriminator
+    passes = after[2] - start[2]
     if not passes:
         return state
     if momentum is None:
         count = state[2] + passes
-        moved = [(s * state[2] + a * after[2] - b * start[2]) / count for s, b, a in zip(state[:2], start[:2], after[:2], strict=True)]
+        moved = [
+            (s * state[2] + a * after[2] - b * start[2]) / count
+            for s, b, a in zip(state[:2], start[:2], after[:2], strict=True)
+        ]
     else:
         decay = (1 - momentum) ** passes
-        moved = [a + decay * (s - b) for s, b, a in zip(state[:2], start[:2], after[:2], strict=True)]
+        moved = [
+            a + decay * (s - b) for s, b, a in zip(state[:2], start[:2], after[:2], strict=True)
+        ]
     return [*moved, state[2] + passes]

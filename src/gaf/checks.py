@@ -20,10 +20,13 @@ ACROSS_RANKS = "Accumulator works on one device, where micro-batches follow each
 
 
 def check_optimizers(optimizer: Optimizer | Sequence[Optimizer], subject: str) -> list[Optimizer]:
-    optimizers: list[Optimizer] = list(optimizer) if isinstance(optimizer, list | tuple) else [optimizer]  # type: ignore[list-item]
+    given: Sequence[Any] = optimizer if isinstance(optimizer, list | tuple) else [optimizer]
+    optimizers: list[Optimizer] = list(given)
     for one in optimizers:
         if not isinstance(one, Optimizer):
-            raise TypeError(f"{subject}: optimizer must be a torch.optim.Optimizer or a sequence of them; got {type(one).__name__}.")
+            raise TypeError(
+                f"{subject}: optimizer must be a torch.optim.Optimizer or a sequence of them; got {type(one).__name__}."
+            )
         kind = type(one).__name__
         closure = inspect.signature(type(one).step).parameters.get("closure")
         if closure is not None and closure.default is inspect.Parameter.empty:
@@ -31,7 +34,9 @@ def check_optimizers(optimizer: Optimizer | Sequence[Optimizer], subject: str) -
                             "and there is no one set of micro-gradients to filter. Use SGD, Adam or another of torch's dense "
                             "first-order optimizers.")  # fmt: skip
         if isinstance(one, torch.optim.SparseAdam):
-            raise TypeError(f"{subject}: the optimizer must take dense gradients; got SparseAdam. Use Adam with sparse=False embeddings.")
+            raise TypeError(
+                f"{subject}: the optimizer must take dense gradients; got SparseAdam. Use Adam with sparse=False embeddings."
+            )
     params = [p for one in optimizers for group in one.param_groups for p in group["params"]]
     if not params or len(set(params)) != len(params):
         raise ValueError(f"{subject}: the optimizers must hold parameters, each of them once; got {len(params)} entries with "
@@ -52,7 +57,9 @@ def check_model(model: nn.Module | None, bn: str, names: Names) -> None:
     if bn not in ("all", "accepted"):
         raise ValueError(f"Accumulator: bn must be 'all' or 'accepted'; got {bn!r}.")
     if bn == "accepted" and model is None:
-        raise ValueError("Accumulator: bn='accepted' needs the model whose BatchNorm layers it holds still; got model=None. Pass model=.")
+        raise ValueError(
+            "Accumulator: bn='accepted' needs the model whose BatchNorm layers it holds still; got model=None. Pass model=."
+        )
     if isinstance(model, DistributedDataParallel):
         raise_distributed("model is a DistributedDataParallel")
     if model is not None and not any(p in names for p in model.parameters()):
@@ -63,7 +70,9 @@ def check_model(model: nn.Module | None, bn: str, names: Names) -> None:
 def check_parameters(names: Names, params: list[nn.Parameter]) -> None:
     for p in params:
         if p.is_complex():
-            raise TypeError(f"Accumulator: parameters must be real; {names[p]!r} is {p.dtype}. Use torch.view_as_real.")
+            raise TypeError(
+                f"Accumulator: parameters must be real; {names[p]!r} is {p.dtype}. Use torch.view_as_real."
+            )
         if hasattr(p, "device_mesh"):
             raise_distributed(f"parameter {names[p]!r} is a DTensor (FSDP2 or tensor parallel)")
     devices = sorted({str(p.device) for p in params})
@@ -73,8 +82,12 @@ def check_parameters(names: Names, params: list[nn.Parameter]) -> None:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         mine = set(map(id, params))
         for thing in gc.get_objects():  # DDP leaves no mark on its parameters
-            if issubclass(type(thing), DistributedDataParallel) and any(id(p) in mine for p in thing.parameters()):
-                raise_distributed("the optimizer's parameters belong to a DistributedDataParallel model")
+            if issubclass(type(thing), DistributedDataParallel) and any(
+                id(p) in mine for p in thing.parameters()
+            ):
+                raise_distributed(
+                    "the optimizer's parameters belong to a DistributedDataParallel model"
+                )
 
 
 def raise_distributed(what: str) -> None:
@@ -84,14 +97,18 @@ def raise_distributed(what: str) -> None:
 
 def raise_unusable(name: str, grad: Tensor) -> None:
     if grad.layout != torch.strided:
-        raise TypeError(f"Accumulator: gradients must be dense; that of {name!r} is {grad.layout}. Use nn.Embedding(..., sparse=False).")
+        raise TypeError(
+            f"Accumulator: gradients must be dense; that of {name!r} is {grad.layout}. Use nn.Embedding(..., sparse=False)."
+        )
     raise RuntimeError(f"Accumulator: a backward pass must bring each parameter one gradient; {name!r} got two, from a backward pass "
                        "within the backward pass (a reentrant checkpoint or the like). Use one that is not reentrant.")  # fmt: skip
 
 
 def check_policy(policy: Any, subject: str) -> Any:
     if isinstance(policy, type) or not callable(policy):
-        raise TypeError(f"{subject}: policy must be a callable from a Gram matrix to a Decision; got {policy!r}. Use gaf.GAF(tau=0.97).")
+        raise TypeError(
+            f"{subject}: policy must be a callable from a Gram matrix to a Decision; got {policy!r}. Use gaf.GAF(tau=0.97)."
+        )
     return policy
 
 
@@ -137,4 +154,6 @@ def names_of(optimizers: list[Optimizer], model: nn.Module | None) -> Names:
         for i, group in enumerate(optimizer.param_groups)
         for j, p in enumerate(group["params"])
     }
-    return names | {p: name for name, p in (model.named_parameters() if model is not None else ()) if p in names}
+    return names | {
+        p: name for name, p in (model.named_parameters() if model is not None else ()) if p in names
+    }

@@ -53,7 +53,11 @@ class Filtered:
         """
         if torch._C._current_graph_task_id() < 0:
             return [], []
-        pairs = [(p.grad, place) for p, place in zip(bucket.parameters(), bucket.gradients(), strict=True) if p.grad is not None]
+        pairs = [
+            (p.grad, place)
+            for p, place in zip(bucket.parameters(), bucket.gradients(), strict=True)
+            if p.grad is not None
+        ]
         if any(grad.data_ptr() == place.data_ptr() for grad, place in pairs):
             return [], []
         return [grad.detach() for grad, _ in pairs], [place for _, place in pairs]
@@ -92,7 +96,8 @@ class Averaged:
     def __init__(self, handle: Handle | None, exchange: Exchange) -> None:
         self.handle, self.group = handle, exchange.group
 
-    def take(self, bucket: GradBucket, first: bool, last: bool) -> Any:  # collectives have futures of another class
+    # collectives have futures of another class
+    def take(self, bucket: GradBucket, first: bool, last: bool) -> Any:
         if self.handle is not None:
             if first:
                 self.handle.begin()
@@ -118,7 +123,9 @@ class Hook:
     def __init__(self, model: DistributedDataParallel) -> None:
         self.seen: set[Tensor] = set()  # parameters of this pass's buckets so far
         self.count = sum(p.requires_grad for p in model._module_parameters)
-        self.wide = all(p.dtype in (torch.float32, torch.float64) for p in model.parameters() if p.requires_grad)
+        self.wide = all(
+            p.dtype in (torch.float32, torch.float64) for p in model.parameters() if p.requires_grad
+        )
         self.handle: Handle | None = None
         self.exchange: Exchange
         self.policy: Policy | None = None
@@ -126,7 +133,9 @@ class Hook:
 
     def run(self, state: object, bucket: GradBucket):  # type: ignore[no-untyped-def]  # DDP knows one annotation, not Averaged's
         if bucket.buffer().is_sparse:
-            raise TypeError("attach: gradients must be dense; a bucket's is sparse. Use nn.Embedding(..., sparse=False).")
+            raise TypeError(
+                "attach: gradients must be dense; a bucket's is sparse. Use nn.Embedding(..., sparse=False)."
+            )
         first, last = self.place(bucket)
         if first:
             policy = None if self.handle is None else self.handle.policy
@@ -152,8 +161,14 @@ class Hook:
             return Averaged(self.handle, self.exchange)
         if getattr(policy, "scope", "all") == "group":
             return FilteredApart(self.handle, self.exchange)
-        pair = type(policy) is GAF and policy.min_accepted == 2 and self.exchange.W == self.exchange.k == 2
-        return Filtered(self.handle, Pair(self.exchange.group) if pair and self.wide else self.exchange)
+        pair = (
+            type(policy) is GAF
+            and policy.min_accepted == 2
+            and self.exchange.W == self.exchange.k == 2
+        )
+        return Filtered(
+            self.handle, Pair(self.exchange.group) if pair and self.wide else self.exchange
+        )
 
 
 def averages(policy: Policy) -> bool:
@@ -182,8 +197,11 @@ def install(model: DistributedDataParallel, handle: Handle, exchange: Exchange) 
     hook.handle, hook.exchange, hook.way = handle, exchange, None
     handle.on_detach(partial(take_off, hook))
     for p in model.parameters():
-        if p.requires_grad:  # each tells of what it holds before a backward pass adds to it; the first is listened to
-            handle.on_detach(p.register_hook(lambda grad, p=p: handle.before_accumulation(p.grad)).remove)
+        # each tells of what it holds before a backward pass adds to it; the first is listened to
+        if p.requires_grad:
+            handle.on_detach(
+                p.register_hook(lambda grad, p=p: handle.before_accumulation(p.grad)).remove
+            )
 
 
 def take_off(hook: Hook) -> None:

@@ -24,11 +24,16 @@ from torch import Tensor
 from gaf.gram import CHUNK, HALF, inner_products, quick_gram, quick_products
 from gaf.shapes import Float64
 
-SMALL = 2**14  # coordinates below which a piece is joined with others: a message costs more than a copy
+# coordinates below which a piece is joined with others: a message costs more than a copy
+SMALL = 2**14
 TAG = 2**20  # of the first message between gloo processes; a user's own are numbered lower
-FEW = 32  # ranks up to which every rank adds up all partial Gram matrices; beyond, each adds a block of entries
+# ranks up to which every rank adds up all partial Gram matrices; beyond, each adds a block of entries
+FEW = 32
 
-_all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)  # torch 2.13's name
+# torch 2.13's name
+_all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(
+    dist, "all_gather_into_tensor", None
+)
 
 
 @dataclass(eq=False)
@@ -37,7 +42,8 @@ class Parcel:
 
     whole: Tensor  # (W c,), this rank's values; later the update
     slices: Tensor  # (W, c), every rank's values of this rank's slice
-    rows: Tensor  # (k, c), of these the first of each micro-group, where the group's average comes to be
+    # (k, c), of these the first of each micro-group, where the group's average comes to be
+    rows: Tensor
     works: list[Any]
 
 
@@ -49,7 +55,11 @@ class Spare:
 
     def like(self, flat: Tensor) -> Tensor:
         """Of the same size and kind: one that is spare, or the head of a longer one (DDP cuts its buckets anew after a while)."""
-        fit = [one for one in self.flats if one.numel() >= flat.numel() and one.dtype == flat.dtype and one.device == flat.device]
+        fit = [
+            one
+            for one in self.flats
+            if one.numel() >= flat.numel() and one.dtype == flat.dtype and one.device == flat.device
+        ]
         if not fit:
             return torch.empty_like(flat)
         best = min(fit, key=len)
@@ -75,7 +85,8 @@ class Exchange:
         self.device = torch.device("cpu")  # of what is sent
         self.parcels: list[Parcel] = []
         self.rests: list[Tensor] = []  # too small to cut, or left over from cutting
-        self.returns: list[tuple[Tensor, list[Tensor]]] = []  # a parcel of rests, and where they belong
+        # a parcel of rests, and where they belong
+        self.returns: list[tuple[Tensor, list[Tensor]]] = []
         self._spare = Spare()
 
     def begin(self) -> None:
@@ -95,7 +106,9 @@ class Exchange:
 
     def _post(self, whole: Tensor) -> None:
         slices = self._spare.like(whole).view(self.W, -1)
-        works = all_to_all(slices, whole.view(self.W, -1), self.group, self.tag + 2 * len(self.parcels))
+        works = all_to_all(
+            slices, whole.view(self.W, -1), self.group, self.tag + 2 * len(self.parcels)
+        )
         self.parcels.append(Parcel(whole, slices, slices[:: self.micro_group], works))
 
     def receive(self) -> None:
@@ -135,7 +148,11 @@ class Exchange:
             parcel.works = all_gather(places, self.group, self.tag + 2 * i + 1)
         self._wait()
         for joined, rests in self.returns:
-            for rest, update in zip(rests, joined.split([*map(len, rests), len(joined) - sum(map(len, rests))]), strict=False):
+            for rest, update in zip(
+                rests,
+                joined.split([*map(len, rests), len(joined) - sum(map(len, rests))]),
+                strict=False,
+            ):
                 rest.copy_(update)
 
     def fill(self, value: float) -> None:
@@ -164,7 +181,8 @@ class Pair(Exchange):
 
     def __init__(self, group: "dist.ProcessGroup") -> None:
         super().__init__(group)
-        self.kept: list[tuple[Sequence[Tensor], Sequence[Tensor]]] = []  # own tensors, and where the same coordinates of S lie
+        # own tensors, and where the same coordinates of S lie
+        self.kept: list[tuple[Sequence[Tensor], Sequence[Tensor]]] = []
 
     def begin(self) -> None:
         super().begin()
@@ -203,13 +221,17 @@ def with_sum(own: Sequence[Tensor], total: Sequence[Tensor]) -> Float64[Tensor, 
     if own[0].device.type != "cpu":
         return inner_products([own, total], [(0, 0), (0, 1)]).to(own[0].device)
     found = [quick_products(s, g, CHUNK) for s, g in zip(total, own, strict=True)]
-    return torch.tensor([sum(norm2 for _, norm2 in found), sum(inner for inner, _ in found)], dtype=torch.float64)
+    return torch.tensor(
+        [sum(norm2 for _, norm2 in found), sum(inner for inner, _ in found)], dtype=torch.float64
+    )
 
 
 def all_to_all(slices: Tensor, places: Tensor, group: "dist.ProcessGroup", tag: int) -> list[Any]:
     """Starts: slices[r] <- rank r's places[this rank]. (W, c) each."""
     if not by_hand(group, places):
-        return [dist.all_to_all_single(slices.view(-1), places.view(-1), group=group, async_op=True)]
+        return [
+            dist.all_to_all_single(slices.view(-1), places.view(-1), group=group, async_op=True)
+        ]
     me = dist.get_rank(group)
     works = messages([(slices[r], places[r], r) for r in range(len(places))], group, tag)
     slices[me].copy_(places[me])
@@ -229,10 +251,15 @@ def by_hand(group: "dist.ProcessGroup", tensor: Tensor) -> bool:
     return dist.get_backend(group) == "gloo" and tensor.device.type == "cpu"
 
 
-def messages(pairs: list[tuple[Tensor, Tensor, int]], group: "dist.ProcessGroup", tag: int) -> list[Any]:
+def messages(
+    pairs: list[tuple[Tensor, Tensor, int]], group: "dist.ProcessGroup", tag: int
+) -> list[Any]:
     """Receives the first of each pair from the rank that it names, and sends it the second; the nearest neighbour first."""
     me = dist.get_rank(group)
-    before, after = [pairs[me - d] for d in range(1, len(pairs))], [pairs[(me + d) % len(pairs)] for d in range(1, len(pairs))]
+    before, after = (
+        [pairs[me - d] for d in range(1, len(pairs))],
+        [pairs[(me + d) % len(pairs)] for d in range(1, len(pairs))],
+    )
     receiving = [dist.irecv(into, group=group, group_src=r, tag=tag) for into, _, r in before]
     return receiving + [dist.isend(out, group=group, group_dst=r, tag=tag) for _, out, r in after]
 

@@ -61,7 +61,13 @@ class Replicas:
         shards: the group over which FSDP2 shards the parameters.
     """
 
-    def __init__(self, handle: Handle, exchange: Exchange, params: list[nn.Parameter], shards: dist.ProcessGroup) -> None:
+    def __init__(
+        self,
+        handle: Handle,
+        exchange: Exchange,
+        params: list[nn.Parameter],
+        shards: dist.ProcessGroup,
+    ) -> None:
         self.handle, self.exchange, self.shards = handle, exchange, shards
         self.params = [p for p in params if p.requires_grad]
         self.due = False
@@ -89,7 +95,9 @@ class Replicas:
 
     def _used_somewhere(self) -> list[nn.Parameter]:
         """Parameters that have a gradient on any replica; the others stay without one, and without a step."""
-        used = torch.tensor([p.grad is not None for p in self.params], dtype=torch.uint8).to(self.params[0].device)
+        used = torch.tensor([p.grad is not None for p in self.params], dtype=torch.uint8).to(
+            self.params[0].device
+        )
         dist.all_reduce(used, op=dist.ReduceOp.MAX, group=self.exchange.group)
         return [p for p, flag in zip(self.params, used.tolist(), strict=True) if flag]
 
@@ -102,7 +110,9 @@ class Groups:
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 params = [p.sharded_param for group in groups_of(module) for p in group.fsdp_params]
-                scatter = FilteringReduceScatter(partial(self._settle, params), exchange.group, exchange.micro_group)
+                scatter = FilteringReduceScatter(
+                    partial(self._settle, params), exchange.group, exchange.micro_group
+                )
                 module.set_custom_reduce_scatter(scatter)
                 handle.on_detach(partial(module.set_custom_reduce_scatter, DefaultReduceScatter()))
 
@@ -120,21 +130,36 @@ class Groups:
 
 def groups_of(module: FSDPModule) -> list[Any]:
     state = module._get_fsdp_state()
-    return list(state._fsdp_param_groups) if hasattr(state, "_fsdp_param_groups") else [g for g in [state._fsdp_param_group] if g]
+    return (
+        list(state._fsdp_param_groups)
+        if hasattr(state, "_fsdp_param_groups")
+        else [g for g in [state._fsdp_param_group] if g]
+    )
 
 
 class FilteringReduceScatter(DefaultReduceScatter):
     """In place of the reduce-scatter: the same way in, Gram, decision. The shard of w^T G is where it belongs; no way out."""
 
-    def __init__(self, settle: Callable[[Exchange], None], group: dist.ProcessGroup, micro_group: int) -> None:
+    def __init__(
+        self, settle: Callable[[Exchange], None], group: dist.ProcessGroup, micro_group: int
+    ) -> None:
         super().__init__()
         self.settle, self.exchange = settle, OneWay(group, micro_group)
 
-    def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, op: Any, async_op: bool = False) -> Any:
+    def __call__(
+        self,
+        output_tensor: Tensor,
+        input_tensor: Tensor,
+        group: dist.ProcessGroup,
+        op: Any,
+        async_op: bool = False,
+    ) -> Any:
         if op not in (dist.ReduceOp.AVG, dist.ReduceOp.SUM):
             raise TypeError("attach: FSDP2's gradient divide factor must be the default one; got another. "
                             "Leave set_gradient_divide_factor out: the accepted rows are averaged.")  # fmt: skip
-        self.exchange.load(input_tensor, output_tensor, 1.0 if op == dist.ReduceOp.AVG else float(self.exchange.W))
+        self.exchange.load(
+            input_tensor, output_tensor, 1.0 if op == dist.ReduceOp.AVG else float(self.exchange.W)
+        )
         self.settle(self.exchange)
         return None
 

@@ -63,6 +63,8 @@ def gate(scheduler: LRScheduler, progress: Callable[[], tuple[int, int]]) -> LRS
                         "Call its step() only where `acc.step().stepped`.")  # fmt: skip
     if not isinstance(scheduler, Gated):
         kind = type(scheduler)
-        scheduler.__class__ = type(kind.__name__, (Gated, kind), {"__module__": kind.__module__, "__doc__": kind.__doc__})
+        scheduler.__class__ = type(
+            kind.__name__, (Gated, kind), {"__module__": kind.__module__, "__doc__": kind.__doc__}
+        )
     _gates[scheduler] = Gate(progress)
     return scheduler

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from gaf.shapes import Float, Float64
 
-CHUNK = 2**14  # coordinates in a partial sum on a CPU: few enough for float32's digits, and k rows of them stay in its cache
+# coordinates in a partial sum on a CPU: few enough for float32's digits, and k rows of them stay in its cache
+CHUNK = 2**14
 FAST_CHUNK = 2**18  # the same where a row is seen once, as it arrives
 DEVICE_CHUNK = 2**22  # an accelerator does few large products faster than many small
 SHORT = 2**12  # vectors below this are joined first, to save calls
@@ -49,8 +50,14 @@ def gram(rows: Float[Tensor, "k n"]) -> Float64[Tensor, "k k"]:
 
 def check_rows(rows: Tensor) -> None:
     if not isinstance(rows, Tensor):
-        raise TypeError(f"rows must be a (k, n) tensor, one micro-gradient a row; got {type(rows).__name__}. Use torch.stack on a list.")
-    if rows.ndim != 2 or rows.shape[0] < 1 or rows.dtype not in (*HALF, torch.float32, torch.float64):
+        raise TypeError(
+            f"rows must be a (k, n) tensor, one micro-gradient a row; got {type(rows).__name__}. Use torch.stack on a list."
+        )
+    if (
+        rows.ndim != 2
+        or rows.shape[0] < 1
+        or rows.dtype not in (*HALF, torch.float32, torch.float64)
+    ):
         raise ValueError(
             "rows must be a (k, n) matrix of float16, bfloat16, float32 or float64 with k >= 1, one micro-gradient a row; "
             f"got shape {tuple(rows.shape)} of {rows.dtype}. Stack the flattened micro-gradients."
@@ -61,13 +68,16 @@ def gram_of(rows: Sequence[Row]) -> Float64[Tensor, "k k"]:
     """The Gram matrix of rows that are lists of tensors, one per parameter, in the same order in every row."""
     k = len(rows)
     found = inner_products(rows, [(i, j) for i in range(k) for j in range(i + 1)])
-    i, j = torch.tril_indices(k, k, device=found.device)  # made there: an index from the host would be waited for
+    # made there: an index from the host would be waited for
+    i, j = torch.tril_indices(k, k, device=found.device)
     full = found.new_zeros(k, k)
     full[i, j] = full[j, i] = found
     return full
 
 
-def inner_products(rows: Sequence[Row], pairs: list[tuple[int, int]], wide: bool = False) -> Float64[Tensor, " p"]:
+def inner_products(
+    rows: Sequence[Row], pairs: list[tuple[int, int]], wide: bool = False
+) -> Float64[Tensor, " p"]:
     """<g_i, g_j> for the pairs (i, j) of rows that are wanted.
 
     Args:
@@ -83,12 +93,18 @@ def inner_products(rows: Sequence[Row], pairs: list[tuple[int, int]], wide: bool
 
 def added(partial: list[list[Tensor]]) -> Float64[Tensor, " p"]:
     columns = [torch.stack(column) for column in zip(*partial, strict=True)]
-    return torch.stack([c.sum(dtype=torch.float64) for c in columns]) if columns else torch.zeros(0, dtype=torch.float64)
+    return (
+        torch.stack([c.sum(dtype=torch.float64) for c in columns])
+        if columns
+        else torch.zeros(0, dtype=torch.float64)
+    )
 
 
 def in_range(found: Tensor, pairs: list[tuple[int, int]]) -> bool:
     """Whether the squared norms among the products neither left float32's range nor lost digits at its lower end."""
-    return all(1e-30 < value < 1e38 for value, (i, j) in zip(found.tolist(), pairs, strict=False) if i == j)
+    return all(
+        1e-30 < value < 1e38 for value, (i, j) in zip(found.tolist(), pairs, strict=False) if i == j
+    )
 
 
 def products(vectors: Vectors, pairs: list[tuple[int, int]], wide: bool = False) -> list[Tensor]:
@@ -103,7 +119,11 @@ def products(vectors: Vectors, pairs: list[tuple[int, int]], wide: bool = False)
         held = [v.double() if wide else v.float() if v.dtype in HALF else v for v in vectors]
         product = torch.empty_like(held[0])
         return [torch.mul(held[i], held[j], out=product).sum() for i, j in pairs]
-    block = torch.stack(list(vectors)).to(vectors[0].device if has_float64(vectors[0].device) else "cpu").double()
+    block = (
+        torch.stack(list(vectors))
+        .to(vectors[0].device if has_float64(vectors[0].device) else "cpu")
+        .double()
+    )
     full = block @ block.T
     return [full[i, j] for i, j in pairs]
 
@@ -116,12 +136,23 @@ def quick_gram(rows: Float[Tensor, "k c"]) -> Float64[Tensor, "k k"]:
     """
     if rows.device.type == "cpu" and not full_precision():
         return gram_of([[row] for row in rows])
-    exact = torch.float64 if has_float64(rows.device) and rows.device.type != "cpu" else torch.promote_types(rows.dtype, torch.float32)
-    total = torch.zeros(len(rows), len(rows), dtype=torch.float64, device=rows.device if has_float64(rows.device) else "cpu")
+    exact = (
+        torch.float64
+        if has_float64(rows.device) and rows.device.type != "cpu"
+        else torch.promote_types(rows.dtype, torch.float32)
+    )
+    total = torch.zeros(
+        len(rows),
+        len(rows),
+        dtype=torch.float64,
+        device=rows.device if has_float64(rows.device) else "cpu",
+    )
     for chunk in rows.split(CHUNK if rows.device.type == "cpu" else DEVICE_CHUNK, dim=1):
         block = chunk.to(exact)
         total += (block @ block.T).to(total.device)
-    if rows.device.type == "cpu" and not in_range(total.diagonal(), [(i, i) for i in range(len(rows))]):
+    if rows.device.type == "cpu" and not in_range(
+        total.diagonal(), [(i, i) for i in range(len(rows))]
+    ):
         return gram_of([[row] for row in rows])
     return total
 
@@ -141,7 +172,8 @@ def quick_products(s: Tensor | None, g: Tensor, chunk: int = FAST_CHUNK) -> tupl
     """
     flat = [v.float() if v.dtype in HALF else v for v in flatten([g] if s is None else [s, g])]
     inner, own = dots(flat, chunk)
-    small = s is not None and own < 1e-15 and abs(inner) < 1e-30  # s may be smaller still, and the product too small
+    # s may be smaller still, and the product too small
+    small = s is not None and own < 1e-15 and abs(inner) < 1e-30
     if small or not (1e-30 < own < 1e38 and abs(inner) < 1e38):
         inner, own = dots([v.double() for v in flat], chunk)
     return inner, own
@@ -150,7 +182,9 @@ def quick_products(s: Tensor | None, g: Tensor, chunk: int = FAST_CHUNK) -> tupl
 def dots(vectors: Vectors, chunk: int) -> tuple[float, float]:
     """Of (s, g): <s, g> and |g|^2; of (g,) alone: 0 and |g|^2."""
     g = vectors[-1]
-    cuts = (vectors,) if g.numel() <= chunk else zip(*(v.split(chunk) for v in vectors), strict=True)
+    cuts = (
+        (vectors,) if g.numel() <= chunk else zip(*(v.split(chunk) for v in vectors), strict=True)
+    )
     inner = own = 0.0
     for cut in cuts:
         inner += cut[0].dot(cut[1]).item() if len(cut) == 2 else 0.0
@@ -169,7 +203,9 @@ def slices(rows: Sequence[Row]) -> Iterator[Vectors]:
         if part[0].numel() >= SHORT:
             yield part
             continue
-        if waiting and (waiting[0][0].device != part[0].device or sum(p[0].numel() for p in waiting) >= SHORT):
+        if waiting and (
+            waiting[0][0].device != part[0].device or sum(p[0].numel() for p in waiting) >= SHORT
+        ):
             yield joined(waiting)
             waiting = []
         waiting.append(part)
@@ -188,7 +224,11 @@ def parts(rows: Sequence[Row]) -> Iterator[Vectors]:
         if shown is not None and shown.numel():
             vectors = flatten([torch.zeros_like(shown) if t is None else t for t in column])
             longest = CHUNK if shown.device.type == "cpu" else DEVICE_CHUNK
-            yield from zip(*(v.split(longest) for v in vectors), strict=True) if shown.numel() > longest else (vectors,)
+            yield from (
+                zip(*(v.split(longest) for v in vectors), strict=True)
+                if shown.numel() > longest
+                else (vectors,)
+            )
 
 
 def flatten(tensors: list[Tensor]) -> Vectors:
@@ -199,6 +239,7 @@ def flatten(tensors: list[Tensor]) -> Vectors:
     if all(t.is_contiguous() for t in tensors):
         return [t.view(-1) for t in tensors]
     if all(t.stride() == first.stride() for t in tensors):
-        order = sorted(range(first.ndim), key=first.stride, reverse=True)  # channels_last becomes contiguous
+        # channels_last becomes contiguous
+        order = sorted(range(first.ndim), key=first.stride, reverse=True)
         tensors = [t.permute(order) for t in tensors]
     return [t.reshape(-1) for t in tensors]

@@ -28,7 +28,9 @@ class Handle:
         outcome: the same with its evidence, as plain numbers.
     """
 
-    def __init__(self, optimizers: list[Optimizer], policy: Policy, scaler: GradScaler | None, k: int) -> None:
+    def __init__(
+        self, optimizers: list[Optimizer], policy: Policy, scaler: GradScaler | None, k: int
+    ) -> None:
         self.policy = own(policy)
         self.scaler = scaler if scaler is not None and scaler.is_enabled() else None
         self.last: Decision | None = None
@@ -37,11 +39,13 @@ class Handle:
         self._telemetry = Telemetry()
         self._rejected, self._absent = [0] * k, [0] * k
         self._scale = 1.0  # what the scaler multiplied the rows by
-        self._progress = (0, 0)  # steps decided and steps taken since attach; unlike stats, not restored
+        # steps decided and steps taken since attach; unlike stats, not restored
+        self._progress = (0, 0)
         self._moves = True  # whether any group of the step under way is stepped on
         self._still: set[Tensor] = set()  # what the next optimizer step must leave alone
         self._synced = False  # whether p.grad holds an update rather than this rank's own gradient
-        self._stale: Tensor | None = None  # whether an update was still there when a backward pass began
+        # whether an update was still there when a backward pass began
+        self._stale: Tensor | None = None
         self._undo: list[Callable[[], None]] = []
         for optimizer in optimizers:
             self._undo.append(optimizer.register_step_pre_hook(self._before_step).remove)
@@ -66,12 +70,20 @@ class Handle:
         Args:
             b: samples per row. With 1, `noise_scale` counts micro-batches.
         """
-        return self._telemetry.stats(b) | {"rejected_per_row": list(self._rejected), "absent_per_row": list(self._absent)}
+        return self._telemetry.stats(b) | {
+            "rejected_per_row": list(self._rejected),
+            "absent_per_row": list(self._absent),
+        }
 
     def state_dict(self) -> dict[str, Any]:
         """Counts, averages and the policy's own state; no process group in it. The same on every rank."""
         policy = self.policy.state_dict() if hasattr(self.policy, "state_dict") else {}
-        return {"telemetry": self._telemetry.state_dict(), "policy": policy, "rejected": list(self._rejected), "absent": list(self._absent)}
+        return {
+            "telemetry": self._telemetry.state_dict(),
+            "policy": policy,
+            "rejected": list(self._rejected),
+            "absent": list(self._absent),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes back what `state_dict` gave, also on another number of ranks; the counts per row then start anew."""
@@ -102,7 +114,9 @@ class Handle:
         """A new step's first decision is due."""
         self._still, self._moves = set(), False
 
-    def settle(self, exchange: Exchange, params: Sequence[Tensor], over: "Sequence[dist.ProcessGroup]") -> None:
+    def settle(
+        self, exchange: Exchange, params: Sequence[Tensor], over: "Sequence[dist.ProcessGroup]"
+    ) -> None:
         """Pieces on their way in -> Gram -> decision -> update on its way out.
 
         Args:
@@ -125,7 +139,8 @@ class Handle:
         Raises:
             RuntimeError: on all ranks, where one of them began its backward pass on top of the last update.
         """
-        factor = None if self.scaler is None else self.scaler._scale  # still None before the first scaled loss
+        # still None before the first scaled loss
+        factor = None if self.scaler is None else self.scaler._scale
         scale = partial.new_ones(1) if factor is None else factor.to(partial).reshape(1)
         stale = partial.new_zeros(1) if self._stale is None else self._stale.to(partial).reshape(1)
         known, ranks = torch.cat([partial.reshape(-1), scale, stale]), 1
@@ -147,12 +162,17 @@ class Handle:
         decision = skipped(decision) if overflow else decision
         outcome = Outcome.fetch(decision, evidence)
         self._record(decision, outcome, params)
-        return (outcome.weights, 0.0) if outcome.stepped else (None, float("inf") if overflow else 0.0)
+        return (
+            (outcome.weights, 0.0) if outcome.stepped else (None, float("inf") if overflow else 0.0)
+        )
 
     def averaged(self, params: Sequence[Tensor]) -> None:
         """A step whose average an all-reduce has made already: Mean and its kin."""
         assert isinstance(self.policy, Mean)
-        ones, unknown = torch.ones(self._k, dtype=torch.bool), torch.full((self._k,), torch.nan, dtype=torch.float64)
+        ones, unknown = (
+            torch.ones(self._k, dtype=torch.bool),
+            torch.full((self._k,), torch.nan, dtype=torch.float64),
+        )
         decision = self.policy.conclude(ones, unknown)
         outcome = Outcome.fetch(decision, Evidence(unknown, unknown[0], unknown[0]))
         self._record(decision, outcome.unmeasured(), params)
@@ -163,7 +183,9 @@ class Handle:
         if not outcome.stepped:
             self._still.update(params)
         self._telemetry.record(outcome, self.policy, scale=self._scale)
-        for i, (accepted, distance) in enumerate(zip(outcome.accepted, outcome.distances, strict=False)):
+        for i, (accepted, distance) in enumerate(
+            zip(outcome.accepted, outcome.distances, strict=False)
+        ):
             self._absent[i] += distance != distance
             self._rejected[i] += distance == distance and not accepted
 
@@ -173,7 +195,9 @@ class Handle:
 
     # ------------------------------------------------------------------------------------------ hooks
 
-    def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _before_step(
+        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         """A skip: without gradients every dense optimizer leaves its parameters and its state alone."""
         closure = kwargs.get("closure") or next((a for a in args[1:] if callable(a)), None)
         if closure is None:

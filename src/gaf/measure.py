@@ -20,7 +20,9 @@ def layer_grams(model: nn.Module, losses: Losses, slices: int) -> dict[str, Tens
     """K (r, r) of each module's own parameters, by its name, with NaN for a row that is not finite. See `gaf.probe`."""
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     if not named:
-        raise ValueError("probe: the model must have parameters that require a gradient; it has none. Unfreeze what is to be trained.")
+        raise ValueError(
+            "probe: the model must have parameters that require a gradient; it has none. Unfreeze what is to be trained."
+        )
     layers: dict[str, Tensor] = {}
     for part in cut(named, slices):
         for (name, _), found in zip(part, grams(model, losses, part), strict=True):
@@ -36,7 +38,9 @@ def grams(model: nn.Module, losses: Losses, part: Named) -> list[Float64[Tensor,
     finite = torch.ones(len(losses), dtype=torch.bool)
     with untouched(model):
         for i, loss in enumerate(losses):
-            for row, gradient in zip(held, torch.autograd.grad(loss(), params, allow_unused=True), strict=True):
+            for row, gradient in zip(
+                held, torch.autograd.grad(loss(), params, allow_unused=True), strict=True
+            ):
                 if gradient is not None:
                     row[i] = gradient.to_dense().reshape(-1)
                     finite[i] &= bool(row[i].isfinite().all())
@@ -64,7 +68,12 @@ def cut(named: Named, slices: int) -> list[Named]:
 def untouched(model: nn.Module) -> Iterator[None]:
     """Puts back, however it ends: buffers, modes, and torch's random state on the CPU and the model's devices."""
     modules = list(model.modules())
-    buffers = [(m, name, t, t.detach().clone()) for m in modules for name, t in m._buffers.items() if t is not None]
+    buffers = [
+        (m, name, t, t.detach().clone())
+        for m in modules
+        for name, t in m._buffers.items()
+        if t is not None
+    ]
     modes = [m.training for m in modules]
     cuda = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     try:
@@ -105,7 +114,13 @@ def same_size(micro_batches: Sequence[Any]) -> int:
 
 
 def samples_in(micro_batch: Any) -> int:
-    parts = micro_batch.values() if isinstance(micro_batch, Mapping) else micro_batch if isinstance(micro_batch, list | tuple) else ()
+    parts = (
+        micro_batch.values()
+        if isinstance(micro_batch, Mapping)
+        else micro_batch
+        if isinstance(micro_batch, list | tuple)
+        else ()
+    )
     first = next((part for part in parts if isinstance(part, Tensor) and part.ndim), None)
     if first is None or (not isinstance(micro_batch, Mapping) and len(parts) != 2):
         raise TypeError("probe: a micro-batch must be a pair (x, y) or a mapping, with a tensor of b samples in it; got "
@@ -117,7 +132,9 @@ def check_model(model: nn.Module) -> None:
     if isinstance(model, DistributedDataParallel):
         raise TypeError("probe: model must be the module itself; got DistributedDataParallel, which averages gradients over ranks. "
                         "Give ddp.module, and micro-batches of one rank.")  # fmt: skip
-    sharded = next((name for name, p in model.named_parameters() if hasattr(p, "device_mesh")), None)
+    sharded = next(
+        (name for name, p in model.named_parameters() if hasattr(p, "device_mesh")), None
+    )
     if sharded is not None:
         raise TypeError(f"probe: parameters must be whole; {sharded!r} is a DTensor (FSDP2 or tensor parallel). "
                         "Probe the model before it is sharded, or its checkpoint on one device.")  # fmt: skip

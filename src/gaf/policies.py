@@ -75,16 +75,26 @@ class GAF(Sequential):
     def __post_init__(self) -> None:
         if self.tau == "auto":
             object.__setattr__(self, "tau", automatic())
-        if not isinstance(self.tau, Threshold) and (not isinstance(self.tau, numbers.Real) or not 0 <= self.tau <= 2):
+        if not isinstance(self.tau, Threshold) and (
+            not isinstance(self.tau, numbers.Real) or not 0 <= self.tau <= 2
+        ):
             raise ValueError(f"GAF: tau is a cosine distance and must lie in [0, 2], or be a threshold object or 'auto'; got {self.tau!r}. "
                              "The paper uses 0.97; 2 accepts everything.")  # fmt: skip
         check_choice("start", self.start, ("first", "best", "worst"))
         check_choice("average", self.average, ("mean", "halving"))
-        if not isinstance(self.min_accepted, int) or isinstance(self.min_accepted, bool) or self.min_accepted < 1:
-            raise ValueError(f"GAF: min_accepted must be a whole number of at least 1; got {self.min_accepted}. The paper uses 2.")
+        if (
+            not isinstance(self.min_accepted, int)
+            or isinstance(self.min_accepted, bool)
+            or self.min_accepted < 1
+        ):
+            raise ValueError(
+                f"GAF: min_accepted must be a whole number of at least 1; got {self.min_accepted}. The paper uses 2."
+            )
         ratio = self.max_norm_ratio
         if ratio is not None and (not isinstance(ratio, numbers.Real) or not ratio >= 1):
-            raise ValueError(f"GAF: max_norm_ratio must be None or a number of at least 1; got {ratio!r}. 10 lets ordinary rows pass.")
+            raise ValueError(
+                f"GAF: max_norm_ratio must be None or a number of at least 1; got {ratio!r}. 10 lets ordinary rows pass."
+            )
         check_choice("scope", self.scope, ("all", "group", "layer"))
         if self.scope != "all" and isinstance(self.tau, Threshold):
             raise ValueError(f"GAF: with scope {self.scope!r} tau must be a number, for a threshold object follows one decision per step; "
@@ -98,10 +108,22 @@ class GAF(Sequential):
     def tau_on(self, device: torch.device) -> Float64[Tensor, ""]:
         """The largest distance that the step at hand accepts, () on the device."""
         tau = self.tau.on(device) if isinstance(self.tau, Threshold) else cast(float, self.tau)
-        return tau if isinstance(tau, Tensor) else torch.full((), tau, dtype=torch.float64, device=device)
+        return (
+            tau
+            if isinstance(tau, Tensor)
+            else torch.full((), tau, dtype=torch.float64, device=device)
+        )
 
-    def visit(self, count: Tensor, inner: Tensor, norm2: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
-        return visit(count, inner, norm2, own, self.tau.on(inner.device) if isinstance(self.tau, Threshold) else cast(float, self.tau))
+    def visit(
+        self, count: Tensor, inner: Tensor, norm2: Tensor, own: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        return visit(
+            count,
+            inner,
+            norm2,
+            own,
+            self.tau.on(inner.device) if isinstance(self.tau, Threshold) else cast(float, self.tau),
+        )
 
     def learn(self, seen: Seen) -> None:
         if isinstance(self.tau, Threshold):
@@ -120,7 +142,9 @@ class GAF(Sequential):
             self.tau.load_state_dict(state["tau"])
 
     def conclude(self, accepted: Bool[Tensor, " k"], distances: Float64[Tensor, " k"]) -> Decision:
-        return self._decision(accepted, distances, torch.arange(len(accepted), device=accepted.device))
+        return self._decision(
+            accepted, distances, torch.arange(len(accepted), device=accepted.device)
+        )
 
     def __call__(self, gram: Float64[Tensor, "k k"]) -> Decision:
         if self.max_norm_ratio is not None:
@@ -131,22 +155,36 @@ class GAF(Sequential):
         row = torch.arange(k, device=gram.device)
         orders = (row[:, None] + row) % k  # start s visits s, s + 1, ... around the ring
         accepted, distances, signals = walk(self, gram, orders)
-        chosen = self._choose(gram, accepted)[None]  # an index of its own dimension: a scalar one would be fetched
-        self.learn(Seen(accepted[chosen][0], distances[chosen][0], gram.diagonal(), signals[chosen][0], gram))
+        # an index of its own dimension: a scalar one would be fetched
+        chosen = self._choose(gram, accepted)[None]
+        self.learn(
+            Seen(
+                accepted[chosen][0], distances[chosen][0], gram.diagonal(), signals[chosen][0], gram
+            )
+        )
         return self._decision(accepted[chosen][0], distances[chosen][0], orders[chosen][0])
 
     def _least(self, k: int) -> int:
         return 1 if k == 1 else self.min_accepted
 
-    def _decision(self, accepted: Bool[Tensor, " k"], distances: Float64[Tensor, " k"], order: Int[Tensor, " k"]) -> Decision:
+    def _decision(
+        self,
+        accepted: Bool[Tensor, " k"],
+        distances: Float64[Tensor, " k"],
+        order: Int[Tensor, " k"],
+    ) -> Decision:
         stepped = accepted.sum() >= self._least(len(accepted))
         accepted = accepted & stepped
         visited = accepted[order]
         weights = torch.zeros_like(distances)
-        weights[order] = mean_weights(visited) if self.average == "mean" else halving_weights(visited)
+        weights[order] = (
+            mean_weights(visited) if self.average == "mean" else halving_weights(visited)
+        )
         return Decision(weights, accepted, stepped, distances)
 
-    def _choose(self, gram: Float64[Tensor, "k k"], accepted: Bool[Tensor, "s k"]) -> Int[Tensor, ""]:
+    def _choose(
+        self, gram: Float64[Tensor, "k k"], accepted: Bool[Tensor, "s k"]
+    ) -> Int[Tensor, ""]:
         """The start that start="best" or "worst" asks for."""
         count, cosine = accepted.sum(1).double(), mean_pairwise_cosine(gram, accepted)
         least = 1 if self.start == "best" else self._least(len(gram))
@@ -179,10 +217,16 @@ def without_giants(gram: Float64[Tensor, "k k"], ratio: float) -> Float64[Tensor
     return torch.where(giant | giant[:, None], 0.0, gram)
 
 
-def mean_pairwise_cosine(gram: Float64[Tensor, "k k"], accepted: Bool[Tensor, "s k"]) -> Float64[Tensor, " s"]:
+def mean_pairwise_cosine(
+    gram: Float64[Tensor, "k k"], accepted: Bool[Tensor, "s k"]
+) -> Float64[Tensor, " s"]:
     """Per start, the mean cosine over pairs i < j of accepted rows; equal sets give equal bits. 0 where there is no pair."""
     norm = gram.diagonal().sqrt()
-    cosines = torch.where(present(gram.diagonal()) & present(gram.diagonal())[:, None], gram / norm / norm[:, None], 0.0)
+    cosines = torch.where(
+        present(gram.diagonal()) & present(gram.diagonal())[:, None],
+        gram / norm / norm[:, None],
+        0.0,
+    )
     total, taken = gram.new_zeros(len(accepted)), accepted.double()
     for j in range(1, len(gram)):
         total = total + taken[:, j] * (taken[:, :j] * cosines[:j, j]).sum(1)
@@ -213,7 +257,9 @@ class Mean(Sequential):
 
     adds_absent = True
 
-    def visit(self, count: Tensor, inner: Tensor, norm2: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
+    def visit(
+        self, count: Tensor, inner: Tensor, norm2: Tensor, own: Tensor
+    ) -> tuple[Tensor, Tensor]:
         return visit(count, inner, norm2, own, tau=2.0)
 
     def conclude(self, accepted: Bool[Tensor, " k"], distances: Float64[Tensor, " k"]) -> Decision:
@@ -269,9 +315,16 @@ class RandomSkip(Mean):
 def skipped(decision: Decision) -> Decision:
     """The same evidence, no step."""
     d = decision
-    return Decision(torch.zeros_like(d.weights), torch.zeros_like(d.accepted), torch.zeros_like(d.stepped), d.distances)
+    return Decision(
+        torch.zeros_like(d.weights),
+        torch.zeros_like(d.accepted),
+        torch.zeros_like(d.stepped),
+        d.distances,
+    )
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise ValueError(f"GAF: {name} must be one of {', '.join(map(repr, choices))}; got {value!r}.")
+        raise ValueError(
+            f"GAF: {name} must be one of {', '.join(map(repr, choices))}; got {value!r}."
+        )

@@ -6,6 +6,7 @@ model, micro-batches -> rows, a slice of the coordinates at a time -> K per laye
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -100,7 +101,10 @@ class Probe:
         left = len(self) // m
         check_enough(left, self.k, f"merged({m}): {len(self)} rows merged {m} at a time must leave")
         average = torch.eye(left, dtype=torch.float64).repeat_interleave(m, 1) / m
-        smaller = {name: average @ gram[: left * m, : left * m] @ average.T for name, gram in self.layers.items()}
+        smaller = {
+            name: average @ gram[: left * m, : left * m] @ average.T
+            for name, gram in self.layers.items()
+        }
         gram = average @ self.gram[: left * m, : left * m] @ average.T
         return Probe(self.b * m, self.k, gram, smaller, self.absent)
 
@@ -128,10 +132,17 @@ class Probe:
                 )
         check_merging(m, "recommend")
         noise = self.noise
-        floor, wanted = noise_floor(chance, noise.dimension), tau_for(share, self.k, noise.rho / m, noise.dimension)
+        floor, wanted = (
+            noise_floor(chance, noise.dimension),
+            tau_for(share, self.k, noise.rho / m, noise.dimension),
+        )
         tau = min(floor, wanted)
         predicted = self.predicted(tau, m)
-        scale = "no common direction can be made out" if math.isinf(noise.scale) else f"B = {number(noise.scale)} samples"
+        scale = (
+            "no common direction can be made out"
+            if math.isinf(noise.scale)
+            else f"B = {number(noise.scale)} samples"
+        )
         by_floor = (
             f"Above tau = {tau:.3f} agreement means little: pure noise, whose cosines scatter by {noise.dimension**-0.5:.3f} here "
             f"(d_eff = {number(noise.dimension)}), would pass in more than {100 * chance:g}% of the comparisons. At that tau "
@@ -147,18 +158,26 @@ class Probe:
 
     def __str__(self) -> str:
         advice = self.recommend()
-        return "\n".join(f"{name:32} {value}" for name, value in (*facts(self), *facts_of(advice))) + f"\n{advice.reason}"
+        return (
+            "\n".join(f"{name:32} {value}" for name, value in (*facts(self), *facts_of(advice)))
+            + f"\n{advice.reason}"
+        )
 
 
 def facts(probe: Probe) -> list[tuple[str, str]]:
     """What was measured, in words."""
     noise, distances = probe.noise, probe.distances()
-    low, middle, high = distances.quantile(torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)).tolist()
+    low, middle, high = distances.quantile(
+        torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
+    ).tolist()
     gone = f", {probe.absent} absent (zero, NaN or infinite)" if probe.absent else ""
     return [
         ("micro-gradients", f"{len(probe)} of b = {probe.b} samples{gone}"),
         ("cosine distance of two", f"{middle:.3f} (10% to 90%: {low:.3f} to {high:.3f})"),
-        ("gradient noise scale B", f"{number(noise.scale)} samples (95%: {number(noise.low)} to {number(noise.high)})"),
+        (
+            "gradient noise scale B",
+            f"{number(noise.scale)} samples (95%: {number(noise.low)} to {number(noise.high)})",
+        ),
         ("effective dimension d_eff", number(noise.dimension)),
     ]
 
@@ -166,7 +185,11 @@ def facts(probe: Probe) -> list[tuple[str, str]]:
 def facts_of(advice: Recommendation) -> list[tuple[str, str]]:
     shares = f"{100 * advice.predicted:.1f}% predicted, {100 * advice.measured.rows:.1f}% measured on other micro-gradients"
     steps = f"{100 * advice.measured.steps:.1f}% measured"
-    return [("recommended tau", f"{advice.tau:.3f}"), ("accepted there, of those compared", shares), ("steps taken there", steps)]
+    return [
+        ("recommended tau", f"{advice.tau:.3f}"),
+        ("accepted there, of those compared", shares),
+        ("steps taken there", steps),
+    ]
 
 
 def number(value: float) -> str:
@@ -182,10 +205,14 @@ def acceptance(gram: Float64[Tensor, "r r"], k: int, tau: float, draws: int = DR
     inner, norm2, count = pairs[:, 0], own[:, 0], torch.ones(draws, dtype=torch.int64)
     for i in range(1, k):
         joins, _ = visit(count, inner[:, i], norm2, own[:, i], tau)
-        norm2 = torch.where(joins, norm2_after(norm2, inner[:, i], own[:, i], torch.ones_like(norm2)), norm2)
+        norm2 = torch.where(
+            joins, norm2_after(norm2, inner[:, i], own[:, i], torch.ones_like(norm2)), norm2
+        )
         inner = torch.where(joins[:, None], inner + pairs[:, i], inner)
         count = count + joins
-    return Acceptance(float((count - 1).double().mean() / (k - 1)), float((count >= 2).double().mean()))
+    return Acceptance(
+        float((count - 1).double().mean() / (k - 1)), float((count >= 2).double().mean())
+    )
 
 
 def probe(
@@ -234,11 +261,14 @@ def probe(
     check_model(model)
     for name, value, least in (("k", k, 2), ("rows", rows, 2 * k), ("slices", slices, 1)):
         if not isinstance(value, int) or value < least:
-            raise ValueError(f"probe: {name} must be a whole number of at least {least}; got {value!r}.")
+            raise ValueError(
+                f"probe: {name} must be a whole number of at least {least}; got {value!r}."
+            )
     with untouched(model):
         taken = list(islice(micro_batches, rows))
     size = same_size(taken) if b is None else b
-    return of_losses(model, [lambda taken=one: loss_on(model, loss_fn, taken) for one in taken], size, k, slices)  # type: ignore[misc]
+    losses = [partial(loss_on, model, loss_fn, one) for one in taken]
+    return of_losses(model, losses, size, k, slices)
 
 
 def of_losses(model: nn.Module, losses: Losses, b: int, k: int, slices: int = 1) -> Probe:
@@ -248,13 +278,25 @@ def of_losses(model: nn.Module, losses: Losses, b: int, k: int, slices: int = 1)
     gram = torch.stack(list(layers.values())).sum(0)
     sound = present(gram.diagonal())
     absent = int((~sound).sum())
-    check_enough(len(gram) - absent, k, f"probe: {absent} of {len(gram)} micro-gradients are absent (zero, NaN or infinite); there must be")
-    return Probe(b, k, gram[sound][:, sound], {name: found[sound][:, sound] for name, found in layers.items()}, absent)
+    check_enough(
+        len(gram) - absent,
+        k,
+        f"probe: {absent} of {len(gram)} micro-gradients are absent (zero, NaN or infinite); there must be",
+    )
+    return Probe(
+        b,
+        k,
+        gram[sound][:, sound],
+        {name: found[sound][:, sound] for name, found in layers.items()},
+        absent,
+    )
 
 
 def check_merging(m: int, call: str) -> None:
     if not isinstance(m, int) or m < 1:
-        raise ValueError(f"{call}: m must be a whole number of at least 1; got {m!r}. It counts the rows that are merged into one.")
+        raise ValueError(
+            f"{call}: m must be a whole number of at least 1; got {m!r}. It counts the rows that are merged into one."
+        )
 
 
 def check_enough(seen: int, k: int, subject: str) -> None:

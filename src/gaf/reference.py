@@ -17,7 +17,11 @@ def reference(
             accepted.append(sound)
             total = g if sound else None
             continue
-        cosine = torch.dot(total, g) / (total.norm() * g.norm()) if total.norm() > 0 else torch.tensor(0.0)
+        cosine = (
+            torch.dot(total, g) / (total.norm() * g.norm())
+            if total.norm() > 0
+            else torch.tensor(0.0)
+        )
         accepted.append(sound and bool((1 - cosine).clamp(0, 2) <= tau + 1e-12))
         if accepted[-1]:
             total = (total + g) / 2 if average == "halving" else total + g

@@ -15,7 +15,9 @@ from gaf.shapes import Float64
 from gaf.sums import Buffers, SumOnCpu, SumOnDevice, norm2_of_rest, voting
 
 
-def rows_for(policy: Policy, voters: Sequence[bool], spare: Buffers, device: torch.device) -> "Streamed | Stacked":
+def rows_for(
+    policy: Policy, voters: Sequence[bool], spare: Buffers, device: torch.device
+) -> "Streamed | Stacked":
     """The holder that a policy needs.
 
     Args:
@@ -29,14 +31,24 @@ def rows_for(policy: Policy, voters: Sequence[bool], spare: Buffers, device: tor
     return Streamed(policy, SumOnCpu(voters, spare))
 
 
-def rows_on_device(policy: Policy, voters: Sequence[bool], device: torch.device) -> "Streamed | Stacked":
+def rows_on_device(
+    policy: Policy, voters: Sequence[bool], device: torch.device
+) -> "Streamed | Stacked":
     """The holder that a policy needs and that never asks the host, on any device."""
-    return Streamed(policy, SumOnDevice(voters, policy.average == "halving", device)) if streams(policy) else Stacked(policy, voters)
+    return (
+        Streamed(policy, SumOnDevice(voters, policy.average == "halving", device))
+        if streams(policy)
+        else Stacked(policy, voters)
+    )
 
 
 def streams(policy: Policy) -> TypeGuard[Sequential]:
     """Whether the policy decides on rows that are added up as they come."""
-    return isinstance(policy, Sequential) and policy.streams and type(policy).__call__ in (Sequential.__call__, GAF.__call__)
+    return (
+        isinstance(policy, Sequential)
+        and policy.streams
+        and type(policy).__call__ in (Sequential.__call__, GAF.__call__)
+    )
 
 
 class Streamed:
@@ -49,14 +61,16 @@ class Streamed:
 
     def __init__(self, policy: Sequential, sum: SumOnCpu | SumOnDevice) -> None:
         self.policy, self.sum = policy, sum
-        self.got: list[bool] = [False] * len(sum.voters)  # the current row's parameters that have a gradient
+        # the current row's parameters that have a gradient
+        self.got: list[bool] = [False] * len(sum.voters)
         self.holds: list[list[bool]] = []  # the same of each row
         self.count = torch.zeros((), dtype=torch.int64, device=sum.device)
         self.norm2 = torch.zeros((), dtype=torch.float64, device=sum.device)  # |s|^2
         self.accepted: list[Tensor] = []
         self.distances: list[Tensor] = []
         self.norms2: list[Tensor] = []
-        self.signals: list[Tensor] = []  # <s, g_i> / c, an estimate of |g|^2 for each row but the start
+        # <s, g_i> / c, an estimate of |g|^2 for each row but the start
+        self.signals: list[Tensor] = []
 
     def __len__(self) -> int:
         return len(self.holds)
@@ -93,7 +107,11 @@ class Streamed:
 
     def decide(self) -> tuple[Decision, Evidence]:
         accepted, distances = torch.stack(self.accepted), torch.stack(self.distances)
-        norms2, signals, tau = torch.stack(self.norms2), torch.stack(self.signals), tau_of(self.policy, self.norm2)
+        norms2, signals, tau = (
+            torch.stack(self.norms2),
+            torch.stack(self.signals),
+            tau_of(self.policy, self.norm2),
+        )
         decision = self.policy.conclude(accepted, distances)
         self.policy.learn(Seen(accepted, distances, norms2, signals, gram=None))
         return decision, Evidence(norms2, signals.nanmean(), tau)
@@ -104,7 +122,10 @@ class Streamed:
         if self.policy.average == "mean" and {w for w in weights if w} != {max(weights)}:
             raise ValueError(f"policy {self.policy!r}: a policy whose rows stream must weigh them alike; got weights {weights}. "
                              "Override __call__, not conclude: then the rows are kept.")  # fmt: skip
-        total = [s if any(column) else None for s, column in zip(self.sum.total, zip(*used, strict=True), strict=True)]
+        total = [
+            s if any(column) else None
+            for s, column in zip(self.sum.total, zip(*used, strict=True), strict=True)
+        ]
         if self.policy.average == "mean":
             torch._foreach_mul_([t for t in total if t is not None], max(weights))
         return total
@@ -156,7 +177,10 @@ class Stacked:
 
     def combined(self, weights: Float64[Tensor, " k"]) -> list[Tensor]:
         """w^T G for weights that stay on the device, where every row has a gradient for every parameter; of no meaning after a skip."""
-        return [chosen([g for g in column if g is not None], weights) for column in zip(*self.rows, strict=True)]
+        return [
+            chosen([g for g in column if g is not None], weights)
+            for column in zip(*self.rows, strict=True)
+        ]
 
 
 class Layered:
@@ -167,17 +191,27 @@ class Layered:
         holders: for each layer, of its rows.
     """
 
-    def __init__(self, layers: Sequence[Sequence[int]], holders: Sequence[Streamed | Stacked]) -> None:
+    def __init__(
+        self, layers: Sequence[Sequence[int]], holders: Sequence[Streamed | Stacked]
+    ) -> None:
         self.layers, self.holders = layers, holders
         self.decisions: list[Decision] = []
-        self._place = {j: (holder, i) for indices, holder in zip(layers, holders, strict=True) for i, j in enumerate(indices)}
+        self._place = {
+            j: (holder, i)
+            for indices, holder in zip(layers, holders, strict=True)
+            for i, j in enumerate(indices)
+        }
 
     def __len__(self) -> int:
         return len(self.holders[0])
 
     def _whole(self, parts: Sequence[Sequence[Any]]) -> list[Any]:
         """The layers' lists as one, in the order of the parameters."""
-        found = {j: one for indices, part in zip(self.layers, parts, strict=True) for j, one in zip(indices, part, strict=True)}
+        found = {
+            j: one
+            for indices, part in zip(self.layers, parts, strict=True)
+            for j, one in zip(indices, part, strict=True)
+        }
         return [found[j] for j in range(len(found))]
 
     @property
@@ -209,25 +243,40 @@ class Layered:
     def update(self, weights: list[float]) -> Buffers:
         """w^T G with each layer's own weights; None for the parameters of a layer that does not step."""
         own = torch.stack([decision.weights for decision in self.decisions]).tolist()
-        return self._whole([h.update(w) if any(w) else [None] * len(i) for h, w, i in zip(self.holders, own, self.layers, strict=True)])
+        return self._whole(
+            [
+                h.update(w) if any(w) else [None] * len(i)
+                for h, w, i in zip(self.holders, own, self.layers, strict=True)
+            ]
+        )
 
 
-def together(decisions: Sequence[Decision], evidence: Sequence[Evidence]) -> tuple[Decision, Evidence]:
+def together(
+    decisions: Sequence[Decision], evidence: Sequence[Evidence]
+) -> tuple[Decision, Evidence]:
     """Of the parts of one gradient: stepped, and a row accepted, where any part says so; weights and distances are means over parts."""
     accepted = torch.stack([d.accepted for d in decisions]).any(0)
     stepped = torch.stack([d.stepped for d in decisions]).any()
     weights = torch.stack([d.weights for d in decisions]).mean(0)
-    decision = Decision(weights, accepted, stepped, torch.stack([d.distances for d in decisions]).nanmean(0))
+    decision = Decision(
+        weights, accepted, stepped, torch.stack([d.distances for d in decisions]).nanmean(0)
+    )
     norms2 = torch.stack([e.norms2 for e in evidence]).sum(0)
-    return decision, Evidence(norms2, torch.stack([e.signal for e in evidence]).nansum(), evidence[0].tau)
+    return decision, Evidence(
+        norms2, torch.stack([e.signal for e in evidence]).nansum(), evidence[0].tau
+    )
 
 
 def judged(policy: Policy, gram: Float64[Tensor, "k k"]) -> tuple[Decision, Evidence]:
     """What the policy says of a Gram matrix, and what else the matrix tells."""
     tau = tau_of(policy, gram)
     decision = policy(gram)
-    if not isinstance(decision, Decision) or not all(isinstance(part, Tensor) for part in vars(decision).values()):
-        raise TypeError(f"policy {policy!r}: it must return a gaf.Decision of tensors; got {decision!r}. Use torch.tensor(...) for each.")
+    if not isinstance(decision, Decision) or not all(
+        isinstance(part, Tensor) for part in vars(decision).values()
+    ):
+        raise TypeError(
+            f"policy {policy!r}: it must return a gaf.Decision of tensors; got {decision!r}. Use torch.tensor(...) for each."
+        )
     if decision.weights.shape != (len(gram),):
         raise ValueError(f"policy {policy!r}: a Decision must have one weight for each of the {len(gram)} rows; "
                          f"got shape {tuple(decision.weights.shape)}.")  # fmt: skip
@@ -238,7 +287,11 @@ def judged(policy: Policy, gram: Float64[Tensor, "k k"]) -> tuple[Decision, Evid
 
 def tau_of(policy: Policy, like: Tensor) -> Float64[Tensor, ""]:
     """The policy's threshold for the rows at hand, on the device of `like`; NaN where it has none."""
-    return policy.tau_on(like.device) if isinstance(policy, GAF) else torch.full((), torch.nan, dtype=torch.float64, device=like.device)
+    return (
+        policy.tau_on(like.device)
+        if isinstance(policy, GAF)
+        else torch.full((), torch.nan, dtype=torch.float64, device=like.device)
+    )
 
 
 def weighted(terms: list[tuple[Tensor | None, float]]) -> Tensor | None:

@@ -14,7 +14,8 @@ from torch import Tensor
 from gaf.decision import Decision
 from gaf.shapes import Bool, Float64, Int
 
-TIE = 1e-12  # a distance equal to tau is accepted; rounding in float64 must not turn such a tie into a rejection
+# a distance equal to tau is accepted; rounding in float64 must not turn such a tie into a rejection
+TIE = 1e-12
 
 
 def visit(
@@ -74,11 +75,16 @@ class Sequential:
     """A policy that visits the rows in order, each against the running sum of those accepted before it."""
 
     average: Literal["mean", "halving"] = "mean"
-    streams = True  # the rows may be added up as they come: nothing is decided later that needs them apart
+    # the rows may be added up as they come: nothing is decided later that needs them apart
+    streams = True
     adds_absent = False  # whether an absent row is added all the same, so that its NaN goes through
 
     def visit(
-        self, count: Int[Tensor, "*s"], inner: Float64[Tensor, "*s"], norm2: Float64[Tensor, "*s"], own: Float64[Tensor, "*s"]
+        self,
+        count: Int[Tensor, "*s"],
+        inner: Float64[Tensor, "*s"],
+        norm2: Float64[Tensor, "*s"],
+        own: Float64[Tensor, "*s"],
     ) -> tuple[Bool[Tensor, "*s"], Float64[Tensor, "*s"]]:
         """Whether a row joins the running sum, and its distance to it; see `gaf.sequential.visit`."""
         raise NotImplementedError
@@ -98,7 +104,9 @@ class Sequential:
     def __call__(self, gram: Float64[Tensor, "k k"]) -> Decision:
         """Decides from the Gram matrix, (k, k) float64; a diagonal entry of zero, NaN or infinity marks an absent row."""
         k = len(gram)
-        accepted, distances, signals = walk(self, gram, torch.arange(k, device=gram.device).expand(1, k))
+        accepted, distances, signals = walk(
+            self, gram, torch.arange(k, device=gram.device).expand(1, k)
+        )
         decision = self.conclude(accepted[0], distances[0])
         self.learn(Seen(accepted[0], distances[0], gram.diagonal(), signals[0], gram))
         return decision
@@ -124,7 +132,9 @@ def walk(
         inner_row, shrink = inner.gather(1, here)[:, 0], policy.shrink(count)
         joins, distance = policy.visit(count, inner_row, norm2, norms2[row])
         signals.scatter_(1, here, signal(policy, count, inner_row, norms2[row])[:, None])
-        norm2 = torch.where(joins, norm2_after(norm2, inner_row, gram.diagonal()[row], shrink), norm2)
+        norm2 = torch.where(
+            joins, norm2_after(norm2, inner_row, gram.diagonal()[row], shrink), norm2
+        )
         inner = torch.where(joins[:, None], (inner + gram[row]) * shrink[:, None], inner)
         count = count + joins
         accepted.scatter_(1, here, joins[:, None])
@@ -132,14 +142,22 @@ def walk(
     return accepted, distances, signals
 
 
-def signal(policy: Sequential, count: Int[Tensor, "*s"], inner: Float64[Tensor, "*s"], own: Float64[Tensor, "*s"]) -> Float64[Tensor, "*s"]:
+def signal(
+    policy: Sequential,
+    count: Int[Tensor, "*s"],
+    inner: Float64[Tensor, "*s"],
+    own: Float64[Tensor, "*s"],
+) -> Float64[Tensor, "*s"]:
     """<s, g> over the number of rows that s adds up, an estimate of |g|^2; NaN where nothing was compared."""
     terms = count if policy.average == "mean" else count.clamp_max(1)
     return torch.where(present(own) & (count > 0), inner / terms, math.nan)
 
 
 def norm2_after(
-    norm2: Float64[Tensor, "*s"], inner: Float64[Tensor, "*s"], own: Float64[Tensor, "*s"], shrink: Float64[Tensor, "*s"]
+    norm2: Float64[Tensor, "*s"],
+    inner: Float64[Tensor, "*s"],
+    own: Float64[Tensor, "*s"],
+    shrink: Float64[Tensor, "*s"],
 ) -> Float64[Tensor, "*s"]:
     """|shrink (s + g)|^2 from |s|^2, <s, g> and |g|^2."""
     return (norm2 + 2 * inner + own).clamp_min(0) * shrink**2

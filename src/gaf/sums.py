@@ -39,13 +39,18 @@ class SumOnCpu:
             inner, own = quick_products(total, grad)
             self.inner, self.own = self.inner + inner, self.own + own
         else:
-            self.own += 0.0 * quick_products(None, grad)[1]  # NaN where it is not finite: the row counts as absent
+            # NaN where it is not finite: the row counts as absent
+            self.own += 0.0 * quick_products(None, grad)[1]
         self.candidate[j] = wide(grad) if total is None else self._with(total, grad, j)
 
     def _with(self, total: Tensor, grad: Tensor, j: int) -> Tensor:
         """s + g, in the spare buffer where there is one that fits."""
         spare, self.spare[j] = self.spare[j], None
-        return torch.add(total, grad, out=spare) if spare is not None and alike(spare, total) else torch.add(total, grad)
+        return (
+            torch.add(total, grad, out=spare)
+            if spare is not None and alike(spare, total)
+            else torch.add(total, grad)
+        )
 
     def measure(self) -> tuple[Float64[Tensor, ""], Float64[Tensor, ""]]:
         """<s, g> and |g|^2 of the row that was taken."""
@@ -68,7 +73,9 @@ class SumOnCpu:
 
     def drop(self) -> None:
         """Forgets the row."""
-        self.spare = [s if c is None else c for s, c in zip(self.spare, self.candidate, strict=True)]
+        self.spare = [
+            s if c is None else c for s, c in zip(self.spare, self.candidate, strict=True)
+        ]
         self.candidate = [None] * len(self.voters)
         self.inner = self.own = 0.0
 
@@ -94,7 +101,8 @@ class SumOnDevice:
     def __init__(self, voters: Sequence[bool], halving: bool, device: torch.device) -> None:
         self.voters, self.halving = voters, halving
         self.device = device if has_float64(device) else torch.device("cpu")
-        self.spare: Buffers = [None] * len(voters)  # the device's own allocator keeps memory at hand
+        # the device's own allocator keeps memory at hand
+        self.spare: Buffers = [None] * len(voters)
         self.total: Buffers = [None] * len(voters)
         self.row: Buffers = [None] * len(voters)
 
@@ -102,15 +110,22 @@ class SumOnDevice:
         self.row[j] = grad
 
     def measure(self) -> tuple[Float64[Tensor, ""], Float64[Tensor, ""]]:
-        found = inner_products([voting(self.total, self.voters), voting(self.row, self.voters)], PAIR).to(self.device)
+        found = inner_products(
+            [voting(self.total, self.voters), voting(self.row, self.voters)], PAIR
+        ).to(self.device)
         return found[0], found[1] + norm2_of_rest(self.row, self.voters)
 
     def absorb(self, joins: Bool[Tensor, ""], shrink: Float64[Tensor, ""]) -> None:
         row = [None if g is None else g.masked_fill_(~joins.to(g.device), 0) for g in self.row]
-        pairs = [(s, g) for s, g in zip(self.total, row, strict=True) if s is not None and g is not None]
+        pairs = [
+            (s, g) for s, g in zip(self.total, row, strict=True) if s is not None and g is not None
+        ]
         if pairs:
             torch._foreach_add_([s for s, _ in pairs], [g for _, g in pairs])
-        self.total = [wide(g) if s is None and g is not None else s for s, g in zip(self.total, row, strict=True)]
+        self.total = [
+            wide(g) if s is None and g is not None else s
+            for s, g in zip(self.total, row, strict=True)
+        ]
         if self.halving:
             for total in self.total:
                 if total is not None:

@@ -65,7 +65,15 @@ class Outcome:
 
 def packed(decision: Decision, evidence: Evidence) -> Tensor:
     """All of both in one vector (4 k + 3,) float64, where they lie."""
-    parts = (decision.accepted, decision.distances, decision.weights, evidence.norms2, decision.stepped, evidence.signal, evidence.tau)
+    parts = (
+        decision.accepted,
+        decision.distances,
+        decision.weights,
+        evidence.norms2,
+        decision.stepped,
+        evidence.signal,
+        evidence.tau,
+    )
     return torch.cat([p.reshape(-1).to(evidence.norms2) for p in parts])
 
 
@@ -93,7 +101,9 @@ class Recent:
             distance_sum=sum(outcome.compared),
             distance_min=min(outcome.compared, default=math.nan),
             dispersion=spread / mean if norms else math.nan,
-            norm2=sum(n * n for n in norms) / len(norms) if math.isfinite(outcome.signal) else math.nan,
+            norm2=sum(n * n for n in norms) / len(norms)
+            if math.isfinite(outcome.signal)
+            else math.nan,
             signal=outcome.signal / scale**2,
             tau=outcome.tau,
         )
@@ -103,17 +113,25 @@ class Telemetry:
     """Counts since the start, averages over the last 100 steps."""
 
     def __init__(self) -> None:
-        self.totals = dict.fromkeys(("steps", "stepped", "micro_gradients", "accepted", "rejected", "absent"), 0)
+        self.totals = dict.fromkeys(
+            ("steps", "stepped", "micro_gradients", "accepted", "rejected", "absent"), 0
+        )
         self.recent: deque[Recent] = deque(maxlen=WINDOW)
-        self.none_for = self.all_for = 0  # steps in a row with none, and with all, of the compared rows accepted
+        # steps in a row with none, and with all, of the compared rows accepted
+        self.none_for = self.all_for = 0
         self.warned: set[str] = set()
 
     def record(self, outcome: Outcome, policy: Any, scale: float = 1.0) -> None:
         """Adds one step. policy: what decided, for the warnings. scale: what a GradScaler multiplied the rows by."""
         k, accepted, absent = len(outcome.accepted), sum(outcome.accepted), outcome.absent
-        rejected = sum(not a and not math.isnan(d) for a, d in zip(outcome.accepted, outcome.distances, strict=False))
+        rejected = sum(
+            not a and not math.isnan(d)
+            for a, d in zip(outcome.accepted, outcome.distances, strict=False)
+        )
         moved = {"steps": 1, "stepped": outcome.stepped, "micro_gradients": k}
-        for key, value in (moved | {"accepted": accepted, "rejected": rejected, "absent": absent}).items():
+        for key, value in (
+            moved | {"accepted": accepted, "rejected": rejected, "absent": absent}
+        ).items():
             self.totals[key] += int(value)
         self.recent.append(Recent.of(outcome, scale))
         if not math.isnan(outcome.tau):
@@ -121,7 +139,10 @@ class Telemetry:
 
     def _warn(self, outcome: Outcome, step: Recent, policy: Any) -> None:
         if len(outcome.accepted) == 1 and outcome.stepped:
-            self._warn_once("one", "One micro-gradient has nothing to agree with: it was stepped on as in plain training.")
+            self._warn_once(
+                "one",
+                "One micro-gradient has nothing to agree with: it was stepped on as in plain training.",
+            )
         if len(self.recent) == WINDOW and all(math.isnan(r.dispersion) for r in self.recent):
             self._warn_once("absent", f"Every micro-gradient was zero, NaN or infinite in {WINDOW} steps, and nothing moved: has the loss "
                 "become NaN, or does it not depend on the parameters?")  # fmt: skip
@@ -131,7 +152,11 @@ class Telemetry:
         self.all_for = self.all_for + 1 if step.accepted == step.compared else 0
         seen = [r for r in self.recent if r.compared]
         if self.none_for >= WINDOW:
-            self._warn_once("none", f"No micro-gradient was accepted in {WINDOW} steps: " + remedy(policy, outcome, seen))
+            self._warn_once(
+                "none",
+                f"No micro-gradient was accepted in {WINDOW} steps: "
+                + remedy(policy, outcome, seen),
+            )
         tau = policy.tau if isinstance(getattr(policy, "tau", None), Real) else 2
         if self.all_for >= WINDOW and tau < 2:
             mean = total(r.distance_sum for r in seen) / total(r.compared for r in seen)
@@ -150,16 +175,29 @@ class Telemetry:
         noise = max(norm2 - signal, 0.0)
         return self.totals | {
             "acceptance": ratio(sum(r.accepted for r in recent), sum(r.compared for r in recent)),
-            "distance_mean": ratio(total(r.distance_sum for r in recent), total(r.compared for r in recent)),
+            "distance_mean": ratio(
+                total(r.distance_sum for r in recent), total(r.compared for r in recent)
+            ),
             "distance_min": min((r.distance_min for r in recent if r.compared), default=math.nan),
-            "norm_dispersion": ratio(total(r.dispersion for r in recent), sum(math.isfinite(r.dispersion) for r in recent)),
+            "norm_dispersion": ratio(
+                total(r.dispersion for r in recent),
+                sum(math.isfinite(r.dispersion) for r in recent),
+            ),
             "tau": recent[-1].tau if recent else math.nan,
-            "noise_scale": math.nan if not any(r.compared for r in recent) else b * noise / signal if signal > 0 else math.inf,
+            "noise_scale": math.nan
+            if not any(r.compared for r in recent)
+            else b * noise / signal
+            if signal > 0
+            else math.inf,
         }
 
     def state_dict(self) -> dict[str, Any]:
         # rows without names: torch.distributed.checkpoint takes dictionaries in a list apart, and then misses them in a new run
-        lately = {"recent": [list(astuple(r)) for r in self.recent], "none_for": self.none_for, "all_for": self.all_for}
+        lately = {
+            "recent": [list(astuple(r)) for r in self.recent],
+            "none_for": self.none_for,
+            "all_for": self.all_for,
+        }
         return {"totals": dict(self.totals), "warned": sorted(self.warned)} | lately
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -176,7 +214,11 @@ def remedy(policy: Any, outcome: Outcome, seen: list[Recent]) -> str:
         return (f"min_accepted = {policy.min_accepted} of {k} is more than ever agreed. Lower min_accepted; acc.stats() shows the "
                 "distances.")  # fmt: skip
     fixed = isinstance(getattr(policy, "tau", None), Real)
-    way = f"tau = {policy.tau} does not fit" if fixed else f"{getattr(policy, 'tau', policy)} came to {outcome.tau:.3f} and does not fit"
+    way = (
+        f"tau = {policy.tau} does not fit"
+        if fixed
+        else f"{getattr(policy, 'tau', policy)} came to {outcome.tau:.3f} and does not fit"
+    )
     change = "raise tau above that" if fixed else "choose one that accepts more"
     return (f"{way} this task. The smallest distance seen was {least:.3f}: {change}, or use larger micro-batches. "
             "tau does not transfer between tasks; acc.stats() shows the distances.")  # fmt: skip
@@ -184,7 +226,11 @@ def remedy(policy: Any, outcome: Outcome, seen: list[Recent]) -> str:
 
 def frames_inside() -> int:
     """Calls between here and the first line outside this package and torch: the user's, which a warning is to name."""
-    here, frame, count = (str(Path(__file__).parent), str(Path(torch.__file__).parent)), sys._getframe(1), 1
+    here, frame, count = (
+        (str(Path(__file__).parent), str(Path(torch.__file__).parent)),
+        sys._getframe(1),
+        1,
+    )
     while frame.f_back is not None and frame.f_code.co_filename.startswith(here):
         frame, count = frame.f_back, count + 1
     return count - 1

@@ -39,7 +39,8 @@ class Threshold:
     A kind gives its first state, tau as a function of the state, and the state after a step.
     """
 
-    needs_gram: ClassVar[bool] = False  # whether it learns from the rows' Gram matrix, so that they cannot stream by
+    # whether it learns from the rows' Gram matrix, so that they cannot stream by
+    needs_gram: ClassVar[bool] = False
     _state: Tensor | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -76,7 +77,10 @@ class Threshold:
         return self._state
 
     def state_dict(self) -> dict[str, Any]:
-        return {"kind": type(self).__name__, "state": None if self._state is None else self._state.tolist()}
+        return {
+            "kind": type(self).__name__,
+            "state": None if self._state is None else self._state.tolist(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes back what `state_dict` gave.
@@ -87,7 +91,9 @@ class Threshold:
         if state["kind"] != type(self).__name__:
             raise ValueError(f"{type(self).__name__}: the state must be of the same kind of threshold; it is of {state['kind']}. "
                              "Build the policy as it was when it was saved.")  # fmt: skip
-        learned = torch.tensor(self.first() if state["state"] is None else state["state"], dtype=torch.float64)
+        learned = torch.tensor(
+            self.first() if state["state"] is None else state["state"], dtype=torch.float64
+        )
         if self._state is None:
             self._state = learned
         else:
@@ -164,13 +170,18 @@ class NoiseFloorTau(Threshold):
     needs_gram: ClassVar[bool] = True
 
     def first(self) -> list[float]:
-        return [0.0] * 5  # weight of the steps, tr(Sigma) / b, tr(Sigma^2) / b^2 from quadruples; K_12 and its square
+        # weight of the steps, tr(Sigma) / b, tr(Sigma^2) / b^2 from quadruples; K_12 and its square
+        return [0.0] * 5
 
     def rule(self, state: Float64[Tensor, " m"]) -> Float64[Tensor, ""]:
         steps, trace, quadruples, inner, square = state
-        square_trace = torch.where(quadruples != 0, quadruples / steps, square / steps - (inner / steps) ** 2)
+        square_trace = torch.where(
+            quadruples != 0, quadruples / steps, square / steps - (inner / steps) ** 2
+        )
         floor = (square_trace.clamp_min(0).sqrt() / (trace / steps)).clamp(0, 1)  # 1 / sqrt(d_eff)
-        return torch.where((steps > 0) & (trace > 0) & (square_trace > 0), 1 - self.z * floor, self.initial)
+        return torch.where(
+            (steps > 0) & (trace > 0) & (square_trace > 0), 1 - self.z * floor, self.initial
+        )
 
     def after(self, state: Float64[Tensor, " m"], seen: Seen) -> Float64[Tensor, " m"]:
         assert seen.gram is not None
@@ -178,8 +189,12 @@ class NoiseFloorTau(Threshold):
         inner = (K.sum() - K.diagonal().sum()) / max(k * (k - 1), 1)
         first = K[0, min(1, k - 1)]
         quadruples = noise_squared(K) if k >= 4 else torch.zeros_like(inner)
-        known = torch.stack([torch.ones_like(inner), K.diagonal().mean() - inner, quadruples, first, first**2])
-        return faded(state, torch.where(present(seen.norms2).all() & (k > 1), known, math.nan), self.window)
+        known = torch.stack(
+            [torch.ones_like(inner), K.diagonal().mean() - inner, quadruples, first, first**2]
+        )
+        return faded(
+            state, torch.where(present(seen.norms2).all() & (k > 1), known, math.nan), self.window
+        )
 
 
 @dataclass(eq=False)
@@ -219,7 +234,9 @@ class QuantileTau(Threshold):
         compared = seen.signals.isfinite()
         share = (seen.accepted & compared).sum() / compared.sum()
         tau = (tau + self.rate * (p - share)).clamp(0, self.cap)
-        return torch.stack([tau, p * (1.0 if self.half_life is None else 0.5 ** (1 / self.half_life))])
+        return torch.stack(
+            [tau, p * (1.0 if self.half_life is None else 0.5 ** (1 / self.half_life))]
+        )
 
 
 @dataclass(eq=False)
@@ -248,7 +265,9 @@ class MovingAverageTau(Threshold):
 
     def rule(self, state: Float64[Tensor, " m"]) -> Float64[Tensor, ""]:
         steps, distance = state
-        return torch.where(steps > 0, distance / steps - self.margin, self.initial).clamp_max(self.cap)
+        return torch.where(steps > 0, distance / steps - self.margin, self.initial).clamp_max(
+            self.cap
+        )
 
     def after(self, state: Float64[Tensor, " m"], seen: Seen) -> Float64[Tensor, " m"]:
         distance = torch.where(seen.signals.isfinite(), seen.distances, math.nan).nanmean()
@@ -294,7 +313,14 @@ class ScheduleTau(Threshold):
 
 def check(threshold: Threshold, name: str, value: Any) -> None:
     low, high = RANGES[name]
-    if not isinstance(value, int | float) or isinstance(value, bool) or not low <= value <= high or value == math.inf:
+    if (
+        not isinstance(value, int | float)
+        or isinstance(value, bool)
+        or not low <= value <= high
+        or value == math.inf
+    ):
         least = "above 0" if low == ABOVE_0 else f"of at least {low:g}"
         most = f" and at most {high:g}" if high < math.inf else ""
-        raise ValueError(f"{type(threshold).__name__}: {name} must be a number {least}{most}; got {value!r}. Leave it out for the default.")
+        raise ValueError(
+            f"{type(threshold).__name__}: {name} must be a number {least}{most}; got {value!r}. Leave it out for the default."
+        )

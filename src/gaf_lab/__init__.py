@@ -8,6 +8,9 @@ def main() -> int:
     try:
         from gaf_lab.cli import main as run
     except ModuleNotFoundError as missing:
-        print(f"gaf: the command needs the lab's packages; {missing.name} is not installed. pip install 'gaf[lab]'", file=sys.stderr)
+        print(
+            f"gaf: the command needs the lab's packages; {missing.name} is not installed. pip install 'gaf[lab]'",
+            file=sys.stderr,
+        )
         return 2
     return run()

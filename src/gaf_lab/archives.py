@@ -61,7 +61,11 @@ _TORONTO = "https://www.cs.toronto.edu/~kriz"
 _FASHION = "https://github.com/zalandoresearch/fashion-mnist/raw/master/data/fashion"
 
 CIFAR10 = Archive(
-    Source("cifar-10-python.tar.gz", f"{_TORONTO}/cifar-10-python.tar.gz", "c58f30108f718f92721af3b95e74349a"),
+    Source(
+        "cifar-10-python.tar.gz",
+        f"{_TORONTO}/cifar-10-python.tar.gz",
+        "c58f30108f718f92721af3b95e74349a",
+    ),
     "cifar-10-batches-py",
     {
         "data_batch_1": "c99cafc152244af753f735de768cd75f",
@@ -74,7 +78,11 @@ CIFAR10 = Archive(
     },
 )
 CIFAR100 = Archive(
-    Source("cifar-100-python.tar.gz", f"{_TORONTO}/cifar-100-python.tar.gz", "eb9058c3a382ffc7106e4002c42a8d85"),
+    Source(
+        "cifar-100-python.tar.gz",
+        f"{_TORONTO}/cifar-100-python.tar.gz",
+        "eb9058c3a382ffc7106e4002c42a8d85",
+    ),
     "cifar-100-python",
     {
         "train": "16019d7e3df5f24257cddd939b257f8d",
@@ -90,10 +98,26 @@ HUMAN = Source(
 FASHION = {  # each with the md5 of the unpacked content
     Source(f"{name}.gz", f"{_FASHION}/{name}.gz", packed): unpacked
     for name, packed, unpacked in [
-        ("train-images-idx3-ubyte", "8d4fb7e6c68d591d4c3dfef9ec88bf0d", "f4a8712d7a061bf5bd6d2ca38dc4d50a"),
-        ("train-labels-idx1-ubyte", "25c81989df183df01b3e8a0aad5dffbe", "9018921c3c673c538a1fc5bad174d6f9"),
-        ("t10k-images-idx3-ubyte", "bef4ecab320f06d8554ea6380940ec79", "8181f5470baa50b63fa0f6fddb340f0a"),
-        ("t10k-labels-idx1-ubyte", "bb300cfdad3c16e7a12a480ee83cd310", "15d484375f8d13e6eb1aabb0c3f46965"),
+        (
+            "train-images-idx3-ubyte",
+            "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
+            "f4a8712d7a061bf5bd6d2ca38dc4d50a",
+        ),
+        (
+            "train-labels-idx1-ubyte",
+            "25c81989df183df01b3e8a0aad5dffbe",
+            "9018921c3c673c538a1fc5bad174d6f9",
+        ),
+        (
+            "t10k-images-idx3-ubyte",
+            "bef4ecab320f06d8554ea6380940ec79",
+            "8181f5470baa50b63fa0f6fddb340f0a",
+        ),
+        (
+            "t10k-labels-idx1-ubyte",
+            "bb300cfdad3c16e7a12a480ee83cd310",
+            "15d484375f8d13e6eb1aabb0c3f46965",
+        ),
     ]
 }
 
@@ -128,8 +152,14 @@ def locate(source: Source, folder: Path | None, *beside: Path) -> Path:
 
 def check_folder(folder: Path | None) -> None:
     if folder is not None and not folder.is_dir():
-        seen = "it is a file. Give the folder it lies in" if folder.is_file() else "it does not exist. Give the folder that holds the data"
-        raise DataError(f"data folder {folder}: must be a folder; {seen}, or leave out --data to download.")
+        seen = (
+            "it is a file. Give the folder it lies in"
+            if folder.is_file()
+            else "it does not exist. Give the folder that holds the data"
+        )
+        raise DataError(
+            f"data folder {folder}: must be a folder; {seen}, or leave out --data to download."
+        )
 
 
 def _remedy(source: Source, folder: Path) -> str:
@@ -152,7 +182,11 @@ def read_archive(archive: Archive, folder: Path | None) -> dict[str, bytes]:
     """
     check_folder(folder)
     place = folder or cache()
-    unpacked = [root for root in (place / archive.folder, place) if all((root / name).is_file() for name in archive.md5)]
+    unpacked = [
+        root
+        for root in (place / archive.folder, place)
+        if all((root / name).is_file() for name in archive.md5)
+    ]
     if unpacked:
         where, contents = unpacked[0], {name: read_file(unpacked[0] / name) for name in archive.md5}
     elif folder is None or (folder / archive.source.file).is_file():
@@ -196,16 +230,22 @@ def read_file(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise DataError(f"{path}: must be readable; it is not ({error.strerror}). Check its permissions.") from None
+        raise DataError(
+            f"{path}: must be readable; it is not ({error.strerror}). Check its permissions."
+        ) from None
 
 
 def verify(content: bytes, md5: str, what: str, source: Source) -> None:
     seen = hashlib.md5(content, usedforsecurity=False).hexdigest()
     if seen != md5:
-        raise DataError(f"{what}: its md5 must be {md5}; got {seen}. The file was changed or damaged: get it again from {source.url}.")
+        raise DataError(
+            f"{what}: its md5 must be {md5}; got {seen}. The file was changed or damaged: get it again from {source.url}."
+        )
 
 
-def read_idx(source: Source, md5: str, folder: Path | None, *beside: Path) -> np.ndarray[Any, np.dtype[np.uint8]]:
+def read_idx(
+    source: Source, md5: str, folder: Path | None, *beside: Path
+) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """An array of bytes from an IDX file in a `.gz`: images (N, H, W) or labels (N,).
 
     Args:
@@ -221,9 +261,12 @@ def read_idx(source: Source, md5: str, folder: Path | None, *beside: Path) -> np
     try:
         content = gzip.decompress(read_file(path))
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise DataError(f"{path}: must be a whole .gz file; it is cut off or damaged ({error}). {_remedy(source, path.parent)}") from None
+        raise DataError(
+            f"{path}: must be a whole .gz file; it is cut off or damaged ({error}). {_remedy(source, path.parent)}"
+        ) from None
     verify(content, md5, str(path), source)
-    rank = content[3]  # two zero bytes, 8 for unsigned bytes, the rank, then the shape as 32-bit integers
+    # two zero bytes, 8 for unsigned bytes, the rank, then the shape as 32-bit integers
+    rank = content[3]
     shape = np.frombuffer(content, ">u4", rank, offset=4)
     return np.frombuffer(content, np.uint8, offset=4 + 4 * rank).reshape(shape.tolist()).copy()
 
@@ -258,7 +301,9 @@ class _Array:
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         _, shape, kind, fortran, raw = state
         content = raw.encode("latin-1") if isinstance(raw, str) else raw
-        self.value = np.frombuffer(content, kind.dtype).reshape(shape, order="F" if fortran else "C").copy()
+        self.value = (
+            np.frombuffer(content, kind.dtype).reshape(shape, order="F" if fortran else "C").copy()
+        )
 
 
 def _reconstruct(*_: object) -> _Array:
@@ -304,7 +349,9 @@ def unpickle(content: bytes, source: str) -> dict[str, Any]:
         raise DataError(f"{source}: must be a pickle of numpy arrays and lists alone; it asks for {error}. It was refused "
                         "before anything was called. Do not use this file; get it from its publisher.") from None  # fmt: skip
     except Exception as error:  # a broken pickle can raise nearly anything
-        raise DataError(f"{source}: must be a whole pickle; it is cut off or damaged ({error!r}). Get it again.") from None
+        raise DataError(
+            f"{source}: must be a whole pickle; it is cut off or damaged ({error!r}). Get it again."
+        ) from None
     return _dict(value, source)
 
 
@@ -315,7 +362,9 @@ def load_pt(path: Path) -> dict[str, Any]:
         DataError: where the file asks for anything else, is broken, or does not hold a dict.
     """
     try:
-        with torch.serialization.safe_globals([(value, ".".join(name)) for name, value in ALLOWED.items()]):
+        with torch.serialization.safe_globals(
+            [(value, ".".join(name)) for name, value in ALLOWED.items()]
+        ):
             value = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, _Refused) as error:
         found = re.search(r"GLOBAL ([\w.]+)|(an array of .*)", str(error))
@@ -323,19 +372,25 @@ def load_pt(path: Path) -> dict[str, Any]:
         raise DataError(f"{path}: must hold numpy arrays, tensors and lists alone; {seen}. It was refused "
                         "before anything was called. Do not use this file; get it from its publisher.") from None  # fmt: skip
     except Exception as error:  # a broken file can raise nearly anything
-        raise DataError(f"{path}: must be a whole .pt file; it is cut off or damaged ({type(error).__name__}). Get it again.") from None
+        raise DataError(
+            f"{path}: must be a whole .pt file; it is cut off or damaged ({type(error).__name__}). Get it again."
+        ) from None
     return _dict(value, str(path))
 
 
 def _dict(value: object, source: str) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise DataError(f"{source}: must hold a dict; got {type(value).__name__}. Is it the file of another data set?")
+        raise DataError(
+            f"{source}: must hold a dict; got {type(value).__name__}. Is it the file of another data set?"
+        )
     return {key: item.value if isinstance(item, _Array) else item for key, item in value.items()}
 
 
 def entry(values: dict[str, Any], key: str, source: str) -> Any:
     if key not in values:
-        raise DataError(f"{source}: must hold {key!r}; got {sorted(map(str, values))}. Is it the file of another data set?")
+        raise DataError(
+            f"{source}: must hold {key!r}; got {sorted(map(str, values))}. Is it the file of another data set?"
+        )
     return values[key]
 
 
@@ -353,9 +408,15 @@ def fetch(source: Source) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         with _alone(folder / f"{source.file}.lock"):
             downloader = Resumable(folder / f"{source.file}.part")
-            return Path(pooch.retrieve(source.url, f"md5:{source.md5}", source.file, folder, downloader=downloader))
+            return Path(
+                pooch.retrieve(
+                    source.url, f"md5:{source.md5}", source.file, folder, downloader=downloader
+                )
+            )
     except (OSError, ValueError) as error:  # requests' errors are OSErrors; ValueError: the md5
-        raise DataError(f"{source.file}: must be downloaded, and could not be ({error}). {_remedy(source, folder)}") from None
+        raise DataError(
+            f"{source.file}: must be downloaded, and could not be ({error}). {_remedy(source, folder)}"
+        ) from None
 
 
 @contextmanager
@@ -408,7 +469,8 @@ class Resumable:
                 self.part.unlink()  # it is as long as the file, or longer: of no use, start again
                 raise requests.ConnectionError(f"{url} has no more than {have} bytes")
             response.raise_for_status()
-            start = have if response.status_code == requests.codes.partial_content else 0  # 200: the server sends all of it
+            # 200: the server sends all of it
+            start = have if response.status_code == requests.codes.partial_content else 0
             self._receive(response, start)
 
     def _receive(self, response: requests.Response, start: int) -> None:
@@ -420,9 +482,16 @@ class Resumable:
                 file.write(chunk)
                 bar.advance(task, len(chunk))
         if total is not None and self._have() < total:
-            raise requests.ConnectionError(f"the connection ended after {self._have()} of {total} bytes")
+            raise requests.ConnectionError(
+                f"the connection ended after {self._have()} of {total} bytes"
+            )
 
 
 def progress() -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+    )
     return Progress(*columns, console=Console(stderr=True))

@@ -60,7 +60,10 @@ class Tally:
     def add(self, indices: Sequence[Tensor], outcome: gaf.Outcome) -> None:
         """One step; indices: of the k micro-batches, which samples each holds, (b,)."""
         self.distances.record(indices, outcome)
-        self.bits.add(indices, judged([float(d > outcome.tau + TIE) for d in outcome.distances], outcome.distances))
+        self.bits.add(
+            indices,
+            judged([float(d > outcome.tau + TIE) for d in outcome.distances], outcome.distances),
+        )
 
     @property
     def appearances(self) -> Tensor:
@@ -91,9 +94,14 @@ class Audited:
     def line(self) -> dict[str, Any]:
         config, flips = self.problem.config, int(self.flipped.sum())
         known = 0 < flips < len(self.flipped)
-        auroc = {way: float(roc_auc_score(self.flipped, value)) if known else None for way, value in self.ways.items()}
+        auroc = {
+            way: float(roc_auc_score(self.flipped, value)) if known else None
+            for way, value in self.ways.items()
+        }
         top = {
-            way: float(self.flipped[value.argsort(descending=True)[:flips]].double().mean()) if known else None
+            way: float(self.flipped[value.argsort(descending=True)[:flips]].double().mean())
+            if known
+            else None
             for way, value in self.ways.items()
         }
         sizes = {
@@ -105,10 +113,18 @@ class Audited:
             "k": config.k,
         }
         found = {"samples": len(self.flipped), "flipped": flips, "auroc": auroc, "precision": top}
-        return {"kind": "audit", **sizes, **found, "selected": self.selected, "steps_taken": self.taken}
+        return {
+            "kind": "audit",
+            **sizes,
+            **found,
+            "selected": self.selected,
+            "steps_taken": self.taken,
+        }
 
 
-def audit(config: TrainConfig, data_folder: Path | None, progress: Callable[[str, int, int], None]) -> Audited:
+def audit(
+    config: TrainConfig, data_folder: Path | None, progress: Callable[[str, int, int], None]
+) -> Audited:
     """Trains the config, and plain averaging beside it, on the same micro-batches.
 
     Args:
@@ -127,8 +143,19 @@ def audit(config: TrainConfig, data_folder: Path | None, progress: Callable[[str
     plainly = Training(dataclasses.replace(config, policy="mean", engine="plain"), data_folder)
     others, _, _ = followed(plainly, None, lambda *at: progress("averaging", *at))
     best = max(range(len(selected)), key=lambda i: selected[i])
-    ways = {"score": tally.score(), "rejection": tally.rejection(), "loss": torch.stack(losses).mean(0), "loss_selected": losses[best]}
-    return Audited(training.problem, ways | {"loss_averaging": torch.stack(others).mean(0)}, tally.appearances, selected[best], taken)
+    ways = {
+        "score": tally.score(),
+        "rejection": tally.rejection(),
+        "loss": torch.stack(losses).mean(0),
+        "loss_selected": losses[best],
+    }
+    return Audited(
+        training.problem,
+        ways | {"loss_averaging": torch.stack(others).mean(0)},
+        tally.appearances,
+        selected[best],
+        taken,
+    )
 
 
 def check(config: TrainConfig) -> None:
@@ -136,12 +163,16 @@ def check(config: TrainConfig) -> None:
         raise ConfigError("policy must be 'gaf' with scope 'all' and start 'first' for an audit, for it looks at distances to the running "
                           f"sum; got {config.policy!r}, {config.scope!r} and {config.start!r}. Leave them at their defaults.")  # fmt: skip
     if config.k < 2:
-        raise ConfigError(f"k must be at least 2 for an audit; got {config.k}. One micro-gradient has nothing to agree with.")
+        raise ConfigError(
+            f"k must be at least 2 for an audit; got {config.k}. One micro-gradient has nothing to agree with."
+        )
     if config.dataset == "imagenet":
         raise ConfigError("dataset must be in memory for an audit; got 'imagenet'. Use another.")
 
 
-def followed(training: Training, tally: Tally | None, progress: Callable[[int, int], None]) -> tuple[list[Tensor], list[float], float]:
+def followed(
+    training: Training, tally: Tally | None, progress: Callable[[int, int], None]
+) -> tuple[list[Tensor], list[float], float]:
     """Trains to the end. Losses (n,) and held-out accuracy at every evaluation; the share of steps that were taken."""
     problem, losses, accuracies, taken = training.problem, [], [], 0
     while training.step < problem.steps:
@@ -161,7 +192,13 @@ def followed(training: Training, tally: Tally | None, progress: Callable[[int, i
 def sample_losses(training: Training) -> Tensor:
     """Cross-entropy of every training sample with its observed label, (n,), in evaluation mode."""
     train = training.problem.train
-    return cross_entropy(logits(training.model, training.problem, train), train.observed, reduction="none").double().cpu()
+    return (
+        cross_entropy(
+            logits(training.model, training.problem, train), train.observed, reduction="none"
+        )
+        .double()
+        .cpu()
+    )
 
 
 # --- showing ------------------------------------------------------------------------------------------------------
@@ -174,11 +211,29 @@ def write_samples(found: Audited, path: Path) -> None:
     train = found.problem.train
     with path.open("w", newline="") as file:
         out = csv.writer(file)
-        out.writerow(["rank", "index", "observed", "clean", "flipped", "appearances", "score", "rejection", "loss"])
+        out.writerow(
+            [
+                "rank",
+                "index",
+                "observed",
+                "clean",
+                "flipped",
+                "appearances",
+                "score",
+                "rejection",
+                "loss",
+            ]
+        )
         for rank, i in enumerate(order, 1):
-            labels = [int(train.observed[i]), int(train.clean[i]), int(found.flipped[i]) if known else ""]
+            labels = [
+                int(train.observed[i]),
+                int(train.clean[i]),
+                int(found.flipped[i]) if known else "",
+            ]
             values = [f"{float(found.ways[way][i]):.6g}" for way in ("score", "rejection", "loss")]
-            out.writerow([rank, int(found.problem.origin[i]), *labels, int(found.appearances[i]), *values])
+            out.writerow(
+                [rank, int(found.problem.origin[i]), *labels, int(found.appearances[i]), *values]
+            )
 
 
 def table(lines: Sequence[dict[str, Any]]) -> Table:
@@ -186,7 +241,9 @@ def table(lines: Sequence[dict[str, Any]]) -> Table:
     for column in ("way", "AUROC", "precision", "n"):
         result.add_column(column, justify="left" if column == "way" else "right")
     for way, name in WAYS.items():
-        result.add_row(name, spelled(lines, "auroc", way), spelled(lines, "precision", way), str(len(lines)))
+        result.add_row(
+            name, spelled(lines, "auroc", way), spelled(lines, "precision", way), str(len(lines))
+        )
     return result
 
 
@@ -195,7 +252,11 @@ def spelled(lines: Sequence[dict[str, Any]], measure: str, way: str) -> str:
     if not values:
         return "unknown"
     mean = sum(values) / len(values)
-    deviation = math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1)) if len(values) > 1 else None
+    deviation = (
+        math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1))
+        if len(values) > 1
+        else None
+    )
     return f"{mean:.3f}" + ("" if deviation is None else f" ± {deviation:.3f}")
 
 
@@ -222,23 +283,44 @@ def draw(found: Audited, path: Path) -> None:
     left, right = figure.subplots(1, 2)
     figure.subplots_adjust(left=0.06, right=0.98, top=0.87, bottom=0.16, wspace=0.2)
     score, flipped = found.ways["score"], found.flipped
-    groups = [("clean", ~flipped, "#1559c9"), ("flipped", flipped, "#e0561b")] if flipped.any() else [("all", ~flipped, "#1559c9")]
+    groups = (
+        [("clean", ~flipped, "#1559c9"), ("flipped", flipped, "#e0561b")]
+        if flipped.any()
+        else [("all", ~flipped, "#1559c9")]
+    )
     low, high = float(score.min()), float(score.max())
     for name, which, color in groups:
         count = torch.histc(score[which].float(), 50, low, high)
         left.stairs(
-            (100 * count / count.sum()).tolist(), torch.linspace(low, high, 51).tolist(), fill=True, alpha=0.4, color=color, label=name
+            (100 * count / count.sum()).tolist(),
+            torch.linspace(low, high, 51).tolist(),
+            fill=True,
+            alpha=0.4,
+            color=color,
+            label=name,
         )
     right.plot([0, 100], [0, 100], color=SOFT, linewidth=0.8, linestyle=(0, (4, 3)))
-    curves = {"score": ("distance", "#e0561b"), "loss": ("loss", "#12a08a"), "loss_averaging": ("loss, averaging", "#8c1d4f")}
+    curves = {
+        "score": ("distance", "#e0561b"),
+        "loss": ("loss", "#12a08a"),
+        "loss_averaging": ("loss, averaging", "#8c1d4f"),
+    }
     for way, (name, color) in curves.items():
         if flipped.any():
             false, true, _ = roc_curve(flipped, found.ways[way])
             right.plot(100 * false, 100 * true, color=color, linewidth=1.8, label=name)
-    for ax, title, x in ((left, "samples (%)", "score: mean excess distance"), (right, "flipped found (%)", "clean ones suspected (%)")):
+    for ax, title, x in (
+        (left, "samples (%)", "score: mean excess distance"),
+        (right, "flipped found (%)", "clean ones suspected (%)"),
+    ):
         plain(ax)
         ax.set_title(title, loc="left", fontsize=11, color=INK, pad=8)
         ax.set_xlabel(x, fontsize=10, color=SOFT)
         if ax.get_legend_handles_labels()[0]:
-            ax.legend(frameon=False, fontsize=9.5, labelcolor=SOFT, loc="upper right" if ax is left else "lower right")
+            ax.legend(
+                frameon=False,
+                fontsize=9.5,
+                labelcolor=SOFT,
+                loc="upper right" if ax is left else "lower right",
+            )
     figure.savefig(path, dpi=DPI)

@@ -37,7 +37,8 @@ def shifted(x: Tensor, draws: Tensor, padding: int = 4) -> Tensor:
     across = torch.arange(width, device=x.device)
     columns = left + torch.where(mirror == 1, width - 1 - across, across)
     padded = pad(x, (padding,) * 4)
-    pixels = rows[:, :, None] * padded.shape[3] + columns[:, None, :]  # (b, H, W), into the padded picture laid flat
+    # (b, H, W), into the padded picture laid flat
+    pixels = rows[:, :, None] * padded.shape[3] + columns[:, None, :]
     picked = padded.flatten(2).gather(2, pixels.view(b, 1, -1).expand(-1, channels, -1))
     return picked.view(b, channels, height, width)
 
@@ -58,8 +59,12 @@ def normalise(x: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Ten
 
 
 @lru_cache(maxsize=16)
-def affine(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+def affine(
+    mean: tuple[float, ...], std: tuple[float, ...], device: torch.device
+) -> tuple[Tensor, Tensor]:
     """What to multiply bytes by, then to subtract; kept, for each copy to a device costs a wait."""
     scale = torch.tensor([1 / (255 * s) for s in std], device=device).view(-1, 1, 1)
-    shift = torch.tensor([m / s for m, s in zip(mean, std, strict=True)], device=device).view(-1, 1, 1)
+    shift = torch.tensor([m / s for m, s in zip(mean, std, strict=True)], device=device).view(
+        -1, 1, 1
+    )
     return scale, shift

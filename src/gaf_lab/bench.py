@@ -49,14 +49,18 @@ class Measured:
         }  # fmt: skip
 
 
-def plain_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: MICRO_BATCHES, k: int) -> None:
+def plain_step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, batch: MICRO_BATCHES, k: int
+) -> None:
     for _ in range(k):
         (nn.functional.cross_entropy(model(batch[0]), batch[1]) / k).backward()
     optimizer.step()
     optimizer.zero_grad()
 
 
-def accumulator_step(model: nn.Module, accumulator: gaf.Accumulator, batch: MICRO_BATCHES, k: int) -> None:
+def accumulator_step(
+    model: nn.Module, accumulator: gaf.Accumulator, batch: MICRO_BATCHES, k: int
+) -> None:
     for _ in range(k):
         accumulator.backward(nn.functional.cross_entropy(model(batch[0]), batch[1]))
     accumulator.step()
@@ -76,7 +80,9 @@ def make_step(way: str, k: int, b: int, name: ModelName, stem: models.Stem) -> t
     """A step of a fresh model, and the bytes of one gradient."""
     torch.manual_seed(0)
     model = models.build(name, (3, 32, 32), 100, stem)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, nesterov=True, weight_decay=0.01)
+    optimizer = torch.optim.SGD(
+        model.parameters(), lr=0.01, momentum=0.9, nesterov=True, weight_decay=0.01
+    )
     batch = torch.randn(b, 3, 32, 32), torch.randint(0, 100, (b,))
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     if way == PLAIN:
@@ -87,7 +93,12 @@ def make_step(way: str, k: int, b: int, name: ModelName, stem: models.Stem) -> t
 
 def peak_bytes(make: Callable[[], Step]) -> int:
     """The most memory held by tensors at once while a model is made and two steps are taken."""
-    with silent_stderr(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with (
+        silent_stderr(),
+        torch.profiler.profile(
+            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+        ) as profile,
+    ):
         step = make()
         step()
         step()
@@ -114,7 +125,11 @@ def silent_stderr() -> Iterator[None]:
 
 
 def accumulate(
-    name: ModelName = "resnet18", stem: models.Stem = "imagenet", b: int = 100, ks: tuple[int, ...] = (2, 4), rounds: int = 30
+    name: ModelName = "resnet18",
+    stem: models.Stem = "imagenet",
+    b: int = 100,
+    ks: tuple[int, ...] = (2, 4),
+    rounds: int = 30,
 ) -> list[Measured]:
     """Measures every way at every k against plain accumulation, a step of each in turn, `rounds` times."""
     found = []
@@ -122,12 +137,26 @@ def accumulate(
         plain_peak = peak_bytes(lambda k=k: make_step(PLAIN, k, b, name, stem)[0])  # type: ignore[misc]
         for way in WAYS:
             times: list[tuple[float, float]] = []
-            while len(times) < rounds:  # fresh models now and then: where they lie in memory moves times by some percent
-                (plain, size), (step, _) = make_step(PLAIN, k, b, name, stem), make_step(way, k, b, name, stem)
+            # fresh models now and then: where they lie in memory moves times by some percent
+            while len(times) < rounds:
+                (plain, size), (step, _) = (
+                    make_step(PLAIN, k, b, name, stem),
+                    make_step(way, k, b, name, stem),
+                )
                 times += alternate(plain, step, min(FRESH, rounds - len(times)))
             peak = peak_bytes(lambda k=k, way=way: make_step(way, k, b, name, stem)[0])  # type: ignore[misc]
             ratios = [ours / theirs for theirs, ours in times]
-            found.append(Measured(way, k, [t for _, t in times], [t for t, _ in times], ratios, peak, (peak - plain_peak) / size))
+            found.append(
+                Measured(
+                    way,
+                    k,
+                    [t for _, t in times],
+                    [t for t, _ in times],
+                    ratios,
+                    peak,
+                    (peak - plain_peak) / size,
+                )
+            )
     return found
 
 
@@ -149,9 +178,20 @@ def table(found: list[Measured]) -> Table:
     for column in ("k", "way", "ms", "plain", "ratio", "10-90%", "MiB", "gradients"):
         result.add_column(column, justify="left" if column == "way" else "right", no_wrap=True)
     for line in (m.line() for m in found):
-        times = (f"{line['ms_median']:.0f}", f"{line['plain_ms_median']:.0f}", f"{line['ratio_median']:.3f}")
+        times = (
+            f"{line['ms_median']:.0f}",
+            f"{line['plain_ms_median']:.0f}",
+            f"{line['ratio_median']:.3f}",
+        )
         spread = f"{line['ratio_p10']:.2f}-{line['ratio_p90']:.2f}"
-        result.add_row(str(line["k"]), line["way"], *times, spread, f"{line['peak_mib']:.0f}", f"{line['extra_gradients']:+.2f}")
+        result.add_row(
+            str(line["k"]),
+            line["way"],
+            *times,
+            spread,
+            f"{line['peak_mib']:.0f}",
+            f"{line['extra_gradients']:+.2f}",
+        )
     result.caption = "medians; MiB at the peak; gradients held beyond plain accumulation"
     return result
 
@@ -162,13 +202,23 @@ class Line(Protocol):
     def line(self) -> dict[str, Any]: ...
 
 
-def write(found: Sequence[Line], path: Path, conditions: dict[str, Any], device: torch.device | None = None) -> None:
+def write(
+    found: Sequence[Line],
+    path: Path,
+    conditions: dict[str, Any],
+    device: torch.device | None = None,
+) -> None:
     """JSON lines: conditions first, then a line for each thing measured. device: where, if not on the CPU.
 
     load: processes that wanted the CPU in the last minute, ours among them; above the number of cores, times on the clock are blurred.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     machine = environment.machine(device or torch.device("cpu"))
-    where = {"versions": environment.versions(), "machine": machine, "load": os.getloadavg()[0], "commit": environment.commit()}
+    where = {
+        "versions": environment.versions(),
+        "machine": machine,
+        "load": os.getloadavg()[0],
+        "commit": environment.commit(),
+    }
     lines = [{"kind": "conditions", **conditions, **where}, *(m.line() for m in found)]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))

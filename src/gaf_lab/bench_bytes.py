@@ -38,14 +38,21 @@ def volume(*tensors: Tensor) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
-def counting_versions(sent: Counter[str], k: int) -> Iterator[tuple[Any, str, Callable[..., float]]]:
+def counting_versions(
+    sent: Counter[str], k: int
+) -> Iterator[tuple[Any, str, Callable[..., float]]]:
     """What is counted: where the function is found, its name, and the bytes for its arguments."""
     yield dist, "all_reduce", lambda tensor, *a, **kw: ring_all_reduce(volume(tensor), k)
     yield dist, "all_to_all_single", lambda output, input, *a, **kw: all_to_all(volume(input), k)
     yield dist, "isend", lambda tensor, *a, **kw: volume(tensor)
     yield dist, "all_gather", lambda outputs, tensor, *a, **kw: all_gather(volume(tensor), k)
     yield dist, "broadcast", lambda tensor, *a, **kw: broadcast(volume(tensor), k)
-    yield dist, "_broadcast_coalesced", lambda group, tensors, *a, **kw: broadcast(volume(*tensors), k)  # DDP's buffers
+    # DDP's buffers
+    yield (
+        dist,
+        "_broadcast_coalesced",
+        lambda group, tensors, *a, **kw: broadcast(volume(*tensors), k),
+    )
     yield gaf.exchange, "_all_gather", lambda whole, tensor, *a, **kw: all_gather(volume(tensor), k)
 
 
@@ -55,11 +62,17 @@ def counting(k: int) -> Iterator[Counter[str]]:
     sent: Counter[str] = Counter()
     with contextlib.ExitStack() as stack:
         for place, name, size in counting_versions(sent, k):
-            stack.enter_context(mock.patch.object(place, name, counted(getattr(place, name), name.lstrip("_"), size, sent)))
+            stack.enter_context(
+                mock.patch.object(
+                    place, name, counted(getattr(place, name), name.lstrip("_"), size, sent)
+                )
+            )
         yield sent
 
 
-def counted(function: Callable[..., Any], name: str, size: Callable[..., float], sent: Counter[str]) -> Callable[..., Any]:
+def counted(
+    function: Callable[..., Any], name: str, size: Callable[..., float], sent: Counter[str]
+) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
         sent[name] += size(*args, **kwargs)  # type: ignore[assignment]
         return function(*args, **kwargs)
@@ -71,4 +84,8 @@ def interface_bytes() -> float | None:
     """Bytes sent so far through gloo's interface, headers and other programs' included, per rank of this machine; Linux only."""
     name = os.environ.get("GLOO_SOCKET_IFNAME", "lo")
     count = Path(f"/sys/class/net/{name}/statistics/tx_bytes")
-    return int(count.read_text()) / int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if count.is_file() else None
+    return (
+        int(count.read_text()) / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        if count.is_file()
+        else None
+    )

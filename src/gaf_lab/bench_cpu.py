@@ -69,7 +69,11 @@ class Measured:
         if self.failed is not None:
             return what | {"failed": self.failed}
         found = spread("", self.speeds, self.base)
-        rates = {"rounds": len(self.speeds), "steps_per_second": statistics.median(self.speeds), "start_seconds": self.start}
+        rates = {
+            "rounds": len(self.speeds),
+            "steps_per_second": statistics.median(self.speeds),
+            "start_seconds": self.start,
+        }
         return what | rates | {name: value for name, value in found.items() if name != "ms_median"}
 
 
@@ -84,7 +88,12 @@ def settings(cores: int, compile: bool = True) -> list[Setting]:
     threads = sorted({cores, *(2**i for i in range(cores.bit_length()) if 2**i <= cores)})
     several = cores > 1
     ways = [(1, n) for n in threads] + [(cores, 1)] * several
-    found = [Setting(*way, last, compiled) for way in ways for compiled in (False, True)[: 1 + compile] for last in (False, True)]
+    found = [
+        Setting(*way, last, compiled)
+        for way in ways
+        for compiled in (False, True)[: 1 + compile]
+        for last in (False, True)
+    ]
     return found + [Setting(1, cores, False, False, spin=True)] * several
 
 
@@ -97,7 +106,11 @@ def serve(pipe: Any, threads: int, config: TrainConfig) -> None:
     made: dict[tuple[bool, bool], Training] = {}
     with contextlib.suppress(EOFError, BrokenPipeError):  # who asked is gone
         for last, compiled, steps in iter(pipe.recv, None):
-            pipe.send(tried(made, dataclasses.replace(config, channels_last=last, compile=compiled), steps))
+            pipe.send(
+                tried(
+                    made, dataclasses.replace(config, channels_last=last, compile=compiled), steps
+                )
+            )
 
 
 def tried(made: dict[tuple[bool, bool], Training], config: TrainConfig, steps: int) -> float | str:
@@ -127,14 +140,18 @@ class Crew:
     def __init__(self, config: TrainConfig, cores: int) -> None:
         self.pipes: dict[tuple[int, bool], list[Any]] = {}
         self.processes: list[Any] = []
-        for kind in [(1, False)] * (cores - 1) + sorted({(s.threads, s.spin) for s in settings(cores)}):
+        for kind in [(1, False)] * (cores - 1) + sorted(
+            {(s.threads, s.spin) for s in settings(cores)}
+        ):
             with waiting(spin=kind[1]):
                 self.pipes.setdefault(kind, []).append(self._another(kind[0], config))
 
     def _another(self, threads: int, config: TrainConfig) -> Any:
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
-        self.processes.append(context.Process(target=serve, args=(theirs, threads, config), daemon=True))
+        self.processes.append(
+            context.Process(target=serve, args=(theirs, threads, config), daemon=True)
+        )
         self.processes[-1].start()
         theirs.close()
         return ours
@@ -177,25 +194,42 @@ def waiting(spin: bool) -> Iterator[None]:
         os.environ.update({} if before is None else {name: before})
 
 
-def run(models: Sequence[str], rounds: int, compile: bool = True, cores: int | None = None) -> list[Measured]:
+def run(
+    models: Sequence[str], rounds: int, compile: bool = True, cores: int | None = None
+) -> list[Measured]:
     """Measures every setting for every model; one setting's failure, such as no C++ compiler, is its own."""
     if rounds < 2:
-        raise ConfigError(f"rounds must be at least 2, for a spread; got {rounds}. Give --rounds 10.")
-    return [measured for model in models for measured in of_model(model, rounds, compile, cores or os.cpu_count() or 1)]
+        raise ConfigError(
+            f"rounds must be at least 2, for a spread; got {rounds}. Give --rounds 10."
+        )
+    return [
+        measured
+        for model in models
+        for measured in of_model(model, rounds, compile, cores or os.cpu_count() or 1)
+    ]
 
 
 def of_model(model: str, rounds: int, compile: bool, cores: int) -> list[Measured]:
     with contextlib.closing(Crew(CONFIGS[model], cores)) as crew:
         starts = {setting: crew.steps(setting, WARM) for setting in settings(cores, compile)}
         failed = {setting: said for setting, said in starts.items() if isinstance(said, str)}
-        speeds: dict[Setting, list[float]] = {setting: [] for setting in starts if setting not in failed}
+        speeds: dict[Setting, list[float]] = {
+            setting: [] for setting in starts if setting not in failed
+        }
         for order in turns(list(speeds), rounds):
             for setting in order:
                 seconds = crew.steps(setting, BLOCKS[model])
                 assert not isinstance(seconds, str), seconds
                 speeds[setting].append(setting.processes * BLOCKS[model] / seconds)
     return [
-        Measured(model, setting, speeds.get(setting, []), speeds[BASE], 0.0 if isinstance(said, str) else said, failed.get(setting))
+        Measured(
+            model,
+            setting,
+            speeds.get(setting, []),
+            speeds[BASE],
+            0.0 if isinstance(said, str) else said,
+            failed.get(setting),
+        )
         for setting, said in starts.items()
     ]
 
@@ -215,7 +249,11 @@ def chosen(lines: Sequence[dict[str, Any]], compiled: bool) -> dict[str, Any]:
 
     Simple things come first: threads that sleep, then no channels-last, then fewer threads.
     """
-    rivals = [line for line in lines if line["processes"] == 1 and line["compile"] == compiled and "failed" not in line]
+    rivals = [
+        line
+        for line in lines
+        if line["processes"] == 1 and line["compile"] == compiled and "failed" not in line
+    ]
     rivals.sort(key=lambda line: (line["spin"], line["channels_last"], line["threads"]))
     best = rivals[0]
     for line in rivals[1:]:
@@ -233,7 +271,14 @@ def break_even(eager: dict[str, Any], compiled: dict[str, Any]) -> float | None:
 def crowd(lines: Sequence[dict[str, Any]], choice: dict[str, Any]) -> dict[str, Any] | None:
     """The line of one process of one thread for each core, otherwise set as the choice is; None on one core."""
     same = (line for line in lines if line["processes"] > 1 and "failed" not in line)
-    return next((line for line in same if all(line[name] == choice[name] for name in ("channels_last", "compile"))), None)
+    return next(
+        (
+            line
+            for line in same
+            if all(line[name] == choice[name] for name in ("channels_last", "compile"))
+        ),
+        None,
+    )
 
 
 def advice(found: Sequence[Measured], model: str) -> str:
@@ -243,14 +288,20 @@ def advice(found: Sequence[Measured], model: str) -> str:
 def told(lines: Sequence[dict[str, Any]]) -> str:
     """The choice for one model, in words."""
     eager = chosen(lines, compiled=False)
-    layout = ("channels-last" if eager["channels_last"] else "the usual layout") + (", spinning" if eager["spin"] else "")
+    layout = ("channels-last" if eager["channels_last"] else "the usual layout") + (
+        ", spinning" if eager["spin"] else ""
+    )
     text = f"{eager['threads']} thread{'s' if eager['threads'] > 1 else ''}, {layout}: {eager['steps_per_second']:.3g} steps/s"
     if not any(line["compile"] for line in lines):
         text += "; compiling was not measured"
     elif any(line["compile"] and "failed" not in line for line in lines):
         compiled = chosen(lines, compiled=True)
         steps = break_even(eager, compiled)
-        text += "; compiling does not pay" if steps is None else f"; compiling pays from {steps:,.0f} steps on"
+        text += (
+            "; compiling does not pay"
+            if steps is None
+            else f"; compiling pays from {steps:,.0f} steps on"
+        )
     else:
         text += "; compiling failed"
     many = crowd(lines, eager)
@@ -261,13 +312,29 @@ def told(lines: Sequence[dict[str, Any]]) -> str:
 
 
 def table(found: Sequence[Measured]) -> Table:
-    result = Table(title="Training steps per second under CPU settings", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for column in ("model", "runs", "threads", "channels-last", "compiled", "spin", "steps/s", "ratio", "10-90%", "start"):
+    result = Table(
+        title="Training steps per second under CPU settings",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    for column in (
+        "model",
+        "runs",
+        "threads",
+        "channels-last",
+        "compiled",
+        "spin",
+        "steps/s",
+        "ratio",
+        "10-90%",
+        "start",
+    ):
         result.add_column(column, justify="left" if column == "model" else "right", no_wrap=True)
     for line in (m.line() for m in found):
         result.add_row(*cells(line))
     result.caption = (
-        "medians; ratio: steps per second over those of one run with one thread in the same round\nstart: seconds to the third step"
+        "medians; ratio: steps per second over those of one run with one thread in the same round\n"
+        "start: seconds to the third step"
     )
     return result
 
@@ -278,4 +345,10 @@ def cells(line: dict[str, Any]) -> list[str]:
     if "failed" in line:
         return [*way, f"failed: {line['failed'][:30]}", "", "", ""]
     spread = f"{line['ratio_p10']:.2f}-{line['ratio_p90']:.2f}"
-    return [*way, f"{line['steps_per_second']:.2f}", f"{line['ratio_median']:.2f}", spread, f"{line['start_seconds']:.0f}"]
+    return [
+        *way,
+        f"{line['steps_per_second']:.2f}",
+        f"{line['ratio_median']:.2f}",
+        spread,
+        f"{line['start_seconds']:.0f}",
+    ]

@@ -34,7 +34,8 @@ from gaf_lab.bench_ways import PLAIN, WAYS, Step, build, make_aggregate, make_st
 from gaf_lab.config import ModelName
 
 FRESH = 10  # rounds with the same models: where they lie in memory moves times by some percent
-WARM = 3  # steps that are not counted: DDP changes its buckets after the first, buffers are kept from the second on
+# steps that are not counted: DDP changes its buckets after the first, buffers are kept from the second on
+WARM = 3
 WIRE_STEPS = 5  # steps between two readings of the interface's counter
 PEAK_STEPS = 3
 
@@ -83,7 +84,12 @@ class Measured:
 def spread(prefix: str, ours: list[float], plain: list[float]) -> dict[str, float]:
     ratios = [a / b for a, b in zip(ours, plain, strict=True)]
     low, *_, high = statistics.quantiles(ratios, n=10, method="inclusive")
-    found = {"ms_median": statistics.median(ours), "ratio_median": statistics.median(ratios), "ratio_p10": low, "ratio_p90": high}
+    found = {
+        "ms_median": statistics.median(ours),
+        "ratio_median": statistics.median(ratios),
+        "ratio_p10": low,
+        "ratio_p90": high,
+    }
     return {prefix + name: value for name, value in found.items()}
 
 
@@ -93,7 +99,8 @@ def spread(prefix: str, ours: list[float], plain: list[float]) -> dict[str, floa
 def rank_main(options: Options, result: Path) -> None:
     """One rank's part, as the environment says which; rank 0 writes what was found to `result` as JSON."""
     torch.set_num_threads(1)
-    warnings.filterwarnings("ignore", message="gaf:")  # tau accepts everything: that is the benchmark
+    # tau accepts everything: that is the benchmark
+    warnings.filterwarnings("ignore", message="gaf:")
     dist.init_process_group("gloo")
     try:
         found = peak(options) if options.peak is not None else times(options)
@@ -118,7 +125,13 @@ def times(options: Options) -> dict[str, Any]:
         del ways, model
         ways, model = make_steps(options)
     alone = alone_times(sizes, options.rounds)
-    return {"gradient_bytes": 4 * sum(sizes), "sent": sent, "wire_bytes": wire, "ms": found, "alone_ms": alone}
+    return {
+        "gradient_bytes": 4 * sum(sizes),
+        "sent": sent,
+        "wire_bytes": wire,
+        "ms": found,
+        "alone_ms": alone,
+    }
 
 
 def make_steps(options: Options) -> tuple[dict[str, Step], torch.nn.Module]:
@@ -232,29 +245,38 @@ def memory(field: str) -> int:
 def run(options: Options, ks: tuple[int, ...]) -> list[Measured]:
     """Measures every way among k processes of this machine, for every k."""
     check(options, ks)
-    torch.multiprocessing.set_forkserver_preload([__name__])  # torch is imported once, not by each process
+    # torch is imported once, not by each process
+    torch.multiprocessing.set_forkserver_preload([__name__])
     found = []
     for k in ks:
         result = spawned(options, k)
-        peaks = {way: spawned(dataclasses.replace(options, peak=way), k)["peak_bytes"] for way in WAYS}
+        peaks = {
+            way: spawned(dataclasses.replace(options, peak=way), k)["peak_bytes"] for way in WAYS
+        }
         found += measured(k, result, peaks)
     return found
 
 
 def check(options: Options, ks: tuple[int, ...]) -> None:
     if options.rounds < 2:
-        raise ValueError(f"rounds: must be at least 2, for a spread; got {options.rounds}. Give --rounds 20.")
+        raise ValueError(
+            f"rounds: must be at least 2, for a spread; got {options.rounds}. Give --rounds 20."
+        )
     if options.b < 2:
         raise ValueError(f"b: must be at least 2, for BatchNorm; got {options.b}. Give --b 32.")
     if not ks or min(ks) < 2:
-        raise ValueError(f"k: must be at least 2 processes; got {', '.join(map(str, ks)) or 'none'}. Give --k 2 4.")
+        raise ValueError(
+            f"k: must be at least 2 processes; got {', '.join(map(str, ks)) or 'none'}. Give --k 2 4."
+        )
 
 
 def spawned(options: Options, k: int) -> dict[str, Any]:
     """What rank 0 of k processes found."""
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "result.json"
-        start_processes(spawned_rank, (k, free_port(), options, result), nprocs=k, start_method="forkserver")
+        start_processes(
+            spawned_rank, (k, free_port(), options, result), nprocs=k, start_method="forkserver"
+        )
         found: dict[str, Any] = json.loads(result.read_text())
         return found
 
@@ -268,7 +290,13 @@ def spawned_rank(rank: int, k: int, port: int, options: Options, result: Path) -
 
 def environment_of(rank: int, k: int, address: str, port: int, local: int) -> dict[str, str]:
     """What tells a process which rank it is: torchrun's names. `local` ranks share its machine."""
-    numbers = {"RANK": rank, "WORLD_SIZE": k, "LOCAL_WORLD_SIZE": local, "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
+    numbers = {
+        "RANK": rank,
+        "WORLD_SIZE": k,
+        "LOCAL_WORLD_SIZE": local,
+        "MASTER_PORT": port,
+        "OMP_NUM_THREADS": 1,
+    }
     return {"MASTER_ADDR": address} | {name: str(value) for name, value in numbers.items()}
 
 
@@ -293,12 +321,31 @@ def measured(k: int, result: dict[str, Any], peaks: dict[str, int | None]) -> li
 def conditions(options: Options) -> dict[str, Any]:
     bare = build(options.model, options.stem)
     plain = {name: value for name, value in dataclasses.asdict(options).items() if name != "peak"}
-    return plain | {"pictures": "3x32x32", "parameters": sum(p.numel() for p in bare.parameters()), "buffer_bytes": volume(*bare.buffers())}
+    return plain | {
+        "pictures": "3x32x32",
+        "parameters": sum(p.numel() for p in bare.parameters()),
+        "buffer_bytes": volume(*bare.buffers()),
+    }
 
 
 def table(found: list[Measured]) -> Table:
-    result = Table(title="A step among k processes against plain DDP in the same round", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for column in ("k", "way", "ms", "ratio", "10-90%", "alone", "ratio", "sent", "wire", "gradients"):
+    result = Table(
+        title="A step among k processes against plain DDP in the same round",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    for column in (
+        "k",
+        "way",
+        "ms",
+        "ratio",
+        "10-90%",
+        "alone",
+        "ratio",
+        "sent",
+        "wire",
+        "gradients",
+    ):
         result.add_column(column, justify="left" if column == "way" else "right", no_wrap=True)
     for line in (m.line() for m in found):
         result.add_row(str(line["k"]), line["way"], *cells(line))

@@ -44,11 +44,21 @@ from gaf_lab.train import Interval, Training, make_optimizer
 Steps = Callable[[int], None]  # takes so many
 
 AVERAGING, ALL, PAPER, PLAIN = "averaging", "GAF, tau 2", "GAF, tau 0.97", "plain loop"
-ARMS: dict[str, dict[str, Any]] = {AVERAGING: {"policy": "mean"}, ALL: {"tau": 2.0}, PAPER: {"tau": 0.97}}
-DATA, BOOKS, PASSES, REST = "data and augmentation", "records and progress bar", "forward and backward", "filter and optimizer"
+ARMS: dict[str, dict[str, Any]] = {
+    AVERAGING: {"policy": "mean"},
+    ALL: {"tau": 2.0},
+    PAPER: {"tau": 0.97},
+}
+DATA, BOOKS, PASSES, REST = (
+    "data and augmentation",
+    "records and progress bar",
+    "forward and backward",
+    "filter and optimizer",
+)
 SAVING = "checkpoints, spread over steps"
 FRESH = 10  # rounds with the same models: where they lie in memory moves times by some percent
-BLOCK = {"cpu": 1, "cuda": AHEAD}  # steps between two looks at the clock: a look waits for an accelerator
+# steps between two looks at the clock: a look waits for an accelerator
+BLOCK = {"cpu": 1, "cuda": AHEAD}
 PADDING = 4
 SAVES = 5
 
@@ -73,7 +83,10 @@ class Options:
 
     def config(self, **changes: Any) -> TrainConfig:
         """The paper's config of CIFAR-100 (section 4.1) under these conditions."""
-        shared = {name: getattr(self, name) for name in ("model", "stem", "k", "b", "sampler", "engine", "device")}
+        shared = {
+            name: getattr(self, name)
+            for name in ("model", "stem", "k", "b", "sampler", "engine", "device")
+        }
         dataset: DataName = "noise" if self.data_folder is None else "cifar100"
         return dataclasses.replace(CIFAR100_GAF, dataset=dataset, **shared, **changes)
 
@@ -90,7 +103,9 @@ class Took(NamedTuple):
 
 def both(name: str, ours: Sequence[Took], base: Sequence[Took]) -> dict[str, float]:
     """Medians, and the ratio to `base` in the same round with its spread, under that name: on the clock, then cpu_."""
-    found = spread("", [t.wall for t in ours], [t.wall for t in base]) | spread("cpu_", [t.cpu for t in ours], [t.cpu for t in base])
+    found = spread("", [t.wall for t in ours], [t.wall for t in base]) | spread(
+        "cpu_", [t.cpu for t in ours], [t.cpu for t in base]
+    )
     return {key.replace("ratio", name): value for key, value in found.items()}
 
 
@@ -106,10 +121,18 @@ class Arm:
 
     def line(self) -> dict[str, Any]:
         """times_plain: steps per second over the plain loop's."""
-        own, over = both("ratio", self.took, self.averaging), both("times_plain", self.plain, self.took)
+        own, over = (
+            both("ratio", self.took, self.averaging),
+            both("times_plain", self.plain, self.took),
+        )
         faster = {key: value for key, value in over.items() if "times_plain" in key}
         what = {"kind": "bench-train", "arm": self.name, "rounds": len(self.took)}
-        return what | {"steps_per_second": 1000 / own["ms_median"], "stepped": self.stepped} | own | faster
+        return (
+            what
+            | {"steps_per_second": 1000 / own["ms_median"], "stepped": self.stepped}
+            | own
+            | faster
+        )
 
 
 @dataclass(frozen=True)
@@ -121,7 +144,9 @@ class Part:
     whole: list[Took]
 
     def line(self) -> dict[str, Any]:
-        return {"kind": "bench-train-part", "part": self.name, "rounds": len(self.took)} | both("share", self.took, self.whole)
+        return {"kind": "bench-train-part", "part": self.name, "rounds": len(self.took)} | both(
+            "share", self.took, self.whole
+        )
 
 
 def train(options: Options) -> list[Arm | Part]:
@@ -131,40 +156,72 @@ def train(options: Options) -> list[Arm | Part]:
     rows: dict[str, list[int]] = {name: [] for name in ARMS}
     with drawn_nowhere() as listener:
         for start in range(0, options.rounds, FRESH):
-            trainings = {name: Training(options.config(**changes), options.data_folder) for name, changes in ARMS.items()}
+            trainings = {
+                name: Training(options.config(**changes), options.data_folder)
+                for name, changes in ARMS.items()
+            }
             listener.begin(trainings[ALL].problem, 0, trainings[ALL].problem.steps)
             block = BLOCK[trainings[ALL].device.type]
             work = steps_of(options, trainings, listener)
-            for name, found in in_turn(work, min(FRESH, options.rounds - start), block, trainings[ALL].device).items():
+            for name, found in in_turn(
+                work, min(FRESH, options.rounds - start), block, trainings[ALL].device
+            ).items():
                 times[name] = times.get(name, []) + found
             for name, training in trainings.items():
                 rows[name] += training.interval.rows
         saving = saved(trainings[ALL], min(SAVES, options.rounds))
     plain = times[loop_name(options.workers[0])]
     arms = [
-        Arm(name, times[name], times[AVERAGING], plain, sum(map(bool, rows[name])) / len(rows[name]) if name in rows else 1.0)
+        Arm(
+            name,
+            times[name],
+            times[AVERAGING],
+            plain,
+            sum(map(bool, rows[name])) / len(rows[name]) if name in rows else 1.0,
+        )
         for name in (*ARMS, *map(loop_name, options.workers))
     ]
     rest = [
         whole - data - books - passes
-        for whole, data, books, passes in zip(times[ALL], times[DATA], times[BOOKS], times[PASSES], strict=True)
+        for whole, data, books, passes in zip(
+            times[ALL], times[DATA], times[BOOKS], times[PASSES], strict=True
+        )
     ]
-    parts = {DATA: times[DATA], BOOKS: times[BOOKS], SAVING: saving, PASSES: times[PASSES], REST: rest}
+    parts = {
+        DATA: times[DATA],
+        BOOKS: times[BOOKS],
+        SAVING: saving,
+        PASSES: times[PASSES],
+        REST: rest,
+    }
     return [*arms, *(Part(name, found, times[ALL][: len(found)]) for name, found in parts.items())]
 
 
 def check(options: Options) -> None:
     if options.rounds < 2:
-        raise ConfigError(f"rounds must be at least 2, for a spread; got {options.rounds}. Give --rounds 30.")
+        raise ConfigError(
+            f"rounds must be at least 2, for a spread; got {options.rounds}. Give --rounds 30."
+        )
     if not options.workers or min(options.workers) < 0:
-        raise ConfigError(f"workers must be one number or more, each at least 0; got {options.workers}. Give --workers 0.")
+        raise ConfigError(
+            f"workers must be one number or more, each at least 0; got {options.workers}. Give --workers 0."
+        )
 
 
-def steps_of(options: Options, trainings: Mapping[str, Training], listener: ConsoleListener) -> dict[str, Steps]:
+def steps_of(
+    options: Options, trainings: Mapping[str, Training], listener: ConsoleListener
+) -> dict[str, Steps]:
     """Everything that is timed: steps of each arm and plain loop, and the parts of a step by themselves."""
     gaf = trainings[ALL]
-    loops = {loop_name(n): repeated(PlainLoop(gaf.config, gaf.problem, gaf.device, n).step) for n in options.workers}
-    return {name: partial(run, training, listener) for name, training in trainings.items()} | loops | parts_of(gaf, listener)
+    loops = {
+        loop_name(n): repeated(PlainLoop(gaf.config, gaf.problem, gaf.device, n).step)
+        for n in options.workers
+    }
+    return (
+        {name: partial(run, training, listener) for name, training in trainings.items()}
+        | loops
+        | parts_of(gaf, listener)
+    )
 
 
 def run(training: Training, listener: ConsoleListener, steps: int) -> None:
@@ -205,8 +262,16 @@ def parts_of(training: Training, listener: ConsoleListener) -> dict[str, Steps]:
             model.zero_grad()
 
     on_device = isinstance(training.accumulator, OnDevice)
-    data = device_data(training, training.accumulator) if isinstance(training.accumulator, OnDevice) else host_data(training)
-    return {DATA: repeated(data), BOOKS: repeated(books), PASSES: repeated(captured(passes, training.device) if on_device else passes)}
+    data = (
+        device_data(training, training.accumulator)
+        if isinstance(training.accumulator, OnDevice)
+        else host_data(training)
+    )
+    return {
+        DATA: repeated(data),
+        BOOKS: repeated(books),
+        PASSES: repeated(captured(passes, training.device) if on_device else passes),
+    }
 
 
 def host_data(training: Training) -> Callable[[], None]:
@@ -288,7 +353,9 @@ def drawn_nowhere() -> Iterator[ConsoleListener]:
             listener.close()
 
 
-def in_turn(work: Mapping[str, Steps], rounds: int, block: int, device: torch.device) -> dict[str, list[Took]]:
+def in_turn(
+    work: Mapping[str, Steps], rounds: int, block: int, device: torch.device
+) -> dict[str, list[Took]]:
     """What one step of each took, in every round; the one that begins changes from round to round.
 
     Args:
@@ -305,7 +372,9 @@ def in_turn(work: Mapping[str, Steps], rounds: int, block: int, device: torch.de
             wall, cpu = now(device)
             work[name](block)
             later = now(device)
-            found[name].append(Took(1000 * (later[0] - wall) / block, 1000 * (later[1] - cpu) / block))
+            found[name].append(
+                Took(1000 * (later[0] - wall) / block, 1000 * (later[1] - cpu) / block)
+            )
     return {name: times[1:] for name, times in found.items()}
 
 
@@ -328,7 +397,9 @@ class OnePicture(Dataset[tuple[Tensor, int]]):
         mean, std: per channel, of pictures in [0, 1].
     """
 
-    def __init__(self, x: Tensor, y: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+    def __init__(
+        self, x: Tensor, y: Tensor, mean: tuple[float, ...], std: tuple[float, ...]
+    ) -> None:
         self.pixels, self.labels = x.permute(0, 2, 3, 1).contiguous().numpy(), y.tolist()
         self.mean, self.std = torch.tensor(mean).view(-1, 1, 1), torch.tensor(std).view(-1, 1, 1)
 
@@ -358,11 +429,15 @@ class PlainLoop:
         workers: processes of each DataLoader.
     """
 
-    def __init__(self, config: TrainConfig, problem: Problem, device: torch.device, workers: int) -> None:
+    def __init__(
+        self, config: TrainConfig, problem: Problem, device: torch.device, workers: int
+    ) -> None:
         self.config, self.device, self.workers = config, device, workers
         train = problem.train
         assert isinstance(train.x, Tensor)
-        self.data = OnePicture(train.x.cpu(), train.observed.cpu(), problem.data.mean, problem.data.std)
+        self.data = OnePicture(
+            train.x.cpu(), train.observed.cpu(), problem.data.mean, problem.data.std
+        )
         classes = [(train.clean == c).nonzero().flatten().tolist() for c in range(problem.classes)]
         self.groups = [list(range(len(train)))] if config.sampler == "iid" else classes
         self.model = fresh_model(config, problem, device)
@@ -371,11 +446,20 @@ class PlainLoop:
 
     def draw(self) -> list[int]:
         """Which samples a micro-batch holds: as many of each class, or any."""
-        return [i for group in self.groups for i in self.random.sample(group, self.config.b // len(self.groups))]
+        return [
+            i
+            for group in self.groups
+            for i in self.random.sample(group, self.config.b // len(self.groups))
+        ]
 
     def micro_gradient(self) -> Tensor:
         """(n,), a copy."""
-        loader = DataLoader(Subset(self.data, self.draw()), batch_size=self.config.b, shuffle=True, num_workers=self.workers)
+        loader = DataLoader(
+            Subset(self.data, self.draw()),
+            batch_size=self.config.b,
+            shuffle=True,
+            num_workers=self.workers,
+        )
         self.optimizer.zero_grad()
         for x, y in loader:
             nn.functional.cross_entropy(self.model(x.to(self.device)), y.to(self.device)).backward()
@@ -399,8 +483,15 @@ def arm_table(found: list[Arm | Part]) -> Table:
         result.add_column(column, justify="left" if column == "arm" else "right", no_wrap=True)
     for line in (m.line() for m in found if isinstance(m, Arm)):
         between = f"{line['ratio_p10']:.2f}-{line['ratio_p90']:.2f}"
-        ratios = (f"{line['ratio_median']:.3f}", between, f"{line['cpu_ratio_median']:.3f}", f"{line['times_plain_median']:.2f}")
-        result.add_row(line["arm"], f"{line['steps_per_second']:.2f}", *ratios, f"{100 * line['stepped']:.0f}%")
+        ratios = (
+            f"{line['ratio_median']:.3f}",
+            between,
+            f"{line['cpu_ratio_median']:.3f}",
+            f"{line['times_plain_median']:.2f}",
+        )
+        result.add_row(
+            line["arm"], f"{line['steps_per_second']:.2f}", *ratios, f"{100 * line['stepped']:.0f}%"
+        )
     result.caption = (
         "medians; ratio: time over averaging's in the same round, CPU: by CPU time\n"
         "x plain: steps per second over the plain loop's; taken: share of steps"
@@ -427,5 +518,20 @@ def part_table(found: list[Arm | Part]) -> Table:
 
 def conditions(options: Options) -> dict[str, Any]:
     config = options.config()
-    kept = ("dataset", "model", "stem", "k", "b", "sampler", "augment", "noise", "noise_rate", "engine", "device")
-    return {name: getattr(config, name) for name in kept} | {"rounds": options.rounds, "workers": options.workers}
+    kept = (
+        "dataset",
+        "model",
+        "stem",
+        "k",
+        "b",
+        "sampler",
+        "augment",
+        "noise",
+        "noise_rate",
+        "engine",
+        "device",
+    )
+    return {name: getattr(config, name) for name in kept} | {
+        "rounds": options.rounds,
+        "workers": options.workers,
+    }

@@ -29,7 +29,9 @@ def make_step(way: str, name: str, stem: models.Stem, b: int) -> tuple[Step, nn.
     """A training step of a fresh model on this rank, and that model: bare for NAIVE, else in DistributedDataParallel."""
     bare = build(name, stem)
     model = bare if way == NAIVE else DistributedDataParallel(bare)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, nesterov=True, weight_decay=0.01)
+    optimizer = torch.optim.SGD(
+        model.parameters(), lr=0.01, momentum=0.9, nesterov=True, weight_decay=0.01
+    )
     rng = torch.Generator().manual_seed(dist.get_rank())
     x, y = torch.randn(b, 3, 32, 32, generator=rng), torch.randint(0, CLASSES, (b,), generator=rng)
     if way == GAF:
@@ -75,7 +77,10 @@ def make_aggregate(way: str) -> Callable[[list[Tensor]], Any]:
     if way == NAIVE:
         return lambda buckets: filtered(gathered(torch.cat(buckets)))
     assert dist.group.WORLD is not None
-    exchange, policy = (Pair if dist.get_world_size() == 2 else Exchange)(dist.group.WORLD), gaf.GAF(TAU)
+    exchange, policy = (
+        (Pair if dist.get_world_size() == 2 else Exchange)(dist.group.WORLD),
+        gaf.GAF(TAU),
+    )
     return lambda buckets: exchanged(exchange, policy, buckets)
 
 

@@ -35,7 +35,11 @@ def save(folder: Path, state: dict[str, Any]) -> Path:
         temporary.replace(path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        kept = f"The checkpoint before it is whole: go on from there with --resume {folder}" if path.exists() else "There is none before it"
+        kept = (
+            f"The checkpoint before it is whole: go on from there with --resume {folder}"
+            if path.exists()
+            else "There is none before it"
+        )
         size = len(buffer.getbuffer()) / 2**20
         raise CheckpointError(
             f"checkpoint {path}: must be written ({size:.1f} MiB); {error.strerror}. {kept}, once there is space."
@@ -48,7 +52,9 @@ def find(folder: Path) -> Path:
     path = folder / FILE
     if not path.is_file():
         elsewhere = ", in another folder" if (folder / records.FILE).is_file() else ""
-        raise CheckpointError(f"checkpoint {path}: must exist to resume; it does not. Start the run without --resume{elsewhere}.")
+        raise CheckpointError(
+            f"checkpoint {path}: must exist to resume; it does not. Start the run without --resume{elsewhere}."
+        )
     return path
 
 
@@ -82,8 +88,15 @@ def differing(folder: Path, found: str, config: TrainConfig) -> str:
     if header.get("config_hash") != found:
         return ""
     there, here = LATER | header["config"], config.plain()
-    names = [n for n in here | there if n != "label" and json.dumps(there.get(n)) != json.dumps(here.get(n))]  # as hashed: 1 is not 1.0
-    return ", ".join(f"{name}: {there.get(name)!r} there, {here.get(name)!r} here" for name in names)
+    # as hashed: 1 is not 1.0
+    names = [
+        n
+        for n in here | there
+        if n != "label" and json.dumps(there.get(n)) != json.dumps(here.get(n))
+    ]
+    return ", ".join(
+        f"{name}: {there.get(name)!r} there, {here.get(name)!r} here" for name in names
+    )
 
 
 def first_line(error: Exception) -> str:

@@ -98,14 +98,33 @@ def train(words: Words, console: Console) -> int:
         say(console, f"{options.out}: the run is complete ({done} steps); nothing to do.")
         return 0
     listener = shown.ConsoleListener(console)
-    boards = [trackers.TrackerListener(name, options.out) for name in told_to(options)] if group.leads else []
+    boards = (
+        [trackers.TrackerListener(name, options.out) for name in told_to(options)]
+        if group.leads
+        else []
+    )
     everyone = shown.Listeners(listener, *boards)
-    start = "gaf train " if group.world == 1 else f"torchrun --nproc-per-node {group.world} -m gaf_lab train "
-    job = partial(run, options.config, options.out, everyone, data_folder=options.data, steps=options.steps, resume=resume)
+    start = (
+        "gaf train "
+        if group.world == 1
+        else f"torchrun --nproc-per-node {group.world} -m gaf_lab train "
+    )
+    job = partial(
+        run,
+        options.config,
+        options.out,
+        everyone,
+        data_folder=options.data,
+        steps=options.steps,
+        resume=resume,
+    )
     try:
         job(command=start + shlex.join(words), group=group)
     except KeyboardInterrupt:
-        say(console, f"\nStopped. Go on with: {start}{shlex.join(w for w in words if w != '--resume')} --resume")
+        say(
+            console,
+            f"\nStopped. Go on with: {start}{shlex.join(w for w in words if w != '--resume')} --resume",
+        )
         return 130
     finally:
         listener.close()
@@ -118,7 +137,9 @@ def train(words: Words, console: Console) -> int:
 def parsed_train(words: Words) -> Train:
     options = tyro.cli(Train, prog="gaf train", args=words, default=Train(base_config(words)))
     if options.steps is not None and options.steps < 1:
-        raise ConfigError(f"steps must be at least 1; got {options.steps}. Leave it out to run all passes.")
+        raise ConfigError(
+            f"steps must be at least 1; got {options.steps}. Leave it out to run all passes."
+        )
     return options
 
 
@@ -150,7 +171,9 @@ def look_before(options: Train, ranks: int) -> tuple[bool, str | None]:
 
 def told_to(options: Train) -> list[str]:
     """The trackers of a run, each once."""
-    return list(dict.fromkeys((*options.tracker, *(("tensorboard",) if options.tensorboard else ()))))
+    return list(
+        dict.fromkeys((*options.tracker, *(("tensorboard",) if options.tensorboard else ())))
+    )
 
 
 def under_torchrun() -> bool:
@@ -217,8 +240,16 @@ def paper(words: Words, console: Console) -> int:
             table.add_row(item.id, item.title, item.claim, str(count))
         console.print(table)
         return 0
-    names = list(plans.ITEMS) if options.ids == ("all",) else [plans.item(name).id for name in options.ids]
-    how = {"engine": options.engine, "address": options.address, "command": "gaf paper " + shlex.join(words)}
+    names = (
+        list(plans.ITEMS)
+        if options.ids == ("all",)
+        else [plans.item(name).id for name in options.ids]
+    )
+    how = {
+        "engine": options.engine,
+        "address": options.address,
+        "command": "gaf paper " + shlex.join(words),
+    }
     try:
         page, swept = reproduce(
             names, options.scale, options.out, console, reading=options.reading, seeds=options.seeds, data_folder=options.data,
@@ -272,8 +303,19 @@ def sweep(words: Words, console: Console) -> int:
             say(console, line)
         return 0
     started = time.perf_counter()
-    workers = options.workers if options.workers is not None else len(configs) if options.engine == "ray" else os.cpu_count() or 1
-    shared: dict[str, Any] = {"data_folder": options.data, "engine": options.engine, "address": options.address, "command": command}
+    workers = (
+        options.workers
+        if options.workers is not None
+        else len(configs)
+        if options.engine == "ray"
+        else os.cpu_count() or 1
+    )
+    shared: dict[str, Any] = {
+        "data_folder": options.data,
+        "engine": options.engine,
+        "address": options.address,
+        "command": command,
+    }
     try:
         swept = job.sweep(configs, out, workers=workers, console=console, **shared)
     except KeyboardInterrupt:
@@ -304,7 +346,9 @@ def report(words: Words, console: Console) -> int:
     from gaf_lab import report as page
 
     if not options.runs:
-        raise ConfigError("report needs at least one folder of runs; got none. Give what `gaf train --out` or `gaf demo --out` wrote.")
+        raise ConfigError(
+            "report needs at least one folder of runs; got none. Give what `gaf train --out` or `gaf demo --out` wrote."
+        )
     found = [run for run in records.find(list(options.runs)) if run.evals]
     if not found:
         raise ConfigError("report needs a run with at least one evaluation; these have none yet.")
@@ -356,7 +400,12 @@ def audit(words: Words, console: Console) -> int:
     with console.status("audit") as status:
         for seed in range(options.config.seed, options.config.seed + options.seeds):
             config = dataclasses.replace(options.config, seed=seed)
-            told = partial(lambda seed, what, step, steps: status.update(f"seed {seed}, {what}: step {step:,} of {steps:,}"), seed)
+            told = partial(
+                lambda seed, what, step, steps: status.update(
+                    f"seed {seed}, {what}: step {step:,} of {steps:,}"
+                ),
+                seed,
+            )
             found.append(job.audit(config, options.data, told))
     lines = [one.line() for one in found]
     job.write_samples(found[0], options.out / "samples.csv")
@@ -406,7 +455,9 @@ def probe(words: Words, console: Console) -> int:
     records.make_folder(options.out)
     config = options.config
     sizes = (options.rows, options.slices, options.share, options.chance)
-    with console.status(f"{config.dataset}, {config.model}, b = {config.b}: {options.rows} micro-gradients"):
+    with console.status(
+        f"{config.dataset}, {config.model}, b = {config.b}: {options.rows} micro-gradients"
+    ):
         found = list(job.look(config, options.after, options.data, *sizes))
     say(console, f"{labelled(config)}; {trained(config)}")
     lines = [one.line() for one in found]
@@ -414,7 +465,12 @@ def probe(words: Words, console: Console) -> int:
     console.print(job.layer_table([line for line in lines if line["layers"]][-1]))
     for verdict in job.verdicts(lines):
         say(console, verdict)
-    conditions = {"command": "gaf probe " + shlex.join(words), "config": config.plain(), "share": options.share, "chance": options.chance}
+    conditions = {
+        "command": "gaf probe " + shlex.join(words),
+        "config": config.plain(),
+        "share": options.share,
+        "chance": options.chance,
+    }
     file.write(found, options.out / "probe.jsonl", conditions, pick_device(config.device))
     job.draw(lines, options.out / "probe.png")
     say(console, f"Figures: {options.out / 'probe.jsonl'}, {options.out / 'probe.png'}")
@@ -539,7 +595,12 @@ class BenchCPU:
 
 
 def bench(words: Words, console: Console) -> int:
-    kinds = {"accumulate": bench_accumulate, "ddp": bench_ddp, "train": bench_train, "cpu": bench_cpu}
+    kinds = {
+        "accumulate": bench_accumulate,
+        "ddp": bench_ddp,
+        "train": bench_train,
+        "cpu": bench_cpu,
+    }
     if not words or words[0] not in kinds:
         raise ConfigError(f"bench must be told what to measure; got {' '.join(words[:1])!r}. "
                           f"There is: {', '.join(f'gaf bench {kind}' for kind in kinds)}.")  # fmt: skip
@@ -553,11 +614,19 @@ def bench_accumulate(words: Words, console: Console) -> int:
 
     if options.out is not None:
         records.make_folder(options.out.parent)
-    with console.status(f"{options.model}, b = {options.b}, k = {options.k}: {options.rounds} rounds"):
+    with console.status(
+        f"{options.model}, b = {options.b}, k = {options.k}: {options.rounds} rounds"
+    ):
         found = job.accumulate(options.model, options.stem, options.b, options.k, options.rounds)
     console.print(job.table(found))
     if options.out is not None:
-        conditions = {"model": options.model, "stem": options.stem, "b": options.b, "rounds": options.rounds, "pictures": "3x32x32"}
+        conditions = {
+            "model": options.model,
+            "stem": options.stem,
+            "b": options.b,
+            "rounds": options.rounds,
+            "pictures": "3x32x32",
+        }
         job.write(found, options.out, conditions)
         say(console, f"Figures: {options.out}")
     return 0
@@ -574,7 +643,9 @@ def bench_ddp(words: Words, console: Console) -> int:
     if options.out is not None:
         records.make_folder(options.out.parent)
     wanted = job.Options(options.model, options.stem, options.b, options.rounds)
-    with console.status(f"{options.model}, b = {options.b}, k = {options.k}: {options.rounds} rounds"):
+    with console.status(
+        f"{options.model}, b = {options.b}, k = {options.k}: {options.rounds} rounds"
+    ):
         found = job.run(wanted, options.k)
     console.print(job.table(found))
     if options.out is not None:
@@ -594,7 +665,9 @@ def bench_train(words: Words, console: Console) -> int:
         records.make_folder(options.out.parent)
     given = {name: value for name, value in vars(options).items() if name not in ("data", "out")}
     wanted = job.Options(data_folder=options.data, **given)
-    with console.status(f"{options.model}, b = {options.b}, k = {options.k}: {options.rounds} rounds"):
+    with console.status(
+        f"{options.model}, b = {options.b}, k = {options.k}: {options.rounds} rounds"
+    ):
         found = job.train(wanted)
     say(console, "white noise of CIFAR-100's shape" if options.data is None else "CIFAR-100")
     console.print(job.arm_table(found))
@@ -634,13 +707,22 @@ def bench_predict(options: BenchDDP, console: Console) -> int:
         if gbit is None and "mbit" in conditions:
             gbit, told = conditions["mbit"] / 1000, "the limit under which the file was measured"
         elif gbit is None:
-            gbit, told = predict.fitted_beta(points, options.latency_us * 1e-6) * 8e-9, "fitted to the file's plain DDP"
+            gbit, told = (
+                predict.fitted_beta(points, options.latency_us * 1e-6) * 8e-9,
+                "fitted to the file's plain DDP",
+            )
     if gbit is None:
         gbit = 10.0
-    network = predict.Network(options.latency_us * 1e-6, gbit * 1e9 / 8, options.memory_gb * 1e9, options.gflops * 1e9)
+    network = predict.Network(
+        options.latency_us * 1e-6, gbit * 1e9 / 8, options.memory_gb * 1e9, options.gflops * 1e9
+    )
     local = f"memory {options.memory_gb:g} GB/s, {options.gflops:g} Gflop/s"
     say(console, f"{options.latency_us:g} us a message, {gbit:.3g} Gbit/s ({told}), {local}")
-    console.print(predict.against(points, network) if points else predict.table(options.parameters * options.bytes, network))
+    console.print(
+        predict.against(points, network)
+        if points
+        else predict.table(options.parameters * options.bytes, network)
+    )
     return 0
 
 
@@ -649,7 +731,11 @@ def presets(words: Words, console: Console) -> int:
 
     for name, c in PRESETS.items():
         sizes = f"k {c.k}, b {c.b}, noise {c.noise} {c.noise_rate:g}"
-        say(console, f"{name:20} {c.dataset:10} {c.model:16} {c.arm:10} {sizes}" + (f", tau {c.tau:g}" if c.policy == "gaf" else ""))
+        say(
+            console,
+            f"{name:20} {c.dataset:10} {c.model:16} {c.arm:10} {sizes}"
+            + (f", tau {c.tau:g}" if c.policy == "gaf" else ""),
+        )
     return 0
 
 
@@ -662,7 +748,10 @@ COMMANDS = {
     "audit": (audit, Audit.__doc__),
     "report": (report, Report.__doc__),
     "data": (data, Data.__doc__),
-    "bench": (bench, "What a step costs: gaf bench train, accumulate, ddp; gaf bench cpu: which settings are fast on a CPU."),
+    "bench": (
+        bench,
+        "What a step costs: gaf bench train, accumulate, ddp; gaf bench cpu: which settings are fast on a CPU.",
+    ),
     "presets": (presets, "Lists the configs that have a name."),
 }
 
@@ -684,19 +773,27 @@ def main(words: Words | None = None) -> int:
 
 def command(words: Words, console: Console) -> int:
     if not words or words[0] in ("-h", "--help"):
-        say(console, "gaf: gradient agreement filtering\n\nusage: gaf COMMAND [OPTIONS]; gaf COMMAND --help\n")
+        say(
+            console,
+            "gaf: gradient agreement filtering\n\nusage: gaf COMMAND [OPTIONS]; gaf COMMAND --help\n",
+        )
         for name, (_, text) in COMMANDS.items():
             say(console, f"  {name:8} {text}")
         return 0
     if words[0] not in COMMANDS:
-        say(Console(stderr=True), f"gaf: unknown command {words[0]!r}.{nearest(words[0], COMMANDS)} There are: {', '.join(COMMANDS)}.")
+        say(
+            Console(stderr=True),
+            f"gaf: unknown command {words[0]!r}.{nearest(words[0], COMMANDS)} There are: {', '.join(COMMANDS)}.",
+        )
         return 2
     try:
         return COMMANDS[words[0]][0](words[1:], console)
     except BrokenPipeError:  # the reader of our output, such as head, has gone
         return 1
     except mendable() as error:
-        Console(stderr=True, soft_wrap=True).print(f"gaf {words[0]}: {error}", style="red", markup=False, highlight=False)
+        Console(stderr=True, soft_wrap=True).print(
+            f"gaf {words[0]}: {error}", style="red", markup=False, highlight=False
+        )
         return 2
 
 

@@ -15,10 +15,22 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-DataName = Literal["digits", "mnist5k", "fashion-mnist", "cifar10", "cifar100", "cifar100n", "cifar100n-coarse", "noise", "imagenet"]
+DataName = Literal[
+    "digits",
+    "mnist5k",
+    "fashion-mnist",
+    "cifar10",
+    "cifar100",
+    "cifar100n",
+    "cifar100n-coarse",
+    "noise",
+    "imagenet",
+]
 NoiseName = Literal["none", "symmetric", "asymmetric", "human"]
 SamplerName = Literal["iid", "stratified-observed", "stratified-clean"]
-ModelName = Literal["mlp", "convnet", "resnet18", "resnet34", "preact-resnet34", "vit-l16", "vit-tiny"]
+ModelName = Literal[
+    "mlp", "convnet", "resnet18", "resnet34", "preact-resnet34", "vit-l16", "vit-tiny"
+]
 ThresholdName = Literal["fixed", "auto", "signal", "noise-floor", "quantile", "moving-average"]
 PolicyName = Literal["mean", "gaf", "random-skip", "replay-skip", "random-subset", "scaled-lr"]
 
@@ -202,7 +214,9 @@ class TrainConfig:
             if not holds:
                 raise ConfigError(f"{name} {requirement}; got {getattr(self, name)!r}. {fix}")
         if self.noise == "human" and self.dataset not in ("cifar100n", "cifar100n-coarse"):
-            raise ConfigError(f"noise 'human' needs a data set with human labels; got {self.dataset!r}. Use cifar100n or cifar100n-coarse.")
+            raise ConfigError(
+                f"noise 'human' needs a data set with human labels; got {self.dataset!r}. Use cifar100n or cifar100n-coarse."
+            )
 
     @property
     def arm(self) -> str:
@@ -212,7 +226,10 @@ class TrainConfig:
     def plain(self) -> dict[str, Any]:
         """As JSON has it."""
         values = dataclasses.asdict(self)
-        return values | {"replay": None if self.replay is None else str(self.replay), "milestones": list(self.milestones)}
+        return values | {
+            "replay": None if self.replay is None else str(self.replay),
+            "milestones": list(self.milestones),
+        }
 
     @property
     def hash(self) -> str:
@@ -220,7 +237,11 @@ class TrainConfig:
 
         A field that came to be after records were kept counts once it leaves its default, so that older records keep their hash.
         """
-        counted = {name: value for name, value in self.plain().items() if name not in LATER or value != LATER[name]}
+        counted = {
+            name: value
+            for name, value in self.plain().items()
+            if name not in LATER or value != LATER[name]
+        }
         del counted["label"]
         counted |= {"replay": None if self.replay is None else self.replay.name}
         return hashlib.sha256(json.dumps(counted, sort_keys=True).encode()).hexdigest()[:12]
@@ -230,7 +251,11 @@ def label_noise(config: TrainConfig) -> str:
     """What is wrong with the training labels, in words: "40% symmetric label noise", "human labels"; empty where they are clean."""
     if config.noise == "human":
         return "human labels"
-    return f"{100 * config.noise_rate:g}% {config.noise} label noise" if config.noise != "none" and config.noise_rate else ""
+    return (
+        f"{100 * config.noise_rate:g}% {config.noise} label noise"
+        if config.noise != "none" and config.noise_rate
+        else ""
+    )
 
 
 REPLAYING = ("replay-skip", "random-subset", "scaled-lr")
@@ -270,17 +295,23 @@ OPTIMIZERS = {"sgd": "SGD", "adam": "Adam", "adamw": "AdamW", "rmsprop": "RMSpro
 def check_tau(tau: Any) -> None:
     """The library's "auto" is a threshold here."""
     if tau == "auto":
-        raise ConfigError("tau must be a number; got 'auto'. For the recommended threshold, which sets tau, use --threshold auto.")
+        raise ConfigError(
+            "tau must be a number; got 'auto'. For the recommended threshold, which sets tau, use --threshold auto."
+        )
 
 
 def check_type(name: str, kind: Any, value: Any) -> None:
     choices = get_args(kind)
     if choices and all(isinstance(c, str) for c in choices) and value not in choices:
-        raise ConfigError(f"{name} must be one of {', '.join(choices)}; got {value!r}.{nearest(str(value), choices)}")
+        raise ConfigError(
+            f"{name} must be one of {', '.join(choices)}; got {value!r}.{nearest(str(value), choices)}"
+        )
     expected: Any = {int: int, float: (int, float), bool: bool, tuple[float, ...]: tuple}.get(kind)
     wrong_bool = isinstance(value, bool) and kind is not bool
     if expected is not None and (wrong_bool or not isinstance(value, expected)):
-        raise ConfigError(f"{name} must be of type {getattr(kind, '__name__', kind)}; got {value!r}.")
+        raise ConfigError(
+            f"{name} must be of type {getattr(kind, '__name__', kind)}; got {value!r}."
+        )
 
 
 def nearest(word: str, known: Any) -> str:
@@ -294,14 +325,20 @@ def from_dict(values: dict[str, Any], base: TrainConfig, source: str) -> TrainCo
     known = [field.name for field in dataclasses.fields(TrainConfig)]
     for key in values:
         if key not in known:
-            raise ConfigError(f"{source}: unknown key {key!r}.{nearest(key, known)} Known keys: {', '.join(known)}.")
+            raise ConfigError(
+                f"{source}: unknown key {key!r}.{nearest(key, known)} Known keys: {', '.join(known)}."
+            )
     converted = dict(values)
     if isinstance(converted.get("milestones"), list):
         converted["milestones"] = tuple(float(m) for m in converted["milestones"])
     if converted.get("replay") is not None:
         converted["replay"] = Path(converted["replay"])
     for name, value in converted.items():
-        if isinstance(value, int) and not isinstance(value, bool) and isinstance(getattr(base, name), float):
+        if (
+            isinstance(value, int)
+            and not isinstance(value, bool)
+            and isinstance(getattr(base, name), float)
+        ):
             converted[name] = float(value)
     try:
         return dataclasses.replace(base, **converted)
@@ -311,7 +348,9 @@ def from_dict(values: dict[str, Any], base: TrainConfig, source: str) -> TrainCo
 
 def from_toml(path: Path, base: TrainConfig) -> TrainConfig:
     if not path.is_file():
-        raise ConfigError(f"config file {path}: must exist; it does not. Write one with keys as in `gaf train --help`.")
+        raise ConfigError(
+            f"config file {path}: must exist; it does not. Write one with keys as in `gaf train --help`."
+        )
     try:
         values = tomllib.loads(path.read_text())
     except tomllib.TOMLDecodeError as error:

@@ -13,7 +13,12 @@ from gaf_lab.train import Listener
 
 def progress(console: Console) -> Progress:
     """Bars that fit 80 columns: what, how far, some facts, time left."""
-    columns = (TextColumn("{task.description:16}"), BarColumn(bar_width=16), TaskProgressColumn(), TextColumn("{task.fields[facts]}"))
+    columns = (
+        TextColumn("{task.description:16}"),
+        BarColumn(bar_width=16),
+        TaskProgressColumn(),
+        TextColumn("{task.fields[facts]}"),
+    )
     return Progress(*columns, TextColumn("eta"), TimeRemainingColumn(compact=True), console=console)
 
 
@@ -34,7 +39,17 @@ def trained(config: TrainConfig) -> str:
     return f"{config.model}; {config.arm}, k = {config.k}, b = {config.b}"
 
 
-TITLES = ("pass", "step", "loss", "held-out", "test", "memorised", "accepted", "distance", "samples/s")
+TITLES = (
+    "pass",
+    "step",
+    "loss",
+    "held-out",
+    "test",
+    "memorised",
+    "accepted",
+    "distance",
+    "samples/s",
+)
 WIDTHS = (7, 8, 7, 10, 7, 11, 9, 9, 10)  # 78 in all
 
 
@@ -50,7 +65,10 @@ class ConsoleListener:
             f"{labelled(c)}: {len(problem.train):,} training pictures, {len(problem.heldout):,} held out, {len(problem.test):,} for test; "
             f"{trained(c)}; {steps:,} steps" + (f", from step {step:,}" if step else "")
         )
-        self.console.print("".join(title.rjust(width) for title, width in zip(TITLES, WIDTHS, strict=True)), style="bold")
+        self.console.print(
+            "".join(title.rjust(width) for title, width in zip(TITLES, WIDTHS, strict=True)),
+            style="bold",
+        )
         self.bar.start()
         self.task = self.bar.add_task("training", total=steps, completed=step, facts="")
 
@@ -63,11 +81,17 @@ class ConsoleListener:
             f"{line['passes']:.2f}",
             f"{line['step']:,}",
             number(line["train_loss"]),
-            *(percent(line[key]) for key in ("heldout_accuracy", "test_accuracy", "memorised", "acceptance")),
+            *(
+                percent(line[key])
+                for key in ("heldout_accuracy", "test_accuracy", "memorised", "acceptance")
+            ),
             number(line["distance_mean"]),
             f"{line['samples_per_second'] or 0:,.0f}",
         )
-        self.bar.console.print("".join(cell.rjust(width) for cell, width in zip(cells, WIDTHS, strict=True)), highlight=False)
+        self.bar.console.print(
+            "".join(cell.rjust(width) for cell, width in zip(cells, WIDTHS, strict=True)),
+            highlight=False,
+        )
 
     def close(self) -> None:
         self.bar.stop()

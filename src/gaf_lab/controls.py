@@ -24,7 +24,9 @@ class Replay:
     def count(self, step: int) -> int:
         """How many rows the recorded run accepted at a step."""
         if step >= len(self.rows):
-            raise ValueError(f"replay: the recorded run must be as long as this one; it has {len(self.rows)} steps. Record a longer one.")
+            raise ValueError(
+                f"replay: the recorded run must be as long as this one; it has {len(self.rows)} steps. Record a longer one."
+            )
         return self.rows[step]
 
     def next(self, k: int) -> list[float]:

@@ -20,11 +20,19 @@ def arms(seed: int, base: TrainConfig) -> dict[str, TrainConfig]:
     return {
         f"gaf-{seed}": seeded,
         f"averaging-{seed}": dataclasses.replace(seeded, policy="mean"),
-        f"random-subset-{seed}": dataclasses.replace(seeded, policy="random-subset", replay=Path(f"gaf-{seed}")),
+        f"random-subset-{seed}": dataclasses.replace(
+            seeded, policy="random-subset", replay=Path(f"gaf-{seed}")
+        ),
     }
 
 
-def demo(folder: Path, console: Console, seeds: int = 3, base: TrainConfig = DEMO, workers: int | None = None) -> list[records.Run]:
+def demo(
+    folder: Path,
+    console: Console,
+    seeds: int = 3,
+    base: TrainConfig = DEMO,
+    workers: int | None = None,
+) -> list[records.Run]:
     """Runs all arms for all seeds and returns what is finished; Ctrl-C stops early and keeps that."""
     plan = {name: config for seed in range(seeds) for name, config in arms(seed, base).items()}
     command = f"gaf demo --seeds {seeds} --passes {base.passes:g} --out {folder}"

@@ -38,7 +38,10 @@ def obstacle(config: TrainConfig, world: int = 1) -> str | None:
     """Why this engine cannot run a config: a message that names the field, what it must be, and its value; None where it can."""
     needs = {
         "dataset": (config.dataset != "imagenet", "must fit into the device's memory"),
-        "optimizer": (config.optimizer != "rmsprop", "must have a fused form, which skips without asking the host"),
+        "optimizer": (
+            config.optimizer != "rmsprop",
+            "must have a fused form, which skips without asking the host",
+        ),
         "mixup": (not config.mixup, "must be 0"),
         "sam": (not config.sam, "must be 0"),
         "ema": (not config.ema, "must be 0"),
@@ -49,7 +52,9 @@ def obstacle(config: TrainConfig, world: int = 1) -> str | None:
     for name, (holds, requirement) in needs.items():
         if not holds:
             return f"{name} {requirement} for engine 'device'; got {getattr(config, name)!r}."
-    return f"engine must not be 'device' on several ranks; got it on {world}." if world > 1 else None
+    return (
+        f"engine must not be 'device' on several ranks; got it on {world}." if world > 1 else None
+    )
 
 
 def check(config: TrainConfig, world: int) -> None:
@@ -61,7 +66,9 @@ def check(config: TrainConfig, world: int) -> None:
 
 def chosen(config: TrainConfig, device: torch.device, world: int) -> bool:
     """Whether this engine is to run the config: where it is asked for, and under "auto" on CUDA wherever it can."""
-    return config.engine == "device" or (config.engine == "auto" and device.type == "cuda" and obstacle(config, world) is None)
+    return config.engine == "device" or (
+        config.engine == "auto" and device.type == "cuda" and obstacle(config, world) is None
+    )
 
 
 class DeviceStep:
@@ -79,19 +86,34 @@ class DeviceStep:
     """
 
     def __init__(
-        self, config: TrainConfig, problem: Problem, model: nn.Module, objective: Objective, policy: Policy, optimizer: Optimizer
+        self,
+        config: TrainConfig,
+        problem: Problem,
+        model: nn.Module,
+        objective: Objective,
+        policy: Policy,
+        optimizer: Optimizer,
     ) -> None:
-        self.config, self.problem, self.model, self.objective, self.optimizer = config, problem, model, objective, optimizer
+        self.config, self.problem, self.model, self.objective, self.optimizer = (
+            config,
+            problem,
+            model,
+            objective,
+            optimizer,
+        )
         self.device = problem.train.observed.device
         self.params = [p for group in optimizer.param_groups for p in group["params"]]
         self.planned = hasattr(policy, "planned")
         self.streams, self.policy = streams(policy), gaf.Mean() if self.planned else policy
         self.tables = empty(AHEAD, config, self.planned, self.device)
-        self.at, self.taken = (torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(2))
+        self.at, self.taken = (
+            torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(2)
+        )
         self.rate = torch.zeros((), device=self.device)
         self.log = torch.zeros(AHEAD, 5 * config.k + 3, dtype=torch.float64, device=self.device)
         prepare(optimizer, self.rate)
-        self.constants = affine(problem.data.mean, problem.data.std, self.device)  # in a cache, which may forget what a graph reads
+        # in a cache, which may forget what a graph reads
+        self.constants = affine(problem.data.mean, problem.data.std, self.device)
 
     def __call__(self) -> None:
         rows = self._rows()
@@ -101,7 +123,9 @@ class DeviceStep:
             for p, grad in zip(self.params, rows.combined(decision.weights), strict=True):
                 p.grad = grad.to(p.dtype)
             self.optimizer.found_inf = (~decision.stepped).float()  # type: ignore[attr-defined]
-            self.rate.copy_(self.row("rates", self.taken if self.config.schedule_waits else self.at))
+            self.rate.copy_(
+                self.row("rates", self.taken if self.config.schedule_waits else self.at)
+            )
             self.optimizer.step()
             self.optimizer.zero_grad()
             entry = torch.cat([packed(decision, evidence), torch.stack(losses).double()])
@@ -111,12 +135,21 @@ class DeviceStep:
 
     def _rows(self) -> Streamed | Stacked:
         voters = [True] * len(self.params)
-        return rows_on_device(self.policy, voters, self.device) if self.streams else Stacked(self.policy, voters)
+        return (
+            rows_on_device(self.policy, voters, self.device)
+            if self.streams
+            else Stacked(self.policy, voters)
+        )
 
     def micro_gradient(self, i: int, rows: Streamed | Stacked) -> Tensor:
         """Micro-batch i's gradient goes to the rows; its loss () is returned."""
         x, index = self.pictures(i)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.autocast == "bfloat16", cache_enabled=False):
+        with torch.autocast(
+            self.device.type,
+            torch.bfloat16,
+            enabled=self.config.autocast == "bfloat16",
+            cache_enabled=False,
+        ):
             scores = self.model(self.problem.inputs(x)).float()
             loss = self.objective.of(scores, self.problem.train.observed[index], index)
         torch.autograd.backward(loss, inputs=self.params)
@@ -137,7 +170,11 @@ class DeviceStep:
 
     def decide(self, rows: Streamed | Stacked) -> tuple[gaf.Decision, Evidence]:
         decision, evidence = rows.decide()
-        return (as_planned(self.row("weights", self.at), decision.distances) if self.planned else decision), evidence
+        return (
+            as_planned(self.row("weights", self.at), decision.distances)
+            if self.planned
+            else decision
+        ), evidence
 
     def row(self, name: str, number: Tensor) -> Tensor:
         return self.tables[name].index_select(0, number)[0]
@@ -152,11 +189,25 @@ class DeviceStep:
 
     def state(self) -> list[Tensor]:
         """All tensors that a call changes."""
-        moments = [value for p in self.params for value in self.optimizer.state[p].values() if isinstance(value, Tensor)]
+        moments = [
+            value
+            for p in self.params
+            for value in self.optimizer.state[p].values()
+            if isinstance(value, Tensor)
+        ]
         model = [*self.model.parameters(), *self.model.buffers()]
         tau = getattr(self.policy, "tau", None)
         learned = [tau.state_on(self.device)] if isinstance(tau, Threshold) else []
-        return [*model, *moments, *learned, *self.objective.state_dict().values(), self.at, self.taken, self.rate, self.log]
+        return [
+            *model,
+            *moments,
+            *learned,
+            *self.objective.state_dict().values(),
+            self.at,
+            self.taken,
+            self.rate,
+            self.log,
+        ]
 
     def warm_up(self) -> None:
         """Takes some steps, and takes back all that they changed."""
@@ -179,9 +230,17 @@ def prepare(optimizer: Optimizer, rate: Tensor) -> None:
         group["lr"] = rate
         if "capturable" in group:
             group["capturable"] = True
-        names = ("exp_avg", "exp_avg_sq") if "betas" in group else ("momentum_buffer",) if group["momentum"] else ()
+        names = (
+            ("exp_avg", "exp_avg_sq")
+            if "betas" in group
+            else ("momentum_buffer",)
+            if group["momentum"]
+            else ()
+        )
         for p in group["params"]:
-            optimizer.state[p] = {name: torch.zeros_like(p, memory_format=torch.preserve_format) for name in names}
+            optimizer.state[p] = {
+                name: torch.zeros_like(p, memory_format=torch.preserve_format) for name in names
+            }
             if "betas" in group:
                 optimizer.state[p]["step"] = torch.zeros((), device=p.device)
 
@@ -225,15 +284,19 @@ class OnDevice:
         optimizer: Optimizer, make: Callable[[list[nn.Parameter]], Optimizer],
     ) -> None:  # fmt: skip
         self.config, self.problem, self.policy, self.optimizer = config, problem, policy, optimizer
-        self.one = DeviceStep(config, problem, model, objective, policy, make(list(model.parameters())))
+        self.one = DeviceStep(
+            config, problem, model, objective, policy, make(list(model.parameters()))
+        )
         self.outcome: gaf.Outcome | None = None
         self.losses = torch.zeros(0)
-        self.waiting: deque[list[float]] = deque()  # the log of steps that were fetched and not told of
+        # the log of steps that were fetched and not told of
+        self.waiting: deque[list[float]] = deque()
         self._call: Callable[[], None] | None = None
         self._draws: dict[int, Tables] = {}  # by step, made while the device was at work
         self._launched = range(0)
         self._telemetry = Telemetry()
-        self._progress = (0, 0)  # steps decided and steps taken by this object; unlike stats, not restored
+        # steps decided and steps taken by this object; unlike stats, not restored
+        self._progress = (0, 0)
         self.restored()
 
     def launch(self, steps: range, rates: Sequence[float]) -> None:
@@ -249,7 +312,9 @@ class OnDevice:
         tables = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
         tables["rates"] = torch.tensor(rates, dtype=torch.float32)
         if self.one.planned:
-            tables["weights"] = torch.tensor([self.policy.planned(t, self.config.k) for t in steps], dtype=torch.float64)
+            tables["weights"] = torch.tensor(
+                [self.policy.planned(t, self.config.k) for t in steps], dtype=torch.float64
+            )
         self.one.fill(tables)
         for _ in steps:
             self._call()

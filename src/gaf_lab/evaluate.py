@@ -5,7 +5,8 @@ from torch import Tensor, nn
 
 from gaf_lab.problem import Pictures, Problem
 
-BATCH, PIXELS = 1000, 2**21  # at most so many pictures, and pixels of them, go through the model at once
+# at most so many pictures, and pixels of them, go through the model at once
+BATCH, PIXELS = 1000, 2**21
 
 
 @torch.no_grad()
@@ -34,7 +35,11 @@ def evaluate(model: nn.Module, problem: Problem) -> dict[str, float | None]:
     """The measured part of an evaluation line; see `gaf_lab.records` for the keys."""
     test = accuracy_and_loss(logits(model, problem, problem.test), problem.test.clean)
     held = problem.heldout
-    heldout = accuracy_and_loss(logits(model, problem, held), held.observed) if len(held) else (None, None)
+    heldout = (
+        accuracy_and_loss(logits(model, problem, held), held.observed)
+        if len(held)
+        else (None, None)
+    )
     probe = problem.probe
     said, flipped = logits(model, problem, probe).argmax(1), probe.observed != probe.clean
     return {

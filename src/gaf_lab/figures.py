@@ -55,8 +55,14 @@ KNOWN = {
     "SAM": Shade("#d99bea", "#f6b8ff"),
     "larger batch": Shade("#c22fa0", "#ee5ac8"),
 }
-BLUES = (Shade("#12a08a", "#4fd6c0"), Shade("#3c4a63", "#8b9ab8"))  # further arms under GAF's policy
-OTHERS = (Shade("#5a3a22", "#a0714f"), Shade("#e58fb0", "#ffb3cd"), Shade("#b33a3a", "#ff8a80"), Shade("#5d6b73", "#c3ced6"))
+# further arms under GAF's policy
+BLUES = (Shade("#12a08a", "#4fd6c0"), Shade("#3c4a63", "#8b9ab8"))
+OTHERS = (
+    Shade("#5a3a22", "#a0714f"),
+    Shade("#e58fb0", "#ffb3cd"),
+    Shade("#b33a3a", "#ff8a80"),
+    Shade("#5d6b73", "#c3ced6"),
+)
 
 
 class Axis(NamedTuple):
@@ -69,7 +75,9 @@ class Axis(NamedTuple):
     hover: str
 
 
-SAMPLES = Axis("samples", "samples seen", "samples seen (thousands)", 1000.0, "%{x:,.1f} thousand samples")
+SAMPLES = Axis(
+    "samples", "samples seen", "samples seen (thousands)", 1000.0, "%{x:,.1f} thousand samples"
+)
 STEPS = Axis("steps_taken", "steps taken", "steps taken", 1.0, "%{x:,.0f} steps taken")
 TIME = Axis("seconds", "time", "time (s)", 1.0, "%{x:,.1f} s")
 
@@ -143,7 +151,10 @@ CHARTS = (
     Chart(
         "memorisation",
         "Memorisation of wrong labels",
-        (Panel("memorised", "memorised (%)", 100.0, "%", 1), Panel("corrected", "corrected (%)", 100.0, "%", 1)),
+        (
+            Panel("memorised", "memorised (%)", 100.0, "%", 1),
+            Panel("corrected", "corrected (%)", 100.0, "%", 1),
+        ),
         "Of the training samples with a flipped label: the share predicted as the wrong label (memorised) and as the true one (corrected).",
         zero=True,
     ),
@@ -223,8 +234,17 @@ def static(runs: list[Run], chart: Chart, axis: Axis = SAMPLES) -> "Figure":
     width, height = 8.0, 1.15 + tall * len(chart.panels)
     figure = canvas(width, height)
     axes = figure.subplots(len(chart.panels), sharex=True, sharey=chart.zero, squeeze=False)[:, 0]
-    figure.subplots_adjust(left=0.68 / width, right=1 - right / width, top=1 - 0.5 / height, bottom=0.6 / height, hspace=0.24)
-    drawn = [fill(ax, of, panel, chart, axis, colours) for ax, panel in zip(axes, chart.panels, strict=True)]
+    figure.subplots_adjust(
+        left=0.68 / width,
+        right=1 - right / width,
+        top=1 - 0.5 / height,
+        bottom=0.6 / height,
+        hspace=0.24,
+    )
+    drawn = [
+        fill(ax, of, panel, chart, axis, colours)
+        for ax, panel in zip(axes, chart.panels, strict=True)
+    ]
     for ax, panel, ends in zip(axes, chart.panels, drawn, strict=True):
         dress(ax, panel, chart, of if ends else [])
         label_ends(ax, ends + (lines_of_tau(ax, of, colours) if chart.thresholds and ends else []))
@@ -242,13 +262,21 @@ def lead(names: int) -> float:
     return 0.1 if names <= CROWD else 0.35
 
 
-def fill(ax: "Axes", of: list[Arm], panel: Panel, chart: Chart, axis: Axis, colours: dict[str, Shade]) -> list["Label"]:
+def fill(
+    ax: "Axes", of: list[Arm], panel: Panel, chart: Chart, axis: Axis, colours: dict[str, Shade]
+) -> list["Label"]:
     """Draws every arm. Returns the names for the lines' ends."""
-    ends = {arm.name: end for arm in of if (end := draw(ax, arm, of, panel, chart, axis, colours[arm.name].light)) is not None}
+    ends = {
+        arm.name: end
+        for arm in of
+        if (end := draw(ax, arm, of, panel, chart, axis, colours[arm.name].light)) is not None
+    }
     return [Label(*end, shorten(name), colours[name].light) for name, end in ends.items()]
 
 
-def draw(ax: "Axes", arm: Arm, of: list[Arm], panel: Panel, chart: Chart, axis: Axis, colour: str) -> tuple[float, float] | None:
+def draw(
+    ax: "Axes", arm: Arm, of: list[Arm], panel: Panel, chart: Chart, axis: Axis, colour: str
+) -> tuple[float, float] | None:
     """An arm's runs and their mean. Returns its last point, None without any."""
     z = 4.0 if arm.config.get("policy") == "gaf" else 3.0
     end = None
@@ -258,16 +286,35 @@ def draw(ax: "Axes", arm: Arm, of: list[Arm], panel: Panel, chart: Chart, axis: 
         if not x.size:
             continue
         dashed = status(run) != "finished"
-        ax.plot(x, y, color=colour, linewidth=0.9, alpha=0.5, linestyle=(0, (4, 2)) if dashed else "-", zorder=z - 1)
+        ax.plot(
+            x,
+            y,
+            color=colour,
+            linewidth=0.9,
+            alpha=0.5,
+            linestyle=(0, (4, 2)) if dashed else "-",
+            zorder=z - 1,
+        )
         end = float(x[-1]), float(y[-1])
     if mean is not None:
         thick = 2.4 if len(of) <= CROWD else 1.8
-        ax.plot(mean.x / axis.unit, mean.mean * panel.factor, color=colour, linewidth=thick, solid_capstyle="round", zorder=z)
+        ax.plot(
+            mean.x / axis.unit,
+            mean.mean * panel.factor,
+            color=colour,
+            linewidth=thick,
+            solid_capstyle="round",
+            zorder=z,
+        )
         end = float(mean.x[-1] / axis.unit), float(mean.mean[-1] * panel.factor)
-    spots = [spot for run in single(arm, of, mean) if chart.marks and (spot := marked(run, panel, axis))]
+    spots = [
+        spot for run in single(arm, of, mean) if chart.marks and (spot := marked(run, panel, axis))
+    ]
     if spots:
         across, up = zip(*spots, strict=True)
-        ax.scatter(across, up, s=34, facecolors="white", edgecolors=colour, linewidths=1.6, zorder=6)
+        ax.scatter(
+            across, up, s=34, facecolors="white", edgecolors=colour, linewidths=1.6, zorder=6
+        )
     return end
 
 
@@ -281,7 +328,9 @@ def dress(ax: "Axes", panel: Panel, chart: Chart, of: list[Arm]) -> None:
     """Axes with horizontal lines only, and the quantity named above them; a word where nothing was recorded."""
     ax.set_title(panel.label, loc="left", fontsize=11, color=INK, pad=8)
     if chart.marks and 0 < len(of) <= CROWD:
-        ax.set_title("○ selected on noisy held-out labels", loc="right", fontsize=9, color=SOFT, pad=8)
+        ax.set_title(
+            "○ selected on noisy held-out labels", loc="right", fontsize=9, color=SOFT, pad=8
+        )
     plain(ax)
     if chart.zero:
         ax.set_ylim(bottom=0)
@@ -299,11 +348,22 @@ def plain(ax: "Axes") -> None:
     ax.grid(axis="y", color=GRID, linewidth=0.8)
     ax.set_axisbelow(True)
     ax.margins(x=0.015)
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}" if abs(value) < 1e6 else f"{value:,.0f}"))
+    ax.xaxis.set_major_formatter(
+        FuncFormatter(lambda value, _: f"{value:,.6g}" if abs(value) < 1e6 else f"{value:,.0f}")
+    )
 
 
 def blank(ax: "Axes") -> None:
-    ax.text(0.5, 0.5, "not recorded in these runs", transform=ax.transAxes, ha="center", va="center", color=SOFT, fontsize=11)
+    ax.text(
+        0.5,
+        0.5,
+        "not recorded in these runs",
+        transform=ax.transAxes,
+        ha="center",
+        va="center",
+        color=SOFT,
+        fontsize=11,
+    )
     ax.set(xticks=[], yticks=[])
 
 
@@ -325,7 +385,9 @@ def lines_of_tau(ax: "Axes", of: list[Arm], colours: dict[str, Shade]) -> list[L
     shades = [colours[names[0]].light if len(found) > 1 else INK for names in found.values()]
     for tau, colour in zip(found, shades, strict=True):
         ax.axhline(tau, color=colour, linewidth=1.2, linestyle=(0, (5, 3)), zorder=2)
-    return [Label(None, tau, f"τ = {tau:g}", colour) for tau, colour in zip(found, shades, strict=True)]
+    return [
+        Label(None, tau, f"τ = {tau:g}", colour) for tau, colour in zip(found, shades, strict=True)
+    ]
 
 
 def label_ends(ax: "Axes", labels: list[Label]) -> None:
@@ -339,11 +401,32 @@ def label_ends(ax: "Axes", labels: list[Label]) -> None:
     heights = apart(ends, gap=LINE / tall)
     for height, end, label in zip(heights, ends, labels, strict=True):
         x, _, text, colour = label
-        across = 1.0 if x is None else ax.transAxes.inverted().transform(ax.transData.transform((x, label.y)))[0]
+        across = (
+            1.0
+            if x is None
+            else ax.transAxes.inverted().transform(ax.transData.transform((x, label.y)))[0]
+        )
         if across < 0.95 or abs(height - end) > LINE / tall / 3:
             bend = ([across, 1.0, 1 + 0.8 * gap], [end, end, height])
-            ax.plot(*bend, transform=ax.transAxes, color=colour, linewidth=0.6, alpha=0.6, clip_on=False, zorder=2)
-        ax.text(1 + gap, height, text, transform=ax.transAxes, va="center", fontsize=10.5, color=darker(colour), parse_math=False)
+            ax.plot(
+                *bend,
+                transform=ax.transAxes,
+                color=colour,
+                linewidth=0.6,
+                alpha=0.6,
+                clip_on=False,
+                zorder=2,
+            )
+        ax.text(
+            1 + gap,
+            height,
+            text,
+            transform=ax.transAxes,
+            va="center",
+            fontsize=10.5,
+            color=darker(colour),
+            parse_math=False,
+        )
 
 
 def apart(heights: Sequence[float], gap: float) -> list[float]:
@@ -359,7 +442,10 @@ def apart(heights: Sequence[float], gap: float) -> list[float]:
             mean, size = (mean * size + other * others) / (size + others), size + others
         groups.append((mean, size))
     levels = [mean for mean, size in groups for _ in range(size)]
-    return [min(level + place * gap, 1 - (len(levels) - 1 - place) * gap) for place, level in enumerate(levels)]
+    return [
+        min(level + place * gap, 1 - (len(levels) - 1 - place) * gap)
+        for place, level in enumerate(levels)
+    ]
 
 
 def darker(colour: str) -> str:
@@ -388,12 +474,19 @@ def interactive(runs: list[Run], chart: Chart, axis: Axis = SAMPLES) -> Any:
     axis = fitted(axis, runs)
     colours = palette([arm.name for arm in of])
     rows = len(chart.panels)
-    figure = make_subplots(rows=rows, shared_xaxes=True, shared_yaxes="all" if chart.zero else False, vertical_spacing=0.08)
+    figure = make_subplots(
+        rows=rows,
+        shared_xaxes=True,
+        shared_yaxes="all" if chart.zero else False,
+        vertical_spacing=0.08,
+    )
     for row, panel in enumerate(chart.panels, 1):
         for arm in sorted(of, key=lambda arm: arm.config.get("policy") == "gaf"):  # GAF on top
             for trace in traces(arm, panel, chart, axis, colours[arm.name], first=row == 1):
                 figure.add_trace(trace | {"legendrank": of.index(arm)}, row=row, col=1)
-        figure.update_yaxes(title_text=panel.label, rangemode="tozero" if chart.zero else "normal", row=row, col=1)
+        figure.update_yaxes(
+            title_text=panel.label, rangemode="tozero" if chart.zero else "normal", row=row, col=1
+        )
     if chart.thresholds:
         for tau in thresholds(of):
             note = {"annotation_text": f"τ = {tau:g}", "annotation_position": "top left"}
@@ -418,36 +511,60 @@ def layout(figure: Any, rows: int) -> None:
     figure.update_yaxes(gridcolor=GRID, zeroline=False, automargin=True)
 
 
-def traces(arm: Arm, panel: Panel, chart: Chart, axis: Axis, shade: Shade, first: bool) -> list[dict[str, Any]]:
+def traces(
+    arm: Arm, panel: Panel, chart: Chart, axis: Axis, shade: Shade, first: bool
+) -> list[dict[str, Any]]:
     """The arm's runs, their mean, and the selected evaluations. first: whether the arm is named in the legend here."""
     common = named(arm.name, shade)
     mean = curve(arm, panel.key, axis.key)
     made = [thin(run, panel, axis, shade) for run in arm.runs if len(arm.runs) > 1 or mean is None]
-    made = [common | {"meta": common["meta"] | {"single": mean is not None}} | line for line in made if line["x"]]
+    made = [
+        common | {"meta": common["meta"] | {"single": mean is not None}} | line
+        for line in made
+        if line["x"]
+    ]
     if mean is not None:
         made.append(common | bold(mean, panel, axis, shade))
     if made:
         made[-1]["showlegend"] = first
-    spots = [spot for spot in (marked(run, panel, axis) for run in arm.runs) if spot] if chart.marks else []
+    spots = (
+        [spot for spot in (marked(run, panel, axis) for run in arm.runs) if spot]
+        if chart.marks
+        else []
+    )
     if spots:
         circle = {"symbol": "circle-open", "size": 9, "color": shade.light, "line": {"width": 2}}
         x, y = (list(values) for values in zip(*spots, strict=True))
         single = {"meta": common["meta"] | {"single": True}}
-        made.append(common | single | {"mode": "markers", "x": x, "y": y, "marker": circle, "hoverinfo": "skip"})
+        made.append(
+            common
+            | single
+            | {"mode": "markers", "x": x, "y": y, "marker": circle, "hoverinfo": "skip"}
+        )
     return made
 
 
 def named(arm: str, shade: Shade) -> dict[str, Any]:
     """What every trace of an arm has."""
     meta = shade._asdict() | {"single": False}
-    return {"type": "scatter", "name": literal(arm), "legendgroup": arm, "meta": meta, "showlegend": False}
+    return {
+        "type": "scatter",
+        "name": literal(arm),
+        "legendgroup": arm,
+        "meta": meta,
+        "showlegend": False,
+    }
 
 
 def some(values: Values) -> Values:
     """At most MOST of the values, evenly drawn, the last among them: as many as a screen can show."""
     import numpy as np
 
-    return values if len(values) <= MOST else values[np.linspace(0, len(values) - 1, MOST).round().astype(int)]
+    return (
+        values
+        if len(values) <= MOST
+        else values[np.linspace(0, len(values) - 1, MOST).round().astype(int)]
+    )
 
 
 def literal(name: str) -> str:
@@ -457,17 +574,38 @@ def literal(name: str) -> str:
 
 def thin(run: Run, panel: Panel, axis: Axis, shade: Shade) -> dict[str, Any]:
     x, y = (some(values) for values in track(run, panel, axis))
-    line = {"color": shade.light, "width": 1, "dash": "solid" if status(run) == "finished" else "dash"}
-    return {"mode": "lines", "x": x.tolist(), "y": y.round(5).tolist(), "line": line, "opacity": 0.45, "hoverinfo": "skip"}
+    line = {
+        "color": shade.light,
+        "width": 1,
+        "dash": "solid" if status(run) == "finished" else "dash",
+    }
+    return {
+        "mode": "lines",
+        "x": x.tolist(),
+        "y": y.round(5).tolist(),
+        "line": line,
+        "opacity": 0.45,
+        "hoverinfo": "skip",
+    }
 
 
 def bold(mean: Curve, panel: Panel, axis: Axis, shade: Shade) -> dict[str, Any]:
     number = f":.{panel.digits}f"
     spread = f" ({{low{number}}} to {{high{number}}})" if mean.n > 1 else ""
     scaled = [(some(values) * panel.factor).tolist() for values in (mean.mean, mean.low, mean.high)]
-    text = [f"{m:.{panel.digits}f}{panel.unit}" + spread.format(low=low, high=high) for m, low, high in zip(*scaled, strict=True)]
+    text = [
+        f"{m:.{panel.digits}f}{panel.unit}" + spread.format(low=low, high=high)
+        for m, low, high in zip(*scaled, strict=True)
+    ]
     line = {"color": shade.light, "width": 3}
     y = [round(value, 5) for value in scaled[0]]
     x = (some(mean.x) / axis.unit).tolist()
     mode = "lines" if len(x) > 1 else "markers"  # a line of one point is nothing to see
-    return {"mode": mode, "x": x, "y": y, "text": text, "line": line, "hovertemplate": "%{fullData.name}: %{text}<extra></extra>"}
+    return {
+        "mode": mode,
+        "x": x,
+        "y": y,
+        "text": text,
+        "line": line,
+        "hovertemplate": "%{fullData.name}: %{text}<extra></extra>",
+    }

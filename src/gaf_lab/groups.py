@@ -15,7 +15,9 @@ FIRST, OTHERS = 2**20, 25 * 2**20  # bytes: the caps of DistributedDataParallel'
 def buckets(params: Sequence[nn.Parameter]) -> list[list[int]]:
     """Parameters' indices as DistributedDataParallel puts them into buckets: from the last layer on, the first bucket small."""
     order = list(reversed(range(len(params))))
-    groups, _ = _compute_bucket_assignment_by_size([Tensor(params[j]) for j in order], [FIRST, OTHERS])
+    groups, _ = _compute_bucket_assignment_by_size(
+        [Tensor(params[j]) for j in order], [FIRST, OTHERS]
+    )
     return [[order[i] for i in group] for group in groups]
 
 

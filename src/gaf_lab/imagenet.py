@@ -27,12 +27,15 @@ from gaf_lab import archives
 from gaf_lab.archives import DataError
 from gaf_lab.sampling import Sampler, generator
 
-PLACES = ("", "imagenet", "ILSVRC/Data/CLS-LOC")  # the last one is where the archive of the Kaggle challenge unpacks to
+# the last one is where the archive of the Kaggle challenge unpacks to
+PLACES = ("", "imagenet", "ILSVRC/Data/CLS-LOC")
 SUFFIXES = (".jpeg", ".jpg", ".png")
 LAYOUT = "train/<class>/*.JPEG and val/<class>/*.JPEG"
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of its training pictures, as everyone rounds them
+# of its training pictures, as everyone rounds them
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
-AREA, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)  # of a random crop: share of the picture, width over height (arXiv 1409.4842, section 6)
+# of a random crop: share of the picture, width over height (arXiv 1409.4842, section 6)
+AREA, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
 TRIES = 10  # crops drawn before the middle of the picture is taken
 MIDDLE = 224 / 256  # of the shorter side, is what a test picture shows
 
@@ -60,7 +63,9 @@ def root(folder: Path | None) -> Path:
             return candidate
         if there:
             missing = "val" if there == ["train"] else "train"
-            raise DataError(f"imagenet: {candidate} must hold {LAYOUT}; it has {there[0]}, but no {missing}. Put that folder beside it.")
+            raise DataError(
+                f"imagenet: {candidate} must hold {LAYOUT}; it has {there[0]}, but no {missing}. Put that folder beside it."
+            )
     raise DataError(f"imagenet: {place} must hold {LAYOUT}, in itself or in {' or '.join(PLACES[1:])}; it does not. It is not downloaded, "
                     "for it needs an account at image-net.org: get it there, and give its folder with --data DIR.")  # fmt: skip
 
@@ -91,7 +96,9 @@ class Files:
     def read(self, index: Iterable[int], draw: torch.Generator | None = None) -> Tensor:
         """Pictures (len(index), 3, size, size) uint8, each a random crop if there is a generator to draw it from, else the middle."""
         paths = [self.folder / os.fsdecode(self.names[i]) for i in index]
-        crops: list[Tensor | None] = [None] * len(paths) if draw is None else list(draws(len(paths), draw).unbind())
+        crops: list[Tensor | None] = (
+            [None] * len(paths) if draw is None else list(draws(len(paths), draw).unbind())
+        )
         pictures = torch.empty(len(paths), *self.shape[1:], dtype=torch.uint8)
         for picture, path, crop in zip(pictures, paths, crops, strict=True):
             picture.copy_(cropped(decoded(path), self.size, crop))
@@ -116,10 +123,14 @@ def listed(folder: Path, classes: list[str], size: int) -> tuple[Files, Tensor]:
                             "Unpack its archive again, or remove the folder.")  # fmt: skip
         names += [os.fsencode(f"{wnid}/{name}") for name in found]
         counts.append(len(found))
-    return Files(folder, np.array(names), size), torch.arange(len(classes)).repeat_interleave(torch.tensor(counts))
+    return Files(folder, np.array(names), size), torch.arange(len(classes)).repeat_interleave(
+        torch.tensor(counts)
+    )
 
 
-def find(folder: Path | None, size: int) -> tuple[list[str], tuple[Files, Tensor], tuple[Files, Tensor]]:
+def find(
+    folder: Path | None, size: int
+) -> tuple[list[str], tuple[Files, Tensor], tuple[Files, Tensor]]:
     """The classes, sorted, and of training and of validation set the files, and labels (N,) int64.
 
     Args:
@@ -146,12 +157,18 @@ def find(folder: Path | None, size: int) -> tuple[list[str], tuple[Files, Tensor
 
 def folders_in(folder: Path) -> list[str]:
     with os.scandir(folder) as entries:
-        return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+        return sorted(
+            entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")
+        )
 
 
 def pictures_in(folder: Path) -> list[str]:
     with os.scandir(folder) as entries:
-        return sorted(entry.name for entry in entries if entry.name.lower().endswith(SUFFIXES) and not entry.name.startswith("."))
+        return sorted(
+            entry.name
+            for entry in entries
+            if entry.name.lower().endswith(SUFFIXES) and not entry.name.startswith(".")
+        )
 
 
 # From a file to a picture
@@ -167,7 +184,9 @@ def decoded(path: Path) -> Image.Image:
         with Image.open(path, formats=("JPEG", "PNG")) as image:
             return image.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"imagenet: {path} must be a whole JPEG or PNG file; it cannot be read ({error}). Unpack it again.") from None
+        raise DataError(
+            f"imagenet: {path} must be a whole JPEG or PNG file; it cannot be read ({error}). Unpack it again."
+        ) from None
 
 
 def draws(n: int, generator: torch.Generator) -> Tensor:
@@ -178,7 +197,9 @@ def draws(n: int, generator: torch.Generator) -> Tensor:
 def cropped(image: Image.Image, size: int, draw: Tensor | None) -> Tensor:
     """(3, size, size) uint8: the random crop, perhaps mirrored, that `draw` (TRIES + 1, 4) stands for; without it the middle."""
     box = middle_box(*image.size) if draw is None else random_box(*image.size, draw[:-1].tolist())
-    pixels = torch.from_numpy(np.array(image.resize((size, size), Image.Resampling.BILINEAR, box=box))).permute(2, 0, 1)
+    pixels = torch.from_numpy(
+        np.array(image.resize((size, size), Image.Resampling.BILINEAR, box=box))
+    ).permute(2, 0, 1)
     return pixels.flip(2) if draw is not None and draw[-1, 0] < 0.5 else pixels
 
 
@@ -314,7 +335,9 @@ def follow(worker: int) -> None:
 
 def workers() -> int:
     """Processes that read for one rank: one for each core it has, at most MOST_WORKERS."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     return max(1, min(cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), MOST_WORKERS))
 
 
@@ -347,7 +370,9 @@ def make_pictures(folder: Path, classes: int, per_class: int, size: int, seed: i
             home = folder / part / f"n{c:08d}"
             home.mkdir(parents=True, exist_ok=True)
             for j in range(count):
-                grating(c / classes, size, generator(seed, "picture", part, c, j)).save(home / f"n{c:08d}_{j}.JPEG", quality=90)
+                grating(c / classes, size, generator(seed, "picture", part, c, j)).save(
+                    home / f"n{c:08d}_{j}.JPEG", quality=90
+                )
     return folder
 
 
@@ -356,9 +381,13 @@ def grating(turn: float, size: int, draw: torch.Generator) -> Image.Image:
     phase, longer, upright = torch.rand(3, generator=draw).tolist()
     sides = (size, size + round(size * longer / 2))
     height, width = sides[::-1] if upright < 0.5 else sides
-    down, across = torch.meshgrid(torch.arange(height) / size, torch.arange(width) / size, indexing="ij")
+    down, across = torch.meshgrid(
+        torch.arange(height) / size, torch.arange(width) / size, indexing="ij"
+    )
     along = across * math.cos(math.pi * turn) + down * math.sin(math.pi * turn)
     wave = torch.sin(2 * math.pi * (4 * along + phase))[:, :, None]
     colour = torch.cos(2 * math.pi * (turn - torch.arange(3) / 3))
     noise = torch.randn(height, width, 3, generator=draw)
-    return Image.fromarray((128 + 60 * colour + 40 * wave + 20 * noise).clamp(0, 255).to(torch.uint8).numpy())
+    return Image.fromarray(
+        (128 + 60 * colour + 40 * wave + 20 * noise).clamp(0, 255).to(torch.uint8).numpy()
+    )

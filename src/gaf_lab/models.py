@@ -23,9 +23,15 @@ def convnet(channels: int, classes: int, width: int = 32) -> nn.Module:
     widths = (channels, width, 2 * width, 4 * width)
     layers: list[nn.Module] = []
     for i, (before, after) in enumerate(itertools.pairwise(widths)):
-        layers += [nn.Conv2d(before, after, 3, padding=1, bias=False), nn.BatchNorm2d(after), nn.ReLU()]
+        layers += [
+            nn.Conv2d(before, after, 3, padding=1, bias=False),
+            nn.BatchNorm2d(after),
+            nn.ReLU(),
+        ]
         layers += [nn.MaxPool2d(2)] if i < 2 else []
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], classes))
+    return nn.Sequential(
+        *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], classes)
+    )
 
 
 def conv(before: int, after: int, size: int, stride: int = 1) -> nn.Conv2d:
@@ -40,10 +46,18 @@ class BasicBlock(nn.Module):
     def __init__(self, before: int, after: int, stride: int) -> None:
         super().__init__()
         self.body = nn.Sequential(
-            conv(before, after, 3, stride), nn.BatchNorm2d(after), nn.ReLU(), conv(after, after, 3), nn.BatchNorm2d(after)
+            conv(before, after, 3, stride),
+            nn.BatchNorm2d(after),
+            nn.ReLU(),
+            conv(after, after, 3),
+            nn.BatchNorm2d(after),
         )
         same = stride == 1 and before == after
-        self.shortcut = nn.Identity() if same else nn.Sequential(conv(before, after, 1, stride), nn.BatchNorm2d(after))
+        self.shortcut = (
+            nn.Identity()
+            if same
+            else nn.Sequential(conv(before, after, 1, stride), nn.BatchNorm2d(after))
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.relu(self.body(x) + self.shortcut(x))
@@ -55,8 +69,12 @@ class PreActBlock(nn.Module):
     def __init__(self, before: int, after: int, stride: int) -> None:
         super().__init__()
         self.first = nn.Sequential(nn.BatchNorm2d(before), nn.ReLU())
-        self.body = nn.Sequential(conv(before, after, 3, stride), nn.BatchNorm2d(after), nn.ReLU(), conv(after, after, 3))
-        self.shortcut = nn.Identity() if stride == 1 and before == after else conv(before, after, 1, stride)
+        self.body = nn.Sequential(
+            conv(before, after, 3, stride), nn.BatchNorm2d(after), nn.ReLU(), conv(after, after, 3)
+        )
+        self.shortcut = (
+            nn.Identity() if stride == 1 and before == after else conv(before, after, 1, stride)
+        )
         self.plain = isinstance(self.shortcut, nn.Identity)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -78,7 +96,12 @@ def stages(block: Callable[[int, int, int], nn.Module], depths: tuple[int, ...])
 def stem_layers(stem: Stem, channels: int) -> list[nn.Module]:
     """Stem "imagenet": 7x7 with stride 2 and max-pool, which leaves 8x8 of a 32x32 picture; "cifar": 3x3, which leaves it whole."""
     if stem == "imagenet":
-        return [conv(channels, 64, 7, 2), nn.BatchNorm2d(64), nn.ReLU(), nn.MaxPool2d(3, 2, padding=1)]
+        return [
+            conv(channels, 64, 7, 2),
+            nn.BatchNorm2d(64),
+            nn.ReLU(),
+            nn.MaxPool2d(3, 2, padding=1),
+        ]
     return [conv(channels, 64, 3), nn.BatchNorm2d(64), nn.ReLU()]
 
 
@@ -89,8 +112,15 @@ def resnet(depths: tuple[int, ...], channels: int, classes: int, stem: Stem) -> 
 
 def preact_resnet(depths: tuple[int, ...], channels: int, classes: int, stem: Stem) -> nn.Module:
     start = stem_layers(stem, channels)
-    start = [start[0], start[3]] if stem == "imagenet" else start[:1]  # the first block brings its own BatchNorm
-    head = [nn.BatchNorm2d(512), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, classes)]
+    # the first block brings its own BatchNorm
+    start = [start[0], start[3]] if stem == "imagenet" else start[:1]
+    head = [
+        nn.BatchNorm2d(512),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(512, classes),
+    ]
     return nn.Sequential(*start, *stages(PreActBlock, depths), *head)
 
 
@@ -123,7 +153,9 @@ def vit(name: str, shape: tuple[int, int, int], classes: int) -> nn.Module:
     try:
         from transformers import ViTConfig, ViTForImageClassification
     except ModuleNotFoundError:
-        raise ConfigError(f"model {name!r} needs transformers, which is not installed. Install gaf[vit].") from None
+        raise ConfigError(
+            f"model {name!r} needs transformers, which is not installed. Install gaf[vit]."
+        ) from None
     hidden, layers, heads = (1024, 24, 16) if name == "vit-l16" else (64, 2, 4)
     sizes: dict[str, Any] = {
         "image_size": height, "patch_size": patch, "num_channels": channels, "num_labels": classes, "hidden_size": hidden,

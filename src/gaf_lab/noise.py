@@ -28,7 +28,9 @@ def symmetric(y: Tensor, rate: float, classes: int, seed: int) -> tuple[Tensor, 
     return _replace(y, chosen, (y + shift) % classes)
 
 
-def asymmetric(y: Tensor, rate: float, classes: int, seed: int, coarse: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def asymmetric(
+    y: Tensor, rate: float, classes: int, seed: int, coarse: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Exactly int(rate * N) labels, drawn without replacement, become the next class, the last one the first.
 
     Args:
@@ -42,7 +44,9 @@ def asymmetric(y: Tensor, rate: float, classes: int, seed: int, coarse: Tensor |
         noisy labels (N,), flipped (N,) bool: where they differ from y.
     """
     _check(y, rate, classes)
-    chosen = torch.randperm(len(y), generator=generator(seed, "asymmetric noise"))[: int(rate * len(y))]
+    chosen = torch.randperm(len(y), generator=generator(seed, "asymmetric noise"))[
+        : int(rate * len(y))
+    ]
     return _replace(y, chosen, successors(classes, coarse)[y])
 
 
@@ -74,9 +78,13 @@ def human(y: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
         noisy labels (N,), flipped (N,) bool: where they differ from y.
     """
     if labels is None:
-        raise ValueError("noise: human labels must come with the data set; got one without. Use cifar100n or cifar100n-coarse.")
+        raise ValueError(
+            "noise: human labels must come with the data set; got one without. Use cifar100n or cifar100n-coarse."
+        )
     if labels.shape != y.shape:
-        raise ValueError(f"noise: there must be one human label per sample, {len(y)}; got {len(labels)}. Pass the whole training set.")
+        raise ValueError(
+            f"noise: there must be one human label per sample, {len(y)}; got {len(labels)}. Pass the whole training set."
+        )
     return labels, labels != y
 
 
@@ -88,8 +96,14 @@ def _replace(y: Tensor, chosen: Tensor, wrong: Tensor) -> tuple[Tensor, Tensor]:
 
 def _check(y: Tensor, rate: float, classes: int) -> None:
     if not 0 <= rate < 1:
-        raise ValueError(f"noise: rate must lie in [0, 1); got {rate}. It is the share of labels that are flipped.")
+        raise ValueError(
+            f"noise: rate must lie in [0, 1); got {rate}. It is the share of labels that are flipped."
+        )
     if classes < 2:
-        raise ValueError(f"noise: there must be two classes or more to flip between; got {classes}.")
+        raise ValueError(
+            f"noise: there must be two classes or more to flip between; got {classes}."
+        )
     if ((y < 0) | (y >= classes)).any():
-        raise ValueError(f"noise: labels must lie in [0, {classes}); got {int(y.min())} to {int(y.max())}. Is `classes` right?")
+        raise ValueError(
+            f"noise: labels must lie in [0, {classes}); got {int(y.min())} to {int(y.max())}. Is `classes` right?"
+        )

@@ -55,10 +55,16 @@ def common(values: list[Any]) -> Any:
 
 
 def packed(run: Run, first: dict[str, Any]) -> dict[str, Any]:
-    header = {key: without(value, first[key]) if key in SHARED else value for key, value in run.header.items()}
+    header = {
+        key: without(value, first[key]) if key in SHARED else value
+        for key, value in run.header.items()
+    }
     header = {key: value for key, value in header.items() if value is not SAME} | {"kind": "packed"}
     keys = dict.fromkeys(key for line in run.evals for key in line if key not in ("kind", "rows"))
-    return header | {"evals": {key: [short(line.get(key)) for line in run.evals] for key in keys}, "end": run.end}
+    return header | {
+        "evals": {key: [short(line.get(key)) for line in run.evals] for key in keys},
+        "end": run.end,
+    }
 
 
 SAME = object()
@@ -67,14 +73,23 @@ SAME = object()
 def without(value: Any, shared: Any) -> Any:
     """What of a value differs from the shared one."""
     if isinstance(value, dict) and isinstance(shared, dict):
-        return {key: item for key, item in value.items() if key not in shared or json.dumps(item) != json.dumps(shared[key])} or SAME
+        return {
+            key: item
+            for key, item in value.items()
+            if key not in shared or json.dumps(item) != json.dumps(shared[key])
+        } or SAME
     return SAME if json.dumps(value) == json.dumps(shared) else value
 
 
 def unpacked(line: dict[str, Any], first: dict[str, Any], path: Path) -> Run:
     columns, end = line.pop("evals"), line.pop("end")
-    header = {key: together(first[key], line.get(key)) for key in SHARED} | {key: v for key, v in line.items() if key not in SHARED}
-    evals = [{"kind": "eval", **dict(zip(columns, values, strict=True))} for values in zip(*columns.values(), strict=True)]
+    header = {key: together(first[key], line.get(key)) for key in SHARED} | {
+        key: v for key, v in line.items() if key not in SHARED
+    }
+    evals = [
+        {"kind": "eval", **dict(zip(columns, values, strict=True))}
+        for values in zip(*columns.values(), strict=True)
+    ]
     return Run(path.parent / str(line.get("name")), header | {"kind": "run"}, evals, end)
 
 

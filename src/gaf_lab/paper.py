@@ -23,11 +23,25 @@ Configs = list[TrainConfig]
 NOISE = (0.0, 0.05, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.75)
 HUMAN = "100N-Fine"
 TABLE: dict[str, dict[float | str, float]] = {  # the paper's table 1: validation accuracy
-    "GAF": dict(zip((*NOISE, HUMAN), (0.63, 0.61, 0.60, 0.58, 0.54, 0.53, 0.48, 0.39, 0.13, 0.614), strict=True)),
-    "averaging": dict(zip((*NOISE, HUMAN), (0.62, 0.58, 0.53, 0.50, 0.40, 0.38, 0.33, 0.20, 0.11, 0.521), strict=True)),
+    "GAF": dict(
+        zip(
+            (*NOISE, HUMAN),
+            (0.63, 0.61, 0.60, 0.58, 0.54, 0.53, 0.48, 0.39, 0.13, 0.614),
+            strict=True,
+        )
+    ),
+    "averaging": dict(
+        zip(
+            (*NOISE, HUMAN),
+            (0.62, 0.58, 0.53, 0.50, 0.40, 0.38, 0.33, 0.20, 0.11, 0.521),
+            strict=True,
+        )
+    ),
 }
-TAUS = (0.95, 0.97, 0.99, 1.0, 1.01, 1.03, 1.05)  # the paper's grid, and 1.0, which it calls best on clean labels
-SIZES = (100, 200, 400, 800)  # micro-batch sizes; the paper's list was lost, the authors' working repository swept these
+# the paper's grid, and 1.0, which it calls best on clean labels
+TAUS = (0.95, 0.97, 0.99, 1.0, 1.01, 1.03, 1.05)
+# micro-batch sizes; the paper's list was lost, the authors' working repository swept these
+SIZES = (100, 200, 400, 800)
 
 
 @dataclass(frozen=True)
@@ -84,11 +98,15 @@ ITEMS = {
 
 def item(name: str) -> Item:
     if name not in ITEMS:
-        raise ConfigError(f"paper: the figure must be one of {', '.join(ITEMS)}; got {name!r}.{nearest(name, ITEMS)}")
+        raise ConfigError(
+            f"paper: the figure must be one of {', '.join(ITEMS)}; got {name!r}.{nearest(name, ITEMS)}"
+        )
     return ITEMS[name]
 
 
-def plan(name: str, scale: Scale = "smoke", reading: Reading = "paper", seeds: int | None = None) -> Configs:
+def plan(
+    name: str, scale: Scale = "smoke", reading: Reading = "paper", seeds: int | None = None
+) -> Configs:
     """The runs behind a figure: every arm at every point, for paired seeds from 0 on. Empty for fig2, which needs no run.
 
     Args:
@@ -102,18 +120,23 @@ def plan(name: str, scale: Scale = "smoke", reading: Reading = "paper", seeds: i
     """
     item(name)
     if seeds is not None and seeds < 1:
-        raise ConfigError(f"seeds must be at least 1; got {seeds}. Three is the least that tells a difference.")
+        raise ConfigError(
+            f"seeds must be at least 1; got {seeds}. Three is the least that tells a difference."
+        )
     points, arms = (small if scale == "small" else partial(full, reading=reading))(name)
     configs = [
         config
         for seed in range(seeds or SEEDS.get((scale, name), 1 if scale == "smoke" else 3))
         for point in points
-        for config in arms(dataclasses.replace(reduced(point) if scale == "smoke" else point, seed=seed))
+        for config in arms(
+            dataclasses.replace(reduced(point) if scale == "smoke" else point, seed=seed)
+        )
     ]
     return list({config.hash: config for config in configs}.values())
 
 
-SEEDS = {("small", "fig1"): 1, ("full", "fig3"): 1}  # where it is not one for smoke and three for the others
+# where it is not one for smoke and three for the others
+SEEDS = {("small", "fig1"): 1, ("full", "fig3"): 1}
 
 Arms = Callable[[TrainConfig], Configs]  # from GAF's config at a point to those of every arm there
 
@@ -145,7 +168,13 @@ def controlled(gaf: TrainConfig) -> Configs:
     """
     last: PolicyName = "replay-skip" if gaf.k == 2 else "random-subset"
     policies: tuple[PolicyName, ...] = ("random-skip", last)
-    return [*pair(gaf), *(follow(dataclasses.replace(averaging(gaf), policy=policy, replay=HERE), gaf) for policy in policies)]
+    return [
+        *pair(gaf),
+        *(
+            follow(dataclasses.replace(averaging(gaf), policy=policy, replay=HERE), gaf)
+            for policy in policies
+        ),
+    ]
 
 
 HERE = Path("here")  # until `follow` names the run
@@ -192,10 +221,20 @@ ADAMW = 1e-3  # its usual learning rate
 def full(name: str, reading: Reading = "paper") -> tuple[Configs, Arms]:
     """GAF's config at every point of a figure, and the arms there."""
     code = reading == "code"
-    clean = dataclasses.replace(presets.CIFAR100_GAF_CODE if code else presets.CIFAR100_GAF, noise_rate=0.0, tau=1.0)
+    clean = dataclasses.replace(
+        presets.CIFAR100_GAF_CODE if code else presets.CIFAR100_GAF, noise_rate=0.0, tau=1.0
+    )
     clean = dataclasses.replace(clean, label="GAF")
-    human = dataclasses.replace(presets.CIFAR100N_GAF_CODE if code else presets.CIFAR100N_GAF, label="GAF")
-    noisy = [clean, *(dataclasses.replace(clean, noise_rate=rate, tau=clean.tau if code else 0.97) for rate in NOISE[1:])]
+    human = dataclasses.replace(
+        presets.CIFAR100N_GAF_CODE if code else presets.CIFAR100N_GAF, label="GAF"
+    )
+    noisy = [
+        clean,
+        *(
+            dataclasses.replace(clean, noise_rate=rate, tau=clean.tau if code else 0.97)
+            for rate in NOISE[1:]
+        ),
+    ]
     both: Arms = (lambda gaf: [baseline_of_the_code(gaf), gaf]) if code else controlled
     alone: Arms = lambda gaf: [averaging(gaf)]  # noqa: E731
     white = dataclasses.replace(presets.NOISE_MEAN, passes=100.0, eval_every=1.0)
@@ -204,20 +243,31 @@ def full(name: str, reading: Reading = "paper") -> tuple[Configs, Arms]:
         "fig1": ([clean, human], both),
         "fig2": ([], both),
         "fig3": ([IMAGENET], as_averaging),
-        "fig4": (of_equal_steps(clean, (*SIZES, 1600), steps=5000, pictures=50_000, evaluations=20), alone),
+        "fig4": (
+            of_equal_steps(clean, (*SIZES, 1600), steps=5000, pictures=50_000, evaluations=20),
+            alone,
+        ),
         "fig5": ([white], alone),
         "fig6": (noisy, both),
         "fig7": ([dataclasses.replace(at_40, tau=tau) for tau in (*TAUS, 2.0)], across_tau),
         "fig8": ([dataclasses.replace(human, passes=2400.0)], both),
-        "fig9": ([*(dataclasses.replace(human, b=b) for b in SIZES), largest(human)], across_size(both)),
+        "fig9": (
+            [*(dataclasses.replace(human, b=b) for b in SIZES), largest(human)],
+            across_size(both),
+        ),
         "table1": ([*noisy, human], both),
     }[name]
 
 
-def of_equal_steps(gaf: TrainConfig, sizes: tuple[int, ...], steps: int, pictures: int, evaluations: int) -> Configs:
+def of_equal_steps(
+    gaf: TrainConfig, sizes: tuple[int, ...], steps: int, pictures: int, evaluations: int
+) -> Configs:
     """A config at each micro-batch size, as many steps for each: the distance also changes as training goes on."""
     passes = {b: steps * gaf.k * b / pictures for b in sizes}
-    return [dataclasses.replace(gaf, b=b, passes=passes[b], eval_every=passes[b] / evaluations) for b in sizes]
+    return [
+        dataclasses.replace(gaf, b=b, passes=passes[b], eval_every=passes[b] / evaluations)
+        for b in sizes
+    ]
 
 
 # The paper gives neither optimizer nor batch for ViT-L/16; these are usual for training it from nothing (arXiv 2010.11929, table 3).
@@ -246,10 +296,27 @@ def across_size(arms: Arms) -> Arms:
 # A tenth of Fashion-MNIST, which a small network memorises within minutes. tau = 0.8 is what the demo's task, of the same
 # k and b, was fixed to beforehand; it was not chosen here.
 FASHION = TrainConfig(
-    dataset="fashion-mnist", limit=5000, model="mlp", k=8, b=20, tau=0.8, lr=0.05, momentum=0.9, passes=30.0, eval_every=1.5
+    dataset="fashion-mnist",
+    limit=5000,
+    model="mlp",
+    k=8,
+    b=20,
+    tau=0.8,
+    lr=0.05,
+    momentum=0.9,
+    passes=30.0,
+    eval_every=1.5,
 )
 # The paper's ResNet18 on the real pictures, for as long as a CPU allows.
-EARLY = dataclasses.replace(presets.CIFAR100_GAF, noise="none", noise_rate=0.0, schedule="constant", passes=1.0, eval_every=0.2, probe=500)
+EARLY = dataclasses.replace(
+    presets.CIFAR100_GAF,
+    noise="none",
+    noise_rate=0.0,
+    schedule="constant",
+    passes=1.0,
+    eval_every=0.2,
+    probe=500,
+)
 
 
 def small(name: str) -> tuple[Configs, Arms]:
@@ -259,13 +326,33 @@ def small(name: str) -> tuple[Configs, Arms]:
     noisy = [dataclasses.replace(FASHION, noise_rate=rate) for rate in NOISE]
     human = dataclasses.replace(early, dataset="cifar100n", noise="human")
     grid = (0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 1.0, 2.0)
-    vit = dataclasses.replace(IMAGENET, model="vit-tiny", size=32, b=50, limit=2000, passes=20.0, eval_every=0.5, autocast="none")
-    white = dataclasses.replace(EARLY, dataset="noise", augment=False, sampler="iid", limit=1000, passes=50.0, eval_every=2.5)
+    vit = dataclasses.replace(
+        IMAGENET,
+        model="vit-tiny",
+        size=32,
+        b=50,
+        limit=2000,
+        passes=20.0,
+        eval_every=0.5,
+        autocast="none",
+    )
+    white = dataclasses.replace(
+        EARLY,
+        dataset="noise",
+        augment=False,
+        sampler="iid",
+        limit=1000,
+        passes=50.0,
+        eval_every=2.5,
+    )
     return {
         "fig1": ([EARLY, dataclasses.replace(EARLY, dataset="cifar100n", noise="human")], pair),
         "fig2": ([], pair),
         "fig3": ([vit], as_averaging),
-        "fig4": (of_equal_steps(early, (25, 50, 100, 200, 400), steps=40, pictures=4500, evaluations=2), alone),
+        "fig4": (
+            of_equal_steps(early, (25, 50, 100, 200, 400), steps=40, pictures=4500, evaluations=2),
+            alone,
+        ),
         "fig5": ([white], alone),
         "fig6": (noisy, controlled),
         "fig7": ([dataclasses.replace(FASHION, tau=tau) for tau in grid], across_tau),

@@ -54,21 +54,45 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-Place = float | str  # where a run stands: a value of the item's x, HUMAN, or network and data of a panel
+# where a run stands: a value of the item's x, HUMAN, or network and data of a panel
+Place = float | str
 
 PANELS = {panel.key: panel for chart in CHARTS for panel in chart.panels}
-PANELS["clean_accuracy"] = Panel("clean_accuracy", "accuracy on correctly labelled training samples (%)", 100.0, "%", 1)
-DISTANCES = (
-    Measure("distance", "cosine distance, mean over the run", "distance", partial(st.throughout, key="distance_mean")),
-    Measure("lowest", "cosine distance, lowest evaluation", "distance", partial(st.lowest, key="distance_mean")),
-    Measure("distance_last", "cosine distance, last", "distance", partial(st.last, key="distance_mean")),
+PANELS["clean_accuracy"] = Panel(
+    "clean_accuracy", "accuracy on correctly labelled training samples (%)", 100.0, "%", 1
 )
-CLEAN = Measure("clean_accuracy", "accuracy on correctly labelled training samples", "share", partial(st.last, key="clean_accuracy"))
+DISTANCES = (
+    Measure(
+        "distance",
+        "cosine distance, mean over the run",
+        "distance",
+        partial(st.throughout, key="distance_mean"),
+    ),
+    Measure(
+        "lowest",
+        "cosine distance, lowest evaluation",
+        "distance",
+        partial(st.lowest, key="distance_mean"),
+    ),
+    Measure(
+        "distance_last", "cosine distance, last", "distance", partial(st.last, key="distance_mean")
+    ),
+)
+CLEAN = Measure(
+    "clean_accuracy",
+    "accuracy on correctly labelled training samples",
+    "share",
+    partial(st.last, key="clean_accuracy"),
+)
 MEASURES = {
     "test_accuracy": (st.LAST, st.SELECTED), "distance_mean": DISTANCES, "memorised": (st.MEMORISED,), "corrected": (st.CORRECTED,),
     "clean_accuracy": (CLEAN,),
 }  # fmt: skip
-ACROSS = {"noise_rate": "training labels flipped (%)", "tau": "τ, the largest cosine distance that is accepted", "b": "micro-batch size b"}
+ACROSS = {
+    "noise_rate": "training labels flipped (%)",
+    "tau": "τ, the largest cosine distance that is accepted",
+    "b": "micro-batch size b",
+}
 NAMES = {
     "cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "cifar100n": "CIFAR-100N-Fine", "cifar100n-coarse": "CIFAR-100N-Coarse",
     "mnist5k": "MNIST-5k", "fashion-mnist": "Fashion-MNIST", "noise": "white noise", "imagenet": "ImageNet", "digits": "digits",
@@ -94,7 +118,10 @@ def place(item: Item, run: Run) -> Place:
 def ordered(places: Sequence[Place]) -> list[Place]:
     """Numbers, rising, then words as they come; each once."""
     once = dict.fromkeys(places)
-    return [*sorted(x for x in once if not isinstance(x, str)), *(x for x in once if isinstance(x, str))]
+    return [
+        *sorted(x for x in once if not isinstance(x, str)),
+        *(x for x in once if isinstance(x, str)),
+    ]
 
 
 def grouped(item: Item, runs: list[Run]) -> dict[Place, list[Arm]]:
@@ -105,7 +132,13 @@ def grouped(item: Item, runs: list[Run]) -> dict[Place, list[Arm]]:
 
 def comparable(item: Item, groups: dict[Place, list[Arm]], x: Place) -> list[Arm]:
     """The arms at a place, and those of other places that serve at all."""
-    return groups[x] + [arm for other, arms in groups.items() if other != x for arm in arms if serves_everywhere(item, arm)]
+    return groups[x] + [
+        arm
+        for other, arms in groups.items()
+        if other != x
+        for arm in arms
+        if serves_everywhere(item, arm)
+    ]
 
 
 def serves_everywhere(item: Item, arm: Arm) -> bool:
@@ -115,8 +148,15 @@ def serves_everywhere(item: Item, arm: Arm) -> bool:
 
 def names_of(item: Item, runs: list[Run]) -> list[str]:
     """The arms, those of the runs first."""
-    names = {id(run): arm.name for arms in grouped(item, runs).values() for arm in arms for run in arm.runs}
-    return list(dict.fromkeys([*(names[id(run)] for run in runs), *(item.paper if runs == [] else {})]))
+    names = {
+        id(run): arm.name
+        for arms in grouped(item, runs).values()
+        for arm in arms
+        for run in arm.runs
+    }
+    return list(
+        dict.fromkeys([*(names[id(run)] for run in runs), *(item.paper if runs == [] else {})])
+    )
 
 
 def printed(item: Item, arm: str, x: Place, key: str) -> float | None:
@@ -131,7 +171,9 @@ def pairs(of: list[Arm]) -> list[tuple[Arm, Arm]]:
     if gaf is None:
         return []
     others = sorted((arm for arm in of if not is_gaf(arm)), key=lambda arm: arm.name != st.BASELINE)
-    return [(gaf, arm) for arm in others] + [(arm, gaf) for arm in of if is_gaf(arm) and arm is not gaf]
+    return [(gaf, arm) for arm in others] + [
+        (arm, gaf) for arm in of if is_gaf(arm) and arm is not gaf
+    ]
 
 
 def differences(item: Item, runs: list[Run], measure: Measure) -> list[tuple[Place, Difference]]:
@@ -141,7 +183,10 @@ def differences(item: Item, runs: list[Run], measure: Measure) -> list[tuple[Pla
         (x, gap)
         for x in groups
         for one, other in pairs(comparable(item, groups, x))
-        if (any(arm in groups[x] for arm in (one, other)) and (gap := st.difference(one, other, measure)))
+        if (
+            any(arm in groups[x] for arm in (one, other))
+            and (gap := st.difference(one, other, measure))
+        )
     ]
 
 
@@ -157,17 +202,28 @@ def spoken(item: Item, x: Place) -> str:
 
 def axes_of(item: Item) -> tuple[Axis, ...]:
     """What accuracy over training is drawn against: samples, steps taken, time. All else has one axis."""
-    return (SAMPLES, STEPS, TIME) if item.kind == "curves" and "test_accuracy" in item.keys else (SAMPLES,)
+    return (
+        (SAMPLES, STEPS, TIME)
+        if item.kind == "curves" and "test_accuracy" in item.keys
+        else (SAMPLES,)
+    )
 
 
 def chart_of(item: Item) -> Chart:
-    return Chart(item.id, item.title, tuple(PANELS[key] for key in item.keys), "", axes=axes_of(item))
+    return Chart(
+        item.id, item.title, tuple(PANELS[key] for key in item.keys), "", axes=axes_of(item)
+    )
 
 
 def fitting(chart: Chart, panel: Panel) -> Chart:
     """The chart with the marks that belong to this panel: circles for accuracy, thresholds for distances."""
     shares = panel.key in ("memorised", "corrected", "clean_accuracy")
-    return dataclasses.replace(chart, marks=panel.key == "test_accuracy", thresholds=panel.key == "distance_mean", zero=shares)
+    return dataclasses.replace(
+        chart,
+        marks=panel.key == "test_accuracy",
+        thresholds=panel.key == "distance_mean",
+        zero=shares,
+    )
 
 
 def draw(item: Item, runs: list[Run], out: Path, notes: Sequence[str] = ()) -> Path:
@@ -189,7 +245,9 @@ def picture(item: Item, runs: list[Run], axis: Axis = SAMPLES) -> bytes:
     return png.getvalue()
 
 
-def static(item: Item, runs: list[Run], notes: Sequence[str] = (), axis: Axis = SAMPLES) -> "Figure":
+def static(
+    item: Item, runs: list[Run], notes: Sequence[str] = (), axis: Axis = SAMPLES
+) -> "Figure":
     """The item as a matplotlib figure on a white ground."""
     if item.kind == "plane":
         from gaf_lab.plane import drawn  # which takes title and notes from here
@@ -202,7 +260,11 @@ def static(item: Item, runs: list[Run], notes: Sequence[str] = (), axis: Axis = 
         plain(axes[0][0])
         blank(axes[0][0])
         return figure
-    return over_training(item, runs, notes, axis) if item.kind == "curves" else against(item, runs, notes)
+    return (
+        over_training(item, runs, notes, axis)
+        if item.kind == "curves"
+        else against(item, runs, notes)
+    )
 
 
 def heading(item: Item) -> str:
@@ -216,9 +278,19 @@ def heading(item: Item) -> str:
 def head(figure: "Figure", title: str, notes: Sequence[str]) -> None:
     """Title and notes, from the top."""
     width, height = figure.get_size_inches()
-    figure.text(0.2 / width, 1 - 0.2 / height, title, va="top", fontsize=13, fontweight="bold", color=INK)
+    figure.text(
+        0.2 / width, 1 - 0.2 / height, title, va="top", fontsize=13, fontweight="bold", color=INK
+    )
     below = 0.52 if title else 0.2
-    figure.text(0.2 / width, 1 - below / height, "\n".join(wrapped(notes, width)), va="top", fontsize=8.5, color=SOFT, linespacing=1.35)
+    figure.text(
+        0.2 / width,
+        1 - below / height,
+        "\n".join(wrapped(notes, width)),
+        va="top",
+        fontsize=8.5,
+        color=SOFT,
+        linespacing=1.35,
+    )
 
 
 def wrapped(notes: Sequence[str], width: float) -> list[str]:
@@ -232,13 +304,24 @@ def room(title: str, notes: Sequence[str], width: float) -> float:
 
 
 def sheet(
-    item: Item, notes: Sequence[str], width: float, rows: Sequence[float], left: float, right: float, columns: int = 1
+    item: Item,
+    notes: Sequence[str],
+    width: float,
+    rows: Sequence[float],
+    left: float,
+    right: float,
+    columns: int = 1,
 ) -> tuple["Figure", list[list["Axes"]]]:
     """A figure of `width` inches with title and notes above, and its axes, by row and column.
 
     The axes of row i are rows[i] inches high, with `left` inches to the left and `right` inches, for names, to the right of each.
     """
-    top, between, bottom = room(heading(item), notes, width) + (0.4 if columns == 1 else 0.8), 0.62, 0.65  # columns have names
+    # columns have names
+    top, between, bottom = (
+        room(heading(item), notes, width) + (0.4 if columns == 1 else 0.8),
+        0.62,
+        0.65,
+    )
     height = top + sum(rows) + between * (len(rows) - 1) + bottom
     figure = canvas(width, height)
     head(figure, heading(item), notes)
@@ -246,7 +329,10 @@ def sheet(
     axes = []
     for i, tall in enumerate(rows):
         y = height - top - sum(rows[: i + 1]) - between * i
-        boxes = [((cell * j + left) / width, y / height, (cell - left - right) / width, tall / height) for j in range(columns)]
+        boxes = [
+            ((cell * j + left) / width, y / height, (cell - left - right) / width, tall / height)
+            for j in range(columns)
+        ]
         axes.append([figure.add_axes(box) for box in boxes])
     return figure, axes
 
@@ -255,11 +341,23 @@ def over_training(item: Item, runs: list[Run], notes: Sequence[str], axis: Axis)
     """A row for each key, a column for each network and data set."""
     groups, chart, axis = grouped(item, runs), chart_of(item), fitted(axis, runs)
     colours = palette(names_of(item, runs))
-    marks = ["○: selected on noisy held-out labels."] if "test_accuracy" in item.keys and len(colours) <= CROWD else []
+    marks = (
+        ["○: selected on noisy held-out labels."]
+        if "test_accuracy" in item.keys and len(colours) <= CROWD
+        else []
+    )
     marks += ["◇: the paper's value."] if any(item.paper.values()) else []
     columns, right = len(groups), margin(list(colours))
     tall = max(2.3, 0.2 * (len(colours) + 1))
-    figure, axes = sheet(item, [*notes, *marks], 8.0 if columns == 1 else 5.0 * columns, [tall] * len(chart.panels), 0.72, right, columns)
+    figure, axes = sheet(
+        item,
+        [*notes, *marks],
+        8.0 if columns == 1 else 5.0 * columns,
+        [tall] * len(chart.panels),
+        0.72,
+        right,
+        columns,
+    )
     for column, (x, of) in enumerate(groups.items()):
         for row, panel in enumerate(chart.panels):
             ax, fit = axes[row][column], fitting(chart, panel)
@@ -267,19 +365,46 @@ def over_training(item: Item, runs: list[Run], notes: Sequence[str], axis: Axis)
             dress(ax, panel, fit, of if labels else [])
             ax.set_title("", loc="right")
             for arm in of:
-                mean, value = st.curve(arm, panel.key, axis.key), printed(item, arm.name, x, panel.key)
+                mean, value = (
+                    st.curve(arm, panel.key, axis.key),
+                    printed(item, arm.name, x, panel.key),
+                )
                 if mean is not None and value is not None:
-                    diamonds(ax, [mean.x[-1] / axis.unit], [value * panel.factor], colours[arm.name].light)
-            label_ends(ax, labels + (lines_of_tau(ax, of, colours) if fit.thresholds and labels else []))
+                    diamonds(
+                        ax,
+                        [mean.x[-1] / axis.unit],
+                        [value * panel.factor],
+                        colours[arm.name].light,
+                    )
+            label_ends(
+                ax, labels + (lines_of_tau(ax, of, colours) if fit.thresholds and labels else [])
+            )
         axes[-1][column].set_xlabel(axis.label, fontsize=10.5, color=SOFT, labelpad=6)
         if columns > 1:
             above = axes[0][column].get_position()
-            figure.text(above.x0, above.y1 + 0.42 / figure.get_figheight(), str(x), fontsize=11, fontweight="bold", color=INK)
+            figure.text(
+                above.x0,
+                above.y1 + 0.42 / figure.get_figheight(),
+                str(x),
+                fontsize=11,
+                fontweight="bold",
+                color=INK,
+            )
     return figure
 
 
 def diamonds(ax: "Axes", x: Sequence[Any], y: Sequence[float], colour: str) -> None:
-    ax.plot(x, y, "D", markersize=6.5, markerfacecolor="none", markeredgecolor=colour, markeredgewidth=1.5, clip_on=False, zorder=7)
+    ax.plot(
+        x,
+        y,
+        "D",
+        markersize=6.5,
+        markerfacecolor="none",
+        markeredgecolor=colour,
+        markeredgewidth=1.5,
+        clip_on=False,
+        zorder=7,
+    )
 
 
 # --- against a field of the config -------------------------------------------------------------------------------
@@ -309,10 +434,23 @@ def series(item: Item, runs: list[Run], key: str, measure: Measure) -> list[Seri
     for name in names_of(item, runs):
         at = [(x, arm) for x, arms in groups.items() for arm in arms if arm.name == name]
         spreads = [(x, spread) for x, arm in at if (spread := st.spread(arm, measure)) is not None]
-        mean = [(x, s.mean * factor, None if s.deviation is None else s.deviation * factor, s.n) for x, s in spreads]
-        dots = [(x, value * factor) for x, arm in at for value in st.by_seed(arm.counted, measure).values()]
-        paper = [(x, v * factor) for x in ordered([*item.paper.get(name, {})]) if (v := printed(item, name, x, key)) is not None]
-        found.append(Series(name, mean, dots, paper, any(serves_everywhere(item, arm) for _, arm in at)))
+        mean = [
+            (x, s.mean * factor, None if s.deviation is None else s.deviation * factor, s.n)
+            for x, s in spreads
+        ]
+        dots = [
+            (x, value * factor)
+            for x, arm in at
+            for value in st.by_seed(arm.counted, measure).values()
+        ]
+        paper = [
+            (x, v * factor)
+            for x in ordered([*item.paper.get(name, {})])
+            if (v := printed(item, name, x, key)) is not None
+        ]
+        found.append(
+            Series(name, mean, dots, paper, any(serves_everywhere(item, arm) for _, arm in at))
+        )
     return found
 
 
@@ -324,16 +462,23 @@ def positions(item: Item, runs: list[Run]) -> dict[Place, float]:
     found: dict[Place, float] = {x: float(along(x)) for x in numbers}
     step = (max(found.values()) - min(found.values())) / max(1, len(found) - 1) if found else 1.0
     end = max(found.values(), default=0.0)
-    return found | {x: end + step * (i + 1) for i, x in enumerate(x for x in places if isinstance(x, str))}
+    return found | {
+        x: end + step * (i + 1) for i, x in enumerate(x for x in places if isinstance(x, str))
+    }
 
 
 def ticks(item: Item, places: Sequence[Place]) -> list[str]:
-    return [x if isinstance(x, str) else f"{100 * x:g}" if item.x == "noise_rate" else f"{x:g}" for x in places]
+    return [
+        x if isinstance(x, str) else f"{100 * x:g}" if item.x == "noise_rate" else f"{x:g}"
+        for x in places
+    ]
 
 
 def rows_of(item: Item) -> list[tuple[str, Measure]]:
     """The panels of a figure against a field, from above: last and selected for accuracy; mean and last for distances."""
-    return [(key, measure) for key in item.keys for measure in MEASURES[key] if measure.name != "lowest"]
+    return [
+        (key, measure) for key in item.keys for measure in MEASURES[key] if measure.name != "lowest"
+    ]
 
 
 def titled(key: str, measure: Measure) -> str:
@@ -347,13 +492,22 @@ def against(item: Item, runs: list[Run], notes: Sequence[str]) -> "Figure":
     figure, grid = sheet(item, notes, 8.0, [tall] * len(rows), 0.72, margin(list(colours)))
     axes = [ax for (ax,) in grid]
     found = [series(item, runs, key, measure) for key, measure in rows]
-    drawn = [[along(ax, one, at, colours[one.arm].light) for one in of] for ax, of in zip(axes, found, strict=True)]
+    drawn = [
+        [along(ax, one, at, colours[one.arm].light) for one in of]
+        for ax, of in zip(axes, found, strict=True)
+    ]
     level([ax for ax, (_, measure) in zip(axes, rows, strict=True) if measure.unit == "share"])
     for i, ((key, measure), ax, labels) in enumerate(zip(rows, axes, drawn, strict=True)):
         plain(ax)
         ax.set_title(titled(key, measure), loc="left", fontsize=11, color=INK, pad=8)
         if i == 0:
-            ax.set_title(KEY if any(item.paper.values()) else KEY.partition("   ")[2], loc="right", fontsize=9, color=SOFT, pad=8)
+            ax.set_title(
+                KEY if any(item.paper.values()) else KEY.partition("   ")[2],
+                loc="right",
+                fontsize=9,
+                color=SOFT,
+                pad=8,
+            )
         ax.set_xticks(list(at.values()), ticks(item, list(at)))
         label_ends(ax, [label for label in labels if label is not None])
     axes[-1].set_xlabel(ACROSS[item.x or ""], fontsize=10.5, color=SOFT, labelpad=6)
@@ -370,7 +524,15 @@ def level(axes: "list[Axes]") -> None:
 def along(ax: "Axes", one: Series, at: dict[Place, float], colour: str) -> Label | None:
     """Draws an arm along the axis. Returns its name for the line's end, None without a value."""
     diamonds(ax, [at[x] for x, _ in one.paper], [value for _, value in one.paper], colour)
-    ax.plot([at[x] for x, _ in one.dots], [value for _, value in one.dots], "o", markersize=3, color=colour, alpha=0.35, zorder=3)
+    ax.plot(
+        [at[x] for x, _ in one.dots],
+        [value for _, value in one.dots],
+        "o",
+        markersize=3,
+        color=colour,
+        alpha=0.35,
+        zorder=3,
+    )
     if not one.mean:
         return None
     x, y = [at[x] for x, *_ in one.mean], [mean for _, mean, *_ in one.mean]
@@ -406,27 +568,45 @@ def blocks(item: Item, runs: list[Run]) -> list[tuple[str, list[Row]]]:
     for measure in MEASURES[key]:
         rows = []
         for name in names_of(item, runs):
-            spreads = [st.spread(at[x, name], measure) if (x, name) in at else None for x in columns]
+            spreads = [
+                st.spread(at[x, name], measure) if (x, name) in at else None for x in columns
+            ]
             rows.append(Row(name, name, [spelled(spread, measure, 1.0) for spread in spreads]))
         gaps = {(x, gap.arm, gap.other): gap for x, gap in differences(item, runs, measure)}
         for one, other in dict.fromkeys((one, other) for _, one, other in gaps):
             if (one, other) == ("GAF", st.BASELINE) or other in CONTROLS:
-                rows.append(Row(f"{one} {MINUS} {other}", None, [gap_cell(gaps.get((x, one, other))) for x in columns]))
+                rows.append(
+                    Row(
+                        f"{one} {MINUS} {other}",
+                        None,
+                        [gap_cell(gaps.get((x, one, other))) for x in columns],
+                    )
+                )
         rows += [
-            Row(f"{name}, paper", name, [(NONE if (v := line.get(x)) is None else f"{100 * v:g}", "") for x in columns], paper=True)
+            Row(
+                f"{name}, paper",
+                name,
+                [(NONE if (v := line.get(x)) is None else f"{100 * v:g}", "") for x in columns],
+                paper=True,
+            )
             for name, line in item.paper.items()
         ]
         found.append((titled(key, measure), rows))
     return found
 
 
-CONTROLS = ("random subset", "replay skip")  # those that tell agreement from fewer steps and from smaller batches
+# those that tell agreement from fewer steps and from smaller batches
+CONTROLS = ("random subset", "replay skip")
 
 
 def gap_cell(gap: Difference | None) -> tuple[str, str]:
     if gap is None:
         return NONE, ""
-    interval = "" if gap.low is None or gap.high is None else f"{signed(100 * gap.low)} to {signed(100 * gap.high)}"
+    interval = (
+        ""
+        if gap.low is None or gap.high is None
+        else f"{signed(100 * gap.low)} to {signed(100 * gap.high)}"
+    )
     return signed(100 * gap.mean), interval
 
 
@@ -435,10 +615,14 @@ def tabular(item: Item, runs: list[Run], notes: Sequence[str]) -> "Figure":
     columns, found = ticks(item, columns_of(item, runs)), blocks(item, runs)
     colours = palette([*dict.fromkeys(row.arm for _, rows in found for row in rows if row.arm)])
     line, wide = 0.3, 0.92
-    names = max([12, *(len(shorten(row.name, 34)) for _, rows in found for row in rows)]) * 0.083 + 0.45
+    names = (
+        max([12, *(len(shorten(row.name, 34)) for _, rows in found for row in rows)]) * 0.083 + 0.45
+    )
     width = max(8.0, names + wide * len(columns) + 0.2)
     wide = (width - names - 0.3) / len(columns)
-    heights = [line * (1.6 + sum(1.35 if row.arm is None else 1 for row in rows)) for _, rows in found]
+    heights = [
+        line * (1.6 + sum(1.35 if row.arm is None else 1 for row in rows)) for _, rows in found
+    ]
     said = [*notes, "Mean ± standard deviation over seeds; beneath a difference, its 95% interval."]
     top = room(heading(item), said, width) + 0.5
     height = top + sum(heights) + 0.2
@@ -451,10 +635,21 @@ def tabular(item: Item, runs: list[Run], notes: Sequence[str]) -> "Figure":
     def rule(y: float, colour: str) -> None:
         from matplotlib.lines import Line2D
 
-        figure.add_artist(Line2D([0.2 / width, 1 - 0.2 / width], [1 - y / height] * 2, color=colour, linewidth=0.8))
+        figure.add_artist(
+            Line2D(
+                [0.2 / width, 1 - 0.2 / width], [1 - y / height] * 2, color=colour, linewidth=0.8
+            )
+        )
 
     for j, text in enumerate(columns):
-        write(names + wide * (j + 0.5), top - 0.18, text if text == HUMAN else f"{text}%", ha="center", fontsize=9.5, color=SOFT)
+        write(
+            names + wide * (j + 0.5),
+            top - 0.18,
+            text if text == HUMAN else f"{text}%",
+            ha="center",
+            fontsize=9.5,
+            color=SOFT,
+        )
     write(0.2, top - 0.18, "label error", fontsize=9.5, color=SOFT)
     y = top
     for label, rows in found:
@@ -464,12 +659,31 @@ def tabular(item: Item, runs: list[Run], notes: Sequence[str]) -> "Figure":
         for row in rows:
             tall = line * (1.35 if row.arm is None else 1)
             colour = INK if row.arm is None else colours[row.arm].light
-            write(0.2, y + tall / 2, "◇" if row.paper else "●" if row.arm else "", fontsize=10, color=colour)
-            write(0.42, y + tall / 2, shorten(row.name, 34), fontsize=9.5, color=SOFT if row.paper else INK)
+            write(
+                0.2,
+                y + tall / 2,
+                "◇" if row.paper else "●" if row.arm else "",
+                fontsize=10,
+                color=colour,
+            )
+            write(
+                0.42,
+                y + tall / 2,
+                shorten(row.name, 34),
+                fontsize=9.5,
+                color=SOFT if row.paper else INK,
+            )
             for j, (value, beneath) in enumerate(row.cells):
                 x, one = names + wide * (j + 0.5), row.arm is None and beneath
                 shown = value if one else f"{value} {beneath}".strip()
-                write(x, y + tall * (0.32 if one else 0.5), shown, ha="center", fontsize=9.5, color=SOFT if row.paper else INK)
+                write(
+                    x,
+                    y + tall * (0.32 if one else 0.5),
+                    shown,
+                    ha="center",
+                    fontsize=9.5,
+                    color=SOFT if row.paper else INK,
+                )
                 if one:
                     write(x, y + tall * 0.72, beneath, ha="center", fontsize=7, color=SOFT)
             y += tall
@@ -487,7 +701,11 @@ def interactive(item: Item, runs: list[Run], axis: Axis = SAMPLES) -> Any:
     """
     if not runs or item.kind in ("table", "plane"):
         return None
-    return training(item, runs, fitted(axis, runs)) if item.kind == "curves" else points_along(item, runs)
+    return (
+        training(item, runs, fitted(axis, runs))
+        if item.kind == "curves"
+        else points_along(item, runs)
+    )
 
 
 def stacked(titles: list[str], across: str, zeros: list[bool]) -> Any:
@@ -495,13 +713,24 @@ def stacked(titles: list[str], across: str, zeros: list[bool]) -> Any:
     from plotly.subplots import make_subplots
 
     rows = len(titles)
-    figure = make_subplots(rows=rows, shared_xaxes=True, vertical_spacing=0.24 / rows if rows > 1 else 0)
+    figure = make_subplots(
+        rows=rows, shared_xaxes=True, vertical_spacing=0.24 / rows if rows > 1 else 0
+    )
     layout(figure, rows)
     figure.update_layout(margin_t=52, height=110 + 270 * rows)
     for row, (title, zero) in enumerate(zip(titles, zeros, strict=True), 1):
         domain = figure.layout[f"yaxis{row if row > 1 else ''}"].domain or (0, 1)
-        place = {"xref": "paper", "yref": "paper", "x": 0, "y": domain[1], "xanchor": "left", "yanchor": "bottom"}
-        figure.add_annotation(text=title, align="left", showarrow=False, xshift=-40, yshift=6, **place)
+        place = {
+            "xref": "paper",
+            "yref": "paper",
+            "x": 0,
+            "y": domain[1],
+            "xanchor": "left",
+            "yanchor": "bottom",
+        }
+        figure.add_annotation(
+            text=title, align="left", showarrow=False, xshift=-40, yshift=6, **place
+        )
         figure.update_yaxes(rangemode="tozero" if zero else "normal", row=row, col=1)
     figure.update_xaxes(title_text=across, row=rows, col=1)
     return figure
@@ -520,16 +749,32 @@ def training(item: Item, runs: list[Run], axis: Axis) -> Any:
             made = traces(arm, panel, fit, axis, shade, first=False)
             mean, value = st.curve(arm, panel.key, axis.key), printed(item, arm.name, x, panel.key)
             if mean is not None and value is not None:
-                made.append(hollow(arm.name, shade, [float(mean.x[-1] / axis.unit)], [value * panel.factor], panel))
+                made.append(
+                    hollow(
+                        arm.name,
+                        shade,
+                        [float(mean.x[-1] / axis.unit)],
+                        [value * panel.factor],
+                        panel,
+                    )
+                )
             for trace in made:
                 figure.add_trace(trace, row=row, col=1)
         if not any(st.curve(arm, panel.key) for arm in of):
             name = f"{{}}{row if row > 1 else ''} domain"
-            centre = {"xref": name.format("x"), "yref": name.format("y"), "x": 0.5, "y": 0.5, "showarrow": False}
+            centre = {
+                "xref": name.format("x"),
+                "yref": name.format("y"),
+                "x": 0.5,
+                "y": 0.5,
+                "showarrow": False,
+            }
             figure.add_annotation(text="not recorded in these runs", **centre)
         for tau in thresholds(of) if fit.thresholds else ():
             note = {"annotation_text": f"τ = {tau:g}", "annotation_position": "top right"}
-            figure.add_hline(y=tau, line={"dash": "dash", "width": 1.2, "color": SOFT}, row=row, col=1, **note)
+            figure.add_hline(
+                y=tau, line={"dash": "dash", "width": 1.2, "color": SOFT}, row=row, col=1, **note
+            )
     figure.update_xaxes(unifiedhovertitle_text=axis.hover)
     return figure
 
@@ -539,43 +784,82 @@ def hollow(arm: str, shade: Shade, x: list[float], y: list[float], panel: Panel)
     common = named(arm, shade)
     marker = {"symbol": "diamond-open", "size": 10, "color": shade.light, "line": {"width": 2}}
     hover = f"{common['name']}, paper: %{{y:.{panel.digits}f}}{panel.unit}<extra></extra>"
-    paper = {"meta": common["meta"] | {"paper": True}, "mode": "markers", "marker": marker, "hovertemplate": hover}
+    paper = {
+        "meta": common["meta"] | {"paper": True},
+        "mode": "markers",
+        "marker": marker,
+        "hovertemplate": hover,
+    }
     return common | paper | {"x": x, "y": [round(value, 5) for value in y]}
 
 
 def points_along(item: Item, runs: list[Run]) -> Any:
     at, rows = positions(item, runs), rows_of(item)
     colours = palette(names_of(item, runs))
-    figure = stacked([titled(key, measure) for key, measure in rows], ACROSS[item.x or ""], [False] * len(rows))
+    figure = stacked(
+        [titled(key, measure) for key, measure in rows], ACROSS[item.x or ""], [False] * len(rows)
+    )
     for row, (key, measure) in enumerate(rows, 1):
         found = series(item, runs, key, measure)
         for one in found:
             for trace in plotted(one, at, colours[one.arm], PANELS[key]):
                 figure.add_trace(trace, row=row, col=1)
     texts = dict(zip(at.values(), ticks(item, list(at)), strict=True))
-    figure.update_xaxes(tickvals=list(texts), ticktext=list(texts.values()), tickangle=0, tickfont_size=11)
+    figure.update_xaxes(
+        tickvals=list(texts), ticktext=list(texts.values()), tickangle=0, tickfont_size=11
+    )
     return figure
 
 
-def plotted(one: Series, at: dict[Place, float], shade: Shade, panel: Panel) -> list[dict[str, Any]]:
+def plotted(
+    one: Series, at: dict[Place, float], shade: Shade, panel: Panel
+) -> list[dict[str, Any]]:
     """The traces of an arm: the mean, single seeds, the paper."""
     common, digits = named(one.arm, shade), panel.digits
-    single = {"meta": common["meta"] | {"single": True}, "mode": "markers", "hoverinfo": "skip", "opacity": 0.4}
-    dots = {"x": [at[x] for x, _ in one.dots], "y": [round(value, 5) for _, value in one.dots], "marker": {"size": 5, "color": shade.light}}
+    single = {
+        "meta": common["meta"] | {"single": True},
+        "mode": "markers",
+        "hoverinfo": "skip",
+        "opacity": 0.4,
+    }
+    dots = {
+        "x": [at[x] for x, _ in one.dots],
+        "y": [round(value, 5) for _, value in one.dots],
+        "marker": {"size": 5, "color": shade.light},
+    }
     made: list[dict[str, Any]] = [common | single | dots]
     if one.mean:
         texts = [
-            f"{mean:.{digits}f}{panel.unit}" + ("" if deviation is None else f" ± {deviation:.{digits}f} (n = {n})")
+            f"{mean:.{digits}f}{panel.unit}"
+            + ("" if deviation is None else f" ± {deviation:.{digits}f} (n = {n})")
             for _, mean, deviation, n in one.mean
         ]
         x, y = [at[x] for x, *_ in one.mean], [round(mean, 5) for _, mean, *_ in one.mean]
         line, marker = {"color": shade.light, "width": 3}, {"size": 8, "color": shade.light}
         hover = {"text": texts, "hovertemplate": "%{fullData.name}: %{text}<extra></extra>"}
-        made.append(common | hover | {"mode": "lines+markers", "x": x, "y": y, "line": line, "marker": marker})
+        made.append(
+            common
+            | hover
+            | {"mode": "lines+markers", "x": x, "y": y, "line": line, "marker": marker}
+        )
         if one.everywhere:
             ends = [min(at.values()), max(at.values())]
-            dash = {"mode": "lines", "x": ends, "y": [y[0]] * 2, "line": line | {"width": 1.5, "dash": "dash"}, "hoverinfo": "skip"}
+            dash = {
+                "mode": "lines",
+                "x": ends,
+                "y": [y[0]] * 2,
+                "line": line | {"width": 1.5, "dash": "dash"},
+                "hoverinfo": "skip",
+            }
             made.append(common | dash)
     if one.paper:
-        made.append(hollow(one.arm, shade, [at[x] for x, _ in one.paper], [value for _, value in one.paper], panel))
+        made.append(
+            hollow(
+                one.arm,
+                shade,
+                [at[x] for x, _ in one.paper],
+                [value for _, value in one.paper],
+                panel,
+            )
+        )
     return [trace for trace in made if trace["x"]]

@@ -13,7 +13,8 @@ from gaf_lab.paper_figures import Place
 from gaf_lab.records import Run
 from gaf_lab.statistics import Arm, Measure
 
-Section = tuple[Item, list[Run], Sequence[str]]  # a figure, its runs, and what must be said of how they came to be
+# a figure, its runs, and what must be said of how they came to be
+Section = tuple[Item, list[Run], Sequence[str]]
 PAPER = "paper"  # the button that shows the paper's values
 
 
@@ -23,7 +24,12 @@ def write(sections: Sequence[Section], out: Path, title: str) -> Path:
     The same runs give the same bytes. A figure without runs is a figure without values; that is said.
     """
     parts = [section(item, runs, notes, out) for item, runs, notes in sections]
-    page = report.render("paper.html.j2", title=title, sections=parts, charts=[part["chart"] for part in parts if part["chart"]])
+    page = report.render(
+        "paper.html.j2",
+        title=title,
+        sections=parts,
+        charts=[part["chart"] for part in parts if part["chart"]],
+    )
     path = out / "paper.html"
     path.write_text(page, encoding="utf-8")
     return path
@@ -52,7 +58,9 @@ def section(item: Item, runs: list[Run], notes: Sequence[str], out: Path) -> dic
         "caption": caption(item, runs),
         "chips": chips(item, runs, colours),
         "palette": colours,
-        "columns": pf.ticks(item, pf.columns_of(item, runs)) if item.kind == "table" else headings(item),
+        "columns": pf.ticks(item, pf.columns_of(item, runs))
+        if item.kind == "table"
+        else headings(item),
         "blocks": pf.blocks(item, runs) if item.kind == "table" and runs else [],
         "rows": rows(item, runs) if item.kind in ("curves", "against") else [],
         "place": "" if item.x is None else pf.ACROSS[item.x],
@@ -65,7 +73,11 @@ def section(item: Item, runs: list[Run], notes: Sequence[str], out: Path) -> dic
 def chips(item: Item, runs: list[Run], colours: dict[str, Shade]) -> dict[str, Shade]:
     """The buttons above a figure: its arms, and the paper where it prints something."""
     paper = {PAPER: Shade(SOFT, SOFT)} if any(item.paper.values()) else {}
-    return {name: colours[name] for name in pf.names_of(item, runs)} | paper if runs and item.kind in ("curves", "against") else {}
+    return (
+        {name: colours[name] for name in pf.names_of(item, runs)} | paper
+        if runs and item.kind in ("curves", "against")
+        else {}
+    )
 
 
 # --- sentences ---------------------------------------------------------------------------------------------------
@@ -74,8 +86,16 @@ def chips(item: Item, runs: list[Run], colours: dict[str, Shade]) -> dict[str, S
 def caption(item: Item, runs: list[Run]) -> str:
     if item.kind == "plane" or not runs:
         return ""
-    marks = " Circles: the evaluation that noisy held-out labels select." if "test_accuracy" in item.keys and item.kind == "curves" else ""
-    seeds = "Bold: mean over seeds; thin: single runs." if item.kind == "curves" else "Lines: mean over seeds; dots: single seeds."
+    marks = (
+        " Circles: the evaluation that noisy held-out labels select."
+        if "test_accuracy" in item.keys and item.kind == "curves"
+        else ""
+    )
+    seeds = (
+        "Bold: mean over seeds; thin: single runs."
+        if item.kind == "curves"
+        else "Lines: mean over seeds; dots: single seeds."
+    )
     return seeds + marks + (" Diamonds: the paper's values." if any(item.paper.values()) else "")
 
 
@@ -99,9 +119,14 @@ def counted(item: Item, when: str, of: list[tuple[Place, st.Difference]]) -> str
     gap = of[0][1]
     if len(of) == 1:
         return f"{when}, {gap.arm} is {report.amount(gap)} {gap.other} {report.certainty(gap)}."
-    above, below = sum(g.told and g.mean > 0 for _, g in of), sum(g.told and g.mean < 0 for _, g in of)
+    above, below = (
+        sum(g.told and g.mean > 0 for _, g in of),
+        sum(g.told and g.mean < 0 for _, g in of),
+    )
     ends = sorted(of, key=lambda one: one[1].mean)
-    low, high = (f"{report.signed(g.mean * 100)} ({pf.spoken(item, x)})" for x, g in (ends[0], ends[-1]))
+    low, high = (
+        f"{report.signed(g.mean * 100)} ({pf.spoken(item, x)})" for x, g in (ends[0], ends[-1])
+    )
     span = f"{when}, {gap.arm} {report.MINUS} {gap.other} runs from {low} to {high} points"
     if max(g.n for _, g in of) < st.ENOUGH:
         return f"{span}; these are too few seeds to tell any difference."
@@ -131,12 +156,18 @@ def headings(item: Item) -> list[str]:
     found = []
     for key in item.keys:
         found += [pf.titled(key, measure) for measure in pf.MEASURES[key]]
-        found += ["paper" + (f" ({pf.PANELS[key].unit})" if pf.PANELS[key].unit else "")] if has_paper(item, key) else []
+        found += (
+            ["paper" + (f" ({pf.PANELS[key].unit})" if pf.PANELS[key].unit else "")]
+            if has_paper(item, key)
+            else []
+        )
     return [*found, "n"]
 
 
 def has_paper(item: Item, key: str) -> bool:
-    return any(pf.printed(item, arm, x, key) is not None for arm, row in item.paper.items() for x in row)
+    return any(
+        pf.printed(item, arm, x, key) is not None for arm, row in item.paper.items() for x in row
+    )
 
 
 def rows(item: Item, runs: list[Run]) -> list[dict[str, Any]]:
@@ -152,16 +183,22 @@ def rows(item: Item, runs: list[Run]) -> list[dict[str, Any]]:
 def cells(item: Item, x: Place, arm: Arm) -> list[tuple[str, str]]:
     found = []
     for key in item.keys:
-        found += [report.spelled(st.spread(arm, measure), measure, 1.0) for measure in pf.MEASURES[key]]
+        found += [
+            report.spelled(st.spread(arm, measure), measure, 1.0) for measure in pf.MEASURES[key]
+        ]
         if has_paper(item, key):
             value, panel = pf.printed(item, arm.name, x, key), pf.PANELS[key]
-            found.append((report.NONE if value is None else f"{value * panel.factor:.{panel.digits}f}", ""))
+            found.append(
+                (report.NONE if value is None else f"{value * panel.factor:.{panel.digits}f}", "")
+            )
     return found
 
 
 def gaps(item: Item, runs: list[Run]) -> list[dict[str, Any]]:
     """The paired differences by measure, each with the place that it holds at."""
-    shares = [measure for key in item.keys for measure in pf.MEASURES[key] if measure.unit == "share"]
+    shares = [
+        measure for key in item.keys for measure in pf.MEASURES[key] if measure.unit == "share"
+    ]
     return [group for measure in shares if (group := compared(item, runs, measure))["rows"]]
 
 
@@ -169,7 +206,12 @@ def compared(item: Item, runs: list[Run], measure: Measure) -> dict[str, Any]:
     found = pf.differences(item, runs, measure)
     many = len(pf.grouped(item, runs)) > 1
     listed = [
-        {"gap": gap, "bar": bar, "verdict": report.verdict(gap), "at": f", {pf.spoken(item, x)}" if many else ""}
+        {
+            "gap": gap,
+            "bar": bar,
+            "verdict": report.verdict(gap),
+            "at": f", {pf.spoken(item, x)}" if many else "",
+        }
         for (x, gap), bar in zip(found, report.bars([gap for _, gap in found]), strict=True)
     ]
     return {"label": measure.label, "rows": listed}

@@ -28,7 +28,8 @@ from gaf_lab.config import ConfigError, TrainConfig
 
 T = TypeVar("T")
 
-PATIENCE = timedelta(hours=2)  # for rank 0's downloads and evaluations; a rank that dies is noticed at once
+# for rank 0's downloads and evaluations; a rank that dies is noticed at once
+PATIENCE = timedelta(hours=2)
 FAREWELL = timedelta(seconds=5)
 
 
@@ -98,13 +99,18 @@ class Group:
 
 def here() -> Group:
     """The ranks that this process has joined; where it has joined none, itself alone."""
-    return Group(dist.get_rank(), dist.get_world_size(), int(os.environ["LOCAL_RANK"])) if dist.is_initialized() else Group()
+    return (
+        Group(dist.get_rank(), dist.get_world_size(), int(os.environ["LOCAL_RANK"]))
+        if dist.is_initialized()
+        else Group()
+    )
 
 
 def join() -> Group:
     """Joins the ranks that torchrun started."""
     store, rank, world = next(rendezvous("env://"))
-    if os.environ.get("GROUP_WORLD_SIZE") == "1":  # one machine: the count of restarts is the same on all ranks
+    # one machine: the count of restarts is the same on all ranks
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":
         # torchrun keeps the store over a restart, and with it the addresses of ranks that are gone (pytorch issue 135712)
         store = PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=PATIENCE)
@@ -130,7 +136,13 @@ def launch() -> str | None:
     The count of restarts would not do: it is each machine's own, and stays 0 on those where nothing failed.
     """
     name = os.environ.get("TORCHELASTIC_RUN_ID")
-    return None if name is None else hashlib.sha256(f"{name} {socket.gethostname()} {os.getppid()}".encode()).hexdigest()[:12]
+    return (
+        None
+        if name is None
+        else hashlib.sha256(f"{name} {socket.gethostname()} {os.getppid()}".encode()).hexdigest()[
+            :12
+        ]
+    )
 
 
 def check(config: TrainConfig, world: int) -> None:
@@ -142,7 +154,9 @@ def check(config: TrainConfig, world: int) -> None:
         raise ConfigError("bn must be 'all' on several ranks: DistributedDataParallel hands out the statistics of rank 0, accepted or "
                           f"not; got 'accepted' on {world} ranks. Set --bn all, or run one process.")  # fmt: skip
     if world > 1 and config.compile:
-        raise ConfigError(f"compile must be off on several ranks; got it on {world}. Set --no-compile, or run one process.")
+        raise ConfigError(
+            f"compile must be off on several ranks; got it on {world}. Set --no-compile, or run one process."
+        )
     if world > 1 and config.loss == "elr":
         raise ConfigError("loss must not be 'elr' on several ranks: what the model said of a sample is known to the rank that drew it "
                           f"alone; got 'elr' on {world} ranks. Run one process.")  # fmt: skip
@@ -191,7 +205,9 @@ def data_parallel(model: nn.Module, group: Group, x: Tensor, y: Tensor) -> Distr
     """
     cuda = x.device.type == "cuda"
     gradients = dist.new_group(backend="nccl", timeout=PATIENCE) if cuda else None
-    wrapped = DistributedDataParallel(model, device_ids=[group.local] if cuda else None, process_group=gradients)
+    wrapped = DistributedDataParallel(
+        model, device_ids=[group.local] if cuda else None, process_group=gradients
+    )
     training = model.training
     wrapped.eval()  # moves no statistics
     nn.functional.cross_entropy(wrapped(x), y).backward()

@@ -53,7 +53,12 @@ def follow(config: TrainConfig, recorded: TrainConfig) -> TrainConfig:
     return dataclasses.replace(config, replay=Path(folder_name(recorded)))
 
 
-def find(name: str, seeds: int | None, scale: Literal["smoke", "small", "full"], reading: Literal["paper", "code"]) -> Configs:
+def find(
+    name: str,
+    seeds: int | None,
+    scale: Literal["smoke", "small", "full"],
+    reading: Literal["paper", "code"],
+) -> Configs:
     """The plan of that name: a TOML file, a preset, or a figure or table of the paper.
 
     Args:
@@ -105,24 +110,47 @@ def check(parts: Table, source: str) -> None:
 
     def require(holds: bool, name: str, requirement: str, seen: Any) -> None:
         if not holds:
-            raise ConfigError(f"{source}: {name} must be {requirement}; got {seen!r}. docs/sweeps.md has an example.")
+            raise ConfigError(
+                f"{source}: {name} must be {requirement}; got {seen!r}. docs/sweeps.md has an example."
+            )
 
     for name, value in parts.items():
         if name not in PARTS:
-            raise ConfigError(f"{source}: unknown key {name!r}.{nearest(name, PARTS)} Known keys: {', '.join(PARTS)}.")
+            raise ConfigError(
+                f"{source}: unknown key {name!r}.{nearest(name, PARTS)} Known keys: {', '.join(PARTS)}."
+            )
         kind, requirement = PARTS[name]
-        require(isinstance(value, kind) and (name == "base" or bool(value)), name, requirement, value)
+        require(
+            isinstance(value, kind) and (name == "base" or bool(value)), name, requirement, value
+        )
     seeds: list[Any] = parts.get("seeds", [])
     grid: Table = parts.get("grid", {})
     arms: list[Any] = parts.get("arms", [])
-    require(all(type(seed) is int for seed in seeds) and len(set(seeds)) == len(seeds), "seeds", PARTS["seeds"][1], seeds)
+    require(
+        all(type(seed) is int for seed in seeds) and len(set(seeds)) == len(seeds),
+        "seeds",
+        PARTS["seeds"][1],
+        seeds,
+    )
     for key, values in grid.items():
-        require(isinstance(values, list) and len(values) > 0, f"{key} in [grid]", "a list of values", values)
+        require(
+            isinstance(values, list) and len(values) > 0,
+            f"{key} in [grid]",
+            "a list of values",
+            values,
+        )
     for arm in arms:
         require(isinstance(arm, dict), "arms", PARTS["arms"][1], arm)
-        require(isinstance(arm.get("replay", ""), str), "replay in [[arms]]", "the name of another arm", arm.get("replay"))
+        require(
+            isinstance(arm.get("replay", ""), str),
+            "replay in [[arms]]",
+            "the name of another arm",
+            arm.get("replay"),
+        )
     if any("seed" in table for table in (parts.get("base", {}), grid, *arms)):
-        raise ConfigError(f"{source}: seed must stand in the list of seeds, above the tables; it stands in one. Write seeds = [0, 1, 2].")
+        raise ConfigError(
+            f"{source}: seed must stand in the list of seeds, above the tables; it stands in one. Write seeds = [0, 1, 2]."
+        )
 
 
 def points(grid: dict[str, list[Any]]) -> list[Table]:
@@ -133,12 +161,16 @@ def points(grid: dict[str, list[Any]]) -> list[Table]:
 def linked(tables: list[Table], arms: list[Table], source: str) -> Configs:
     """The configs of one seed and point of the grid; an arm's `replay` names another of them until it is linked to its folder."""
     configs = [from_dict(table, TrainConfig(), source) for table in tables]
-    waiting = {i: position(arm["replay"], configs, source) for i, arm in enumerate(arms) if "replay" in arm}
+    waiting = {
+        i: position(arm["replay"], configs, source) for i, arm in enumerate(arms) if "replay" in arm
+    }
     while waiting:
         ready = [i for i, recorded in waiting.items() if recorded not in waiting]
         if not ready:
             names = ", ".join(repr(configs[i].arm) for i in waiting)
-            raise ConfigError(f"{source}: replay must lead to an arm that replays none; it goes round among {names}. Change one of them.")
+            raise ConfigError(
+                f"{source}: replay must lead to an arm that replays none; it goes round among {names}. Change one of them."
+            )
         for i in ready:
             configs[i] = follow(configs[i], configs[waiting.pop(i)])
     return configs
@@ -148,7 +180,11 @@ def position(name: str, configs: Configs, source: str) -> int:
     """Where the arm of that name is among the configs."""
     names = [config.arm for config in configs]
     if name not in names:
-        raise ConfigError(f"{source}: replay must name an arm; got {name!r}.{nearest(name, names)} Arms: {', '.join(names)}.")
+        raise ConfigError(
+            f"{source}: replay must name an arm; got {name!r}.{nearest(name, names)} Arms: {', '.join(names)}."
+        )
     if names.count(name) > 1:
-        raise ConfigError(f"{source}: replay must name one arm; {names.count(name)} arms are called {name!r}. Give each its own label.")
+        raise ConfigError(
+            f"{source}: replay must name one arm; {names.count(name)} arms are called {name!r}. Give each its own label."
+        )
     return names.index(name)

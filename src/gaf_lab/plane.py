@@ -98,7 +98,11 @@ def descend(problem: Problem, policy: Policy, seed: int = 0) -> list[Step]:
 
 def shown(steps: list[Step]) -> int:
     """The first step that accepts half of its micro-gradients, of which the second is one."""
-    return next(i for i, step in enumerate(steps) if int(step.decision.accepted.sum()) == K // 2 and bool(step.decision.accepted[1]))
+    return next(
+        i
+        for i, step in enumerate(steps)
+        if int(step.decision.accepted.sum()) == K // 2 and bool(step.decision.accepted[1])
+    )
 
 
 # --- the picture -------------------------------------------------------------------------------------------------
@@ -133,12 +137,19 @@ def drawn(item: Item, notes: Sequence[str]) -> "Figure":
     )
     reach = 1.12 * float(step.rows.norm(dim=1).max())
     for i in range(K):
-        visit(place(0.2 + i * (width - 0.4) / K, top, (width - 0.4) / K - 0.12, small), step, i, reach)
+        visit(
+            place(0.2 + i * (width - 0.4) / K, top, (width - 0.4) / K - 0.12, small), step, i, reach
+        )
     below = top + small + 0.95
     caption(0.2, below - 0.12, "What is made of them")
     outcome(place(0.2, below, large, large), step, reach)
     caption(4.3, below - 0.12, "The way over the loss of the given labels")
-    ways(place(4.3, below, width - 4.3 - 0.5, large), problem, {"averaging": averaged, "GAF": filtered}, number)
+    ways(
+        place(4.3, below, width - 4.3 - 0.5, large),
+        problem,
+        {"averaging": averaged, "GAF": filtered},
+        number,
+    )
     return figure
 
 
@@ -154,7 +165,13 @@ def bare(ax: "Axes", reach: float) -> None:
 
 def arrow(ax: "Axes", to: Tensor, colour: str, width: float = 1.8, **style: Any) -> None:
     """From 0 to a point (2,)."""
-    shape = {"arrowstyle": "-|>,head_width=0.22,head_length=0.45", "shrinkA": 0, "shrinkB": 0, "color": colour, "linewidth": width}
+    shape = {
+        "arrowstyle": "-|>,head_width=0.22,head_length=0.45",
+        "shrinkA": 0,
+        "shrinkB": 0,
+        "color": colour,
+        "linewidth": width,
+    }
     ax.annotate("", xy=tuple(to.tolist()), xytext=(0, 0), arrowprops=shape | style)
 
 
@@ -167,11 +184,28 @@ def visit(ax: "Axes", step: Step, i: int, reach: float) -> None:
     before = step.rows[:i][step.decision.accepted[:i]]
     if i:
         towards = -before.mean(0)
-        angle, half = math.degrees(math.atan2(float(towards[1]), float(towards[0]))), math.degrees(math.acos(1 - TAU))
-        ax.add_patch(Wedge((0, 0), 0.97 * reach, angle - half, angle + half, facecolor=ACCEPTED, alpha=0.12, edgecolor="none"))
+        angle, half = (
+            math.degrees(math.atan2(float(towards[1]), float(towards[0]))),
+            math.degrees(math.acos(1 - TAU)),
+        )
+        ax.add_patch(
+            Wedge(
+                (0, 0),
+                0.97 * reach,
+                angle - half,
+                angle + half,
+                facecolor=ACCEPTED,
+                alpha=0.12,
+                edgecolor="none",
+            )
+        )
         arrow(ax, towards, INK, 1.2, linestyle="-", alpha=0.75)
     arrow(ax, row, ACCEPTED if accepted else REJECTED, 2.2)
-    word = "starts the sum" if i == 0 else f"distance {float(step.decision.distances[i]):.2f}: {'accepted' if accepted else 'rejected'}"
+    word = (
+        "starts the sum"
+        if i == 0
+        else f"distance {float(step.decision.distances[i]):.2f}: {'accepted' if accepted else 'rejected'}"
+    )
     ax.set_title(f"{i + 1}", loc="left", fontsize=10, fontweight="bold", color=SOFT, pad=3)
     ax.set_xlabel(word, fontsize=8.5, color=ACCEPTED if accepted else REJECTED, labelpad=5)
 
@@ -183,40 +217,79 @@ def outcome(ax: "Axes", step: Step, reach: float) -> None:
         arrow(ax, row, ACCEPTED if accepted else REJECTED, 1.3, alpha=0.45)
     arrow(ax, -step.rows.mean(0), AVERAGE, 3.5)
     arrow(ax, -step.update, ACCEPTED, 3.5)
-    keys = (("accepted", ACCEPTED, 1.3), ("rejected", REJECTED, 1.3), ("average of all", AVERAGE, 3.5), ("GAF's update", ACCEPTED, 3.5))
+    keys = (
+        ("accepted", ACCEPTED, 1.3),
+        ("rejected", REJECTED, 1.3),
+        ("average of all", AVERAGE, 3.5),
+        ("GAF's update", ACCEPTED, 3.5),
+    )
     key(ax, keys)
 
 
 def key(ax: "Axes", entries: Sequence[tuple[str, str, float]]) -> None:
     from matplotlib.lines import Line2D
 
-    lines = [Line2D([], [], color=colour, linewidth=width, alpha=0.6 if width < 2 else 1, label=name) for name, colour, width in entries]
+    lines = [
+        Line2D([], [], color=colour, linewidth=width, alpha=0.6 if width < 2 else 1, label=name)
+        for name, colour, width in entries
+    ]
     ax.legend(
-        handles=lines, loc="upper right", fontsize=9, frameon=True, facecolor="white", edgecolor="none", framealpha=0.85, labelcolor=INK
+        handles=lines,
+        loc="upper right",
+        fontsize=9,
+        frameon=True,
+        facecolor="white",
+        edgecolor="none",
+        framealpha=0.85,
+        labelcolor=INK,
     )
 
 
 def ways(ax: "Axes", problem: Problem, runs: dict[str, list[Step]], number: int) -> None:
     """Contours of the loss, and the weights of each run; the step that is shown above has a ring."""
     best, wanted = problem.optimum(problem.given), problem.optimum(problem.true)
-    x, y = torch.linspace(-1.6, 2.6, 120, dtype=torch.float64), torch.linspace(-0.7, 2.2, 90, dtype=torch.float64)
+    x, y = (
+        torch.linspace(-1.6, 2.6, 120, dtype=torch.float64),
+        torch.linspace(-0.7, 2.2, 90, dtype=torch.float64),
+    )
     grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1)
     loss = problem.loss(grid, problem.given)
-    ax.contour(x.numpy(), y.numpy(), loss.numpy(), levels=12, colors="#c9ccd3", linewidths=0.8, zorder=1)
+    ax.contour(
+        x.numpy(), y.numpy(), loss.numpy(), levels=12, colors="#c9ccd3", linewidths=0.8, zorder=1
+    )
     for name, steps in runs.items():
         path = torch.stack([step.w for step in steps])
         ax.plot(*path.T.tolist(), color=KNOWN[name].light, linewidth=1.5, alpha=0.85, zorder=3)
     at = runs["GAF"][number].w.tolist()
-    ax.plot(*at, "o", markersize=9, markerfacecolor="none", markeredgecolor=ACCEPTED, markeredgewidth=1.6, zorder=5)
+    ax.plot(
+        *at,
+        "o",
+        markersize=9,
+        markerfacecolor="none",
+        markeredgecolor=ACCEPTED,
+        markeredgewidth=1.6,
+        zorder=5,
+    )
     for spot, text, shift in ((at, f"step {number + 1}", (-48, -12)), (START, "start", (8, 4))):
-        ax.annotate(text, tuple(spot), shift, textcoords="offset points", fontsize=9, color=INK, zorder=7)
+        ax.annotate(
+            text, tuple(spot), shift, textcoords="offset points", fontsize=9, color=INK, zorder=7
+        )
     line = {"arrowstyle": "-", "color": SOFT, "linewidth": 0.8}
     for spot, text, shift in (
         (best.tolist(), "least loss, given labels", (14, -40)),
         (wanted.tolist(), "least loss, true labels", (-62, 14)),
     ):
         ax.plot(*spot, "*", markersize=13, color=INK, zorder=6)
-        ax.annotate(text, tuple(spot), shift, textcoords="offset points", fontsize=9, color=INK, arrowprops=line, zorder=7)
+        ax.annotate(
+            text,
+            tuple(spot),
+            shift,
+            textcoords="offset points",
+            fontsize=9,
+            color=INK,
+            arrowprops=line,
+            zorder=7,
+        )
     ax.set(xlim=(-1.6, 2.6), ylim=(-0.7, 2.2))
     ax.set_xlabel("first weight", fontsize=9.5, color=SOFT)
     ax.set_ylabel("second weight", fontsize=9.5, color=SOFT)

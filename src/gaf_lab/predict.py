@@ -30,7 +30,8 @@ from gaf_lab.bench_ways import GAF, PLAIN
 
 KS = tuple(2**i for i in range(1, 13))
 SCALAR = 8  # bytes of a float64
-BESIDE = 2  # scalars that travel with K: the scaler's factor, and whether an old update was still there
+# scalars that travel with K: the scaler's factor, and whether an old update was still there
+BESIDE = 2
 
 
 @dataclass(frozen=True)
@@ -66,17 +67,30 @@ def gaf_seconds(k: int, size: float, network: Network, micro_group: int = 1) -> 
     """GAF over `size` bytes of gradient on each of k ranks, with k / micro_group rows."""
     rows = k // micro_group
     if rows == k == 2:
-        return Cost(plain_seconds(k, size, network), network.alpha + scalar_bytes(k, rows) / network.beta, 2 * size / network.memory, 0.0)
+        return Cost(
+            plain_seconds(k, size, network),
+            network.alpha + scalar_bytes(k, rows) / network.beta,
+            2 * size / network.memory,
+            0.0,
+        )
     half = (k - 1) * network.alpha + all_to_all(size, k) / network.beta
     latency = (1 if k <= FEW else 2) * (k - 1) * network.alpha
-    return Cost(half, latency + scalar_bytes(k, rows) / network.beta, gram_seconds(rows, size / k, network), half)
+    return Cost(
+        half,
+        latency + scalar_bytes(k, rows) / network.beta,
+        gram_seconds(rows, size / k, network),
+        half,
+    )
 
 
 def gram_seconds(rows: int, slice_size: float, network: Network, coordinate: int = 4) -> float:
     """The Gram matrix of `rows` slices of `slice_size` bytes, a coordinate of which has `coordinate` bytes."""
     if network.flops is None:
         return rows * (rows + 1) / 2 * 2 * slice_size / network.memory
-    return rows * slice_size / network.memory + 2 * rows * rows * slice_size / coordinate / network.flops
+    return (
+        rows * slice_size / network.memory
+        + 2 * rows * rows * slice_size / coordinate / network.flops
+    )
 
 
 def scalar_bytes(k: int, rows: int) -> float:
@@ -100,14 +114,37 @@ def micro_group_for(k: int) -> int:
 
 def table(size: float, network: Network, ks: Sequence[int] = KS) -> Table:
     """Milliseconds for every k: all-reduce, GAF and its parts, and GAF with at most 32 rows."""
-    result = Table(title="Predicted milliseconds of a step's aggregation", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for column in ("k", "all-reduce", "GAF", "ratio", "in", "scalars", "Gram", "out", "m", "GAF m", "ratio"):
+    result = Table(
+        title="Predicted milliseconds of a step's aggregation",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    for column in (
+        "k",
+        "all-reduce",
+        "GAF",
+        "ratio",
+        "in",
+        "scalars",
+        "Gram",
+        "out",
+        "m",
+        "GAF m",
+        "ratio",
+    ):
         result.add_column(column, justify="right", no_wrap=True)
     for k in ks:
-        plain, cost, m = plain_seconds(k, size, network), gaf_seconds(k, size, network), micro_group_for(k)
+        plain, cost, m = (
+            plain_seconds(k, size, network),
+            gaf_seconds(k, size, network),
+            micro_group_for(k),
+        )
         grouped = gaf_seconds(k, size, network, m).total()
         parts = (cost.way_in, cost.scalars, cost.gram, cost.way_out)
-        ours, theirs = (ms(cost.total()), f"{cost.total() / plain:.3g}"), (ms(grouped), f"{grouped / plain:.3g}")
+        ours, theirs = (
+            (ms(cost.total()), f"{cost.total() / plain:.3g}"),
+            (ms(grouped), f"{grouped / plain:.3g}"),
+        )
         result.add_row(str(k), ms(plain), *ours, *map(ms, parts), str(m), *theirs)
     result.caption = "GAF m: micro_group, m ranks whose average is a row\nin: during the backward pass; all else comes after it"
     return result
@@ -124,9 +161,13 @@ def ms(seconds: float) -> str:
 def read(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Conditions and points of what `gaf bench ddp --out` or benchmarks/slow_network.py wrote."""
     lines = [json.loads(line) for line in path.read_text().splitlines()]
-    points = [line for line in lines if line.get("kind") == "bench-ddp" and line["way"] in (PLAIN, GAF)]
+    points = [
+        line for line in lines if line.get("kind") == "bench-ddp" and line["way"] in (PLAIN, GAF)
+    ]
     if not points or lines[0].get("kind") != "conditions":
-        raise ValueError(f"results file {path}: must hold lines of gaf bench ddp; it has none. Write one with gaf bench ddp --out {path}.")
+        raise ValueError(
+            f"results file {path}: must hold lines of gaf bench ddp; it has none. Write one with gaf bench ddp --out {path}."
+        )
     return lines[0], points
 
 
@@ -140,8 +181,17 @@ def against(points: Sequence[dict[str, Any]], network: Network) -> Table:
         measured, wire = point["alone_ms_median"], point["wire_bytes"]
         times = (ms(seconds), ms(measured / 1000), percent(measured / 1000 / seconds))
         seen = ("-", "-") if wire is None else (f"{wire / 1e6:.2f}", percent(wire / size))
-        result.add_row(str(point["k"]), point["way"], *times, f"{size / 1e6:.2f}", f"{point['sent_bytes'] / 1e6:.2f}", *seen)
-    result.caption = "the aggregation alone; MB that a rank sends per step\noff: measured over predicted"
+        result.add_row(
+            str(point["k"]),
+            point["way"],
+            *times,
+            f"{size / 1e6:.2f}",
+            f"{point['sent_bytes'] / 1e6:.2f}",
+            *seen,
+        )
+    result.caption = (
+        "the aggregation alone; MB that a rank sends per step\noff: measured over predicted"
+    )
     return result
 
 

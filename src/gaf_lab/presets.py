@@ -42,15 +42,31 @@ CIFAR100_MEAN_CODE = dataclasses.replace(CIFAR100_MEAN, k=1, b=128, sampler="iid
 
 # Section 4.2: CIFAR-100N-Fine. The text has a PreAct ResNet34; the code a plain one, and micro-batches stratified by
 # the noisy labels.
-CIFAR100N_GAF = dataclasses.replace(CIFAR100_GAF, dataset="cifar100n", noise="human", noise_rate=0.0, model="preact-resnet34", stem="cifar")
+CIFAR100N_GAF = dataclasses.replace(
+    CIFAR100_GAF,
+    dataset="cifar100n",
+    noise="human",
+    noise_rate=0.0,
+    model="preact-resnet34",
+    stem="cifar",
+)
 CIFAR100N_MEAN = dataclasses.replace(CIFAR100N_GAF, policy="mean")
 CIFAR100N_GAF_CODE = dataclasses.replace(
-    CIFAR100N_GAF, model="resnet34", sampler="stratified-observed", tau=1.0, average="halving", plateau_every=2
+    CIFAR100N_GAF,
+    model="resnet34",
+    sampler="stratified-observed",
+    tau=1.0,
+    average="halving",
+    plateau_every=2,
 )
-CIFAR100N_MEAN_CODE = dataclasses.replace(CIFAR100N_GAF_CODE, policy="mean", k=1, b=128, sampler="iid", average="mean")
+CIFAR100N_MEAN_CODE = dataclasses.replace(
+    CIFAR100N_GAF_CODE, policy="mean", k=1, b=128, sampler="iid", average="mean"
+)
 
 # Figure 5: nothing can be learned from white noise with random labels, so nothing should agree.
-NOISE_MEAN = dataclasses.replace(CIFAR100_MEAN, dataset="noise", noise="none", noise_rate=0.0, augment=False, sampler="iid")
+NOISE_MEAN = dataclasses.replace(
+    CIFAR100_MEAN, dataset="noise", noise="none", noise_rate=0.0, augment=False, sampler="iid"
+)
 
 PRESETS: dict[str, TrainConfig] = {
     "demo-gaf": DEMO,
@@ -69,5 +85,7 @@ PRESETS: dict[str, TrainConfig] = {
 
 def preset(name: str) -> TrainConfig:
     if name not in PRESETS:
-        raise ConfigError(f"unknown preset {name!r}.{nearest(name, PRESETS)} Known presets: {', '.join(PRESETS)}.")
+        raise ConfigError(
+            f"unknown preset {name!r}.{nearest(name, PRESETS)} Known presets: {', '.join(PRESETS)}."
+        )
     return PRESETS[name]

@@ -77,14 +77,21 @@ class Looked:
 
 def layer(probe: Probe, name: str) -> dict[str, Any]:
     noise, distances = probe.noise_in(name), probe.distances(name)
-    return {"name": name, "distance": spread(distances), "noise_scale": noise.scale, "dimension": noise.dimension}
+    return {
+        "name": name,
+        "distance": spread(distances),
+        "noise_scale": noise.scale,
+        "dimension": noise.dimension,
+    }
 
 
 def spread(distances: Tensor) -> list[float | None]:
     """10%, 50% and 90% of the distances; null where a layer's gradients are all zero."""
     if not len(distances):
         return [None] * len(QUANTILES)
-    found: list[float | None] = distances.quantile(torch.tensor(QUANTILES, dtype=torch.float64)).tolist()
+    found: list[float | None] = distances.quantile(
+        torch.tensor(QUANTILES, dtype=torch.float64)
+    ).tolist()
     return found
 
 
@@ -101,7 +108,13 @@ def round_off(value: Any) -> Any:
 
 
 def look(
-    config: TrainConfig, after: Sequence[int], data_folder: Path | None, rows: int, slices: int, share: float, chance: float
+    config: TrainConfig,
+    after: Sequence[int],
+    data_folder: Path | None,
+    rows: int,
+    slices: int,
+    share: float,
+    chance: float,
 ) -> Iterator[Looked]:
     """Trains the config, and probes it after each of these numbers of steps, at b and at multiples of it.
 
@@ -123,10 +136,30 @@ def look(
 
 def check(config: TrainConfig, after: Sequence[int], rows: int, slices: int) -> None:
     rules = {
-        "k": (config.k, config.k >= 2, "must be at least 2 for a probe", "One micro-gradient has nothing to agree with."),
-        "sam": (config.sam, not config.sam, "must be 0 for a probe", "It looks at gradients at the weights themselves."),
-        "after": (list(after), bool(after) and min(after) >= 0, "must name steps of training, at least 0", "0 is the initial weights."),
-        "rows": (rows, rows >= max(8, 2 * config.k), "must be at least 8 and twice k", "128 is usual."),
+        "k": (
+            config.k,
+            config.k >= 2,
+            "must be at least 2 for a probe",
+            "One micro-gradient has nothing to agree with.",
+        ),
+        "sam": (
+            config.sam,
+            not config.sam,
+            "must be 0 for a probe",
+            "It looks at gradients at the weights themselves.",
+        ),
+        "after": (
+            list(after),
+            bool(after) and min(after) >= 0,
+            "must name steps of training, at least 0",
+            "0 is the initial weights.",
+        ),
+        "rows": (
+            rows,
+            rows >= max(8, 2 * config.k),
+            "must be at least 8 and twice k",
+            "128 is usual.",
+        ),
         "slices": (slices, slices >= 1, "must be at least 1", "1 is fastest."),
     }
     for name, (value, holds, requirement, fix) in rules.items():
@@ -145,7 +178,9 @@ def probed(training: Training, rows: int, slices: int) -> Probe:
 
 def loss(training: Training, objective: Any, step: int, i: int) -> Tensor:
     x, y = training.problem.micro_batch(step, i)
-    with torch.autocast(training.device.type, torch.bfloat16, enabled=training.config.autocast == "bfloat16"):
+    with torch.autocast(
+        training.device.type, torch.bfloat16, enabled=training.config.autocast == "bfloat16"
+    ):
         found: Tensor = objective(training.model, x, y, training.problem.index(step, i), step, i)
     return found
 
@@ -159,15 +194,40 @@ def multiples(probe: Probe) -> list[int]:
 
 
 def table(lines: Sequence[dict[str, Any]]) -> Table:
-    result = Table(title="Micro-gradients: how far they agree, and the tau that follows", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for column in ("after", "b", "distance", "B/(b+B)", "B (95%)", "d_eff", "tau", "accepted", "steps"):
+    result = Table(
+        title="Micro-gradients: how far they agree, and the tau that follows",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    for column in (
+        "after",
+        "b",
+        "distance",
+        "B/(b+B)",
+        "B (95%)",
+        "d_eff",
+        "tau",
+        "accepted",
+        "steps",
+    ):
         result.add_column(column, justify="right", no_wrap=True)
     for line in lines:
         first = line["m"] == 1
         noise = (scale(line), shown(line["dimension"])) if first else ("", "")
         distances = f"{line['distance_mean']:.3f}", f"{line['distance_expected']:.3f}"
-        accepted, steps = f"{100 * line['predicted']:.0f}% ({100 * line['measured']:.0f}%)", f"{100 * line['measured_steps']:.0f}%"
-        result.add_row(f"{line['after']:,}" if first else "", str(line["b"]), *distances, *noise, f"{line['tau']:.3f}", accepted, steps)
+        accepted, steps = (
+            f"{100 * line['predicted']:.0f}% ({100 * line['measured']:.0f}%)",
+            f"{100 * line['measured_steps']:.0f}%",
+        )
+        result.add_row(
+            f"{line['after']:,}" if first else "",
+            str(line["b"]),
+            *distances,
+            *noise,
+            f"{line['tau']:.3f}",
+            accepted,
+            steps,
+        )
     k = lines[0]["k"]
     result.caption = (f"distance: mean of pairs, beside what B makes of it. tau: recommended. Of the {k - 1} compared micro-gradients of "
                       f"k = {k}: accepted as predicted from half of them (and as measured on the other half); steps taken, measured. "
@@ -176,13 +236,19 @@ def table(lines: Sequence[dict[str, Any]]) -> Table:
 
 
 def layer_table(line: dict[str, Any]) -> Table:
-    result = Table(title=f"Layers, after {line['after']:,} steps, b = {line['b']}", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    result = Table(
+        title=f"Layers, after {line['after']:,} steps, b = {line['b']}",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
     for column in ("layer", "distance", "10% to 90%", "B", "d_eff"):
         result.add_column(column, justify="left" if column == "layer" else "right", no_wrap=True)
     for part in line["layers"]:
         low, middle, high = part["distance"]
         distances = ("-", "-") if middle is None else (f"{middle:.3f}", f"{low:.3f} to {high:.3f}")
-        result.add_row(part["name"], *distances, shown(part["noise_scale"]), shown(part["dimension"]))
+        result.add_row(
+            part["name"], *distances, shown(part["noise_scale"]), shown(part["dimension"])
+        )
     return result
 
 
@@ -198,8 +264,16 @@ def verdicts(lines: Sequence[dict[str, Any]]) -> Iterator[str]:
     """In words: each recommendation, its reason, and whether the measurement bears out the prediction."""
     for line in (line for line in lines if line["m"] == 1):
         gap = abs(line["predicted"] - line["measured"])
-        holds = "the prediction holds" if gap <= CLOSE else "the prediction does not hold: measure more with --rows"
-        gone = f" {line['absent']} micro-gradients were zero, NaN or infinite, and left out." if line["absent"] else ""
+        holds = (
+            "the prediction holds"
+            if gap <= CLOSE
+            else "the prediction does not hold: measure more with --rows"
+        )
+        gone = (
+            f" {line['absent']} micro-gradients were zero, NaN or infinite, and left out."
+            if line["absent"]
+            else ""
+        )
         yield (f"After {line['after']:,} steps: tau = {line['tau']:.3f}. {line['reason']} Measured on "
                f"{line['rows'] - line['rows'] // 2} other micro-gradients: {100 * line['measured']:.1f}%, {100 * gap:.1f} points away; "
                f"{holds}.{gone}")  # fmt: skip
@@ -212,7 +286,14 @@ def draw(lines: Sequence[dict[str, Any]], path: Path) -> None:
     figure = canvas(12.5, height * len(states))
     axes = figure.subplots(len(states), 3, squeeze=False, width_ratios=(1, 1.15, 1))
     total = height * len(states)
-    figure.subplots_adjust(left=0.03, right=0.985, top=1 - 0.62 / total, bottom=0.6 / total, wspace=0.28, hspace=1.15 / (height - 1.15))
+    figure.subplots_adjust(
+        left=0.03,
+        right=0.985,
+        top=1 - 0.62 / total,
+        bottom=0.6 / total,
+        wspace=0.28,
+        hspace=1.15 / (height - 1.15),
+    )
     for row, after in zip(axes, states, strict=True):
         group = [line for line in lines if line["after"] == after]
         histogram(row[0], group)
@@ -231,22 +312,47 @@ def histogram(ax: "Axes", group: Sequence[dict[str, Any]]) -> None:
     for line in {line["m"]: line for line in (group[0], group[-1])}.values():
         share = [100 * count / sum(line["bins"]) for count in line["bins"]]
         edges = [2 * i / BINS for i in range(BINS + 1)]
-        ax.stairs(share, edges, fill=True, alpha=0.35, color=SHADES[line["m"]], label=f"b = {line['b']}")
-        ax.axvline(line["distance_expected"], color=SHADES[line["m"]], linewidth=1.4, linestyle=(0, (1, 1.5)))
+        ax.stairs(
+            share, edges, fill=True, alpha=0.35, color=SHADES[line["m"]], label=f"b = {line['b']}"
+        )
+        ax.axvline(
+            line["distance_expected"],
+            color=SHADES[line["m"]],
+            linewidth=1.4,
+            linestyle=(0, (1, 1.5)),
+        )
         highest = max(highest, *share)
     plain(ax)
     ax.set(xlim=(0, 1.3), ylim=(0, 1.25 * highest))
-    ax.set_title(f"{when(group[0])}: pairs of micro-gradients (%)", loc="left", fontsize=11, color=INK, pad=8)
+    ax.set_title(
+        f"{when(group[0])}: pairs of micro-gradients (%)", loc="left", fontsize=11, color=INK, pad=8
+    )
     ax.set_xlabel("cosine distance (dotted: B / (b + B))", fontsize=10, color=SOFT)
-    ax.legend(frameon=False, fontsize=9.5, labelcolor=SOFT, loc="upper left" if group[-1]["distance_expected"] > 0.6 else "upper right")
+    ax.legend(
+        frameon=False,
+        fontsize=9.5,
+        labelcolor=SOFT,
+        loc="upper left" if group[-1]["distance_expected"] > 0.6 else "upper right",
+    )
 
 
 def curves(ax: "Axes", group: Sequence[dict[str, Any]]) -> None:
     """Acceptance against tau: lines are predicted from the first half of the rows at b, dots measured on the second."""
     for line in group:
         taus, predicted, measured, _ = (list(values) for values in zip(*line["curve"], strict=True))
-        ax.plot(taus, [100 * p for p in predicted], color=SHADES[line["m"]], linewidth=1.8, label=f"b = {line['b']}")
-        dots: dict[str, Any] = {"color": SHADES[line["m"]], "markersize": 3.4, "markeredgecolor": "white", "markeredgewidth": 0.3}
+        ax.plot(
+            taus,
+            [100 * p for p in predicted],
+            color=SHADES[line["m"]],
+            linewidth=1.8,
+            label=f"b = {line['b']}",
+        )
+        dots: dict[str, Any] = {
+            "color": SHADES[line["m"]],
+            "markersize": 3.4,
+            "markeredgecolor": "white",
+            "markeredgewidth": 0.3,
+        }
         ax.plot(taus, [100 * a for a in measured], "o", **dots)
     plain(ax)
     tau = group[0]["tau"]
@@ -263,7 +369,9 @@ def by_layer(ax: "Axes", line: dict[str, Any]) -> None:
     parts = [part for part in line["layers"] if part["distance"][1] is not None]
     for i, part in enumerate(parts):
         low, middle, high = part["distance"]
-        ax.plot([low, high], [i, i], color=SHADES[1], linewidth=2, alpha=0.45, solid_capstyle="round")
+        ax.plot(
+            [low, high], [i, i], color=SHADES[1], linewidth=2, alpha=0.45, solid_capstyle="round"
+        )
         ax.plot([middle], [i], "o", color=SHADES[1], markersize=5)
     low, middle, high = line["distance"]
     ax.axvspan(low, high, color=INK, alpha=0.06, linewidth=0)

@@ -90,7 +90,11 @@ class Problem:
             return self.reader(step * self.config.k + i).to(self.train.clean.device)
         assert isinstance(self.train.x, Tensor)
         x = self.train.x[self.index(step, i)]
-        return shifted(x, self.shifts(step, i).to(x.device, non_blocking=True)) if self.config.augment else x
+        return (
+            shifted(x, self.shifts(step, i).to(x.device, non_blocking=True))
+            if self.config.augment
+            else x
+        )
 
     def shifts(self, step: int, i: int) -> Tensor:
         """How micro-batch i of a step is augmented, (3, b, 1) on the CPU; see `gaf_lab.augment.shifts`."""
@@ -107,26 +111,48 @@ class Problem:
 
 def build(config: TrainConfig, folder: Path | None, device: torch.device) -> Problem:
     """Loads the data, flips labels, splits, all from the config's seed."""
-    found = imagenet_of(config.size, folder) if config.dataset == "imagenet" else loaded(config.dataset, folder)
+    found = (
+        imagenet_of(config.size, folder)
+        if config.dataset == "imagenet"
+        else loaded(config.dataset, folder)
+    )
     data = limited(found, config.limit)
     observed = observed_labels(config, data)
     whole = Pictures(data.train_x, observed, data.train_y)
     order = torch.randperm(len(whole), generator=generator(config.seed, "split"))
     kept = round(config.heldout * len(whole))
     train, heldout = whole[order[kept:]], whole[order[:kept]]
-    probe = train[torch.randperm(len(train), generator=generator(config.seed, "probe"))[: config.probe]]
+    probe = train[
+        torch.randperm(len(train), generator=generator(config.seed, "probe"))[: config.probe]
+    ]
     test = Pictures(data.test_x, data.test_y, data.test_y)
     if config.b > len(train):
-        raise ConfigError(f"b must not exceed the training samples; got {config.b} of {len(train)}. Lower b or heldout.")
+        raise ConfigError(
+            f"b must not exceed the training samples; got {config.b} of {len(train)}. Lower b or heldout."
+        )
     sampler = make_sampler(config, train, data.classes)
     reader = make_reader(config, train, sampler)
     origin = chosen(data.name, len(found.train_y), config.limit)[order[kept:]]
-    return Problem(config, data, on(train, device), on(heldout, device), on(test, device), on(probe, device), sampler, reader, origin)
+    return Problem(
+        config,
+        data,
+        on(train, device),
+        on(heldout, device),
+        on(test, device),
+        on(probe, device),
+        sampler,
+        reader,
+        origin,
+    )
 
 
 def chosen(name: str, n: int, limit: int) -> Tensor:
     """Which of a data set's n pictures are used: at most `limit`, the same for every seed; all of them, in order, for 0."""
-    return torch.randperm(n, generator=generator(0, name, "limit"))[:limit] if limit else torch.arange(n)
+    return (
+        torch.randperm(n, generator=generator(0, name, "limit"))[:limit]
+        if limit
+        else torch.arange(n)
+    )
 
 
 def limited(data: DataSet, limit: int) -> DataSet:
@@ -150,7 +176,9 @@ def observed_labels(config: TrainConfig, data: DataSet) -> Tensor:
     if config.noise == "symmetric":
         return noise.symmetric(data.train_y, config.noise_rate, data.classes, config.seed)[0]
     if config.noise == "asymmetric":
-        return noise.asymmetric(data.train_y, config.noise_rate, data.classes, config.seed, data.coarse)[0]
+        return noise.asymmetric(
+            data.train_y, config.noise_rate, data.classes, config.seed, data.coarse
+        )[0]
     return data.train_y
 
 
@@ -165,9 +193,16 @@ def make_reader(config: TrainConfig, train: Pictures, sampler: Sampler) -> Reade
     """Of k ranks each computes one micro-batch of a step: those it asks for are as many apart as there are ranks."""
     if isinstance(train.x, Tensor):
         return None
-    return Reader(MicroBatches(train.x, sampler, config.seed, config.k, config.augment), stride=parallel.here().world)
+    return Reader(
+        MicroBatches(train.x, sampler, config.seed, config.k, config.augment),
+        stride=parallel.here().world,
+    )
 
 
 def on(part: Pictures, device: torch.device) -> Pictures:
     """Labels and pictures on the device; pictures in files go there when they are read."""
-    return Pictures(part.x.to(device) if isinstance(part.x, Tensor) else part.x, part.observed.to(device), part.clean.to(device))
+    return Pictures(
+        part.x.to(device) if isinstance(part.x, Tensor) else part.x,
+        part.observed.to(device),
+        part.clean.to(device),
+    )

@@ -67,10 +67,14 @@ def make_folder(folder: Path) -> None:
         probe.touch()
         probe.unlink(missing_ok=True)  # another process may try the same folder
     except FileExistsError:
-        raise ConfigError(f"output folder {folder}: must be a folder; it is a file. Give another one with --out.") from None
+        raise ConfigError(
+            f"output folder {folder}: must be a folder; it is a file. Give another one with --out."
+        ) from None
     except OSError as error:
         seen = f"it is not ({error.filename}: {error.strerror})"
-        raise ConfigError(f"output folder {folder}: must be writable; {seen}. Give another one with --out.") from None
+        raise ConfigError(
+            f"output folder {folder}: must be writable; {seen}. Give another one with --out."
+        ) from None
 
 
 def append(folder: Path, line: dict[str, Any]) -> None:
@@ -97,7 +101,9 @@ def read(folder: Path) -> Run:
     """
     path = folder / FILE
     if not path.is_file():
-        raise ValueError(f"{folder}: must hold a run, that is a file {FILE}; it does not. Give the folder that `gaf train --out` wrote.")
+        raise ValueError(
+            f"{folder}: must hold a run, that is a file {FILE}; it does not. Give the folder that `gaf train --out` wrote."
+        )
     lines = path.read_text().splitlines()
     parsed: list[dict[str, Any]] = []
     for number, text in enumerate(lines, 1):
@@ -105,9 +111,13 @@ def read(folder: Path) -> Run:
             parsed.append(json.loads(text))
         except json.JSONDecodeError as error:
             if number < len(lines):
-                raise ValueError(f"{path}: line {number} must be JSON; it is not ({error.msg}). Was the file edited?") from None
+                raise ValueError(
+                    f"{path}: line {number} must be JSON; it is not ({error.msg}). Was the file edited?"
+                ) from None
     if not parsed or parsed[0].get("kind") != "run":
-        raise ValueError(f"{path}: the first line must be a header of kind 'run'; it is not. Was the file edited?")
+        raise ValueError(
+            f"{path}: the first line must be a header of kind 'run'; it is not. Was the file edited?"
+        )
     evals = [line for line in parsed if line["kind"] == "eval"]
     ends = [line for line in parsed if line["kind"] == "end"]
     return Run(folder, parsed[0], evals, ends[-1] if ends else None)
@@ -120,16 +130,28 @@ def find(places: list[Path]) -> list[Run]:
         ValueError: without places, where one does not exist or holds no run, or where a file is broken.
     """
     if not places:
-        raise ValueError(f"runs: must have at least one place; got none. Give the folder of a run, which has a file {FILE}.")
+        raise ValueError(
+            f"runs: must have at least one place; got none. Give the folder of a run, which has a file {FILE}."
+        )
     below = [inside(place) for place in places]
     folders = sorted({folder for found in below for folder in found})
-    return [*map(read, folders), *(run for place in places if place.is_file() and place.name != FILE for run in packed(place))]
+    return [
+        *map(read, folders),
+        *(
+            run
+            for place in places
+            if place.is_file() and place.name != FILE
+            for run in packed(place)
+        ),
+    ]
 
 
 def inside(place: Path) -> list[Path]:
     """The folders of runs at a place; none for a pack."""
     if not place.exists():
-        raise ValueError(f"{place}: must exist; it does not. Give a folder of runs, a {FILE}, or a file of results/.")
+        raise ValueError(
+            f"{place}: must exist; it does not. Give a folder of runs, a {FILE}, or a file of results/."
+        )
     if place.is_file():
         return [place.parent] if place.name == FILE else []
     found = [file.parent for file in place.rglob(FILE)]
@@ -145,5 +167,7 @@ def packed(place: Path) -> list[Run]:
 
     runs = packs.read(place)
     if not runs:
-        raise ValueError(f"{place}: must hold at least one run; none was found. Give another file of results/.")
+        raise ValueError(
+            f"{place}: must hold at least one run; none was found. Give another file of results/."
+        )
     return runs

@@ -20,7 +20,10 @@ NONE, MINUS = "\N{EN DASH}", "\N{MINUS SIGN}"
 FEW = 6  # seeds: with fewer, an interval by bootstrap is too narrow, and the page says so
 NARROW = 79  # columns of a terminal that the table fits into
 SHOWN = 3  # arms that the summary speaks of one by one
-SPOKEN = ((st.LAST, "At the last evaluation"), (st.SELECTED, "At the evaluation selected on noisy held-out labels"))
+SPOKEN = (
+    (st.LAST, "At the last evaluation"),
+    (st.SELECTED, "At the evaluation selected on noisy held-out labels"),
+)
 BRIEF = {
     "selected": "selected",
     "last": "last",
@@ -38,7 +41,8 @@ MEANING = {  # a line on the page for each measure that it shows
 }
 ONE_SEED = "From one seed (n = 1), no difference can be told."
 UNPAIRED = ("seed", "replay")  # differ from run to run by design
-REPLAYED = ("replay-skip", "random-subset")  # the controls that tell agreement from fewer steps, and from smaller batches
+# the controls that tell agreement from fewer steps, and from smaller batches
+REPLAYED = ("replay-skip", "random-subset")
 CONTROLS = {
     "mean": "averages all micro-gradients at every step: plain data-parallel training.",
     "random-skip": "averages all micro-gradients, and takes a step with a fixed probability{step_probability}.",
@@ -47,14 +51,21 @@ CONTROLS = {
     "GAF's skips and batch sizes without its choice.",
     "scaled-lr": "averages all micro-gradients at every step, its learning rate times the share that GAF accepted in a recorded run.",
 }
-STARTS = {"best": ", from the start that most agree with", "worst": ", from the start that fewest agree with"}
-TECHNIQUES: dict[str, tuple[Any, str]] = {  # field -> what leaves it idle, and what it does otherwise
+STARTS = {
+    "best": ", from the start that most agree with",
+    "worst": ", from the start that fewest agree with",
+}
+# field -> what leaves it idle, and what it does otherwise
+TECHNIQUES: dict[str, tuple[Any, str]] = {
     "loss": ("cross-entropy", "trained with the loss {!r}"),
     "label_smoothing": (0.0, "labels smoothed by {:g}"),
     "mixup": (0.0, "pictures mixed with alpha = {:g}"),
     "sam": (0.0, "gradients taken at a distance of {:g} uphill (SAM)"),
     "ema": (0.0, "evaluated at an average of the weights with decay {:g}"),
-    "early_stopping": (0, "ends after {} evaluations without a better held-out accuracy, at its best weights"),
+    "early_stopping": (
+        0,
+        "ends after {} evaluations without a better held-out accuracy, at its best weights",
+    ),
 }
 
 
@@ -75,7 +86,9 @@ def spelled(found: Spread | None, measure: Measure, second: float) -> tuple[str,
     """Mean and deviation, a share in %, a time in units of `second` seconds; the deviation empty for one seed."""
     if found is None:
         return NONE, ""
-    scale, digits = {"share": (100.0, 1), "distance": (1.0, 3), "seconds": (1 / second, 1)}[measure.unit]
+    scale, digits = {"share": (100.0, 1), "distance": (1.0, 3), "seconds": (1 / second, 1)}[
+        measure.unit
+    ]
     deviation = "" if found.deviation is None else f"± {found.deviation * scale:.{digits}f}"
     return f"{found.mean * scale:.{digits}f}", deviation
 
@@ -85,7 +98,10 @@ def headings(of: list[Arm]) -> tuple[list[tuple[Measure, str]], float]:
     times = [value for arm in of if (value := st.spread(arm, st.SECONDS)) is not None]
     unit, second = clock(max((one.mean for one in times), default=0.0))
     had = [measure for measure in st.MEASURES if any(st.spread(arm, measure) for arm in of)]
-    return [(measure, f"{measure.label} ({'%' if measure.unit == 'share' else unit})") for measure in had], second
+    return [
+        (measure, f"{measure.label} ({'%' if measure.unit == 'share' else unit})")
+        for measure in had
+    ], second
 
 
 def marked(arm: Arm) -> str:
@@ -102,14 +118,27 @@ def table(runs: list[Run]) -> "Table":
     of = arms_of(runs)
     columns, second = headings(of)
     columns = [(measure, heading) for measure, heading in columns if measure.name in BRIEF]
-    shown = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, header_style="bold", caption_justify="left")
+    shown = Table(
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        show_edge=False,
+        header_style="bold",
+        caption_justify="left",
+    )
     notes = reading(of)
-    shown.caption, shown.min_width = Text("\n".join(notes), style="dim"), min(NARROW, max(map(len, notes)))
+    shown.caption, shown.min_width = (
+        Text("\n".join(notes), style="dim"),
+        min(NARROW, max(map(len, notes))),
+    )
     shown.add_column("arm", overflow="fold")
     shown.add_column("n", justify="right")
     for measure, heading in columns:
         unit = heading[heading.rindex("(") :]
-        shown.add_column(BRIEF[measure.name] + (f" {unit}" if measure is st.SECONDS else ""), justify="right", no_wrap=True)
+        shown.add_column(
+            BRIEF[measure.name] + (f" {unit}" if measure is st.SECONDS else ""),
+            justify="right",
+            no_wrap=True,
+        )
     for arm in of:
         cells = [cell(arm, measure, second) for measure, _ in columns]
         shown.add_row(Text(marked(arm)), str(len(arm.seeds)), *cells)
@@ -124,18 +153,31 @@ def cell(arm: Arm, measure: Measure, second: float) -> str:
 
 def reading(of: list[Arm]) -> list[str]:
     """How to read the table, and the differences at the last evaluation."""
-    scattered = any(found.n > 1 for arm in of for measure in (st.SELECTED, st.LAST) if (found := st.spread(arm, measure)))
-    lines = ["in %, means over n seeds; selected, last: test accuracy" + (" ± standard deviation" if scattered else "")]
+    scattered = any(
+        found.n > 1
+        for arm in of
+        for measure in (st.SELECTED, st.LAST)
+        if (found := st.spread(arm, measure))
+    )
+    lines = [
+        "in %, means over n seeds; selected, last: test accuracy"
+        + (" ± standard deviation" if scattered else "")
+    ]
     if any(not arm.finished for arm in of):
         lines.append("* unfinished runs only, as far as they got")
     gaps = differences(of, st.LAST)
-    lines += [f"{gap.arm} {MINUS} {gap.other}, last: {signed(gap.mean * 100)} {certainty(gap)}" for gap in gaps]
+    lines += [
+        f"{gap.arm} {MINUS} {gap.other}, last: {signed(gap.mean * 100)} {certainty(gap)}"
+        for gap in gaps
+    ]
     return lines + ([ONE_SEED] if any(gap.n == 1 for gap in gaps) else [])
 
 
 def arms_of(runs: list[Run]) -> list[Arm]:
     if not runs:
-        raise ValueError("report: must have at least one run; got none. Give the folder that `gaf train --out` wrote.")
+        raise ValueError(
+            "report: must have at least one run; got none. Give the folder that `gaf train --out` wrote."
+        )
     return st.arms(runs)
 
 
@@ -168,10 +210,18 @@ def pairs_at(of: list[Arm]) -> list[tuple[Arm, Arm]]:
     rest = [arm for arm in of if arm is not baseline]
     found = [(arm, one) for arm in rest if (one := partner(baseline, arm, of)) is not None]
     for arm in rest:
-        if gaf is not None and gaf not in (baseline, arm) and (one := partner(gaf, arm, of)) is not None:
+        if (
+            gaf is not None
+            and gaf not in (baseline, arm)
+            and (one := partner(gaf, arm, of)) is not None
+        ):
             found.append((arm, one) if is_gaf(arm) else (one, arm))
     names = {arm.kind: arm for arm in of}
-    namesakes = [(arm, names.get(f"{baseline.kind}, {arm.kind.partition(', ')[2]}")) for arm in rest if is_gaf(arm)]
+    namesakes = [
+        (arm, names.get(f"{baseline.kind}, {arm.kind.partition(', ')[2]}"))
+        for arm in rest
+        if is_gaf(arm)
+    ]
     return found + [(arm, other) for arm, other in namesakes if other is not None]
 
 
@@ -185,12 +235,18 @@ def partner(one: Arm, other: Arm, of: list[Arm]) -> Arm | None:
 def meet(gaf: Arm, other: Arm, of: list[Arm]) -> bool:
     """Whether the other is no control of a namesake: where GAF was run at several taus, each control replays one of them."""
     alone = sum(arm.kind == gaf.kind for arm in of) == 1
-    return alone or all(other.settings.get(field, value) == value for field, value in gaf.settings.items() if field in st.FILTER)
+    return alone or all(
+        other.settings.get(field, value) == value
+        for field, value in gaf.settings.items()
+        if field in st.FILTER
+    )
 
 
 def differences(of: list[Arm], measure: Measure) -> list[Difference]:
     """Those of the pairs that have a seed in common."""
-    return [gap for one, other in pairs(of) if (gap := st.difference(one, other, measure)) is not None]
+    return [
+        gap for one, other in pairs(of) if (gap := st.difference(one, other, measure)) is not None
+    ]
 
 
 def summary(of: list[Arm]) -> str:
@@ -209,7 +265,11 @@ def outcome(of: list[Arm]) -> list[str]:
     baseline = st.baseline(of)
     focus, others = spoken(of)
     sentences = [] if focus else alone(baseline)
-    sentences += [sentence for arm in focus for sentence in against(arm, [other for other in others if meet(arm, other, of)])]
+    sentences += [
+        sentence
+        for arm in focus
+        for sentence in against(arm, [other for other in others if meet(arm, other, of)])
+    ]
     untold = [arm for arm in of if arm not in (baseline, *focus, *others)]
     return sentences + (tally([(arm, baseline) for arm in of]) if untold else [])
 
@@ -229,7 +289,9 @@ def spoken(of: list[Arm]) -> tuple[list[Arm], list[Arm]]:
 
 def unbroken(text: str) -> str:
     """Without line breaks around "=", nor within "95% CI"."""
-    return text.replace(" = ", "\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}").replace("95% CI ", "95%\N{NO-BREAK SPACE}CI ")
+    return text.replace(" = ", "\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}").replace(
+        "95% CI ", "95%\N{NO-BREAK SPACE}CI "
+    )
 
 
 def setting(of: list[Arm]) -> str:
@@ -241,7 +303,11 @@ def setting(of: list[Arm]) -> str:
     on = f" on {data}" if data else ""
     rate, noise = common.get("noise_rate"), common.get("noise")
     if noise and noise != "none":
-        on += f" with {percent(rate, 0)}% {noise} label noise" if isinstance(rate, float) and rate > 0 else f" with {noise} label noise"
+        on += (
+            f" with {percent(rate, 0)}% {noise} label noise"
+            if isinstance(rate, float) and rate > 0
+            else f" with {noise} label noise"
+        )
     if common.get("k") and common.get("b"):
         on += f", k = {common['k']} micro-batches of b = {common['b']} samples a step"
     return f"{count(len(runs), 'run')} of {count(len(of), 'arm')} over {count(len(seeds), 'seed')}{on}."
@@ -271,7 +337,9 @@ def against(arm: Arm, others: list[Arm]) -> list[str]:
             )
     missing = [other.name for other in others if st.difference(arm, other, st.LAST) is None]
     if missing:
-        found.append(f"{arm.name} cannot be compared with {listing(missing)}: there is no seed that both have finished.")
+        found.append(
+            f"{arm.name} cannot be compared with {listing(missing)}: there is no seed that both have finished."
+        )
     return found
 
 
@@ -282,7 +350,9 @@ def listing(parts: list[str]) -> str:
 def amount(gap: Difference) -> str:
     """How far, and on which side."""
     size = f"{abs(gap.mean) * 100:.1f}"
-    return "level with" if not float(size) else f"{size} points {'above' if gap.mean > 0 else 'below'}"
+    return (
+        "level with" if not float(size) else f"{size} points {'above' if gap.mean > 0 else 'below'}"
+    )
 
 
 def certainty(gap: Difference) -> str:
@@ -301,8 +371,15 @@ def tally(found: list[tuple[Arm, Arm]]) -> list[str]:
     compared = [(arm, baseline) for arm, baseline in found if arm is not baseline]
     if not compared:
         return []
-    gaps = [gap for arm, baseline in compared if (gap := st.difference(arm, baseline, st.LAST)) is not None]
-    above, below = sum(gap.told and gap.mean > 0 for gap in gaps), sum(gap.told and gap.mean < 0 for gap in gaps)
+    gaps = [
+        gap
+        for arm, baseline in compared
+        if (gap := st.difference(arm, baseline, st.LAST)) is not None
+    ]
+    above, below = (
+        sum(gap.told and gap.mean > 0 for gap in gaps),
+        sum(gap.told and gap.mean < 0 for gap in gaps),
+    )
     names = listing(list(dict.fromkeys(baseline.kind for _, baseline in compared)))
     return [f"Of {len(compared)} arms compared with {names} in test accuracy at the last evaluation, {above} can be told to be above, "
             f"{below} below, and {len(compared) - above - below} neither. The best of many arms is partly the luckiest."]  # fmt: skip
@@ -310,20 +387,31 @@ def tally(found: list[tuple[Arm, Arm]]) -> list[str]:
 
 def caveats(of: list[Arm]) -> list[str]:
     """What weakens the numbers: few seeds, and runs that are left out."""
-    found = [ONE_SEED] if any(gap.n == 1 for measure, _ in SPOKEN for gap in differences(of, measure)) else []
+    found = (
+        [ONE_SEED]
+        if any(gap.n == 1 for measure, _ in SPOKEN for gap in differences(of, measure))
+        else []
+    )
     found += narrow([gap.n for gap in differences(of, st.LAST)])
     left = [run for arm in of for run in arm.runs if arm.finished and run not in arm.finished]
     if left:
-        found.append(f"{count(len(left), 'unfinished run')} {'is' if len(left) == 1 else 'are'} left out of these numbers.")
-    diverged = [arm.name for arm in of for run in arm.runs if run in left and st.status(run) == "diverged"]
+        found.append(
+            f"{count(len(left), 'unfinished run')} {'is' if len(left) == 1 else 'are'} left out of these numbers."
+        )
+    diverged = [
+        arm.name for arm in of for run in arm.runs if run in left and st.status(run) == "diverged"
+    ]
     if diverged:
-        found.append(f"{count(len(diverged), 'run')} diverged: leaving them out flatters {listing(sorted(set(diverged)))}.")
+        found.append(
+            f"{count(len(diverged), 'run')} diverged: leaving them out flatters {listing(sorted(set(diverged)))}."
+        )
     return found
 
 
 def narrow(sizes: Iterable[int]) -> list[str]:
     """What few seeds do to intervals by bootstrap, from the seeds behind each difference."""
-    least = min((n for n in sizes if n >= st.ENOUGH), default=FEW)  # with two, each sentence says so
+    # with two, each sentence says so
+    least = min((n for n in sizes if n >= st.ENOUGH), default=FEW)
     if least >= FEW:
         return []
     return [f"With {least} seeds these intervals are too narrow: an arm that changes nothing would still have all its "
@@ -333,7 +421,11 @@ def narrow(sizes: Iterable[int]) -> list[str]:
 def described(arm: Arm) -> str:
     """One line on what the arm does with the k micro-gradients, and what else it does about wrong labels."""
     config = arm.config
-    used = [text.format(config[name]) for name, (idle, text) in TECHNIQUES.items() if config.get(name, idle) != idle]
+    used = [
+        text.format(config[name])
+        for name, (idle, text) in TECHNIQUES.items()
+        if config.get(name, idle) != idle
+    ]
     return aggregated(arm) + (f" Beside that: {listing(used)}." if used else "")
 
 
@@ -342,15 +434,25 @@ def aggregated(arm: Arm) -> str:
     policy = config.get("policy") or ("gaf" if is_gaf(arm) else None)
     if policy == "gaf":
         tau, least = config.get("tau"), config.get("min_accepted")
-        near = "whose cosine distance to their running sum is at most τ" + ("" if tau is None else f" = {tau:g}")
+        near = "whose cosine distance to their running sum is at most τ" + (
+            "" if tau is None else f" = {tau:g}"
+        )
         fewer = "too few agree" if least is None else f"fewer than {least} agree"
-        how = STARTS.get(str(config.get("start")), "") + (", halving the sum at each" if config.get("average") == "halving" else "")
+        how = STARTS.get(str(config.get("start")), "") + (
+            ", halving the sum at each" if config.get("average") == "halving" else ""
+        )
         where = " in each bucket of parameters by itself" if config.get("scope") == "group" else ""
         return f"averages the micro-gradients {near}, one after the other{how}, and skips the step where {fewer}{where}."
     if policy not in CONTROLS:
         return f"policy {policy!r}." if policy else "its policy was not recorded."
     chance = None if config.get("replay") else config.get("step_probability")
-    told = ", GAF's in a recorded run" if config.get("replay") else "" if chance is None else f" of {chance:g}"
+    told = (
+        ", GAF's in a recorded run"
+        if config.get("replay")
+        else ""
+        if chance is None
+        else f" of {chance:g}"
+    )
     return CONTROLS[policy].format(step_probability=told)
 
 
@@ -406,7 +508,11 @@ def conditions(of: list[Arm]) -> tuple[list[tuple[str, str]], list[tuple[str, li
 def commands(runs: Iterable[Run]) -> list[str]:
     """The commands that made the runs, each once."""
     found = [run.header.get("command") for run in runs]
-    return list(dict.fromkeys(" ".join(map(str, one)) if isinstance(one, list) else str(one) for one in found if one))
+    return list(
+        dict.fromkeys(
+            " ".join(map(str, one)) if isinstance(one, list) else str(one) for one in found if one
+        )
+    )
 
 
 # --- the page ----------------------------------------------------------------------------------------------------
@@ -430,7 +536,15 @@ def bars(gaps: list[Difference]) -> list[Bar]:
     def place(value: float) -> float:
         return round(4 + 92 * (value - low) / width, 2)
 
-    return [Bar(place(0), place(g.mean), None if g.low is None else place(g.low), None if g.high is None else place(g.high)) for g in gaps]
+    return [
+        Bar(
+            place(0),
+            place(g.mean),
+            None if g.low is None else place(g.low),
+            None if g.high is None else place(g.high),
+        )
+        for g in gaps
+    ]
 
 
 def verdict(gap: Difference) -> str:
@@ -444,7 +558,10 @@ def compared(of: list[Arm]) -> list[dict[str, Any]]:
     groups = []
     for measure in st.COMPARED:
         gaps = differences(of, measure)
-        rows = [{"gap": gap, "bar": bar, "verdict": verdict(gap), "at": ""} for gap, bar in zip(gaps, bars(gaps), strict=True)]
+        rows = [
+            {"gap": gap, "bar": bar, "verdict": verdict(gap), "at": ""}
+            for gap, bar in zip(gaps, bars(gaps), strict=True)
+        ]
         if rows:
             groups.append({"label": measure.label, "rows": rows})
     return groups
@@ -482,9 +599,15 @@ def view(label: str, png: bytes, drawing: Any) -> dict[str, Any]:
             "drawing": {"data": drawn["data"], "layout": drawn["layout"]} if drawn is not None and recorded else None}  # fmt: skip
 
 
-def rows_of(of: list[Arm], columns: list[tuple[Measure, str]], second: float) -> list[dict[str, Any]]:
+def rows_of(
+    of: list[Arm], columns: list[tuple[Measure, str]], second: float
+) -> list[dict[str, Any]]:
     return [
-        {"arm": arm, "name": marked(arm), "cells": [spelled(st.spread(arm, measure), measure, second) for measure, _ in columns]}
+        {
+            "arm": arm,
+            "name": marked(arm),
+            "cells": [spelled(st.spread(arm, measure), measure, second) for measure, _ in columns],
+        }
         for arm in of
     ]
 
@@ -494,26 +617,42 @@ def averaged(of: list[Arm]) -> str:
     sizes = {found.n for arm in of for measure in st.MEASURES if (found := st.spread(arm, measure))}
     if max(sizes, default=1) == 1:
         return "Of finished runs."
-    return "Mean over seeds ± sample standard deviation" + (" where n > 1" if min(sizes) == 1 else "") + ", of finished runs."
+    return (
+        "Mean over seeds ± sample standard deviation"
+        + (" where n > 1" if min(sizes) == 1 else "")
+        + ", of finished runs."
+    )
 
 
 def meanings(columns: list[tuple[Measure, str]]) -> list[tuple[str, str]]:
     """What the columns' names mean, (name, sentence)."""
     shown = [measure for measure, _ in columns if measure.name in MEANING]
-    return [("selected" if measure is st.SELECTED else measure.label, MEANING[measure.name]) for measure in shown]
+    return [
+        ("selected" if measure is st.SELECTED else measure.label, MEANING[measure.name])
+        for measure in shown
+    ]
 
 
 def titled(of: list[Arm], title: str | None) -> str:
     """The title given, else the arms."""
     names = [arm.name for arm in of]
-    listed = listing(names) if len(names) <= SHOWN else f"{(reference(of) or of[0]).name} and {len(names) - 1} other arms"
+    listed = (
+        listing(names)
+        if len(names) <= SHOWN
+        else f"{(reference(of) or of[0]).name} and {len(names) - 1} other arms"
+    )
     return title or listed[:1].upper() + listed[1:]
 
 
-def departures(of: list[Arm], differing: list[tuple[str, list[str]]]) -> list[tuple[Arm, list[tuple[str, str]]]]:
+def departures(
+    of: list[Arm], differing: list[tuple[str, list[str]]]
+) -> list[tuple[Arm, list[tuple[str, str]]]]:
     """For each arm, (name, value) of the conditions in which it departs from the baseline."""
     base = of.index(st.baseline(of))
-    return [(arm, [(name, values[i]) for name, values in differing if values[i] != values[base]]) for i, arm in enumerate(of)]
+    return [
+        (arm, [(name, values[i]) for name, values in differing if values[i] != values[base]])
+        for i, arm in enumerate(of)
+    ]
 
 
 def render(template: str, **values: Any) -> str:

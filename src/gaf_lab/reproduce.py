@@ -18,7 +18,8 @@ from gaf_lab.sweep import PICTURES, Swept, jobs, sweep
 TIMED = 32  # samples in the batch that is timed, at most
 START = 1.0  # seconds of a run beside its steps and evaluations: data, network, records
 LARGE = 50_000_000  # parameters above which it is one sample
-SHAPES = {"digits": (1, 8, 8), "mnist5k": (1, 28, 28), "fashion-mnist": (1, 28, 28)}  # all others have 3 x 32 x 32, ImageNet its size
+# all others have 3 x 32 x 32, ImageNet its size
+SHAPES = {"digits": (1, 8, 8), "mnist5k": (1, 28, 28), "fashion-mnist": (1, 28, 28)}
 
 
 def reproduce(
@@ -53,20 +54,38 @@ def reproduce(
     configs = list({config.hash: config for plan in plans.values() for config in plan}.values())
     todo = jobs(configs, out, data_folder=None, keep_checkpoints=True, command=None)
     left = [job.config for job in todo.values() if job.finished is None]
-    console.print(f"{', '.join(names)} at scale {scale}: {len(configs)} runs, {len(left)} of them to do.", highlight=False)
-    generated = scale == "smoke" and any(c.dataset == "imagenet" for c in configs) and not has_imagenet(data_folder)
+    console.print(
+        f"{', '.join(names)} at scale {scale}: {len(configs)} runs, {len(left)} of them to do.",
+        highlight=False,
+    )
+    generated = (
+        scale == "smoke"
+        and any(c.dataset == "imagenet" for c in configs)
+        and not has_imagenet(data_folder)
+    )
     if left:
-        console.print(f"About {spelled(estimate(left, workers))} on {workers} at a time, by a short measurement.", highlight=False)
+        console.print(
+            f"About {spelled(estimate(left, workers))} on {workers} at a time, by a short measurement.",
+            highlight=False,
+        )
     swept = Swept([], {})
     for folder, part in places(configs, data_folder, out / "pictures" if generated else None):
         one = sweep(part, out, workers=workers, data_folder=folder, console=console, **how)
         swept = Swept([*swept.runs, *one.runs], swept.failed | one.failed)
     found = {str(run.header["config_hash"]): run for run in swept.runs}
     sections = [
-        (paper.ITEMS[name], [found[c.hash] for c in plan if c.hash in found], notes(paper.ITEMS[name], plan, scale, reading, generated))
+        (
+            paper.ITEMS[name],
+            [found[c.hash] for c in plan if c.hash in found],
+            notes(paper.ITEMS[name], plan, scale, reading, generated),
+        )
         for name, plan in plans.items()
     ]
-    return paper_page.write(sections, out, f"The paper, at scale {scale}" if len(names) > 1 else paper.ITEMS[names[0]].title), swept
+    return paper_page.write(
+        sections,
+        out,
+        f"The paper, at scale {scale}" if len(names) > 1 else paper.ITEMS[names[0]].title,
+    ), swept
 
 
 def has_imagenet(folder: Path | None) -> bool:
@@ -75,7 +94,9 @@ def has_imagenet(folder: Path | None) -> bool:
     return any((place / name / "train").is_dir() for name in imagenet.PLACES)
 
 
-def places(configs: Configs, folder: Path | None, pictures: Path | None) -> list[tuple[Path | None, Configs]]:
+def places(
+    configs: Configs, folder: Path | None, pictures: Path | None
+) -> list[tuple[Path | None, Configs]]:
     """The runs by where their data are: those of ImageNet in `pictures`, which are generated there, where that is given."""
     if pictures is not None:  # the same ones again, where they are there already
         imagenet.make_pictures(pictures, classes=10, per_class=40, size=48)
@@ -87,7 +108,9 @@ def places(configs: Configs, folder: Path | None, pictures: Path | None) -> list
 def notes(item: Item, plan: Configs, scale: Scale, reading: Reading, generated: bool) -> list[str]:
     """What a reader of the figure must know of how it came to be; printed on the figure too."""
     if not plan:
-        return ["Computed by this library from a problem in two dimensions; nothing was trained for it beforehand."]
+        return [
+            "Computed by this library from a problem in two dimensions; nothing was trained for it beforehand."
+        ]
     seeds = len({config.seed for config in plan})
     sizes = {"smoke": "Smoke scale: a handful of steps on few pictures shows that it runs, and nothing else.",
              "small": "Small scale: not the paper's setting.",
@@ -95,12 +118,23 @@ def notes(item: Item, plan: Configs, scale: Scale, reading: Reading, generated: 
     settings: dict[str, set[float]] = {}
     for c in plan:
         pictures = "generated JPEGs" if generated and c.dataset == "imagenet" else c.dataset
-        settings.setdefault(f"{c.model} on {c.limit or 'all'} pictures of {pictures}", set()).add(c.passes)
+        settings.setdefault(f"{c.model} on {c.limit or 'all'} pictures of {pictures}", set()).add(
+            c.passes
+        )
     shown = [f"{line}, {ranged(passes)} passes." for line, passes in settings.items()]
-    ks, bs = (", ".join(map(str, sorted(values))) for values in ({c.k for c in plan}, {c.b for c in plan}))
-    found = [sizes[scale], *shown, f"k = {ks}; b = {bs}; n = {seeds} seed{'' if seeds == 1 else 's'}."]
+    ks, bs = (
+        ", ".join(map(str, sorted(values))) for values in ({c.k for c in plan}, {c.b for c in plan})
+    )
+    found = [
+        sizes[scale],
+        *shown,
+        f"k = {ks}; b = {bs}; n = {seeds} seed{'' if seeds == 1 else 's'}.",
+    ]
     if generated and item.id == "fig3":
-        found.insert(1, "No ImageNet was found: a reduced ViT on generated pictures stands in for ViT-L/16 on ImageNet.")
+        found.insert(
+            1,
+            "No ImageNet was found: a reduced ViT on generated pictures stands in for ViT-L/16 on ImageNet.",
+        )
     return found
 
 
@@ -110,7 +144,13 @@ def ranged(values: set[float]) -> str:
 
 
 def spelled(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 120
+        else f"{seconds / 60:.0f} min"
+        if seconds < 7200
+        else f"{seconds / 3600:.1f} h"
+    )
 
 
 def estimate(configs: Configs, workers: int) -> float:
@@ -126,18 +166,33 @@ def estimate(configs: Configs, workers: int) -> float:
 
 def kind(config: TrainConfig) -> tuple[Any, ...]:
     """What the time per sample depends on."""
-    return config.model, config.stem, shape_of(config), min(config.b, TIMED), config.autocast, config.device
+    return (
+        config.model,
+        config.stem,
+        shape_of(config),
+        min(config.b, TIMED),
+        config.autocast,
+        config.device,
+    )
 
 
 def shape_of(config: TrainConfig) -> tuple[int, int, int]:
-    return (3, config.size, config.size) if config.dataset == "imagenet" else SHAPES.get(config.dataset, (3, 32, 32))
+    return (
+        (3, config.size, config.size)
+        if config.dataset == "imagenet"
+        else SHAPES.get(config.dataset, (3, 32, 32))
+    )
 
 
 def cost(config: TrainConfig, training: float, looking: float) -> float:
     """Seconds of a run, from those of a sample in training and in evaluation."""
     pictures = PICTURES[config.dataset]
     held = min(config.limit or pictures, pictures)
-    looked_at = min(config.limit or pictures, pictures // 5) + min(config.probe, held) + config.heldout * held
+    looked_at = (
+        min(config.limit or pictures, pictures // 5)
+        + min(config.probe, held)
+        + config.heldout * held
+    )
     evaluations = config.passes / config.eval_every
     trained = config.passes * held * (1 - config.heldout) * (2 if config.sam else 1)
     return START + trained * training + evaluations * looked_at * looking

@@ -67,7 +67,9 @@ class Iid:
 
     def __init__(self, n: int, b: int, seed: int) -> None:
         if n < 1 or b < 1:
-            raise ValueError(f"iid: needs at least one sample, and one per micro-batch; got n={n}, b={b}. Give positive numbers.")
+            raise ValueError(
+                f"iid: needs at least one sample, and one per micro-batch; got n={n}, b={b}. Give positive numbers."
+            )
         self.b = b
         self._stream = Stream(torch.arange(n), seed, "iid")
 
@@ -95,7 +97,9 @@ class Stratified:
                 smaller = f"b={min(counts) * classes} or fewer, or " if min(counts) else ""
                 raise ValueError(f"stratified: every class must have b / classes = {self._each} samples; class {label} has {count}. "
                                  f"Use {smaller}the iid sampler.")  # fmt: skip
-        self._streams = [Stream((labels == c).nonzero().flatten(), seed, f"class {c}") for c in range(classes)]
+        self._streams = [
+            Stream((labels == c).nonzero().flatten(), seed, f"class {c}") for c in range(classes)
+        ]
         self._last: tuple[int, Tensor] | None = None
 
     def draw(self, number: int) -> Tensor:
@@ -103,10 +107,17 @@ class Stratified:
         _check_number(number)
         last = self._last
         if last is None or last[0] != number:
-            last = self._last = number, torch.cat([stream.take(number * self._each, self._each) for stream in self._streams])
+            last = self._last = (
+                number,
+                torch.cat(
+                    [stream.take(number * self._each, self._each) for stream in self._streams]
+                ),
+            )
         return last[1].clone()
 
 
 def _check_number(number: int) -> None:
     if number < 0:
-        raise ValueError(f"draw: the micro-batch's number must be at least 0; got {number}. Count from the start of the run.")
+        raise ValueError(
+            f"draw: the micro-batch's number must be at least 0; got {number}. Count from the start of the run."
+        )

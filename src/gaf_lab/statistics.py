@@ -26,9 +26,29 @@ LEVEL = 0.95
 RESAMPLES = 10_000
 
 FIELDS = tuple(field.name for field in dataclasses.fields(TrainConfig))
-RUN = ("seed", "label", "replay")  # these name a run; what a control replays differs from seed to seed
-FILTER = ("tau", "threshold", "threshold_by", "half_life", "start", "average", "min_accepted", "scope")
-TECHNIQUE = ("loss", "label_smoothing", "gce_q", "elr_beta", "elr_lambda", "mixup", "sam", "ema", "early_stopping")
+# these name a run; what a control replays differs from seed to seed
+RUN = ("seed", "label", "replay")
+FILTER = (
+    "tau",
+    "threshold",
+    "threshold_by",
+    "half_life",
+    "start",
+    "average",
+    "min_accepted",
+    "scope",
+)
+TECHNIQUE = (
+    "loss",
+    "label_smoothing",
+    "gce_q",
+    "elr_beta",
+    "elr_lambda",
+    "mixup",
+    "sam",
+    "ema",
+    "early_stopping",
+)
 METHOD = (*FILTER, *TECHNIQUE, "policy", "step_probability")
 DATA = ("dataset", "noise", "noise_rate", "limit")
 SIZES = ("heldout", "sampler", "augment", "size", "model", "stem", "k", "b", "passes")
@@ -60,7 +80,9 @@ class Spread:
         array = np.array(list(values), dtype=np.float64)
         if not array.size:
             return None
-        return cls(float(array.mean()), float(array.std(ddof=1)) if array.size > 1 else None, array.size)
+        return cls(
+            float(array.mean()), float(array.std(ddof=1)) if array.size > 1 else None, array.size
+        )
 
 
 @dataclass(frozen=True)
@@ -123,7 +145,12 @@ class Difference:
     @property
     def told(self) -> bool:
         """Whether a difference can be told: three seeds or more, and an interval without 0."""
-        return self.low is not None and self.high is not None and self.n >= ENOUGH and (self.low > 0 or self.high < 0)
+        return (
+            self.low is not None
+            and self.high is not None
+            and self.n >= ENOUGH
+            and (self.low > 0 or self.high < 0)
+        )
 
 
 @dataclass(frozen=True)
@@ -144,23 +171,34 @@ def status(run: Run) -> str:
 
 def last(run: Run, key: str) -> float | None:
     """The value at the last evaluation that holds one."""
-    return next((float(line[key]) for line in reversed(run.evals) if line.get(key) is not None), None)
+    return next(
+        (float(line[key]) for line in reversed(run.evals) if line.get(key) is not None), None
+    )
 
 
 def selected(run: Run) -> dict[str, Any] | None:
     """The evaluation that noisy held-out labels select; None where the run held nothing out, for then nothing selects."""
-    return run.selected if any(line.get("heldout_accuracy") is not None for line in run.evals) else None
+    return (
+        run.selected
+        if any(line.get("heldout_accuracy") is not None for line in run.evals)
+        else None
+    )
 
 
 def selected_accuracy(run: Run) -> float | None:
     line = selected(run)
-    return None if line is None or line.get("test_accuracy") is None else float(line["test_accuracy"])
+    return (
+        None if line is None or line.get("test_accuracy") is None else float(line["test_accuracy"])
+    )
 
 
 def throughout(run: Run, key: str) -> float | None:
     """Mean over the run of what each line says of the steps since the line before: it weighs as many."""
     steps = [0, *(line["step"] for line in run.evals)]
-    parts = [(line.get(key), after - before) for line, before, after in zip(run.evals, steps, steps[1:], strict=False)]
+    parts = [
+        (line.get(key), after - before)
+        for line, before, after in zip(run.evals, steps, steps[1:], strict=False)
+    ]
     held = [(float(value), weight) for value, weight in parts if value is not None and weight > 0]
     total = sum(weight for _, weight in held)
     return sum(value * weight for value, weight in held) / total if total else None
@@ -172,7 +210,11 @@ def lowest(run: Run, key: str) -> float | None:
 
 def steps_taken(run: Run) -> float | None:
     """Steps taken over steps tried."""
-    return run.evals[-1]["steps_taken"] / run.evals[-1]["step"] if run.evals and run.evals[-1]["step"] else None
+    return (
+        run.evals[-1]["steps_taken"] / run.evals[-1]["step"]
+        if run.evals and run.evals[-1]["step"]
+        else None
+    )
 
 
 def seconds(run: Run) -> float | None:
@@ -206,15 +248,25 @@ def arms(runs: Iterable[Run]) -> list[Arm]:
     groups: list[tuple[str, Settings, list[Run]]] = []
     for run in given:
         found = settings(run, beside)
-        group = next((group for name, values, group in groups if (name, values) == (run.arm, found)), None)
+        group = next(
+            (group for name, values, group in groups if (name, values) == (run.arm, found)), None
+        )
         if group is None:
             groups.append((run.arm, found, [run]))
         else:
             group.append(run)
-    within = {name: varied([values for other, values, _ in groups if other == name]) for name, _, _ in groups}
+    within = {
+        name: varied([values for other, values, _ in groups if other == name])
+        for name, _, _ in groups
+    }
     grid = pointing(within.values(), [values for _, values, group in groups if not labelled(group)])
     return [
-        Arm(", ".join([name, *told_apart(values, within[name])]), group, values, {field: values.get(field) for field in grid})
+        Arm(
+            ", ".join([name, *told_apart(values, within[name])]),
+            group,
+            values,
+            {field: values.get(field) for field in grid},
+        )
         for name, values, group in groups
     ]
 
@@ -225,9 +277,17 @@ def settings(run: Run, beside: dict[Path, Run]) -> Settings:
     beside: runs by their folders.
     """
     config = LATER | run.header["config"]
-    replayed = beside.get(run.folder.parent / Path(config["replay"]).name) if config.get("replay") else None
+    replayed = (
+        beside.get(run.folder.parent / Path(config["replay"]).name)
+        if config.get("replay")
+        else None
+    )
     if replayed is not None:
-        config |= {field: value for field, value in (LATER | replayed.header["config"]).items() if field in FILTER}
+        config |= {
+            field: value
+            for field, value in (LATER | replayed.header["config"]).items()
+            if field in FILTER
+        }
     known = [field for field in dict.fromkeys([*FIELDS, *config]) if field in config]
     return {field: config[field] for field in known if field not in RUN and matters(field, config)}
 
@@ -249,19 +309,31 @@ def labelled(runs: list[Run]) -> bool:
 def varied(of: Sequence[Settings]) -> list[str]:
     """The fields that are not the same in all, in the config's order."""
     fields = dict.fromkeys(field for values in of for field in values)
-    differing = [field for field in fields if any(values.get(field) != of[0].get(field) for values in of)]
-    return sorted(differing, key=lambda field: FIELDS.index(field) if field in FIELDS else len(FIELDS))
+    differing = [
+        field for field in fields if any(values.get(field) != of[0].get(field) for values in of)
+    ]
+    return sorted(
+        differing, key=lambda field: FIELDS.index(field) if field in FIELDS else len(FIELDS)
+    )
 
 
 def pointing(within: Iterable[list[str]], unlabelled: Sequence[Settings]) -> list[str]:
     """The fields that make up a point of the grid; see `arms`."""
-    found = [*DATA, *(field for field in varied(unlabelled) if field in SIZES), *(field for fields in within for field in fields)]
+    found = [
+        *DATA,
+        *(field for field in varied(unlabelled) if field in SIZES),
+        *(field for fields in within for field in fields),
+    ]
     return [field for field in dict.fromkeys(found) if field not in METHOD]
 
 
 def told_apart(values: Settings, fields: Sequence[str]) -> list[str]:
     """The fields in the words of the command line: "tau 0.5", "noise rate 0.6", "no augment"; without those that the arm has no use for."""
-    return [worded(field.replace("_", " "), values[field]) for field in fields if values.get(field) is not None]
+    return [
+        worded(field.replace("_", " "), values[field])
+        for field in fields
+        if values.get(field) is not None
+    ]
 
 
 def worded(words: str, value: Any) -> str:
@@ -307,7 +379,10 @@ def spread(arm: Arm, measure: Measure) -> Spread | None:
 def difference(arm: Arm, other: Arm, measure: Measure) -> Difference | None:
     """arm - other, paired by seed; None where no seed finished in both."""
     mine, theirs = by_seed(arm.finished, measure), by_seed(other.finished, measure)
-    pairs = np.array([mine[seed] - theirs[seed] for seed in sorted(mine.keys() & theirs.keys())], dtype=np.float64)
+    pairs = np.array(
+        [mine[seed] - theirs[seed] for seed in sorted(mine.keys() & theirs.keys())],
+        dtype=np.float64,
+    )
     if not pairs.size:
         return None
     low, high = bootstrap(pairs) if pairs.size > 1 else (None, None)
@@ -319,7 +394,11 @@ def differences(of: list[Arm], measure: Measure, against: Arm | None = None) -> 
     found = []
     for group in by_point(of):
         other = against or baseline(group)
-        found += [difference(arm, other, measure) for arm in group if arm.name != other.name and arm.point == other.point]
+        found += [
+            difference(arm, other, measure)
+            for arm in group
+            if arm.name != other.name and arm.point == other.point
+        ]
     return [one for one in found if one is not None]
 
 
@@ -339,9 +418,15 @@ def points(run: Run, key: str, x: str = "samples") -> tuple[Values, Values]:
 
     Of evaluations at the same x, as when no step was taken between them, the last counts.
     """
-    found = {float(line[x]): float(line[key]) for line in run.evals if line.get(key) is not None and line.get(x) is not None}
+    found = {
+        float(line[x]): float(line[key])
+        for line in run.evals
+        if line.get(key) is not None and line.get(x) is not None
+    }
     places = sorted(found)
-    return np.array(places, dtype=np.float64), np.array([found[place] for place in places], dtype=np.float64)
+    return np.array(places, dtype=np.float64), np.array(
+        [found[place] for place in places], dtype=np.float64
+    )
 
 
 def curve(arm: Arm, key: str, x: str = "samples") -> Curve | None:

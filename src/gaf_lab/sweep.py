@@ -33,7 +33,8 @@ EngineName = Literal["local", "together", "ray"]
 
 INDEX = "sweep.jsonl"
 LOCK = "lock"
-TRIES = 3  # how often a run is begun or gone on with before the death of its process counts as a failure
+# how often a run is begun or gone on with before the death of its process counts as a failure
+TRIES = 3
 PICTURES = {
     "digits": 1438, "mnist5k": 4000, "fashion-mnist": 60_000, "cifar10": 50_000, "cifar100": 50_000, "cifar100n": 50_000,
     "cifar100n-coarse": 50_000, "noise": 50_000, "imagenet": 1_281_167,
@@ -74,7 +75,11 @@ class Job:
     def samples(self) -> float:
         """About how many samples the whole run draws: steps x k x b."""
         pictures = PICTURES[self.config.dataset]
-        return self.config.passes * min(self.config.limit or pictures, pictures) * (1 - self.config.heldout)
+        return (
+            self.config.passes
+            * min(self.config.limit or pictures, pictures)
+            * (1 - self.config.heldout)
+        )
 
     def done(self) -> "Told":
         """How far the records say that the run has come; nowhere, without a checkpoint to go on from."""
@@ -153,7 +158,14 @@ def sweep(
     records.make_folder(out)
     if engine == "ray":
         out, data_folder = out.resolve(), data_folder and data_folder.resolve()
-    plan = jobs(configs, out, names, data_folder=data_folder, keep_checkpoints=keep_checkpoints, command=command)
+    plan = jobs(
+        configs,
+        out,
+        names,
+        data_folder=data_folder,
+        keep_checkpoints=keep_checkpoints,
+        command=command,
+    )
     done = {name: run for name, job in plan.items() if (run := job.finished)}
     index(out, done.values())
     if len(done) == len(plan):
@@ -168,9 +180,18 @@ def described(configs: Sequence[TrainConfig], out: Path) -> list[str]:
     lines = []
     for name, job in plan.items():
         done = job.done()
-        how = "finished" if job.finished else f"{done.share:.0%}, {done.facts}" if done.facts else "not begun"
+        how = (
+            "finished"
+            if job.finished
+            else f"{done.share:.0%}, {done.facts}"
+            if done.facts
+            else "not begun"
+        )
         lines.append(f"{name:40} {how}" + (f"; replays {job.after}" if job.after else ""))
-    return [*lines, f"{sum(job.finished is not None for job in plan.values())} of {len(plan)} runs are finished."]
+    return [
+        *lines,
+        f"{sum(job.finished is not None for job in plan.values())} of {len(plan)} runs are finished.",
+    ]
 
 
 def started(engine: str, workers: int, address: str) -> Engine:
@@ -190,7 +211,9 @@ def started(engine: str, workers: int, address: str) -> Engine:
     return Tasks(workers, address)
 
 
-def jobs(configs: Sequence[TrainConfig], out: Path, names: Sequence[str] | None = None, **shared: Any) -> dict[str, Job]:
+def jobs(
+    configs: Sequence[TrainConfig], out: Path, names: Sequence[str] | None = None, **shared: Any
+) -> dict[str, Job]:
     """The plan's runs by name, in its order; of configs with equal hash the one that another one replays, or the first."""
     named = list(zip(names or map(folder_name, configs), configs, strict=True))
     followed = {config.replay.name for config in configs if config.replay is not None}
@@ -202,7 +225,13 @@ def jobs(configs: Sequence[TrainConfig], out: Path, names: Sequence[str] | None 
     return {name: job(name, config, out, kept, shared) for name, config in kept.items()}
 
 
-def job(name: str, config: TrainConfig, out: Path, plan: Mapping[str, TrainConfig], shared: dict[str, Any]) -> Job:
+def job(
+    name: str,
+    config: TrainConfig,
+    out: Path,
+    plan: Mapping[str, TrainConfig],
+    shared: dict[str, Any],
+) -> Job:
     replay = config.replay
     if replay is None or len(replay.parts) > 1:
         return Job(name, config, out / name, None, **shared)
@@ -245,8 +274,14 @@ def working(job: Job, listener: Listener) -> Turns[Ended]:
 def trained(job: Job, listener: Listener) -> Turns[records.Run]:
     if not job.resumable:
         (job.folder / records.FILE).unlink(missing_ok=True)
-    options: dict[str, Any] = {"data_folder": job.data_folder, "keep_checkpoints": job.keep_checkpoints, "command": job.command}
-    return (yield from train_in_turns(job.config, job.folder, listener, resume=job.resumable, **options))
+    options: dict[str, Any] = {
+        "data_folder": job.data_folder,
+        "keep_checkpoints": job.keep_checkpoints,
+        "command": job.command,
+    }
+    return (
+        yield from train_in_turns(job.config, job.folder, listener, resume=job.resumable, **options)
+    )
 
 
 @contextlib.contextmanager
@@ -267,7 +302,11 @@ def index(out: Path, runs: Iterable[records.Run]) -> None:
     with held(path, wait=True), path.open("rb+") as file:
         content = file.read()
         whole = content[: content.rfind(b"\n") + 1]
-        new = [json.dumps(summary(run)) + "\n" for run in runs if f'{{"name": "{run.folder.name}", '.encode() not in whole]
+        new = [
+            json.dumps(summary(run)) + "\n"
+            for run in runs
+            if f'{{"name": "{run.folder.name}", '.encode() not in whole
+        ]
         if len(whole) < len(content):
             file.truncate(len(whole))
         file.seek(len(whole))
@@ -276,8 +315,16 @@ def index(out: Path, runs: Iterable[records.Run]) -> None:
 
 def summary(run: records.Run) -> dict[str, Any]:
     assert run.end is not None
-    what = {"name": run.folder.name, "arm": run.arm, "seed": run.seed, "hash": run.header["config_hash"]}
-    accuracies = {"test_last": run.evals[-1]["test_accuracy"], "test_selected": run.selected["test_accuracy"]}
+    what = {
+        "name": run.folder.name,
+        "arm": run.arm,
+        "seed": run.seed,
+        "hash": run.header["config_hash"],
+    }
+    accuracies = {
+        "test_last": run.evals[-1]["test_accuracy"],
+        "test_selected": run.selected["test_accuracy"],
+    }
     return what | accuracies | {"seconds": run.end["seconds"]}
 
 
@@ -356,10 +403,16 @@ class Board:
         self.shares = {name: plan[name].done().share for name in plan} | dict.fromkeys(done, 1.0)
         self.bars = progress(console)
         self.bars.disable = not console.is_terminal
-        self.bars.speed_estimate_period = 3600.0  # runs differ, and evaluations interrupt them: the rate over a minute says little
+        # runs differ, and evaluations interrupt them: the rate over a minute says little
+        self.bars.speed_estimate_period = 3600.0
         total = sum(job.samples for job in plan.values())
-        self.whole = self.bars.add_task("all runs", total=total, completed=int(self.samples), facts="")
-        self.tasks = {name: self.bars.add_task(title(job), total=1.0, start=False, visible=False, facts="") for name, job in plan.items()}
+        self.whole = self.bars.add_task(
+            "all runs", total=total, completed=int(self.samples), facts=""
+        )
+        self.tasks = {
+            name: self.bars.add_task(title(job), total=1.0, start=False, visible=False, facts="")
+            for name, job in plan.items()
+        }
         self.drawn = 0.0
 
     def __enter__(self) -> None:
@@ -391,8 +444,14 @@ class Board:
         self.draw()
         assert run.end is not None
         left = self.bars.tasks[self.whole].time_remaining
-        eta = "" if left is None or self.count + self.failures == len(self.plan) else f"; eta {timedelta(seconds=round(left))}"
-        self.say(f"{self.count} of {len(self.plan)}: {name}: {facts(run.evals[-1])}, {run.end['seconds']:.0f} s{eta}")
+        eta = (
+            ""
+            if left is None or self.count + self.failures == len(self.plan)
+            else f"; eta {timedelta(seconds=round(left))}"
+        )
+        self.say(
+            f"{self.count} of {len(self.plan)}: {name}: {facts(run.evals[-1])}, {run.end['seconds']:.0f} s{eta}"
+        )
 
     def failed(self, name: str, why: str) -> None:
         self.failures += 1
@@ -402,7 +461,11 @@ class Board:
     def draw(self) -> None:
         self.drawn = time.monotonic()
         failures = f", {self.failures} failed" if self.failures else ""
-        self.bars.update(self.whole, completed=self.samples, facts=f"{self.count} of {len(self.plan)} finished{failures}")
+        self.bars.update(
+            self.whole,
+            completed=self.samples,
+            facts=f"{self.count} of {len(self.plan)} finished{failures}",
+        )
 
     def say(self, text: str) -> None:
         self.bars.console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -57,8 +57,12 @@ class Processes:
         return self.limit - sum(worker.job is not None for worker in self.workers)
 
     def start(self, job: Job) -> None:
-        self.workers = [worker for worker in self.workers if worker.job or worker.process.is_alive()]
-        worker = next((worker for worker in self.workers if worker.job is None), None) or self._another()
+        self.workers = [
+            worker for worker in self.workers if worker.job or worker.process.is_alive()
+        ]
+        worker = (
+            next((worker for worker in self.workers if worker.job is None), None) or self._another()
+        )
         worker.job = job.name
         with contextlib.suppress(BrokenPipeError):  # it has just died, which events() will tell
             worker.pipe.send(job)
@@ -99,7 +103,8 @@ class Processes:
 @contextlib.contextmanager
 def unheard(signum: signal.Signals) -> Iterator[None]:
     """Processes started meanwhile never hear the signal; this one hears it afterwards."""
-    resource_tracker.ensure_running()  # which otherwise starts meanwhile and unblocks SIGINT (CPython 3.11)
+    # which otherwise starts meanwhile and unblocks SIGINT (CPython 3.11)
+    resource_tracker.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signum])
     try:
         yield

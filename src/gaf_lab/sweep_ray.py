@@ -38,7 +38,12 @@ class Tasks:
         return self.limit - len(self.jobs)
 
     def start(self, job: Job) -> None:
-        options: dict[str, Any] = {"num_cpus": 1, "num_gpus": int(job.config.device == "cuda"), "max_retries": 0, "name": job.name}
+        options: dict[str, Any] = {
+            "num_cpus": 1,
+            "num_gpus": int(job.config.device == "cuda"),
+            "max_retries": 0,
+            "name": job.name,
+        }
         self.jobs[self.task.options(**options).remote(job)] = job
 
     def events(self, seconds: float) -> Iterator[tuple[str, Told | Ended]]:

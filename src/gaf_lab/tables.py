@@ -22,18 +22,26 @@ def empty(rows: int, config: TrainConfig, planned: bool, device: torch.device) -
     weights: (rows, k) float64, where the policy's decisions are known before.
     """
     k, b = config.k, config.b
-    shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {"index": ((k, b), torch.int64), "rates": ((), torch.float32)}
+    shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+        "index": ((k, b), torch.int64),
+        "rates": ((), torch.float32),
+    }
     if config.augment:
         shapes["shifts"] = (k, 3, b, 1), torch.int64
     if planned:
         shapes["weights"] = (k,), torch.float64
-    return {name: torch.zeros(rows, *shape, dtype=dtype, device=device) for name, (shape, dtype) in shapes.items()}
+    return {
+        name: torch.zeros(rows, *shape, dtype=dtype, device=device)
+        for name, (shape, dtype) in shapes.items()
+    }
 
 
 def draws(problem: Problem, step: int) -> Tables:
     """A step's rows of `index` and `shifts`, on the CPU."""
     config = problem.config
-    found = {"index": torch.stack([problem.sampler.draw(step * config.k + i) for i in range(config.k)])}
+    found = {
+        "index": torch.stack([problem.sampler.draw(step * config.k + i) for i in range(config.k)])
+    }
     if config.augment:
         found["shifts"] = torch.stack([problem.shifts(step, i) for i in range(config.k)])
     return found
@@ -47,7 +55,10 @@ def rates_ahead(scheduler: LRScheduler, count: int) -> list[float]:
     twin.optimizer.param_groups[0]["initial_lr"] = group["initial_lr"]
     rates = [group["lr"]]
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "(Detected call of `lr_scheduler|Seems like `optimizer).step")  # nothing steps here
+        # nothing steps here
+        warnings.filterwarnings(
+            "ignore", "(Detected call of `lr_scheduler|Seems like `optimizer).step"
+        )
         for _ in range(count - 1):
             twin.step()
             rates.append(twin.optimizer.param_groups[0]["lr"])

@@ -42,7 +42,9 @@ class EarlyLearning:
         weight: lambda.
     """
 
-    def __init__(self, samples: int, classes: int, beta: float, weight: float, device: torch.device) -> None:
+    def __init__(
+        self, samples: int, classes: int, beta: float, weight: float, device: torch.device
+    ) -> None:
         self.beta, self.weight = beta, weight
         self.targets = torch.zeros(samples, classes, device=device)
 
@@ -56,7 +58,9 @@ class EarlyLearning:
         return cross_entropy(scores, y) + self.weight * torch.log1p(-(targets * p).sum(1)).mean()
 
 
-def mixed(x: Tensor, y: Tensor, alpha: float, seed: int, *parts: int) -> tuple[Tensor, Tensor, float]:
+def mixed(
+    x: Tensor, y: Tensor, alpha: float, seed: int, *parts: int
+) -> tuple[Tensor, Tensor, float]:
     """m x + (1 - m) x', the labels y' of x', and m ~ Beta(alpha, alpha); x' is x in another order (Zhang et al., arXiv 1710.09412)."""
     m = random.Random(key(seed, "mixup", *parts)).betavariate(alpha, alpha)
     order = torch.randperm(len(x), generator=generator(seed, "mixup order", *parts)).to(x.device)
@@ -70,12 +74,20 @@ class Objective:
         samples, classes: of the training set.
     """
 
-    def __init__(self, config: TrainConfig, samples: int, classes: int, device: torch.device) -> None:
+    def __init__(
+        self, config: TrainConfig, samples: int, classes: int, device: torch.device
+    ) -> None:
         self.config = config
         elr = config.loss == "elr"
-        self.early = EarlyLearning(samples, classes, config.elr_beta, config.elr_lambda, device) if elr else None
+        self.early = (
+            EarlyLearning(samples, classes, config.elr_beta, config.elr_lambda, device)
+            if elr
+            else None
+        )
 
-    def __call__(self, forward: Forward, x: Tensor, y: Tensor, index: Tensor, step: int, i: int) -> Tensor:
+    def __call__(
+        self, forward: Forward, x: Tensor, y: Tensor, index: Tensor, step: int, i: int
+    ) -> Tensor:
         """Loss () of micro-batch i of a step: pictures x, labels y, and `index`, which samples they are."""
         config = self.config
         if config.mixup:

@@ -22,7 +22,10 @@ T = TypeVar("T")
 
 
 def train_together(
-    configs: Sequence[TrainConfig], folders: Sequence[Path], listeners: Sequence[Listener], **options: Any
+    configs: Sequence[TrainConfig],
+    folders: Sequence[Path],
+    listeners: Sequence[Listener],
+    **options: Any,
 ) -> list[records.Run | Exception]:
     """Runs each config in its folder, all of them at the same time.
 
@@ -39,7 +42,9 @@ def train_together(
         KeyboardInterrupt: when all runs have closed their records; with `resume` they go on.
     """
     each = zip(configs, folders, listeners, strict=True)
-    return in_turns([train_in_turns(config, folder, listener, **options) for config, folder, listener in each])
+    return in_turns(
+        [train_in_turns(config, folder, listener, **options) for config, folder, listener in each]
+    )
 
 
 def in_turns(runs: Sequence[Turns[T]]) -> list[T | Exception]:
@@ -74,7 +79,9 @@ class Place:
     def taken(self) -> Any:
         outside = torch.get_rng_state()
         torch.set_rng_state(self.random)
-        on_stream: AbstractContextManager[Any] = contextlib.nullcontext() if self.stream is None else torch.cuda.stream(self.stream)
+        on_stream: AbstractContextManager[Any] = (
+            contextlib.nullcontext() if self.stream is None else torch.cuda.stream(self.stream)
+        )
         try:
             with on_stream:
                 yield

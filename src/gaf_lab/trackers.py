@@ -19,15 +19,23 @@ def metrics(line: dict[str, Any]) -> Numbers:
 
     The step is `steps` here: trackio keeps `step` for the axis.
     """
-    named = {"steps" if key == "step" else key: value for key, value in line.items() if key != "samples"}
-    return {key: value for key, value in named.items() if isinstance(value, int | float) and math.isfinite(value)}
+    named = {
+        "steps" if key == "step" else key: value for key, value in line.items() if key != "samples"
+    }
+    return {
+        key: value
+        for key, value in named.items()
+        if isinstance(value, int | float) and math.isfinite(value)
+    }
 
 
 def check(names: Sequence[str]) -> None:
     """Raises ConfigError where a tracker is not installed."""
     for name in names:
         if find_spec(name) is None:
-            raise ConfigError(f"tracker {name}: its package must be installed; it is not. Install it with pip install '.[trackers]'.")
+            raise ConfigError(
+                f"tracker {name}: its package must be installed; it is not. Install it with pip install '.[trackers]'."
+            )
 
 
 class TrackerListener:
@@ -66,7 +74,9 @@ def wandb(folder: Path, config: dict[str, Any]) -> tuple[Log, Callable[[], Any]]
     try:
         run = wandb.init(project="gaf", name=folder.name, dir=folder, config=config)
     except wandb.Error as error:
-        raise ConfigError(f"tracker wandb: a run must be begun; wandb says: {error} Log in, or set WANDB_MODE=offline.") from None
+        raise ConfigError(
+            f"tracker wandb: a run must be begun; wandb says: {error} Log in, or set WANDB_MODE=offline."
+        ) from None
     return lambda numbers, samples: run.log(numbers, step=samples, commit=True), run.finish
 
 

@@ -89,7 +89,10 @@ class Interval:
         self.micro_gradients += len(outcome.accepted)
         self.distances += len(outcome.compared)
         self.distance_sum += sum(outcome.compared)
-        self.distance_min = min([d for d in (self.distance_min, *outcome.compared) if not math.isnan(d)], default=math.nan)
+        self.distance_min = min(
+            [d for d in (self.distance_min, *outcome.compared) if not math.isnan(d)],
+            default=math.nan,
+        )
 
     def line(self, b: int, loss: float) -> dict[str, Any]:
         """loss: the sum over the micro-batches of all ranks; `losses` has this rank's."""
@@ -111,10 +114,14 @@ class Training:
         self.device = group.each(lambda: pick_device(config.device, group))
         self.problem = group.each(lambda: build(config, data_folder, self.device))
         torch.manual_seed(key(config.seed, "weights"))
-        self.model = models.build(config.model, self.problem.shape, self.problem.classes, config.stem).to(self.device)
+        self.model = models.build(
+            config.model, self.problem.shape, self.problem.classes, config.stem
+        ).to(self.device)
         if config.channels_last:
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.objective = Objective(config, len(self.problem.train), self.problem.classes, self.device)
+        self.objective = Objective(
+            config, len(self.problem.train), self.problem.classes, self.device
+        )
         self.average = averaged(self.model, config.ema) if config.ema else None
         self.stopping = EarlyStopping(config.early_stopping) if config.early_stopping else None
         policy, rate = group.led(lambda: (make_policy(config), learning_rate(config)))
@@ -137,11 +144,21 @@ class Training:
                 return forward, OnDevice(*run, self.optimizer, partial(make, fused=True))
             if self.config.policy == "gaf" and self.config.scope == "group":
                 return forward, PerBucket(self.optimizer, policy, self.model)
-            return forward, gaf.Accumulator(self.optimizer, policy, model=self.model, bn=self.config.bn)
-        forward = parallel.data_parallel(self.model, self.group, *self.problem.micro_batch(0, self.group.rank))
+            return forward, gaf.Accumulator(
+                self.optimizer, policy, model=self.model, bn=self.config.bn
+            )
+        forward = parallel.data_parallel(
+            self.model, self.group, *self.problem.micro_batch(0, self.group.rank)
+        )
         return forward, parallel.OverRanks(forward, self.optimizer, policy)
 
-    def run(self, folder: Path, listener: Listener, steps: int | None = None, keep_checkpoints: bool = True) -> str:
+    def run(
+        self,
+        folder: Path,
+        listener: Listener,
+        steps: int | None = None,
+        keep_checkpoints: bool = True,
+    ) -> str:
         """Trains to the end, or to step `steps`. Returns the status of the end line.
 
         Raises:
@@ -149,7 +166,9 @@ class Training:
         """
         return finished(self.run_in_turns(folder, listener, steps, keep_checkpoints))
 
-    def run_in_turns(self, folder: Path, listener: Listener, steps: int | None, keep_checkpoints: bool) -> Turns[str]:
+    def run_in_turns(
+        self, folder: Path, listener: Listener, steps: int | None, keep_checkpoints: bool
+    ) -> Turns[str]:
         """The same, giving way to others while the device is at work on steps that were launched."""
         last = min(self.problem.steps, steps or self.problem.steps)
         listener.begin(self.problem, self.step, last)
@@ -164,7 +183,9 @@ class Training:
             self.interval.seconds += time.perf_counter() - started
             listener.stepped(self.step, outcome)
             if self.problem.evaluation(self.step) or self.step == last:
-                self.group.led(partial(self._keep, self.evaluation(), folder, listener, keep_checkpoints))
+                self.group.led(
+                    partial(self._keep, self.evaluation(), folder, listener, keep_checkpoints)
+                )
         return "finished" if last == self.problem.steps or self.over else "stopped"
 
     def _unwatched(self, last: int) -> range:
@@ -184,7 +205,9 @@ class Training:
     def over(self) -> bool:
         return self.stopping is not None and self.stopping.over
 
-    def _keep(self, line: dict[str, Any], folder: Path, listener: Listener, keep_checkpoints: bool) -> None:
+    def _keep(
+        self, line: dict[str, Any], folder: Path, listener: Listener, keep_checkpoints: bool
+    ) -> None:
         records.append(folder, line)
         if keep_checkpoints:
             checkpoint.save(folder, self.state_dict(folder))
@@ -196,7 +219,11 @@ class Training:
             self.accumulator.step()
             self._look_at(self.accumulator.losses)
         else:
-            self._look_at(torch.stack([self.micro_gradient(i) for i in self.group.micro_batches(self.config.k)]))
+            self._look_at(
+                torch.stack(
+                    [self.micro_gradient(i) for i in self.group.micro_batches(self.config.k)]
+                )
+            )
             self.accumulator.step()
         outcome = self.accumulator.outcome
         assert outcome is not None
@@ -204,7 +231,8 @@ class Training:
             self.average.update_parameters(self.model)
         if self.scheduler is not None and self.plateau is None:
             with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")  # so it is, where the first steps are skipped
+                # so it is, where the first steps are skipped
+                warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
                 self.scheduler.step()
         self.step += 1
         self.interval.add(outcome)
@@ -215,24 +243,32 @@ class Training:
         assert not isinstance(self.accumulator, OnDevice)
         x, y = self.problem.micro_batch(self.step, i)
         index = self.problem.index(self.step, i)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.autocast == "bfloat16"):
+        with torch.autocast(
+            self.device.type, torch.bfloat16, enabled=self.config.autocast == "bfloat16"
+        ):
             loss = self.objective(self.forward, x, y, index, self.step, i)
         if not self.config.sam:
             self.accumulator.backward(loss)
             return loss.detach()
         with climbing(self.model, loss, self.config.sam):
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.autocast == "bfloat16"):
+            with torch.autocast(
+                self.device.type, torch.bfloat16, enabled=self.config.autocast == "bfloat16"
+            ):
                 above = self.objective(self.forward, x, y, index, self.step, i)
             self.accumulator.backward(above)
         return loss.detach()
 
     def _look_at(self, losses: Tensor) -> None:
         self.interval.losses += losses.sum()
-        if (losses.device.type == "cpu" or self.step % LOOK_EVERY == 0) and not self.group.total(bool(losses.isfinite().any())):
+        if (losses.device.type == "cpu" or self.step % LOOK_EVERY == 0) and not self.group.total(
+            bool(losses.isfinite().any())
+        ):
             self.group.led(self._give_up)
 
     def _give_up(self) -> None:
-        raise Diverged(f"step {self.step}: the loss must be a number; all {self.config.k} micro-batches gave NaN or infinity.")
+        raise Diverged(
+            f"step {self.step}: the loss must be a number; all {self.config.k} micro-batches gave NaN or infinity."
+        )
 
     def evaluation(self) -> dict[str, Any]:
         """The line of records that closes an interval; moves a plateau schedule on."""
@@ -245,8 +281,17 @@ class Training:
             self.plateau.step(measured[f"{self.config.select_on}_loss"])
         self.seconds += self.interval.seconds + time.perf_counter() - started
         samples = self.step * self.config.k * self.config.b
-        position = {"kind": "eval", "step": self.step, "steps_taken": stats["stepped"], "samples": samples}
-        progress = {"passes": samples / len(self.problem.train), "seconds": self.seconds, "lr": self.optimizer.param_groups[0]["lr"]}
+        position = {
+            "kind": "eval",
+            "step": self.step,
+            "steps_taken": stats["stepped"],
+            "samples": samples,
+        }
+        progress = {
+            "passes": samples / len(self.problem.train),
+            "seconds": self.seconds,
+            "lr": self.optimizer.param_groups[0]["lr"],
+        }
         noise = {key: stats[key] for key in ("noise_scale", "norm_dispersion")}
         line = position | progress | self.interval.line(self.config.b, loss) | noise | measured
         self.interval = self._new_interval()
@@ -334,8 +379,15 @@ def train(
         Diverged: where the loss is no longer a number; the message names the last good checkpoint.
         Elsewhere: on the other ranks, where one raised one of these.
     """
-    options: dict[str, Any] = {"data_folder": data_folder, "steps": steps, "resume": resume, "keep_checkpoints": keep_checkpoints}
-    return finished(train_in_turns(config, folder, listener, **options, command=command, group=group))
+    options: dict[str, Any] = {
+        "data_folder": data_folder,
+        "steps": steps,
+        "resume": resume,
+        "keep_checkpoints": keep_checkpoints,
+    }
+    return finished(
+        train_in_turns(config, folder, listener, **options, command=command, group=group)
+    )
 
 
 def train_in_turns(
@@ -364,17 +416,28 @@ def train_in_turns(
     except Diverged as error:
         status = "diverged"
         kept = folder / checkpoint.FILE
-        raise Diverged(f"{error} {last_good(kept)} A lower learning rate is the usual way out.") from None
+        raise Diverged(
+            f"{error} {last_good(kept)} A lower learning rate is the usual way out."
+        ) from None
     except RuntimeError as error:
         raise lost(error) from None
     finally:
         if group.leads:
             with contextlib.suppress(OSError):  # a full disk: the error under way says more
-                records.append(folder, {"kind": "end", "status": status, "seconds": training.seconds + training.interval.seconds})
+                records.append(
+                    folder,
+                    {
+                        "kind": "end",
+                        "status": status,
+                        "seconds": training.seconds + training.interval.seconds,
+                    },
+                )
     return group.led(lambda: records.read(folder))
 
 
-def before(config: TrainConfig, folder: Path, resume: bool, group: Group) -> tuple[dict[str, Any] | None, records.Run | None]:
+def before(
+    config: TrainConfig, folder: Path, resume: bool, group: Group
+) -> tuple[dict[str, Any] | None, records.Run | None]:
     """Looks whether the config can run in the folder; gives the checkpoint to go on from, and the run, where it is finished."""
     parallel.check(config, group.world)
     engine.check(config, group.world)
@@ -384,7 +447,12 @@ def before(config: TrainConfig, folder: Path, resume: bool, group: Group) -> tup
 
 
 def begin_records(
-    config: TrainConfig, folder: Path, device: torch.device, command: str | None, state: dict[str, Any] | None, group: Group
+    config: TrainConfig,
+    folder: Path,
+    device: torch.device,
+    command: str | None,
+    state: dict[str, Any] | None,
+    group: Group,
 ) -> None:
     """Writes the header; or cuts off what was written after the checkpoint, for it will be written again."""
     if state is not None:
@@ -394,7 +462,9 @@ def begin_records(
 
 
 def last_good(path: Path) -> str:
-    return f"The last good checkpoint is {path}." if path.is_file() else "There was no checkpoint yet."
+    return (
+        f"The last good checkpoint is {path}." if path.is_file() else "There was no checkpoint yet."
+    )
 
 
 def prepare_folder(folder: Path, resume: bool) -> None:
@@ -402,7 +472,9 @@ def prepare_folder(folder: Path, resume: bool) -> None:
         checkpoint.find(folder)
     records.make_folder(folder)
     if not resume and (folder / records.FILE).exists():
-        raise ConfigError(f"output folder {folder}: must not hold a run yet; it does. Go on with --resume, or give another --out.")
+        raise ConfigError(
+            f"output folder {folder}: must not hold a run yet; it does. Go on with --resume, or give another --out."
+        )
 
 
 def restarted(folder: Path) -> bool:
@@ -411,7 +483,11 @@ def restarted(folder: Path) -> bool:
     Where it had no checkpoint yet its records are removed, for it starts anew.
     """
     launch = parallel.launch()
-    if launch is None or not (folder / records.FILE).is_file() or records.read(folder).header.get("launch") != launch:
+    if (
+        launch is None
+        or not (folder / records.FILE).is_file()
+        or records.read(folder).header.get("launch") != launch
+    ):
         return False
     if (folder / checkpoint.FILE).is_file():
         return True
@@ -426,10 +502,24 @@ def completed(config: TrainConfig, folder: Path) -> records.Run | None:
     return run if finished and run.header.get("config_hash") == config.hash else None
 
 
-def header(config: TrainConfig, folder: Path, device: torch.device, command: str | None, group: Group) -> dict[str, Any]:
-    what = {"kind": "run", "name": folder.name, "arm": config.arm, "config": config.plain(), "config_hash": config.hash, "command": command}
+def header(
+    config: TrainConfig, folder: Path, device: torch.device, command: str | None, group: Group
+) -> dict[str, Any]:
+    what = {
+        "kind": "run",
+        "name": folder.name,
+        "arm": config.arm,
+        "config": config.plain(),
+        "config_hash": config.hash,
+        "command": command,
+    }
     started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    where = {"versions": environment.versions(), "machine": environment.machine(device), "commit": environment.commit(), "started": started}
+    where = {
+        "versions": environment.versions(),
+        "machine": environment.machine(device),
+        "commit": environment.commit(),
+        "started": started,
+    }
     return what | where | {"ranks": group.world, "launch": parallel.launch()}
 
 
@@ -437,7 +527,9 @@ def pick_device(name: str, group: Group = ALONE) -> torch.device:
     """On several ranks each has a CUDA device of its own."""
     cuda = torch.cuda.is_available()
     if name == "cuda" and not cuda:
-        raise ConfigError("device must be one that is there; got 'cuda', and torch sees no CUDA device. Use --device cpu.")
+        raise ConfigError(
+            "device must be one that is there; got 'cuda', and torch sees no CUDA device. Use --device cpu."
+        )
     if name == "cpu" or not cuda:
         return torch.device("cpu")
     if group.world == 1:
@@ -460,7 +552,9 @@ def learning_rate(config: TrainConfig) -> float:
     return config.lr * share
 
 
-def make_optimizer(config: TrainConfig, rate: float, params: list[nn.Parameter], fused: bool | None = None) -> Optimizer:
+def make_optimizer(
+    config: TrainConfig, rate: float, params: list[nn.Parameter], fused: bool | None = None
+) -> Optimizer:
     shared: dict[str, Any] = {"lr": rate, "weight_decay": config.weight_decay}
     if config.optimizer != "rmsprop":
         shared["fused"] = fused
@@ -475,7 +569,9 @@ def make_scheduler(config: TrainConfig, optimizer: Optimizer, steps: int) -> LRS
     if config.schedule == "cosine":
         return CosineAnnealingLR(optimizer, T_max=steps)
     if config.schedule == "multi-step":
-        return MultiStepLR(optimizer, [round(m * steps) for m in config.milestones], gamma=config.gamma)
+        return MultiStepLR(
+            optimizer, [round(m * steps) for m in config.milestones], gamma=config.gamma
+        )
     if config.schedule == "plateau":
         return ReduceLROnPlateau(optimizer, factor=config.gamma, patience=config.patience)
     return None
@@ -483,7 +579,11 @@ def make_scheduler(config: TrainConfig, optimizer: Optimizer, steps: int) -> LRS
 
 def make_policy(config: TrainConfig) -> Any:
     if config.policy == "gaf":
-        rule: dict[str, Any] = {"start": config.start, "average": config.average, "min_accepted": config.min_accepted}
+        rule: dict[str, Any] = {
+            "start": config.start,
+            "average": config.average,
+            "min_accepted": config.min_accepted,
+        }
         return gaf.GAF(make_tau(config), scope=config.scope, **rule)
     if config.policy == "random-skip":
         return gaf.RandomSkip(step_probability(config), config.seed)
@@ -501,7 +601,9 @@ def make_tau(config: TrainConfig) -> Any:
     kind, name = THRESHOLDS[config.threshold]
     given = {name: config.threshold_by, "half_life": config.half_life or None}
     try:
-        return kind(initial=config.tau, **{key: value for key, value in given.items() if value is not None})
+        return kind(
+            initial=config.tau, **{key: value for key, value in given.items() if value is not None}
+        )
     except ValueError as error:
         raise ConfigError(f"threshold_by: {error}") from None
 

@@ -36,7 +36,11 @@ class Wide(nn.Module):
     def __init__(self, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.layers = nn.Sequential(
-            nn.Linear(13, 257, dtype=dtype), nn.Tanh(), nn.Linear(257, 251, dtype=dtype), nn.Tanh(), nn.Linear(251, 5, dtype=dtype)
+            nn.Linear(13, 257, dtype=dtype),
+            nn.Tanh(),
+            nn.Linear(257, 251, dtype=dtype),
+            nn.Tanh(),
+            nn.Linear(251, 5, dtype=dtype),
         )
 
     def forward(self, x: Tensor, side: bool = True) -> Tensor:
@@ -69,13 +73,22 @@ def micro_gradients(model: nn.Module, step: int, W: int, loss: Loss = plain_loss
         for p in params:
             p.grad = None
         loss(twin, step, rank).backward()
-        rows.append(torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).double().reshape(-1) for p in params]))
+        rows.append(
+            torch.cat(
+                [
+                    (torch.zeros_like(p) if p.grad is None else p.grad).double().reshape(-1)
+                    for p in params
+                ]
+            )
+        )
     return torch.stack(rows)
 
 
 def flat_grad(model: nn.Module) -> Tensor:
     params = [p for p in model.parameters() if p.requires_grad]
-    return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).double().reshape(-1) for p in params])
+    return torch.cat(
+        [(torch.zeros_like(p) if p.grad is None else p.grad).double().reshape(-1) for p in params]
+    )
 
 
 def telling_tau(rows: Tensor, kind: str) -> float:

@@ -18,10 +18,17 @@ TIMEOUT = 60.0  # seconds
 
 
 def serve(rank: int, world: int, store: str, pipe: Connection, timeout: float) -> None:
-    jaxtyping.install_import_hook("gaf", "typechecker.check")  # as in the tests' own process, before gaf is imported
+    # as in the tests' own process, before gaf is imported
+    jaxtyping.install_import_hook("gaf", "typechecker.check")
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=datetime.timedelta(seconds=timeout))
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{store}",
+        rank=rank,
+        world_size=world,
+        timeout=datetime.timedelta(seconds=timeout),
+    )
     while True:
         task, args = pipe.recv()
         if task is None:
@@ -51,7 +58,9 @@ class Ranks:
         self.pipes, self.processes = [], []
         for rank in range(world):
             here, there = context.Pipe()
-            process = context.Process(target=serve, args=(rank, world, store, there, timeout), daemon=True)
+            process = context.Process(
+                target=serve, args=(rank, world, store, there, timeout), daemon=True
+            )
             process.start()
             self.pipes.append(here)
             self.processes.append(process)
@@ -60,7 +69,9 @@ class Ranks:
         for pipe in self.pipes:
             pipe.send((task, args))
         results = [answer(pipe) for pipe in self.pipes]
-        errors = [f"rank {rank}: {error}" for rank, (_, error) in enumerate(results) if error is not None]
+        errors = [
+            f"rank {rank}: {error}" for rank, (_, error) in enumerate(results) if error is not None
+        ]
         if errors:
             self.broken = True
             raise AssertionError("\n".join(errors))

@@ -37,7 +37,11 @@ World = Callable[[int], Any]
 
 
 def attached(
-    policy: Any, make: Callable[[], nn.Module] = Odd, lr: float = 0.05, scaler: GradScaler | None = None, **ddp: Any
+    policy: Any,
+    make: Callable[[], nn.Module] = Odd,
+    lr: float = 0.05,
+    scaler: GradScaler | None = None,
+    **ddp: Any,
 ) -> tuple[DistributedDataParallel, Any, gaf.Handle]:
     torch.manual_seed(3)
     model = DistributedDataParallel(make(), **ddp)
@@ -122,7 +126,9 @@ def accumulation(view: bool) -> list[bool]:
     rank, W = dist.get_rank(), dist.get_world_size()
     went = []
     for step, kind in enumerate(KINDS):
-        rows = torch.stack([micro_gradients(model.module, 10 * step + part, W) for part in range(3)]).sum(0)
+        rows = torch.stack(
+            [micro_gradients(model.module, 10 * step + part, W) for part in range(3)]
+        ).sum(0)
         handle.policy = gaf.GAF(telling_tau(rows, kind))
         update, decision = gaf.aggregate(rows, handle.policy)
         before = frozen_copy(model)
@@ -143,7 +149,9 @@ def accumulation(view: bool) -> list[bool]:
 
 @pytest.mark.parametrize("view", [False, True])
 @pytest.mark.parametrize("W", [2, 3])
-def test_gradients_accumulated_without_synchronisation_are_the_row(world: World, W: int, view: bool) -> None:
+def test_gradients_accumulated_without_synchronisation_are_the_row(
+    world: World, W: int, view: bool
+) -> None:
     for went in world(W).run(accumulation, view):
         assert set(went) == {True, False}
 
@@ -152,7 +160,9 @@ def stale(view: bool) -> None:
     model, optimizer, _ = attached(gaf.GAF(2.0), gradient_as_bucket_view=view)
     plain_loss(model, 0, dist.get_rank()).backward()
     optimizer.step()
-    with pytest.raises(RuntimeError, match="gradients must be cleared before a backward pass that synchronises"):
+    with pytest.raises(
+        RuntimeError, match="gradients must be cleared before a backward pass that synchronises"
+    ):
         plain_loss(model, 1, dist.get_rank()).backward()
 
 
@@ -208,7 +218,11 @@ def scaled() -> list[Any]:
     agree, against = [1.0, 0.5, 0.0], [-1.0, -0.5, 0.1]
     told = []
     for kind in ("step", "skip", "overflow", "step", "skip"):
-        row = {"step": agree, "skip": against if rank else agree, "overflow": [torch.inf, 0.0, 0.0] if rank else agree}[kind]
+        row = {
+            "step": agree,
+            "skip": against if rank else agree,
+            "overflow": [torch.inf, 0.0, 0.0] if rank else agree,
+        }[kind]
         before, state = frozen_copy(model), copy.deepcopy(optimizer.state_dict())
         optimizer.zero_grad()
         scaler.scale(row_loss(model, row)).backward()
@@ -217,7 +231,11 @@ def scaled() -> list[Any]:
             other.zero_grad()
             row_loss(twin, agree).backward()
             other.step()
-            close(flat_grad(model), torch.tensor(agree, dtype=torch.float64), torch.tensor([agree], dtype=torch.float64))
+            close(
+                flat_grad(model),
+                torch.tensor(agree, dtype=torch.float64),
+                torch.tensor([agree], dtype=torch.float64),
+            )
         scaler.step(optimizer)
         scaler.update()
         assert equal(model, before) == (kind != "step")
@@ -256,7 +274,10 @@ def two_optimizers() -> None:
     torch.manual_seed(3)
     inner = Odd()
     model = DistributedDataParallel(inner)
-    parts = [list(inner.first.parameters()), [p for n, p in inner.named_parameters() if not n.startswith("first")]]
+    parts = [
+        list(inner.first.parameters()),
+        [p for n, p in inner.named_parameters() if not n.startswith("first")],
+    ]
     optimizers = [SGD(parts[0], 0.1, momentum=0.9), Adam(parts[1], 0.01)]
     handle = gaf.attach(model, optimizers, gaf.GAF(2.0))
     for step, tau in enumerate((2.0, 0.0, 2.0)):
@@ -368,7 +389,9 @@ def ranks_and_accumulator(start: str) -> None:
 
 @pytest.mark.parametrize("start", ["first", "best"])
 @pytest.mark.parametrize("W", [2, 4])
-def test_w_ranks_do_what_one_device_does_with_w_micro_batches(world: World, W: int, start: str) -> None:
+def test_w_ranks_do_what_one_device_does_with_w_micro_batches(
+    world: World, W: int, start: str
+) -> None:
     world(W).run(ranks_and_accumulator, start)
 
 
@@ -410,7 +433,9 @@ def ranks_and_accumulator_that_adapt(kind: str) -> tuple[list[float], list[float
 
 @pytest.mark.parametrize("kind", ["SignalTau", "NoiseFloorTau", "QuantileTau", "MovingAverageTau"])
 @pytest.mark.parametrize("W", [2, 4])
-def test_a_tau_that_adapts_is_the_same_on_all_ranks_and_that_of_one_device(world: World, W: int, kind: str) -> None:
+def test_a_tau_that_adapts_is_the_same_on_all_ranks_and_that_of_one_device(
+    world: World, W: int, kind: str
+) -> None:
     ranks = world(W).run(ranks_and_accumulator_that_adapt, kind)
     over, alone, state = ranks[0]
     assert all(rank == ranks[0] or rank[::2] == ranks[0][::2] for rank in ranks)  # bit for bit
@@ -423,7 +448,9 @@ def test_a_tau_that_adapts_is_the_same_on_all_ranks_and_that_of_one_device(world
 # ----------------------------------------------------------------------------------------------------------------- faults
 
 
-def faulty(row: list[float], policy: Any, at: int) -> tuple[list[bool], list[float], list[int], list[int]]:
+def faulty(
+    row: list[float], policy: Any, at: int
+) -> tuple[list[bool], list[float], list[int], list[int]]:
     model, optimizer, handle = attached(policy, Vector)
     good = [[1.0, 0.5, 0.1], [0.9, 0.6, 0.0], [1.1, 0.4, -0.1], [1.0, 0.6, 0.1]][dist.get_rank()]
     optimizer.zero_grad()
@@ -439,7 +466,9 @@ def faulty(row: list[float], policy: Any, at: int) -> tuple[list[bool], list[flo
 
 @pytest.mark.parametrize("at", [0, 2])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 0.0])
-def test_a_rank_whose_gradient_is_broken_is_left_out_and_counted(world: World, value: float, at: int) -> None:
+def test_a_rank_whose_gradient_is_broken_is_left_out_and_counted(
+    world: World, value: float, at: int
+) -> None:
     row = [0.0, 0.0, 0.0] if value == 0.0 else [value, 1.0, 1.0]
     for accepted, update, rejected, absent in world(4).run(faulty, row, gaf.GAF(0.5), at):
         assert accepted == [i != at for i in range(4)]
@@ -459,7 +488,9 @@ def test_a_huge_row_that_agrees_dominates_unless_norms_are_bounded(world: World)
     for accepted, update, *_ in world(4).run(faulty, huge, gaf.GAF(0.5), 1):
         assert accepted == [True] * 4
         assert update[0] > 1e5
-    for accepted, update, _, absent in world(4).run(faulty, huge, gaf.GAF(0.5, max_norm_ratio=10), 1):
+    for accepted, update, _, absent in world(4).run(
+        faulty, huge, gaf.GAF(0.5, max_norm_ratio=10), 1
+    ):
         assert accepted == [True, False, True, True]
         assert update[0] < 2
         assert absent == [0, 1, 0, 0]
@@ -564,14 +595,30 @@ REFUSALS: dict[str, tuple[Callable[[], tuple[Any, Any]], dict[str, Any], str]] =
     "twice": (twice, {}, "attached already"),
     "in backward": (in_backward, {}, "must step after the backward pass"),
     "sync batch norm": (sync_batch_norm, {}, "SyncBatchNorm 'module.1' mixes"),
-    "sparse": (partial(wrapped, partial(nn.Embedding, 5, 3, sparse=True)), {}, "must be dense; 'module' is sparse"),
-    "complex": (partial(wrapped, partial(nn.Linear, 3, 3, dtype=torch.complex64)), {}, "must be real"),
+    "sparse": (
+        partial(wrapped, partial(nn.Embedding, 5, 3, sparse=True)),
+        {},
+        "must be dense; 'module' is sparse",
+    ),
+    "complex": (
+        partial(wrapped, partial(nn.Linear, 3, 3, dtype=torch.complex64)),
+        {},
+        "must be real",
+    ),
     "overlap": (overlapping, {}, "overlap_with_ddp=False"),
     "python reducer": (python_reducer, {}, "Python reducer"),
     "mixed precision": (mixed_precision, {}, "Use torch.autocast"),
-    "micro group": (partial(wrapped, Odd), {"micro_group": 3}, r"divides the 2 ranks; got 3. Use one of \[1, 2\]"),
+    "micro group": (
+        partial(wrapped, Odd),
+        {"micro_group": 3},
+        r"divides the 2 ranks; got 3. Use one of \[1, 2\]",
+    ),
     "policy": (partial(wrapped, Odd), {"policy": gaf.GAF}, "attach: policy must be a callable"),
-    "too many": (partial(wrapped, Odd), {"policy": gaf.GAF(min_accepted=3)}, "must be at most the number of rows.*got 3 and 2 rows"),
+    "too many": (
+        partial(wrapped, Odd),
+        {"policy": gaf.GAF(min_accepted=3)},
+        "must be at most the number of rows.*got 3 and 2 rows",
+    ),
     "closure": (needs_closure, {}, "attach: the optimizer must not need a closure; LBFGS"),
     "group": (partial(wrapped, Odd), {"group": "another"}, "must be the model's own process group"),
 }
@@ -677,7 +724,15 @@ def bucketwise() -> tuple[int, int]:
         rows = []
         for r in range(W):
             twin = copy.deepcopy(model.module)
-            rows.append(dict(zip(model.parameters(), torch.autograd.grad(plain_loss(twin, step, r), list(twin.parameters())), strict=True)))
+            rows.append(
+                dict(
+                    zip(
+                        model.parameters(),
+                        torch.autograd.grad(plain_loss(twin, step, r), list(twin.parameters())),
+                        strict=True,
+                    )
+                )
+            )
         before = frozen_copy(model)
         optimizer.zero_grad()
         plain_loss(model, step, rank).backward()
@@ -686,7 +741,9 @@ def bucketwise() -> tuple[int, int]:
         for params in seen:
             matrix = torch.stack([torch.cat([row[p].reshape(-1) for p in params]) for row in rows])
             update, decision = gaf.aggregate(matrix, gaf.GAF(1.1))
-            torch.testing.assert_close(torch.cat([p.grad.reshape(-1) for p in params]), update, rtol=1e-5, atol=1e-7)
+            torch.testing.assert_close(
+                torch.cat([p.grad.reshape(-1) for p in params]), update, rtol=1e-5, atol=1e-7
+            )
             stepped |= dict.fromkeys(params, bool(decision.stepped))
         optimizer.step()
         for p, q in zip(model.parameters(), before, strict=True):
@@ -738,15 +795,22 @@ def cost(micro_group: int) -> dict[str, float]:
     n = sum(p.numel() for p in model.parameters())
     held = sum(t.numel() for t in hook.way.exchange._spare.flats)  # the pair keeps p.grad instead
     handle.detach()
-    return {"gradient": sent["gradient"] / (2 * n * (W - 1) / W), "scalars": sent["scalars"], "held": held / n}
+    return {
+        "gradient": sent["gradient"] / (2 * n * (W - 1) / W),
+        "scalars": sent["scalars"],
+        "held": held / n,
+    }
 
 
 @pytest.mark.parametrize(("W", "micro_group"), [(2, 1), (3, 1), (4, 1), (4, 2)])
-def test_a_step_sends_what_one_all_reduce_sends_and_holds_one_gradient_more(world: World, W: int, micro_group: int) -> None:
+def test_a_step_sends_what_one_all_reduce_sends_and_holds_one_gradient_more(
+    world: World, W: int, micro_group: int
+) -> None:
     for told in world(W).run(cost, micro_group):
         assert 0.99 <= told["gradient"] <= 1.01
         k = W // micro_group
-        assert told["scalars"] == (W - 1) * (k * k + 2)  # K, the scale, and whether an update was still there
+        # K, the scale, and whether an update was still there
+        assert told["scalars"] == (W - 1) * (k * k + 2)
         assert 0.99 * (W > 2) <= told["held"] <= 1.01 * (W > 2)
 
 
@@ -763,7 +827,9 @@ def many_ranks() -> None:
 
 
 @pytest.mark.parametrize("W", [2, 3, 4])
-def test_beyond_32_ranks_partial_sums_are_added_in_blocks_to_the_same_bits(world: World, W: int) -> None:
+def test_beyond_32_ranks_partial_sums_are_added_in_blocks_to_the_same_bits(
+    world: World, W: int
+) -> None:
     world(W).run(many_ranks)
 
 
@@ -785,13 +851,20 @@ def slices(sizes: list[int], dtype: torch.dtype) -> None:
         weights = [0.0, *[1 / (W - 1)] * (W - 1)]
         way.give_back(weights)
         way.end()
-        torch.testing.assert_close(torch.cat(mine).double(), matrix[1:].mean(0), rtol=1e-2 if dtype.itemsize == 2 else 1e-5, atol=1e-2)
+        torch.testing.assert_close(
+            torch.cat(mine).double(),
+            matrix[1:].mean(0),
+            rtol=1e-2 if dtype.itemsize == 2 else 1e-5,
+            atol=1e-2,
+        )
 
 
 @pytest.mark.parametrize("W", [2, 3, 4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("sizes", [[1], [3, 0, 2], [2**14 + 1, 5, 2**15 - 1]])
-def test_pieces_of_any_size_come_back(world: World, W: int, sizes: list[int], dtype: torch.dtype) -> None:
+def test_pieces_of_any_size_come_back(
+    world: World, W: int, sizes: list[int], dtype: torch.dtype
+) -> None:
     world(W).run(slices, sizes, dtype)
 
 
@@ -800,7 +873,9 @@ def test_pieces_of_any_size_come_back(world: World, W: int, sizes: list[int], dt
 
 def way_of(model: DistributedDataParallel) -> str:
     way = model._comm_hooks[0][0].__self__.way
-    return " by ".join([type(way).__name__, *([type(way.exchange).__name__] if hasattr(way, "exchange") else [])])
+    return " by ".join(
+        [type(way).__name__, *([type(way.exchange).__name__] if hasattr(way, "exchange") else [])]
+    )
 
 
 def short_way(scale: float) -> None:

@@ -70,9 +70,15 @@ def check(
         loss(called, step, dist.get_rank()).backward()
         assert handle.last is not None
         assert torch.equal(handle.last.accepted, decision.accepted)
-        torch.testing.assert_close(handle.last.distances, decision.distances, rtol=0, atol=1e-4, equal_nan=True)
+        torch.testing.assert_close(
+            handle.last.distances, decision.distances, rtol=0, atol=1e-4, equal_nan=True
+        )
         close(flat_grad(base), update, rows, tolerance)
-        same_everywhere(handle.last.weights, handle.last.distances, *(p.grad for p in base.parameters() if p.grad is not None))
+        same_everywhere(
+            handle.last.weights,
+            handle.last.distances,
+            *(p.grad for p in base.parameters() if p.grad is not None),
+        )
         torch.nn.utils.clip_grad_norm_(model.parameters(), 10.0)
         opt.step()
         moved = any(not torch.equal(before[key], value) for key, value in base.state_dict().items())
@@ -101,12 +107,16 @@ SMALL_BUCKETS = 0.002  # MiB: several of them
 @pytest.mark.parametrize("W", [2, 3, 4])
 @pytest.mark.parametrize("make", [Odd, Wide])
 @pytest.mark.parametrize("buckets", [25, SMALL_BUCKETS])
-def test_the_gradient_after_backward_is_the_papers_update(world: Callable, W: int, make: type, buckets: float) -> None:
+def test_the_gradient_after_backward_is_the_papers_update(
+    world: Callable, W: int, make: type, buckets: float
+) -> None:
     run(world, W, make=make, bucket_cap_mb=buckets)
 
 
 @pytest.mark.parametrize("W", [2, 3])
-@pytest.mark.parametrize("mode", ["gradient_as_bucket_view", "static_graph", "find_unused_parameters"])
+@pytest.mark.parametrize(
+    "mode", ["gradient_as_bucket_view", "static_graph", "find_unused_parameters"]
+)
 def test_modes(world: Callable, W: int, mode: str) -> None:
     run(world, W, make=Wide, bucket_cap_mb=SMALL_BUCKETS, **{mode: True})
 
@@ -120,7 +130,14 @@ def rank_dependent(model: nn.Module, step: int, rank: int) -> Tensor:
 
 @pytest.mark.parametrize("view", [False, True])
 def test_parameters_that_only_some_ranks_use(world: Callable, view: bool) -> None:
-    run(world, 3, loss=rank_dependent, find_unused_parameters=True, gradient_as_bucket_view=view, bucket_cap_mb=SMALL_BUCKETS)
+    run(
+        world,
+        3,
+        loss=rank_dependent,
+        find_unused_parameters=True,
+        gradient_as_bucket_view=view,
+        bucket_cap_mb=SMALL_BUCKETS,
+    )
 
 
 @pytest.mark.parametrize("start", ["best", "worst"])
@@ -202,7 +219,11 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], Optimizer]] = {
     "adam": lambda m: Adam(m.parameters(), 0.01),
     "foreach": lambda m: AdamW(m.parameters(), 0.01, foreach=True),
     "fused": lambda m: AdamW(m.parameters(), 0.01, fused=True),
-    "groups": lambda m: SGD([{"params": [p], "lr": 0.01 * (i + 1)} for i, p in enumerate(m.parameters())], momentum=0.9, weight_decay=0.1),
+    "groups": lambda m: SGD(
+        [{"params": [p], "lr": 0.01 * (i + 1)} for i, p in enumerate(m.parameters())],
+        momentum=0.9,
+        weight_decay=0.1,
+    ),
 }
 
 
@@ -226,7 +247,19 @@ def test_a_static_graphs_first_pass_numbers_all_its_buckets_0(world: Callable, W
 @pytest.mark.slow
 @pytest.mark.parametrize("W", [2, 3, 4])
 @pytest.mark.parametrize("make", [Odd, Wide, Mixed, Checkpointed, frozen])
-@pytest.mark.parametrize("mode", ["gradient_as_bucket_view", "static_graph", "find_unused_parameters", "broadcast_buffers"])
+@pytest.mark.parametrize(
+    "mode",
+    ["gradient_as_bucket_view", "static_graph", "find_unused_parameters", "broadcast_buffers"],
+)
 @pytest.mark.parametrize("buckets", [25, SMALL_BUCKETS])
-def test_every_mode_with_every_model(world: Callable, W: int, make: Callable, mode: str, buckets: float) -> None:
-    run(world, W, make=make, optimizer=partial(optimizer_named, "groups"), bucket_cap_mb=buckets, **{mode: True})
+def test_every_mode_with_every_model(
+    world: Callable, W: int, make: Callable, mode: str, buckets: float
+) -> None:
+    run(
+        world,
+        W,
+        make=make,
+        optimizer=partial(optimizer_named, "groups"),
+        bucket_cap_mb=buckets,
+        **{mode: True},
+    )

@@ -42,7 +42,9 @@ def test_the_others_end_with_an_error(how: str) -> None:
         for rank in (0, 2):
             assert ranks.pipes[rank].poll(60), "still waiting after a minute"
             told[rank] = ranks.pipes[rank].recv()[1]
-        assert all("RuntimeError" in error or "DistBackendError" in error for error in told.values())
+        assert all(
+            "RuntimeError" in error or "DistBackendError" in error for error in told.values()
+        )
     finally:
         ranks.broken = True
         ranks.close()

@@ -7,7 +7,18 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from problems import KINDS, Odd, Wide, batch, close, flat_grad, micro_gradients, plain_loss, same_everywhere, telling_tau
+from problems import (
+    KINDS,
+    Odd,
+    Wide,
+    batch,
+    close,
+    flat_grad,
+    micro_gradients,
+    plain_loss,
+    same_everywhere,
+    telling_tau,
+)
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -37,7 +48,9 @@ def whole(model: nn.Module, twin: nn.Module) -> None:
 
 
 def whole_grad(model: nn.Module) -> Tensor:
-    grads = [torch.zeros(p.shape) if p.grad is None else p.grad.full_tensor() for p in model.parameters()]
+    grads = [
+        torch.zeros(p.shape) if p.grad is None else p.grad.full_tensor() for p in model.parameters()
+    ]
     return torch.cat([g.double().reshape(-1) for g in grads])
 
 
@@ -58,18 +71,26 @@ def buffers_held() -> list[int]:
     return held
 
 
-def hybrid(replicas: int, shards: int, make: Callable[[], nn.Module], micro_group: int = 1) -> list[str]:
+def hybrid(
+    replicas: int, shards: int, make: Callable[[], nn.Module], micro_group: int = 1
+) -> list[str]:
     mesh = init_device_mesh("cpu", (replicas, shards), mesh_dim_names=("replicate", "shard"))
     model = sharded(make, mesh["shard"])
     torch.manual_seed(5)
     twin = make()
     optimizer = AdamW(model.parameters(), 0.01)
-    handle = gaf.attach(model, optimizer, gaf.GAF(), group=mesh["replicate"].get_group(), micro_group=micro_group)
+    handle = gaf.attach(
+        model, optimizer, gaf.GAF(), group=mesh["replicate"].get_group(), micro_group=micro_group
+    )
     held = buffers_held()
     W, rank, went = replicas * shards, dist.get_rank(), []
     for step, kind in enumerate(KINDS):
         whole(model, twin)
-        rows = micro_gradients(twin, step, W).view(replicas // micro_group, shards * micro_group, -1).mean(1)
+        rows = (
+            micro_gradients(twin, step, W)
+            .view(replicas // micro_group, shards * micro_group, -1)
+            .mean(1)
+        )
         tau = telling_tau(rows, kind)
         update, decision = gaf.aggregate(rows, gaf.GAF(tau))
         expected, _ = gaf.reference(rows, tau)
@@ -88,7 +109,8 @@ def hybrid(replicas: int, shards: int, make: Callable[[], nn.Module], micro_grou
         assert moved == (bool(decision.stepped) and any(len(p) for p in before))
         went.append("step" if decision.stepped else "skip")
     assert handle.stats()["stepped"] == went.count("step")
-    assert max(held) <= sum(p.numel() for p in before) + 64 * replicas  # one gradient shard, and the joined pieces' padding
+    # one gradient shard, and the joined pieces' padding
+    assert max(held) <= sum(p.numel() for p in before) + 64 * replicas
     handle.detach()
     return went
 
@@ -144,12 +166,16 @@ class Sided(Odd):
 def unused() -> None:
     mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard"))
     model = sharded(Sided, mesh["shard"])
-    handle = gaf.attach(model, SGD(model.parameters(), 0.1), gaf.GAF(2.0), group=mesh["replicate"].get_group())
+    handle = gaf.attach(
+        model, SGD(model.parameters(), 0.1), gaf.GAF(2.0), group=mesh["replicate"].get_group()
+    )
     torch.manual_seed(5)
     rows = []
     for side in (True, False):
         twin = Odd()
-        twin.load_state_dict({key: value.full_tensor() for key, value in model.state_dict().items()})
+        twin.load_state_dict(
+            {key: value.full_tensor() for key, value in model.state_dict().items()}
+        )
         x, y = batch(0, int(not side))
         nn.functional.cross_entropy(twin(x, side=side), y).backward()
         rows.append(flat_grad(twin))
@@ -180,19 +206,35 @@ def flat(tau: float) -> tuple[int, int]:
         for rank in range(W):
             copied = copy.deepcopy(twin)
             rows.append(
-                dict(zip(twin.parameters(), torch.autograd.grad(plain_loss(copied, step, rank), [*copied.parameters()]), strict=True))
+                dict(
+                    zip(
+                        twin.parameters(),
+                        torch.autograd.grad(plain_loss(copied, step, rank), [*copied.parameters()]),
+                        strict=True,
+                    )
+                )
             )
         optimizer.zero_grad()
         before = local_state(model)
         plain_loss(model, step, dist.get_rank()).backward()
-        grads = {q: p.grad.full_tensor() for p, q in zip(model.parameters(), twin.parameters(), strict=True)}
+        grads = {
+            q: p.grad.full_tensor()
+            for p, q in zip(model.parameters(), twin.parameters(), strict=True)
+        }
         optimizer.step()
-        after = {q: torch.equal(a, b) for a, b, q in zip(local_state(model), before, twin.parameters(), strict=True)}
+        after = {
+            q: torch.equal(a, b)
+            for a, b, q in zip(local_state(model), before, twin.parameters(), strict=True)
+        }
         for params in groups:
             matrix = torch.stack([torch.cat([row[p].reshape(-1) for p in params]) for row in rows])
             update, decision = gaf.aggregate(matrix, gaf.GAF(tau))
-            torch.testing.assert_close(torch.cat([grads[p].reshape(-1) for p in params]), update, rtol=1e-5, atol=1e-7)
-            assert all(after[p] for p in params) == (not decision.stepped) or not all(len(b) for b in before)
+            torch.testing.assert_close(
+                torch.cat([grads[p].reshape(-1) for p in params]), update, rtol=1e-5, atol=1e-7
+            )
+            assert all(after[p] for p in params) == (not decision.stepped) or not all(
+                len(b) for b in before
+            )
             moved, stood = moved + bool(decision.stepped), stood + (not decision.stepped)
     assert handle.stats()["steps"] == 4 * len(groups)
     handle.detach()
@@ -215,7 +257,9 @@ def refusals() -> None:
     mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard"))
     both = sharded(Odd, mesh)
     with pytest.raises(TypeError, match="the shard dimension of the mesh alone"):
-        gaf.attach(both, SGD(both.parameters(), 0.1), gaf.GAF(), group=mesh["replicate"].get_group())
+        gaf.attach(
+            both, SGD(both.parameters(), 0.1), gaf.GAF(), group=mesh["replicate"].get_group()
+        )
     model = sharded(Odd, mesh["shard"])
     optimizer = SGD(model.parameters(), 0.1)
     with pytest.raises(TypeError, match='scope="group".*got neither'):

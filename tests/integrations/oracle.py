@@ -38,7 +38,9 @@ def mean_loss(model: nn.Module, batch: Batch) -> Tensor:
     return cross_entropy(model(batch[0]).float(), batch[1])
 
 
-def row(model: nn.Module, batches: Sequence[Batch], loss: Callable[[nn.Module, Batch], Tensor]) -> Tensor:
+def row(
+    model: nn.Module, batches: Sequence[Batch], loss: Callable[[nn.Module, Batch], Tensor]
+) -> Tensor:
     """(n,) the mean gradient of some batches."""
     total = sum(loss(model, batch) for batch in batches) / len(batches)
     return torch.cat([g.reshape(-1) for g in torch.autograd.grad(total, list(model.parameters()))])
@@ -57,11 +59,15 @@ def follow(
     """Trains on macro-batches of rows of batches; says which steps were taken. advance: scheduler steps for each."""
     taken = []
     for batches in macro_batches:
-        update, decision = gaf.aggregate(torch.stack([row(model, each, loss) for each in batches]), policy)
+        update, decision = gaf.aggregate(
+            torch.stack([row(model, each, loss) for each in batches]), policy
+        )
         taken.append(bool(decision.stepped))
         if not taken[-1]:
             continue
-        for p, part in zip(model.parameters(), update.split([p.numel() for p in model.parameters()]), strict=True):
+        for p, part in zip(
+            model.parameters(), update.split([p.numel() for p in model.parameters()]), strict=True
+        ):
             p.grad = part.view_as(p).clone()
         nn.utils.clip_grad_norm_(model.parameters(), clip)
         optimizer.step()
@@ -90,7 +96,14 @@ def launched() -> None:
     """What a launcher would have said. Here, for a rank finds it by its module's name, and every folder has a conftest."""
     forget()
     rank, world = str(dist.get_rank()), str(dist.get_world_size())
-    os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=world, LOCAL_WORLD_SIZE=world, MASTER_ADDR="127.0.0.1", OMP_NUM_THREADS="1")
+    os.environ.update(
+        RANK=rank,
+        LOCAL_RANK=rank,
+        WORLD_SIZE=world,
+        LOCAL_WORLD_SIZE=world,
+        MASTER_ADDR="127.0.0.1",
+        OMP_NUM_THREADS="1",
+    )
 
 
 def alike(a: Any, b: Any) -> bool:

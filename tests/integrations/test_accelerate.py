@@ -47,9 +47,16 @@ class Loop:
         self.accelerator = Accelerator(cpu=True, gradient_accumulation_steps=k, **options)
         self.clip, model = clip, network()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.9)
-        parts = (model, optimizer, DataLoader(TensorDataset(*samples(count)), batch_size=BATCH), StepLR(optimizer, 1, decay))
+        parts = (
+            model,
+            optimizer,
+            DataLoader(TensorDataset(*samples(count)), batch_size=BATCH),
+            StepLR(optimizer, 1, decay),
+        )
         self.model, self.optimizer, self.loader, self.scheduler = self.accelerator.prepare(*parts)
-        self.handle: Any = None if policy is None else attach(self.accelerator, self.model, self.optimizer, policy)
+        self.handle: Any = (
+            None if policy is None else attach(self.accelerator, self.model, self.optimizer, policy)
+        )
         self.taken: list[bool] = []
 
     def run(self, start: int = 0, stop: int | None = None) -> "Loop":
@@ -79,7 +86,9 @@ class Loop:
         return copy.deepcopy((flat(self.model), *states))
 
 
-def by_hand(policy: Any, count: int, clip: float = float("inf"), loss: Any = mean_loss) -> tuple[Any, Any, list[bool]]:
+def by_hand(
+    policy: Any, count: int, clip: float = float("inf"), loss: Any = mean_loss
+) -> tuple[Any, Any, list[bool]]:
     """The same in one process: each batch is a row."""
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.9)
@@ -101,7 +110,9 @@ def same(a: Any, b: Any) -> bool:
 # ------------------------------------------------------------------------------------------ one process
 
 
-@pytest.mark.parametrize("policy", [gaf.GAF(TAU), gaf.GAF(TAU, start="best"), gaf.GAF(2.0)], ids=["first", "best", "all"])
+@pytest.mark.parametrize(
+    "policy", [gaf.GAF(TAU), gaf.GAF(TAU, start="best"), gaf.GAF(2.0)], ids=["first", "best", "all"]
+)
 @pytest.mark.parametrize("clip", [float("inf"), 0.4])
 def test_micro_batches_are_rows_and_the_last_macro_batch_may_be_short(policy, clip):
     count = (STEPS * K + 2) * BATCH
@@ -140,7 +151,8 @@ def test_bf16_autocast():
     model, _, taken = by_hand(gaf.GAF(TAU), STEPS * K * BATCH, 0.4, loss)
     assert loop.taken == taken and set(taken) == {True, False}
     close(loop.model, model)
-    assert (flat(model) - flat(by_hand(gaf.GAF(TAU), STEPS * K * BATCH, 0.4)[0])).norm() > 1e-4  # rounding is there to be seen
+    # rounding is there to be seen
+    assert (flat(model) - flat(by_hand(gaf.GAF(TAU), STEPS * K * BATCH, 0.4)[0])).norm() > 1e-4
 
 
 def scaled(policy: Any, **options: Any) -> Loop:
@@ -155,13 +167,19 @@ def scaled(policy: Any, **options: Any) -> Loop:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Accelerator, "__init__", init)
-        patch.setattr("accelerate.accelerator.get_mixed_precision_context_manager", lambda *args: torch.autocast("cpu", torch.bfloat16))
+        patch.setattr(
+            "accelerate.accelerator.get_mixed_precision_context_manager",
+            lambda *args: torch.autocast("cpu", torch.bfloat16),
+        )
         return Loop(policy, **options)
 
 
 @pytest.mark.parametrize("clip", [None, 0.4])
 def test_a_grad_scaler_changes_nothing_but_an_overflow_steps_nowhere(clip):
-    with_scaler, without = scaled(gaf.GAF(TAU), clip=clip or 1e9), Loop(gaf.GAF(TAU), mixed_precision="bf16", clip=clip or 1e9)
+    with_scaler, without = (
+        scaled(gaf.GAF(TAU), clip=clip or 1e9),
+        Loop(gaf.GAF(TAU), mixed_precision="bf16", clip=clip or 1e9),
+    )
     assert with_scaler.accelerator.scaler.is_enabled() and with_scaler.handle.scaler is not None
     assert with_scaler.whole().taken == without.whole().taken
     close(with_scaler.model, without.model)
@@ -185,17 +203,24 @@ def resumed(folder: Path, make: Any) -> tuple[Loop, Loop]:
     return undisturbed, second.run(half, end)
 
 
-@pytest.mark.parametrize("make", [lambda: gaf.GAF(TAU), lambda: gaf.GAF(gaf.QuantileTau(0.4)), lambda: gaf.RandomSkip(0.5)])
+@pytest.mark.parametrize(
+    "make",
+    [lambda: gaf.GAF(TAU), lambda: gaf.GAF(gaf.QuantileTau(0.4)), lambda: gaf.RandomSkip(0.5)],
+)
 def test_a_resumed_run_ends_bit_for_bit_as_an_undisturbed_one(tmp_path, make):
     undisturbed, second = resumed(tmp_path, lambda: Loop(make()))
     assert same(second.state(), undisturbed.state())
-    assert str(second.handle.state_dict()) == str(undisturbed.handle.state_dict())  # as text, where NaN is NaN
+    # as text, where NaN is NaN
+    assert str(second.handle.state_dict()) == str(undisturbed.handle.state_dict())
     assert second.handle.stats()["steps"] == STEPS > second.handle.stats()["stepped"] > 0
 
 
 def test_a_checkpoint_within_a_macro_batch_is_refused(tmp_path):
     loop = Loop(gaf.GAF(TAU)).run(stop=K + 1)
-    with pytest.raises(RuntimeError, match=r"state_dict\(\) must come between macro-batches; .* Call step\(\) first"):
+    with pytest.raises(
+        RuntimeError,
+        match=r"state_dict\(\) must come between macro-batches; .* Call step\(\) first",
+    ):
         loop.accelerator.save_state(tmp_path)
 
 
@@ -233,7 +258,9 @@ def test_several_optimizers_share_one_decision():
 
     AcceleratorState._reset_state(True)
     accelerator, model = Accelerator(cpu=True, gradient_accumulation_steps=K), network()
-    made = [torch.optim.SGD(part.parameters(), lr=0.3, momentum=0.9) for part in (model[0], model[2])]
+    made = [
+        torch.optim.SGD(part.parameters(), lr=0.3, momentum=0.9) for part in (model[0], model[2])
+    ]
     model, *optimizers = accelerator.prepare(model, *made)
     handle = attach(accelerator, model, optimizers, gaf.GAF(TAU))
     for batch in DataLoader(TensorDataset(*samples(STEPS * K * BATCH)), batch_size=BATCH):
@@ -250,44 +277,73 @@ def test_what_cannot_work_is_refused(unchecked):
     AcceleratorState._reset_state(True)
     accelerator, model = Accelerator(cpu=True, gradient_accumulation_steps=K), network()
     first, second = (torch.optim.SGD(part.parameters(), lr=0.3) for part in (model[0], model[2]))
-    with pytest.raises(TypeError, match=r"optimizer must be what accelerator.prepare gave; got SGD. Attach after prepare."):
+    with pytest.raises(
+        TypeError,
+        match=r"optimizer must be what accelerator.prepare gave; got SGD. Attach after prepare.",
+    ):
         attach(accelerator, model, first, gaf.GAF())
     model, first, second = accelerator.prepare(model, first, second)
-    with pytest.raises(ValueError, match=r"every prepared optimizer must be given, .*; missing: SGD. Give them all as a list."):
+    with pytest.raises(
+        ValueError,
+        match=r"every prepared optimizer must be given, .*; missing: SGD. Give them all as a list.",
+    ):
         attach(accelerator, model, first, gaf.GAF())
     attach(accelerator, model, [first, second], gaf.GAF())
     with pytest.raises(RuntimeError, match=r"must not be attached already; it is. Call detach\(\)"):
         attach(accelerator, model, [first, second], gaf.GAF())
 
 
-@pytest.mark.parametrize("kind", [DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM, DistributedType.XLA])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        DistributedType.DEEPSPEED,
+        DistributedType.FSDP,
+        DistributedType.MEGATRON_LM,
+        DistributedType.XLA,
+    ],
+)
 def test_engines_that_reduce_by_themselves_are_refused(kind, monkeypatch):
     loop = Loop()
     monkeypatch.setattr(Accelerator, "distributed_type", kind)
-    with pytest.raises(TypeError, match=f"got Sequential under .*{kind.value}.* choose plain data parallelism"):
+    with pytest.raises(
+        TypeError, match=f"got Sequential under .*{kind.value}.* choose plain data parallelism"
+    ):
         attach(loop.accelerator, loop.model, loop.optimizer, gaf.GAF())
 
 
 def test_a_loop_that_goes_past_it_is_told():
     loop = Loop(gaf.GAF(TAU))
     mean_loss(loop.model, samples(BATCH)).backward()
-    with pytest.raises(RuntimeError, match=r"every loss must go through accelerator.backward\(loss\); a step came, and none had."):
+    with pytest.raises(
+        RuntimeError,
+        match=r"every loss must go through accelerator.backward\(loss\); a step came, and none had.",
+    ):
         loop.optimizer.step()
 
     loop = Loop(gaf.GAF(2.0), k=1)
     with pytest.warns(UserWarning, match="One micro-gradient"):
         loop.accelerator.backward(mean_loss(loop.model, samples(BATCH)))
-    with pytest.raises(RuntimeError, match=r"p.grad must be empty when a macro-batch begins; .* optimizer.zero_grad\(\) after"):
+    with pytest.raises(
+        RuntimeError,
+        match=r"p.grad must be empty when a macro-batch begins; .* optimizer.zero_grad\(\) after",
+    ):
         loop.accelerator.backward(mean_loss(loop.model, samples(BATCH)))
 
 
 # ------------------------------------------------------------------------------------------ two ranks
 
 
-def on_a_rank(tau: float | None, clip: float = float("inf"), half: str = "", **options: Any) -> tuple[Any, list[bool], Any]:
+def on_a_rank(
+    tau: float | None, clip: float = float("inf"), half: str = "", **options: Any
+) -> tuple[Any, list[bool], Any]:
     """Weights, steps and telemetry of rank's loop over its half of the batches, K of them for a step."""
-    loop = Loop(None if tau is None else gaf.GAF(tau), clip=clip, count=2 * STEPS * K * BATCH, **options)
-    assert loop.accelerator.num_processes == 2 and loop.accelerator.distributed_type == DistributedType.MULTI_CPU
+    loop = Loop(
+        None if tau is None else gaf.GAF(tau), clip=clip, count=2 * STEPS * K * BATCH, **options
+    )
+    assert (
+        loop.accelerator.num_processes == 2
+        and loop.accelerator.distributed_type == DistributedType.MULTI_CPU
+    )
     if half:
         middle = STEPS // 2 * K
         loop.run(stop=middle).accelerator.save_state(half)
@@ -297,8 +353,14 @@ def on_a_rank(tau: float | None, clip: float = float("inf"), half: str = "", **o
         loop.run(middle, STEPS * K)
     else:
         loop.whole()
-    known = None if loop.handle is None else (loop.handle.state_dict(), loop.handle.stats()["steps"])
-    return (flat(loop.model), loop.optimizer.state_dict(), loop.scheduler.state_dict()), loop.taken, known
+    known = (
+        None if loop.handle is None else (loop.handle.state_dict(), loop.handle.stats()["steps"])
+    )
+    return (
+        (flat(loop.model), loop.optimizer.state_dict(), loop.scheduler.state_dict()),
+        loop.taken,
+        known,
+    )
 
 
 def test_ranks_are_rows_and_what_a_rank_accumulates_is_its_row(pair: Ranks):
@@ -309,8 +371,12 @@ def test_ranks_are_rows_and_what_a_rank_accumulates_is_its_row(pair: Ranks):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.9)
     scheduler = StepLR(optimizer, 1, 0.97)
     batches = list(DataLoader(TensorDataset(*samples(2 * STEPS * K * BATCH)), batch_size=BATCH))
-    steps = [[batches[i : i + 2 * K : 2], batches[i + 1 : i + 2 * K : 2]] for i in range(0, len(batches), 2 * K)]
-    expected = follow(model, optimizer, scheduler, steps, gaf.GAF(TAU), clip=0.4, advance=2)  # Accelerate: once for each process
+    steps = [
+        [batches[i : i + 2 * K : 2], batches[i + 1 : i + 2 * K : 2]]
+        for i in range(0, len(batches), 2 * K)
+    ]
+    # Accelerate: once for each process
+    expected = follow(model, optimizer, scheduler, steps, gaf.GAF(TAU), clip=0.4, advance=2)
     assert taken == expected and set(taken) == {True, False} and known[1] == STEPS
     assert (state[0] - flat(model)).norm() <= 1e-6 * flat(model).norm()
     assert state[2]["last_epoch"] == scheduler.last_epoch == 2 * taken.count(True)
@@ -323,7 +389,10 @@ def test_all_ranks_are_what_accelerate_does(pair: Ranks):
 
 
 def test_resumed_ranks_end_with_the_weights_of_undisturbed_ones_bit_for_bit(pair: Ranks, tmp_path):
-    (state, _, known), (again, _, known_again) = pair.run(on_a_rank, TAU)[0], pair.run(on_a_rank, TAU, float("inf"), str(tmp_path))[0]
+    (state, _, known), (again, _, known_again) = (
+        pair.run(on_a_rank, TAU)[0],
+        pair.run(on_a_rank, TAU, float("inf"), str(tmp_path))[0],
+    )
     assert same(state, again) and alike(known, known_again)
 
 
@@ -345,7 +414,11 @@ def test_a_grad_scaler_on_ranks(pair: Ranks):
 
 
 def on_bf16() -> list[bool]:
-    return Loop(gaf.GAF(TAU), clip=0.4, count=2 * STEPS * K * BATCH, mixed_precision="bf16").whole().taken
+    return (
+        Loop(gaf.GAF(TAU), clip=0.4, count=2 * STEPS * K * BATCH, mixed_precision="bf16")
+        .whole()
+        .taken
+    )
 
 
 def sync_each_batch() -> None:

@@ -17,7 +17,11 @@ RAY = Path(__file__).parents[2] / "docs" / "frameworks" / "ray-train.md"
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
-NEEDS = {"lightning_module": "lightning", "accelerate_loop": "accelerate", "huggingface_trainer": "transformers"}
+NEEDS = {
+    "lightning_module": "lightning",
+    "accelerate_loop": "accelerate",
+    "huggingface_trainer": "transformers",
+}
 
 
 @pytest.mark.parametrize("name", ["plain_pytorch", "plain_pytorch_ddp", *NEEDS])
@@ -25,11 +29,19 @@ def test_an_example_prints_accuracy_and_acceptance(name):
     pytest.importorskip(NEEDS.get(name, "torch"))
     launcher = TORCHRUN if name.endswith("_ddp") else []
     command = [sys.executable, *launcher, str(EXAMPLES / f"{name}.py")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False)
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     found = re.findall(r"^(\w+): accuracy (0\.\d+) (\{.*\})$", done.stdout, re.MULTILINE)
     assert [policy for policy, _, _ in found] == ["averaging" if name in NEEDS else "Mean", "GAF"]
-    assert all(float(accuracy) > 0.6 for _, accuracy, _ in found)  # of ten digits, 40% of the labels wrong
+    # of ten digits, 40% of the labels wrong
+    assert all(float(accuracy) > 0.6 for _, accuracy, _ in found)
     metrics = ast.literal_eval(found[-1][2])
     assert 0 < metrics["gaf/acceptance"] < 1
     assert 0 < metrics["gaf/stepped"] < 1
@@ -47,7 +59,11 @@ def ray_worker() -> tuple[list[float], dict[str, Any], dict[str, float]]:
     exec(block, names)
     model, reports = DistributedDataParallel(torch.nn.Linear(20, 2)), []
     handle = names["train"](model, reports.append)
-    return torch.cat([p.detach().reshape(-1) for p in model.parameters()]).tolist(), handle.stats(), reports[0]
+    return (
+        torch.cat([p.detach().reshape(-1) for p in model.parameters()]).tolist(),
+        handle.stats(),
+        reports[0],
+    )
 
 
 @pytest.mark.distributed

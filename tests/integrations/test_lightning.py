@@ -48,16 +48,35 @@ class Module(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         optimizer = self.make(self.net.parameters())
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": StepLR(optimizer, 1, self.decay), "interval": "step"}}
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": StepLR(optimizer, 1, self.decay), "interval": "step"},
+        }
 
     def train_dataloader(self) -> Any:
         return DataLoader(TensorDataset(*samples(SAMPLES)), batch_size=BATCH)
 
 
-def trainer(callbacks: Any = (), logger: Any = False, epochs: int = 2, k: int = K, devices: int = 1, **options: Any) -> Any:
+def trainer(
+    callbacks: Any = (),
+    logger: Any = False,
+    epochs: int = 2,
+    k: int = K,
+    devices: int = 1,
+    **options: Any,
+) -> Any:
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "log_every_n_steps": 1}
     kept = {"enable_checkpointing": any(isinstance(each, ModelCheckpoint) for each in callbacks)}
-    both = quiet | kept | {"accelerator": "cpu", "devices": devices, "max_epochs": epochs, "accumulate_grad_batches": k}
+    both = (
+        quiet
+        | kept
+        | {
+            "accelerator": "cpu",
+            "devices": devices,
+            "max_epochs": epochs,
+            "accumulate_grad_batches": k,
+        }
+    )
     return pl.Trainer(callbacks=list(callbacks), logger=logger, **(both | options))
 
 
@@ -65,23 +84,40 @@ def flat(model: nn.Module) -> Tensor:
     return torch.cat([p.detach().double().reshape(-1) for p in model.parameters()])
 
 
-def fitted(callbacks: Any = (), module: Any = None, ckpt_path: Any = None, **options: Any) -> tuple[Any, Any]:
+def fitted(
+    callbacks: Any = (), module: Any = None, ckpt_path: Any = None, **options: Any
+) -> tuple[Any, Any]:
     module, run = module or Module(), trainer(callbacks, **options)
     run.fit(module, ckpt_path=ckpt_path)
     return module, run
 
 
-def by_hand(tau: float, world: int = 1, clip: float | None = None, epochs: int = 2, bf16: bool = False, k: int = K) -> tuple[Tensor, float]:
+def by_hand(
+    tau: float,
+    world: int = 1,
+    clip: float | None = None,
+    epochs: int = 2,
+    bf16: bool = False,
+    k: int = K,
+) -> tuple[Tensor, float]:
     """The paper's pseudocode in a loop: weights, and the share of steps taken. Rank r has every world-th sample, from r on."""
     net, steps, taken = network(), 0, 0
     optimizer = SGD(net.parameters())
     scheduler = StepLR(optimizer, 1, 0.97)
-    shares = [[part.split(BATCH) for part in (x[r::world], y[r::world])] for r in range(world) for x, y in [samples(SAMPLES)]]
+    shares = [
+        [part.split(BATCH) for part in (x[r::world], y[r::world])]
+        for r in range(world)
+        for x, y in [samples(SAMPLES)]
+    ]
     for _ in range(epochs):
         for start in range(0, len(shares[0][0]), k):
             rows = [[gradient(net, x, y, bf16) for x, y in zip(xs[start : start + k], ys[start : start + k], strict=True)]
                     for xs, ys in shares]  # fmt: skip
-            rank_rows = torch.stack([torch.stack(each).sum(0) / k for each in rows]) if world > 1 else torch.stack(rows[0])
+            rank_rows = (
+                torch.stack([torch.stack(each).sum(0) / k for each in rows])
+                if world > 1
+                else torch.stack(rows[0])
+            )
             update, _ = gaf.reference(rank_rows, tau)
             steps += 1
             if update is not None:
@@ -97,11 +133,18 @@ def by_hand(tau: float, world: int = 1, clip: float | None = None, epochs: int =
 def gradient(net: nn.Module, x: Tensor, y: Tensor, bf16: bool) -> Tensor:
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16, cache_enabled=False):
         logits = net(x)
-    return torch.cat([g.reshape(-1) for g in torch.autograd.grad(cross_entropy(logits.float(), y), list(net.parameters()))])
+    return torch.cat(
+        [
+            g.reshape(-1)
+            for g in torch.autograd.grad(cross_entropy(logits.float(), y), list(net.parameters()))
+        ]
+    )
 
 
 def put(net: nn.Module, update: Tensor) -> None:
-    for p, part in zip(net.parameters(), update.split([p.numel() for p in net.parameters()]), strict=True):
+    for p, part in zip(
+        net.parameters(), update.split([p.numel() for p in net.parameters()]), strict=True
+    ):
         p.grad = part.view_as(p).to(p.dtype)
 
 
@@ -113,11 +156,15 @@ def near(a: Tensor, b: Tensor) -> bool:
 # ---------------------------------------------------------------------------------------------- one device
 
 
-@pytest.mark.parametrize("options", [{}, {"gradient_clip_val": 0.2}, {"precision": "bf16-mixed"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"gradient_clip_val": 0.2}, {"precision": "bf16-mixed"}], ids=str
+)
 def test_weights_are_those_of_a_loop_written_by_hand(options):
     callback = GAFCallback(gaf.GAF(tau=TAU))
     module, run = fitted([callback], **options)
-    expected, share = by_hand(TAU, clip=options.get("gradient_clip_val"), bf16="precision" in options)
+    expected, share = by_hand(
+        TAU, clip=options.get("gradient_clip_val"), bf16="precision" in options
+    )
     stats = callback.decider.stats()
     assert near(flat(module), expected)
     assert 0 < share < 1
@@ -126,7 +173,9 @@ def test_weights_are_those_of_a_loop_written_by_hand(options):
     assert run.global_step == stats["steps"] == 16
 
 
-@pytest.mark.parametrize("options", [{}, {"gradient_clip_val": 0.2}, {"precision": "bf16-mixed"}, {"k": 1}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"gradient_clip_val": 0.2}, {"precision": "bf16-mixed"}, {"k": 1}], ids=str
+)
 @pytest.mark.filterwarnings("ignore:gaf:UserWarning")  # k = 1: one row has nothing to agree with
 def test_a_tau_that_accepts_all_is_lightning_itself(options):
     """Whole macro-batches: of a short one, Lightning divides the sum by more than there are."""
@@ -139,7 +188,11 @@ def test_a_tau_that_accepts_all_is_lightning_itself(options):
 
 def in_float16(callbacks: Any, scale: float) -> tuple[Tensor, torch.amp.GradScaler, Any]:
     scaler = torch.amp.GradScaler("cpu", init_scale=scale)
-    options = {"plugins": [MixedPrecision("16-mixed", "cpu", scaler=scaler)], "limit_train_batches": 7 * K, "gradient_clip_val": 0.2}
+    options = {
+        "plugins": [MixedPrecision("16-mixed", "cpu", scaler=scaler)],
+        "limit_train_batches": 7 * K,
+        "gradient_clip_val": 0.2,
+    }
     module, run = fitted(callbacks, **options)
     return flat(module), scaler, run
 
@@ -148,7 +201,8 @@ def test_under_a_scaler_a_tau_that_accepts_all_is_lightning_itself():
     filtered, scaler, _ = in_float16([GAFCallback(gaf.GAF(tau=2))], 256.0)
     plain, _, _ = in_float16([], 256.0)
     assert scaler.get_scale() == 256
-    assert (filtered - plain).abs().max() < 1e-3  # float16 has 11 bits; the summands there are an eighth of the rows here
+    # float16 has 11 bits; the summands there are an eighth of the rows here
+    assert (filtered - plain).abs().max() < 1e-3
 
 
 def test_a_scaler_sees_overflows_and_the_scale_falls_until_steps_are_taken():
@@ -181,17 +235,23 @@ def test_a_resumed_run_ends_bit_for_bit_as_one_that_was_not_stopped(tmp_path, po
     again = GAFCallback(policy())
     resumed, _ = fitted([again], epochs=4, ckpt_path=tmp_path / "last.ckpt")
     assert torch.equal(flat(resumed), flat(whole))
-    assert str(again.decider.stats()) == str(kept.decider.stats())  # where a policy has no tau, it is NaN
+    # where a policy has no tau, it is NaN
+    assert str(again.decider.stats()) == str(kept.decider.stats())
     assert again.decider.stats()["steps"] == 32
 
 
-def test_a_checkpoint_in_the_middle_of_a_macro_batch_holds_the_last_step_and_disturbs_nothing(tmp_path):
+def test_a_checkpoint_in_the_middle_of_a_macro_batch_holds_the_last_step_and_disturbs_nothing(
+    tmp_path,
+):
     callback = GAFCallback(gaf.GAF(tau=TAU))
     module = Module()
     keep = ModelCheckpoint(tmp_path, save_last=True, save_on_train_epoch_end=False, monitor=None)
     run = trainer([callback, keep], epochs=1, val_check_interval=2 * K + 3, num_sanity_val_steps=0)
-    run.fit(module, val_dataloaders=DataLoader(TensorDataset(*samples(SAMPLES)), batch_size=SAMPLES))
-    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)  # after 3 (2 K + 3) = 57 micro-batches
+    run.fit(
+        module, val_dataloaders=DataLoader(TensorDataset(*samples(SAMPLES)), batch_size=SAMPLES)
+    )
+    # after 3 (2 K + 3) = 57 micro-batches
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)
     assert saved["callbacks"]["GAFCallback"]["telemetry"]["totals"]["steps"] == 7
     assert near(flat(module), by_hand(TAU, epochs=1)[0])
 
@@ -233,7 +293,9 @@ def test_only_clean_batch_norm_statistics_where_asked_for():
     class Normed(Module):
         def __init__(self) -> None:
             super().__init__()
-            self.net = nn.Sequential(nn.Linear(13, 31), nn.BatchNorm1d(31), nn.Tanh(), nn.Linear(31, 5))
+            self.net = nn.Sequential(
+                nn.Linear(13, 31), nn.BatchNorm1d(31), nn.Tanh(), nn.Linear(31, 5)
+            )
 
     module, _ = fitted([GAFCallback(gaf.GAF(tau=0.0), bn="accepted")], Normed())
     assert torch.equal(module.net[1].running_mean, torch.zeros(31))
@@ -286,7 +348,9 @@ def test_what_would_go_past_the_decision_is_refused(module, strategy, message):
 # ---------------------------------------------------------------------------------------------- two ranks
 
 
-def on_a_rank(policy: Any, way: str, ckpt_path: str | None = None, save: str | None = None, **options: Any) -> dict[str, Any]:
+def on_a_rank(
+    policy: Any, way: str, ckpt_path: str | None = None, save: str | None = None, **options: Any
+) -> dict[str, Any]:
     callback = None if policy is None else GAFCallback(policy)
     strategy: Any = "ddp"
     if way == "strategy":
@@ -294,7 +358,12 @@ def on_a_rank(policy: Any, way: str, ckpt_path: str | None = None, save: str | N
         callback = strategy.callback
     callbacks = [callback] if way == "callback" and callback is not None else []
     keep = [ModelCheckpoint(save, save_last=True)] if save else []
-    options = {"k": 2, "devices": 2, "strategy": strategy, "plugins": [LightningEnvironment()]} | options
+    options = {
+        "k": 2,
+        "devices": 2,
+        "strategy": strategy,
+        "plugins": [LightningEnvironment()],
+    } | options
     run = trainer([*callbacks, *keep], **options)
     module = Module()
     # Lightning would shuffle in its own sampler; rank r takes every second sample, from r on
@@ -302,8 +371,15 @@ def on_a_rank(policy: Any, way: str, ckpt_path: str | None = None, save: str | N
     x, y = samples(SAMPLES)
     loader = DataLoader(TensorDataset(x[rank::2], y[rank::2]), batch_size=BATCH)
     run.fit(module, loader, ckpt_path=ckpt_path)
-    found = {"weights": flat(module), "steps": run.global_step, "rate": run.lr_scheduler_configs[0].scheduler.last_epoch}
-    return found | {"stats": None if callback is None else callback.decider.stats(), "state": run.optimizers[0].state_dict()["state"]}
+    found = {
+        "weights": flat(module),
+        "steps": run.global_step,
+        "rate": run.lr_scheduler_configs[0].scheduler.last_epoch,
+    }
+    return found | {
+        "stats": None if callback is None else callback.decider.stats(),
+        "state": run.optimizers[0].state_dict()["state"],
+    }
 
 
 def ranks_of(pair: Any, *args: Any, **options: Any) -> dict[str, Any]:
@@ -313,7 +389,9 @@ def ranks_of(pair: Any, *args: Any, **options: Any) -> dict[str, Any]:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(("way", "options"), [("callback", {}), ("strategy", {"gradient_clip_val": 0.2})])
+@pytest.mark.parametrize(
+    ("way", "options"), [("callback", {}), ("strategy", {"gradient_clip_val": 0.2})]
+)
 def test_ranks_are_rows(pair, way, options):
     """What a rank accumulates is its row; the oracle is the paper's pseudocode in one process."""
     tau = 0.9
@@ -343,6 +421,8 @@ def test_a_skip_among_ranks_leaves_everything_alone(pair):
 def test_ranks_resume_to_the_same_weights_bit_for_bit(pair, tmp_path):
     whole = ranks_of(pair, gaf.GAF(tau=0.9), "strategy", epochs=2)
     ranks_of(pair, gaf.GAF(tau=0.9), "strategy", epochs=1, save=str(tmp_path))
-    resumed = ranks_of(pair, gaf.GAF(tau=0.9), "strategy", epochs=2, ckpt_path=str(tmp_path / "last.ckpt"))
+    resumed = ranks_of(
+        pair, gaf.GAF(tau=0.9), "strategy", epochs=2, ckpt_path=str(tmp_path / "last.ckpt")
+    )
     assert torch.equal(resumed["weights"], whole["weights"])
     assert alike(resumed["stats"], whole["stats"])

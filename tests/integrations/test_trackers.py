@@ -25,7 +25,9 @@ def acc() -> gaf.Accumulator:
     """After three steps of three micro-gradients in the plane: two accepted, one rejected; then a skip; then all accepted."""
     p = torch.nn.Parameter(torch.zeros(2))
     acc = gaf.Accumulator(torch.optim.SGD([p], lr=1.0), gaf.GAF(tau=0.5))
-    right, left, near, up = (torch.tensor(v) for v in ([1.0, 0.0], [-1.0, 0.0], [0.8, 0.6], [0.0, 1.0]))
+    right, left, near, up = (
+        torch.tensor(v) for v in ([1.0, 0.0], [-1.0, 0.0], [0.8, 0.6], [0.0, 1.0])
+    )
     for rows in ((right, near, up), (right, left, left), (right, near, near)):
         for g in rows:
             acc.backward((p * g).sum())
@@ -49,7 +51,9 @@ def test_metrics_are_what_one_counts_by_hand(acc):
 
 
 def test_the_noise_scale_is_in_units_of_b(acc):
-    assert metrics(acc, b=20)["gaf/noise_scale"] == pytest.approx(20 * metrics(acc)["gaf/noise_scale"])
+    assert metrics(acc, b=20)["gaf/noise_scale"] == pytest.approx(
+        20 * metrics(acc)["gaf/noise_scale"]
+    )
 
 
 def test_what_is_not_known_yet_is_left_out():
@@ -60,7 +64,10 @@ def test_what_is_not_known_yet_is_left_out():
         acc.backward((p * torch.tensor(g)).sum())
     acc.step()
     assert acc.stats()["noise_scale"] == math.inf
-    assert metrics(acc).keys() == {f"gaf/{n}" for n in ("acceptance", "distance_mean", "distance_min", "stepped", "skipped", "tau")}
+    assert metrics(acc).keys() == {
+        f"gaf/{n}"
+        for n in ("acceptance", "distance_mean", "distance_min", "stepped", "skipped", "tau")
+    }
 
 
 # ---------------------------------------------------------------------------------------------- what was written, read back
@@ -100,7 +107,10 @@ def history(folder: Path) -> Logged:
         record += data[at + 7 : at + 7 + length]
         at += 7 + length
         if kind in (1, 4):  # whole, or a last part
-            line = {item.nested_key[0]: json.loads(item.value_json) for item in Record.FromString(record).history.item}
+            line = {
+                item.nested_key[0]: json.loads(item.value_json)
+                for item in Record.FromString(record).history.item
+            }
             record = b""
             if line:
                 found[line["_step"]] = {key: value for key, value in line.items() if key[0] != "_"}
@@ -111,7 +121,12 @@ def from_trackio(run: str) -> Logged:
     from trackio.sqlite_storage import SQLiteStorage
 
     lines = SQLiteStorage.get_logs("gaf", run)
-    return {line["step"]: {key: value for key, value in line.items() if key not in ("step", "timestamp")} for line in lines}
+    return {
+        line["step"]: {
+            key: value for key, value in line.items() if key not in ("step", "timestamp")
+        }
+        for line in lines
+    }
 
 
 @pytest.fixture
@@ -123,7 +138,8 @@ def offline(monkeypatch, tmp_path) -> Path:
 
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    for name in ("WANDB_X_SERVICE_WAIT", "WANDB_INIT_TIMEOUT"):  # seconds, for a machine that is busy
+    # seconds, for a machine that is busy
+    for name in ("WANDB_X_SERVICE_WAIT", "WANDB_INIT_TIMEOUT"):
         monkeypatch.setenv(name, "300")
     for module in (utils, sqlite_storage):
         monkeypatch.setattr(module, "TRACKIO_DIR", tmp_path / "trackio")
@@ -136,7 +152,8 @@ def test_tensorboard_takes_them_as_scalars(acc, tmp_path):
     with SummaryWriter(str(tmp_path)) as writer:
         for name, value in metrics(acc).items():
             writer.add_scalar(name, value, 3)
-    assert from_tensorboard(tmp_path) == {3: pytest.approx(metrics(acc), rel=1e-6)}  # it keeps float32
+    # it keeps float32
+    assert from_tensorboard(tmp_path) == {3: pytest.approx(metrics(acc), rel=1e-6)}
 
 
 def test_weights_and_biases_takes_them_as_they_are(acc, offline):
@@ -158,7 +175,20 @@ def test_trackio_takes_them_as_they_are(acc, offline):
 
 # ---------------------------------------------------------------------------------------------- gaf train --tracker
 
-SMALL = ["--dataset", "digits", "--model", "mlp", "--k", "3", "--b", "16", "--passes", "1", "--eval-every", "0.5"]
+SMALL = [
+    "--dataset",
+    "digits",
+    "--model",
+    "mlp",
+    "--k",
+    "3",
+    "--b",
+    "16",
+    "--passes",
+    "1",
+    "--eval-every",
+    "0.5",
+]
 
 
 @pytest.fixture
@@ -178,22 +208,34 @@ def test_gaf_train_sends_every_evaluation_to_all_that_it_is_told_of(gaf_train, o
     lines = records.read(out).evals
     assert len(lines) == 2
     expected = {line["samples"]: trackers.metrics(line) for line in lines}
-    assert all({"heldout_accuracy", "test_accuracy", "train_loss"} <= expected[step].keys() for step in expected)
+    assert all(
+        {"heldout_accuracy", "test_accuracy", "train_loss"} <= expected[step].keys()
+        for step in expected
+    )
     assert from_wandb(out) == expected
     assert from_trackio("run") == expected
-    assert from_tensorboard(out / "tensorboard") == {step: pytest.approx(numbers, rel=1e-6) for step, numbers in expected.items()}
+    assert from_tensorboard(out / "tensorboard") == {
+        step: pytest.approx(numbers, rel=1e-6) for step, numbers in expected.items()
+    }
 
 
 def test_an_option_of_its_own_still_means_tensorboard(gaf_train, tmp_path):
     assert gaf_train("--tensorboard", "--out", tmp_path)[0] == 0
-    assert from_tensorboard(tmp_path / "tensorboard").keys() == {line["samples"] for line in records.read(tmp_path).evals}
+    assert from_tensorboard(tmp_path / "tensorboard").keys() == {
+        line["samples"] for line in records.read(tmp_path).evals
+    }
 
 
-def test_a_tracker_that_is_not_installed_is_refused_before_anything_is_made(gaf_train, tmp_path, monkeypatch):
+def test_a_tracker_that_is_not_installed_is_refused_before_anything_is_made(
+    gaf_train, tmp_path, monkeypatch
+):
     monkeypatch.setitem(sys.modules, "wandb", None)
     code, err = gaf_train("--tracker", "wandb", "--out", tmp_path / "run")
     assert code == 2
-    assert "tracker wandb: its package must be installed; it is not. Install it with pip install '.[trackers]'." in err
+    assert (
+        "tracker wandb: its package must be installed; it is not. Install it with pip install '.[trackers]'."
+        in err
+    )
     assert not (tmp_path / "run").exists()
 
 
@@ -206,4 +248,7 @@ def test_what_weights_and_biases_refuses_becomes_one_message(gaf_train, offline,
     monkeypatch.setattr(wandb, "init", refuse)
     code, err = gaf_train("--tracker", "wandb", "--out", offline / "run")
     assert code == 2
-    assert "tracker wandb: a run must be begun; wandb says: No API key configured. Log in, or set WANDB_MODE=offline." in err
+    assert (
+        "tracker wandb: a run must be begun; wandb says: No API key configured. Log in, or set WANDB_MODE=offline."
+        in err
+    )

@@ -70,8 +70,21 @@ def trainer(
     **options: Any,
 ) -> Any:
     AcceleratorState._reset_state(True)
-    common = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "save_strategy": "no", "logging_steps": 1, "max_steps": -1}
-    usual = {"learning_rate": 0.3, "max_grad_norm": 0.4, "lr_scheduler_type": "linear", "optim": "sgd", "optim_args": "momentum=0.9"}
+    common = {
+        "use_cpu": True,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "max_steps": -1,
+    }
+    usual = {
+        "learning_rate": 0.3,
+        "max_grad_norm": 0.4,
+        "lr_scheduler_type": "linear",
+        "optim": "sgd",
+        "optim_args": "momentum=0.9",
+    }
     shape = {
         "gradient_accumulation_steps": k,
         "per_device_train_batch_size": BATCH,
@@ -80,31 +93,45 @@ def trainer(
     }
     args = TrainingArguments(str(folder), **(common | usual | shape | options))
     seen = Skips()
-    parts = {"model": model or Model(), "args": args, "train_dataset": data or rows_of(steps * k * BATCH), "callbacks": [seen]}
+    parts = {
+        "model": model or Model(),
+        "args": args,
+        "train_dataset": data or rows_of(steps * k * BATCH),
+        "callbacks": [seen],
+    }
     made = Trainer(**parts) if policy is None else kind(**parts, gaf_policy=policy)
     seen.trainer = made
     return made, seen.taken
 
 
-def by_hand(policy: Any, count: int, loss: Any = None, ranks: int = 1) -> tuple[Any, Any, list[bool]]:
+def by_hand(
+    policy: Any, count: int, loss: Any = None, ranks: int = 1
+) -> tuple[Any, Any, list[bool]]:
     """In one process each batch is a row; on ranks, K batches of each."""
     x, y = samples(count)
     batches = list(zip(x.split(BATCH), y.split(BATCH), strict=True))
     if ranks == 1:
         steps = [[[batch] for batch in batches[i : i + K]] for i in range(0, len(batches), K)]
     else:
-        steps = [[batches[i + r : i + ranks * K : ranks] for r in range(ranks)] for i in range(0, len(batches), ranks * K)]
+        steps = [
+            [batches[i + r : i + ranks * K : ranks] for r in range(ranks)]
+            for i in range(0, len(batches), ranks * K)
+        ]
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.9)
     scheduler = LambdaLR(optimizer, lambda step: 1 - step / len(steps))
-    taken = follow(model, optimizer, scheduler, steps, policy, 0.4, **({} if loss is None else {"loss": loss}))
+    taken = follow(
+        model, optimizer, scheduler, steps, policy, 0.4, **({} if loss is None else {"loss": loss})
+    )
     return model, scheduler, taken
 
 
 # ------------------------------------------------------------------------------------------ one process
 
 
-@pytest.mark.parametrize("policy", [gaf.GAF(TAU), gaf.GAF(TAU, start="best"), gaf.GAF(2.0)], ids=["first", "best", "all"])
+@pytest.mark.parametrize(
+    "policy", [gaf.GAF(TAU), gaf.GAF(TAU, start="best"), gaf.GAF(2.0)], ids=["first", "best", "all"]
+)
 def test_micro_batches_are_rows_and_the_last_macro_batch_may_be_short(policy, tmp_path):
     count = (STEPS * K + 2) * BATCH
     hf, taken = trainer(tmp_path, policy, data=rows_of(count))
@@ -122,7 +149,17 @@ class Words:
     @staticmethod
     def model() -> Any:
         torch.manual_seed(0)
-        return GPT2LMHeadModel(GPT2Config(vocab_size=23, n_positions=16, n_embd=16, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0))
+        return GPT2LMHeadModel(
+            GPT2Config(
+                vocab_size=23,
+                n_positions=16,
+                n_embd=16,
+                n_layer=1,
+                n_head=2,
+                bos_token_id=0,
+                eos_token_id=0,
+            )
+        )
 
     @staticmethod
     def data(count: int) -> list[dict[str, Any]]:
@@ -138,14 +175,17 @@ ADAM = {"optim": "adamw_torch", "optim_args": None, "learning_rate": 1e-2}
 
 def words(folder: Any, policy: Any, steps: int = STEPS, **options: Any) -> Any:
     count = steps * K * BATCH
-    made, taken = trainer(folder, policy, model=Words.model(), data=Words.data(count), **(ADAM | options))
+    made, taken = trainer(
+        folder, policy, model=Words.model(), data=Words.data(count), **(ADAM | options)
+    )
     assert made.model_accepts_loss_kwargs
     return made, taken
 
 
 def test_all_rows_are_what_the_trainer_does_also_where_it_weights_by_tokens(tmp_path):
     models, losses = [], []
-    for policy in (gaf.GAF(2.0), None):  # one after the other: the Trainer seeds dropout when it is made
+    # one after the other: the Trainer seeds dropout when it is made
+    for policy in (gaf.GAF(2.0), None):
         made, _ = words(tmp_path, policy)
         losses.append(made.train().training_loss)
         models.append(flat(made.model))
@@ -163,7 +203,11 @@ class Switch(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, *rest: Any, **kwargs: Any) -> None:
         if state.global_step == 2:
             self.made.gaf.policy = gaf.GAF(0.0)
-        parts = (flat(self.made.model), self.made.optimizer.state_dict(), self.made.lr_scheduler.state_dict())
+        parts = (
+            flat(self.made.model),
+            self.made.optimizer.state_dict(),
+            self.made.lr_scheduler.state_dict(),
+        )
         self.states.append(copy.deepcopy(parts))
 
 
@@ -185,7 +229,10 @@ def same(a: Any, b: Any) -> bool:
     return all(map(same, a, b)) if isinstance(a, list | tuple) else bool(a == b)
 
 
-@pytest.mark.parametrize("make", [lambda: gaf.GAF(0.99), lambda: gaf.GAF(gaf.QuantileTau(0.4)), lambda: gaf.RandomSkip(0.5)])
+@pytest.mark.parametrize(
+    "make",
+    [lambda: gaf.GAF(0.99), lambda: gaf.GAF(gaf.QuantileTau(0.4)), lambda: gaf.RandomSkip(0.5)],
+)
 def test_a_resumed_run_ends_bit_for_bit_as_an_undisturbed_one(make, tmp_path):
     saving = {"save_strategy": "steps", "save_steps": STEPS // 2}
     undisturbed, _ = words(tmp_path, make(), **saving)
@@ -195,7 +242,8 @@ def test_a_resumed_run_ends_bit_for_bit_as_an_undisturbed_one(make, tmp_path):
     assert torch.equal(flat(second.model), flat(undisturbed.model))
     assert same(second.optimizer.state_dict(), undisturbed.optimizer.state_dict())
     assert same(second.lr_scheduler.state_dict(), undisturbed.lr_scheduler.state_dict())
-    assert str(second.gaf.state_dict()) == str(undisturbed.gaf.state_dict())  # as text, where NaN is NaN
+    # as text, where NaN is NaN
+    assert str(second.gaf.state_dict()) == str(undisturbed.gaf.state_dict())
     assert second.gaf.stats()["steps"] == STEPS > second.gaf.stats()["stepped"] > 0
 
 
@@ -215,7 +263,9 @@ def test_the_trainers_own_log_shows_what_was_decided(tmp_path):
     made, taken = trainer(tmp_path, gaf.GAF(TAU), report_to="tensorboard")
     made.train()
     logs = [log for log in made.state.log_history if "loss" in log]
-    assert len(logs) == STEPS and [log["gaf/skipped"] for log in logs] == [taken[: i + 1].count(False) for i in range(STEPS)]
+    assert len(logs) == STEPS and [log["gaf/skipped"] for log in logs] == [
+        taken[: i + 1].count(False) for i in range(STEPS)
+    ]
     assert {k: v for k, v in logs[-1].items() if k.startswith("gaf/")} == metrics(made.gaf, b=BATCH)
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -231,7 +281,11 @@ def test_training_again_attaches_anew_and_the_accelerator_is_given_back(tmp_path
     first = made.gaf
     assert "backward" not in vars(made.accelerator)
     made.train()
-    assert made.gaf is not first and made.gaf.stats()["steps"] == first.stats()["steps"] == STEPS and len(taken) == 2 * STEPS
+    assert (
+        made.gaf is not first
+        and made.gaf.stats()["steps"] == first.stats()["steps"] == STEPS
+        and len(taken) == 2 * STEPS
+    )
 
 
 class Stop(TrainerCallback):
@@ -262,9 +316,20 @@ def test_the_mixin_serves_subclasses(tmp_path):
 
     AcceleratorState._reset_state(True)
     args = Seq2SeqTrainingArguments(
-        str(tmp_path), use_cpu=True, report_to="none", gradient_accumulation_steps=K, max_steps=2, disable_tqdm=True
+        str(tmp_path),
+        use_cpu=True,
+        report_to="none",
+        gradient_accumulation_steps=K,
+        max_steps=2,
+        disable_tqdm=True,
     )
-    made = Mixed(model=Model(), args=args, train_dataset=rows_of(2 * K * 8), gaf_policy=gaf.GAF(2.0), gaf_options={"bn": "accepted"})
+    made = Mixed(
+        model=Model(),
+        args=args,
+        train_dataset=rows_of(2 * K * 8),
+        gaf_policy=gaf.GAF(2.0),
+        gaf_options={"bn": "accepted"},
+    )
     made.train()
     assert made.gaf.stats()["steps"] == made.gaf.stats()["stepped"] == 2
 
@@ -276,7 +341,9 @@ def test_a_training_step_that_goes_past_it_is_told(tmp_path):
             loss.backward()
             return loss.detach()
 
-    with pytest.raises(RuntimeError, match=r"every loss must go through accelerator.backward\(loss\)"):
+    with pytest.raises(
+        RuntimeError, match=r"every loss must go through accelerator.backward\(loss\)"
+    ):
         trainer(tmp_path, gaf.GAF(TAU), kind=Past)[0].train()
 
 
@@ -290,11 +357,17 @@ def test_one_row_is_warned_of(tmp_path):
 
 def on_a_rank(folder: str, tau: float | None, half: bool = False) -> tuple[Any, list[bool], Any]:
     policy = None if tau is None else gaf.GAF(tau)
-    made, taken = trainer(folder, policy, steps=2 * STEPS, save_strategy="steps", save_steps=STEPS // 2)
+    made, taken = trainer(
+        folder, policy, steps=2 * STEPS, save_strategy="steps", save_steps=STEPS // 2
+    )
     assert made.args.world_size == 2
     made.train(resume_from_checkpoint=f"{folder}/checkpoint-{STEPS // 2}" if half else None)
     known = None if policy is None else (str(made.gaf.state_dict()), made.state.log_history[-2])
-    return (flat(made.model), made.optimizer.state_dict(), made.lr_scheduler.state_dict()), taken, known
+    return (
+        (flat(made.model), made.optimizer.state_dict(), made.lr_scheduler.state_dict()),
+        taken,
+        known,
+    )
 
 
 def test_ranks_are_rows_and_what_a_rank_accumulates_is_its_row(pair: Ranks, tmp_path):

@@ -59,16 +59,22 @@ return [`the page is ${root.scrollWidth} wide`, ...wide.map((e) => `<${e.tagName
 def chromium() -> Iterator[Any]:
     """A driver of Chromium with a profile of its own; the test is skipped, saying why, where one of the parts is missing."""
     webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
-    browser, driver = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
+    browser, driver = (
+        shutil.which("chromium") or shutil.which("google-chrome"),
+        shutil.which("chromedriver"),
+    )
     if browser is None or driver is None:
         pytest.skip(f"{'Chromium' if browser is None else 'chromedriver'} is not installed")
     options = webdriver.ChromeOptions()
     options.binary_location = browser
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:  # it may still be writing to it when it ends
+    # it may still be writing to it when it ends
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         for flag in (*FLAGS, f"--user-data-dir={profile}"):
             options.add_argument(flag)
-        running = webdriver.Chrome(options=options, service=webdriver.ChromeService(executable_path=driver))
+        running = webdriver.Chrome(
+            options=options, service=webdriver.ChromeService(executable_path=driver)
+        )
         try:
             yield running
         finally:
@@ -90,14 +96,27 @@ def faults(path: Path, driver: Any) -> list[str]:
     driver.get_log("browser")
     emulate(driver, WIDTHS[0])
     driver.get(path.resolve().as_uri())
-    found = [] if driver.execute_script("return document.querySelector('figure')") else ["the page has no figure"]
+    found = (
+        []
+        if driver.execute_script("return document.querySelector('figure')")
+        else ["the page has no figure"]
+    )
     for width in WIDTHS:
         emulate(driver, width)
-        found += [f"{width} pixels: {what} is empty" for what in settled(lambda: driver.execute_script(EMPTY))]
-        found += [f"{width} pixels: {what}" for what in settled(lambda w=width: driver.execute_script(WIDER, w))]
+        found += [
+            f"{width} pixels: {what} is empty"
+            for what in settled(lambda: driver.execute_script(EMPTY))
+        ]
+        found += [
+            f"{width} pixels: {what}"
+            for what in settled(lambda w=width: driver.execute_script(WIDER, w))
+        ]
     emulate(driver, PAPER, "print")
     found += [f"print: {what}" for what in settled(lambda: driver.execute_script(UNPRINTED))]
-    found += [f"print: {what}" for what in settled(lambda: driver.execute_script(WIDER, round(SHRUNK * PAPER)))]
+    found += [
+        f"print: {what}"
+        for what in settled(lambda: driver.execute_script(WIDER, round(SHRUNK * PAPER)))
+    ]
     emulate(driver, WIDTHS[0])
     if not pages(printed(driver)):
         found.append("print: the PDF has no page")
@@ -106,7 +125,11 @@ def faults(path: Path, driver: Any) -> list[str]:
 
 def complaints(driver: Any) -> list[str]:
     """Errors that the console has shown since the last look."""
-    return [f"console: {entry['message'][:300]}" for entry in driver.get_log("browser") if entry["level"] == "SEVERE"]
+    return [
+        f"console: {entry['message'][:300]}"
+        for entry in driver.get_log("browser")
+        if entry["level"] == "SEVERE"
+    ]
 
 
 def emulate(driver: Any, width: int, media: str = "") -> None:
@@ -125,7 +148,9 @@ def settled(look: Callable[[], list[str]]) -> list[str]:
 
 def printed(driver: Any) -> bytes:
     """The page as PDF on A4."""
-    told = driver.execute_cdp_cmd("Page.printToPDF", {"paperWidth": 8.27, "paperHeight": 11.69, "printBackground": True})
+    told = driver.execute_cdp_cmd(
+        "Page.printToPDF", {"paperWidth": 8.27, "paperHeight": 11.69, "printBackground": True}
+    )
     return base64.b64decode(told["data"])
 
 

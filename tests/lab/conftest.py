@@ -17,4 +17,6 @@ def real() -> Path:
     for folder in filter(None, (os.environ.get("GAF_DATA"), beside)):
         if all((Path(folder) / file).is_file() for file in (archives.CIFAR100.source.file, HUMAN)):
             return Path(folder)
-    pytest.skip(f"needs {archives.CIFAR100.source.file} and {HUMAN} in the folder GAF_DATA, or in {beside}")
+    pytest.skip(
+        f"needs {archives.CIFAR100.source.file} and {HUMAN} in the folder GAF_DATA, or in {beside}"
+    )

@@ -31,7 +31,11 @@ def cifar100(**changes: Any) -> dict[str, bytes]:
     """200 training and 100 test pictures, class c in super-class c % 20. changes: to the training dict."""
     parts = {"train": 200, "test": 100}
     values = {
-        part: {"data": rows(n), "fine_labels": [i % 100 for i in range(n)], "coarse_labels": [i % 20 for i in range(n)]}
+        part: {
+            "data": rows(n),
+            "fine_labels": [i % 100 for i in range(n)],
+            "coarse_labels": [i % 20 for i in range(n)],
+        }
         for part, n in parts.items()
     }
     values["train"] |= changes
@@ -41,8 +45,13 @@ def cifar100(**changes: Any) -> dict[str, bytes]:
 
 def cifar10() -> dict[str, bytes]:
     names = [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]
-    contents = {name: pickle.dumps({"data": rows(10), "labels": list(range(10))}, protocol=2) for name in names}
-    return contents | {"batches.meta": pickle.dumps({"label_names": [str(c) for c in range(10)]}, protocol=2)}
+    contents = {
+        name: pickle.dumps({"data": rows(10), "labels": list(range(10))}, protocol=2)
+        for name in names
+    }
+    return contents | {
+        "batches.meta": pickle.dumps({"label_names": [str(c) for c in range(10)]}, protocol=2)
+    }
 
 
 def human(**changes: Any) -> dict[str, Any]:
@@ -82,7 +91,9 @@ def unpack(folder: Path, archive: Archive, contents: dict[str, bytes]) -> Path:
 
 def trust(monkeypatch: pytest.MonkeyPatch, which: str, contents: dict[str, bytes]) -> Archive:
     """The archive named `which` ("CIFAR10", "CIFAR100"), as if these contents had been published."""
-    archive = dataclasses.replace(getattr(archives, which), md5={name: md5(content) for name, content in contents.items()})
+    archive = dataclasses.replace(
+        getattr(archives, which), md5={name: md5(content) for name, content in contents.items()}
+    )
     monkeypatch.setattr(archives, which, archive)
     return archive
 
@@ -93,13 +104,17 @@ class Server:
     ranges: whether it honours Range. status: answers this alone, if not 200. asked: the Range headers seen, "" for none.
     """
 
-    def __init__(self, content: bytes, cuts: tuple[int, ...] = (), ranges: bool = True, status: int = 200) -> None:
+    def __init__(
+        self, content: bytes, cuts: tuple[int, ...] = (), ranges: bool = True, status: int = 200
+    ) -> None:
         self.content, self.cuts, self.ranges, self.status = content, list(cuts), ranges, status
         self.asked: list[str] = []
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), self.handler())
 
     def source(self, name: str = "file.bin", md5_: str | None = None) -> Source:
-        return Source(name, f"http://127.0.0.1:{self.http.server_port}/{name}", md5_ or md5(self.content))
+        return Source(
+            name, f"http://127.0.0.1:{self.http.server_port}/{name}", md5_ or md5(self.content)
+        )
 
     def handler(self) -> type[BaseHTTPRequestHandler]:
         server = self
@@ -108,8 +123,18 @@ class Server:
             def do_GET(self) -> None:
                 asked = self.headers.get("Range", "")
                 server.asked.append(asked)
-                start = int(asked.removeprefix("bytes=").rstrip("-")) if asked and server.ranges else 0
-                status = server.status if server.status != 200 else 416 if start >= len(server.content) else 206 if start else 200
+                start = (
+                    int(asked.removeprefix("bytes=").rstrip("-")) if asked and server.ranges else 0
+                )
+                status = (
+                    server.status
+                    if server.status != 200
+                    else 416
+                    if start >= len(server.content)
+                    else 206
+                    if start
+                    else 200
+                )
                 body = server.content[start:] if status < 300 else b""
                 self.send_response(status)
                 self.send_header("Content-Length", str(len(body)))
@@ -123,7 +148,9 @@ class Server:
         return Handler
 
     def __enter__(self) -> "Server":
-        threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        threading.Thread(
+            target=self.http.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True
+        ).start()
         return self
 
     def __exit__(self, *args: object) -> None:

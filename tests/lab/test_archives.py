@@ -20,7 +20,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gaf_lab import archives
-from gaf_lab.archives import CIFAR100, DataError, Resumable, fetch, load_pt, locate, read_archive, read_idx, unpickle
+from gaf_lab.archives import (
+    CIFAR100,
+    DataError,
+    Resumable,
+    fetch,
+    load_pt,
+    locate,
+    read_archive,
+    read_idx,
+    unpickle,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -64,20 +74,30 @@ def test_a_pickle_of_arrays_and_lists_is_read_as_it_was_written(
     dtype: str, n: int, m: int, protocol: int, order: Literal["C", "F"]
 ) -> None:
     array = np.asarray((np.arange(n * m) % 2).reshape(n, m).astype(dtype), order=order)
-    read = unpickle(pickle.dumps({"data": array, "labels": list(range(n)), "name": "é", "raw": b"\xff\x00"}, protocol), "it")
+    read = unpickle(
+        pickle.dumps(
+            {"data": array, "labels": list(range(n)), "name": "é", "raw": b"\xff\x00"}, protocol
+        ),
+        "it",
+    )
     assert read["data"].dtype == array.dtype
     assert np.array_equal(read["data"], array)
     assert (read["labels"], read["name"], read["raw"]) == (list(range(n)), "é", b"\xff\x00")
 
 
 @pytest.mark.parametrize("protocol", [0, 2, 4])
-@pytest.mark.parametrize("name", ["posix.system", "builtins.exec", "builtins.open", "subprocess.Popen"])
-def test_a_pickle_that_would_write_a_file_is_refused_and_nothing_runs(name: str, protocol: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "name", ["posix.system", "builtins.exec", "builtins.open", "subprocess.Popen"]
+)
+def test_a_pickle_that_would_write_a_file_is_refused_and_nothing_runs(
+    name: str, protocol: int, tmp_path: Path
+) -> None:
     marker = tmp_path / "written"
     content = pickle.dumps({"data": np.zeros(3), "x": [hostile(marker)[name]]}, protocol)
     function = name.split(".")[-1]
     with pytest.raises(
-        DataError, match=rf"^train: must be a pickle of numpy arrays and lists alone; it asks for \w+\.{function}\. It was refused"
+        DataError,
+        match=rf"^train: must be a pickle of numpy arrays and lists alone; it asks for \w+\.{function}\. It was refused",
     ):
         unpickle(content, "train")
     assert not marker.exists()
@@ -90,7 +110,10 @@ def test_the_hostile_pickle_does_write_the_file_where_it_is_not_refused(tmp_path
 
 
 def test_the_refusal_names_the_file_and_the_global() -> None:
-    with pytest.raises(DataError, match=r"^cifar-100-python/train: .*it asks for fractions\.Fraction\. It was refused before"):
+    with pytest.raises(
+        DataError,
+        match=r"^cifar-100-python/train: .*it asks for fractions\.Fraction\. It was refused before",
+    ):
         unpickle(b"cfractions\nFraction\n.", "cifar-100-python/train")
 
 
@@ -99,7 +122,8 @@ def test_an_allowed_name_elsewhere_is_still_refused() -> None:
         unpickle(b"cnumpy.core.multiarray\nndarray\n.", "train")
 
 
-FORGED = Call(np.ndarray, (1,), np.dtype("O"), b"\x01" * 8)  # an object at an address of the file's choice
+# an object at an address of the file's choice
+FORGED = Call(np.ndarray, (1,), np.dtype("O"), b"\x01" * 8)
 
 
 def test_an_array_of_objects_is_refused_however_it_is_spelled(tmp_path: Path) -> None:
@@ -123,12 +147,16 @@ def test_bytes_are_decoded_by_latin1_alone() -> None:
         unpickle(pickle.dumps({"x": Call(__import__("_codecs").encode, "a", "zlib")}, 2), "train")
 
 
-CONTENT = pickle.dumps({"data": np.arange(20, dtype=np.uint8).reshape(4, 5), "labels": [1, 2, 3, 4]}, 2)
+CONTENT = pickle.dumps(
+    {"data": np.arange(20, dtype=np.uint8).reshape(4, 5), "labels": [1, 2, 3, 4]}, 2
+)
 
 
 @given(st.integers(0, len(CONTENT) - 1))
 def test_a_pickle_cut_off_anywhere_is_an_error_of_ours(length: int) -> None:
-    with pytest.raises(DataError, match=r"^train: must be a whole pickle; it is cut off or damaged"):
+    with pytest.raises(
+        DataError, match=r"^train: must be a whole pickle; it is cut off or damaged"
+    ):
         unpickle(CONTENT[:length], "train")
 
 
@@ -150,11 +178,16 @@ def test_a_pt_file_of_arrays_is_read(zipped: bool, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_a_pt_file_that_would_write_a_file_is_refused_and_nothing_runs(zipped: bool, tmp_path: Path) -> None:
+def test_a_pt_file_that_would_write_a_file_is_refused_and_nothing_runs(
+    zipped: bool, tmp_path: Path
+) -> None:
     path, marker = tmp_path / "human.pt", tmp_path / "written"
     for name, call in hostile(marker).items():
         torch.save({"clean_label": call}, path, _use_new_zipfile_serialization=zipped)
-        with pytest.raises(DataError, match=rf"human\.pt: must hold numpy arrays, .*; it .*{name.split('.')[-1]}.*was refused before"):
+        with pytest.raises(
+            DataError,
+            match=rf"human\.pt: must hold numpy arrays, .*; it .*{name.split('.')[-1]}.*was refused before",
+        ):
             load_pt(path)
         assert not marker.exists()
 
@@ -185,7 +218,9 @@ def contents(monkeypatch: pytest.MonkeyPatch) -> dict[str, bytes]:
     return contents
 
 
-def test_archive_folder_and_the_folder_itself_are_the_same_data(contents: dict[str, bytes], tmp_path: Path) -> None:
+def test_archive_folder_and_the_folder_itself_are_the_same_data(
+    contents: dict[str, bytes], tmp_path: Path
+) -> None:
     packed, unpacked = tmp_path / "packed", tmp_path / "unpacked"
     packed.mkdir()
     unpacked.mkdir()
@@ -196,12 +231,16 @@ def test_archive_folder_and_the_folder_itself_are_the_same_data(contents: dict[s
 
 
 @pytest.mark.parametrize("level", [0, 1, 9])
-def test_a_repacked_archive_is_as_good(level: int, contents: dict[str, bytes], tmp_path: Path) -> None:
+def test_a_repacked_archive_is_as_good(
+    level: int, contents: dict[str, bytes], tmp_path: Path
+) -> None:
     fakes.pack(tmp_path, CIFAR100, contents, level)
     assert read_archive(archives.CIFAR100, tmp_path) == contents
 
 
-def test_a_read_only_folder_is_enough_and_nothing_is_written_to_it(contents: dict[str, bytes], tmp_path: Path) -> None:
+def test_a_read_only_folder_is_enough_and_nothing_is_written_to_it(
+    contents: dict[str, bytes], tmp_path: Path
+) -> None:
     folder = tmp_path / "data"
     folder.mkdir()
     path = fakes.pack(folder, CIFAR100, contents)
@@ -218,43 +257,62 @@ def test_a_read_only_folder_is_enough_and_nothing_is_written_to_it(contents: dic
 
 @settings(max_examples=25)
 @given(share=st.floats(0, 0.999))
-def test_an_archive_cut_off_anywhere_is_an_error_of_ours(share: float, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_an_archive_cut_off_anywhere_is_an_error_of_ours(
+    share: float, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     folder = tmp_path_factory.mktemp("cut")
     small = {"train": os.urandom(40_000), "test": b"b" * 5000, "meta": b"c"}
     path = fakes.pack(folder, CIFAR100, small)
     path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
-    with pytest.raises(DataError, match=r"cifar-100-python\.tar\.gz.*(cut off or damaged|is missing|md5 must be)"):
+    with pytest.raises(
+        DataError, match=r"cifar-100-python\.tar\.gz.*(cut off or damaged|is missing|md5 must be)"
+    ):
         read_archive(CIFAR100, folder)
 
 
-def test_the_message_of_a_cut_off_archive_says_what_to_do(contents: dict[str, bytes], tmp_path: Path) -> None:
+def test_the_message_of_a_cut_off_archive_says_what_to_do(
+    contents: dict[str, bytes], tmp_path: Path
+) -> None:
     path = fakes.pack(tmp_path, CIFAR100, contents)
     path.write_bytes(path.read_bytes()[:-3000])
     with pytest.raises(DataError) as error:
         read_archive(archives.CIFAR100, tmp_path)
-    assert str(error.value).startswith(f"{path}: must be a whole .tar.gz archive; it is cut off or damaged (")
+    assert str(error.value).startswith(
+        f"{path}: must be a whole .tar.gz archive; it is cut off or damaged ("
+    )
     assert CIFAR100.source.url in str(error.value)
 
 
-def test_a_changed_file_inside_is_named_with_both_checksums(contents: dict[str, bytes], tmp_path: Path) -> None:
+def test_a_changed_file_inside_is_named_with_both_checksums(
+    contents: dict[str, bytes], tmp_path: Path
+) -> None:
     changed = contents | {"test": contents["test"] + b" "}
     fakes.pack(tmp_path, CIFAR100, changed)
     want, got = fakes.md5(contents["test"]), fakes.md5(changed["test"])
-    with pytest.raises(DataError, match=rf"tar\.gz: test: its md5 must be {want}; got {got}\. .*get it again from https://"):
+    with pytest.raises(
+        DataError,
+        match=rf"tar\.gz: test: its md5 must be {want}; got {got}\. .*get it again from https://",
+    ):
         read_archive(archives.CIFAR100, tmp_path)
 
 
 def test_a_changed_pickle_is_not_even_opened(contents: dict[str, bytes], tmp_path: Path) -> None:
     marker = tmp_path / "written"
-    root = fakes.unpack(tmp_path, CIFAR100, contents | {"meta": pickle.dumps(hostile(marker)["posix.system"])})
+    root = fakes.unpack(
+        tmp_path, CIFAR100, contents | {"meta": pickle.dumps(hostile(marker)["posix.system"])}
+    )
     with pytest.raises(DataError, match="cifar-100-python: meta: its md5 must be"):
         read_archive(archives.CIFAR100, root)
     assert not marker.exists()
 
 
 def test_a_file_missing_in_the_archive_is_named(contents: dict[str, bytes], tmp_path: Path) -> None:
-    fakes.pack(tmp_path, CIFAR100, {name: content for name, content in contents.items() if name != "meta"})
-    with pytest.raises(DataError, match=r"must hold cifar-100-python/train, test, meta; meta is missing"):
+    fakes.pack(
+        tmp_path, CIFAR100, {name: content for name, content in contents.items() if name != "meta"}
+    )
+    with pytest.raises(
+        DataError, match=r"must hold cifar-100-python/train, test, meta; meta is missing"
+    ):
         read_archive(archives.CIFAR100, tmp_path)
 
 
@@ -264,7 +322,9 @@ def test_a_file_missing_in_the_folder_is_named(contents: dict[str, bytes], tmp_p
         read_archive(archives.CIFAR100, tmp_path)
 
 
-def test_an_incomplete_folder_beside_a_whole_archive_does_no_harm(contents: dict[str, bytes], tmp_path: Path) -> None:
+def test_an_incomplete_folder_beside_a_whole_archive_does_no_harm(
+    contents: dict[str, bytes], tmp_path: Path
+) -> None:
     (fakes.unpack(tmp_path, CIFAR100, contents) / "test").unlink()
     fakes.pack(tmp_path, CIFAR100, contents)
     assert read_archive(archives.CIFAR100, tmp_path) == contents
@@ -282,11 +342,15 @@ def test_an_empty_folder_says_what_to_put_there(tmp_path: Path) -> None:
 
 def test_a_folder_that_is_none(tmp_path: Path) -> None:
     with pytest.raises(
-        DataError, match="^data folder .*: must be a folder; it does not exist. Give the folder that holds the data, or leave out --data"
+        DataError,
+        match="^data folder .*: must be a folder; it does not exist. Give the folder that holds the data, or leave out --data",
     ):
         read_archive(CIFAR100, tmp_path / "absent")
     (tmp_path / "file").touch()
-    with pytest.raises(DataError, match="^data folder .*: must be a folder; it is a file. Give the folder it lies in, or leave out --data"):
+    with pytest.raises(
+        DataError,
+        match="^data folder .*: must be a folder; it is a file. Give the folder it lies in, or leave out --data",
+    ):
         locate(archives.HUMAN, tmp_path / "file")
 
 
@@ -306,7 +370,9 @@ def test_an_idx_file_is_read_as_it_was_written_and_a_cut_one_refused(tmp_path: P
     with pytest.raises(DataError, match=r"images\.gz: its md5 must be f{32}; got "):
         read_idx(source, "f" * 32, tmp_path)
     path.write_bytes(path.read_bytes()[:-9])
-    with pytest.raises(DataError, match=r"must be a whole \.gz file; it is cut off or damaged .* into .*--data DIR"):
+    with pytest.raises(
+        DataError, match=r"must be a whole \.gz file; it is cut off or damaged .* into .*--data DIR"
+    ):
         read_idx(source, "f" * 32, tmp_path)
 
 
@@ -354,7 +420,9 @@ def test_a_part_as_long_as_the_file_is_dropped(length: int, own_cache: Path) -> 
     assert server.asked == [f"bytes={length}-", ""]
 
 
-def test_a_part_of_another_file_fails_by_its_checksum_and_then_the_download_starts_anew(own_cache: Path) -> None:
+def test_a_part_of_another_file_fails_by_its_checksum_and_then_the_download_starts_anew(
+    own_cache: Path,
+) -> None:
     own_cache.mkdir()
     (own_cache / "file.bin.part").write_bytes(b"x" * 1000)
     with fakes.Server(BODY) as server:
@@ -386,7 +454,9 @@ def test_ranks_that_want_the_same_file_at_once_fetch_it_once() -> None:
     assert len(server.asked) == 1
 
 
-def test_offline_the_error_says_the_url_the_checksum_and_where_to_put_the_file(own_cache: Path) -> None:
+def test_offline_the_error_says_the_url_the_checksum_and_where_to_put_the_file(
+    own_cache: Path,
+) -> None:
     with fakes.Server(BODY) as server:
         source = server.source()
     with pytest.raises(DataError) as error:
@@ -396,17 +466,25 @@ def test_offline_the_error_says_the_url_the_checksum_and_where_to_put_the_file(o
     )
 
 
-def test_an_archive_without_a_folder_is_downloaded_into_the_cache(monkeypatch: pytest.MonkeyPatch, own_cache: Path, tmp_path: Path) -> None:
+def test_an_archive_without_a_folder_is_downloaded_into_the_cache(
+    monkeypatch: pytest.MonkeyPatch, own_cache: Path, tmp_path: Path
+) -> None:
     contents = fakes.cifar100()
     body = fakes.pack(tmp_path, CIFAR100, contents).read_bytes()
     with fakes.Server(body, cuts=(len(body) // 2,)) as server:
-        archive = archives.Archive(server.source(CIFAR100.source.file), CIFAR100.folder, {k: fakes.md5(v) for k, v in contents.items()})
+        archive = archives.Archive(
+            server.source(CIFAR100.source.file),
+            CIFAR100.folder,
+            {k: fakes.md5(v) for k, v in contents.items()},
+        )
         assert read_archive(archive, None) == contents
     assert read_archive(archive, None) == contents
     assert read_archive(archive, own_cache) == contents
 
 
-def test_the_cache_is_the_users_unless_the_environment_says_otherwise(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_cache_is_the_users_unless_the_environment_says_otherwise(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("GAF_DATA", str(tmp_path))
     assert archives.cache() == tmp_path
     monkeypatch.delenv("GAF_DATA")

@@ -25,10 +25,14 @@ SMALL = TrainConfig(dataset="digits", k=4, b=8, passes=3.0, eval_every=1.0, tau=
 
 def outcome(distances: list[float], tau: float = 0.9) -> gaf.Outcome:
     accepted = [d <= tau for d in distances]
-    return gaf.Outcome(any(accepted), accepted, distances, [0.0] * len(distances), [1.0] * len(distances), 1.0, tau)
+    return gaf.Outcome(
+        any(accepted), accepted, distances, [0.0] * len(distances), [1.0] * len(distances), 1.0, tau
+    )
 
 
-def written_out(steps: list[tuple[list[torch.Tensor], list[float]]], n: int, of: Callable[[float], float]) -> list[float]:
+def written_out(
+    steps: list[tuple[list[torch.Tensor], list[float]]], n: int, of: Callable[[float], float]
+) -> list[float]:
     """Each sample's mean excess over the last 100 steps, one appearance at a time; of: what is said of a compared row's distance."""
     excess: list[list[float]] = [[] for _ in range(n)]
     rows = [[of(d) for d in sorted(d for d in distances if d == d)[1:]] for _, distances in steps]
@@ -47,10 +51,13 @@ def test_a_score_is_the_mean_excess_over_the_last_hundred_steps_of_the_micro_bat
         distances = (0.6 + 0.7 * torch.rand(4, generator=draw)).tolist()
         distances[0] = 0.0 if t % 3 else math.nan
         distances[1] = distances[1] if t % 3 else 0.0
-        steps.append((list(torch.randint(8, (4, 3), generator=draw)), distances))  # no micro-batch holds sample 8
+        # no micro-batch holds sample 8
+        steps.append((list(torch.randint(8, (4, 3), generator=draw)), distances))
         tally.add(steps[-1][0], outcome(distances))
     assert tally.score().tolist() == pytest.approx(written_out(steps, 9, lambda d: d))
-    assert tally.rejection().tolist() == pytest.approx(written_out(steps, 9, lambda d: float(d > 0.9)))
+    assert tally.rejection().tolist() == pytest.approx(
+        written_out(steps, 9, lambda d: float(d > 0.9))
+    )
     assert tally.appearances[8] == tally.score()[8] == 0
 
 
@@ -58,7 +65,8 @@ def test_of_two_micro_batches_both_are_as_far_from_each_other():
     tally = Tally(4)
     tally.add([torch.tensor([0]), torch.tensor([1])], outcome([0.0, 0.4]))
     tally.add([torch.tensor([2]), torch.tensor([3])], outcome([0.0, 1.2]))
-    assert tally.score().tolist() == pytest.approx([0, 0, 0.4, 0.4])  # 1.2 less the mean of both steps
+    # 1.2 less the mean of both steps
+    assert tally.score().tolist() == pytest.approx([0, 0, 0.4, 0.4])
     assert tally.rejection().tolist() == pytest.approx([0, 0, 0.5, 0.5])
 
 
@@ -74,7 +82,9 @@ def test_a_step_in_which_nothing_was_compared_says_nothing():
     tally = Tally(4)
     tally.add([torch.tensor([0]), torch.tensor([1])], outcome([0.0, math.nan]))
     tally.add([torch.tensor([0]), torch.tensor([1])], outcome([math.nan, math.nan]))
-    assert tally.appearances.sum() == tally.score().abs().sum() == tally.rejection().abs().sum() == 0
+    assert (
+        tally.appearances.sum() == tally.score().abs().sum() == tally.rejection().abs().sum() == 0
+    )
 
 
 def test_samples_whose_micro_batches_point_elsewhere_come_out_on_top():
@@ -137,8 +147,12 @@ def test_the_command_writes_a_ranked_list_a_figure_and_lines(tmp_path, capsys):
 
 
 def test_the_difference_is_paired_by_seed():
-    lines = [{"auroc": {"score": s, "loss_averaging": u}} for s, u in ((0.5, 0.9), (0.6, 1.0), (0.4, 0.8))]
-    assert audit.gap(lines) == "-0.400 (-0.400 to -0.400)"  # the spread between seeds is common to both
+    lines = [
+        {"auroc": {"score": s, "loss_averaging": u}}
+        for s, u in ((0.5, 0.9), (0.6, 1.0), (0.4, 0.8))
+    ]
+    # the spread between seeds is common to both
+    assert audit.gap(lines) == "-0.400 (-0.400 to -0.400)"
     assert audit.gap(lines[:1]) == "-0.400"
 
 
@@ -167,7 +181,9 @@ def test_without_known_flips_the_ranking_is_written_and_called_unproven(tmp_path
 
 @pytest.mark.parametrize("change", [{"policy": "mean"}, {"scope": "layer"}, {"start": "best"}])
 def test_what_has_no_distances_to_a_running_sum_is_refused(change):
-    with pytest.raises(ConfigError, match="policy must be 'gaf' with scope 'all' and start 'first' for an audit"):
+    with pytest.raises(
+        ConfigError, match="policy must be 'gaf' with scope 'all' and start 'first' for an audit"
+    ):
         audit.audit(dataclasses.replace(SMALL, **change), None, lambda *at: None)
 
 
@@ -180,14 +196,28 @@ def test_one_micro_gradient_is_refused():
 
 
 def table() -> str:
-    lines = [json.loads(line) for line in (ROOT / "results" / "audit.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line) for line in (ROOT / "results" / "audit.jsonl").read_text().splitlines()
+    ]
     lines = [line for line in lines if line["kind"] == "audit"]
-    rows = ["| data, label noise | b | n | " + " | ".join([*audit.WAYS.values(), "distance - loss of averaging"]) + " |"]
+    rows = [
+        "| data, label noise | b | n | "
+        + " | ".join([*audit.WAYS.values(), "distance - loss of averaging"])
+        + " |"
+    ]
     rows.append("|---" * (4 + len(audit.WAYS)) + "|")
-    for dataset, rate, b in dict.fromkeys((line["dataset"], line["noise_rate"], line["b"]) for line in lines):
-        group = [line for line in lines if (line["dataset"], line["noise_rate"], line["b"]) == (dataset, rate, b)]
+    for dataset, rate, b in dict.fromkeys(
+        (line["dataset"], line["noise_rate"], line["b"]) for line in lines
+    ):
+        group = [
+            line
+            for line in lines
+            if (line["dataset"], line["noise_rate"], line["b"]) == (dataset, rate, b)
+        ]
         cells = [*(spelled(group, "auroc", way) for way in audit.WAYS), audit.gap(group)]
-        rows.append(f"| {dataset}, {100 * rate:.0f}% | {b} | {len(group)} | " + " | ".join(cells) + " |")
+        rows.append(
+            f"| {dataset}, {100 * rate:.0f}% | {b} | {len(group)} | " + " | ".join(cells) + " |"
+        )
     return "\n".join(rows)
 
 

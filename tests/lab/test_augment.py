@@ -15,7 +15,9 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def pictures(b: int, channels: int, height: int, width: int, dtype: torch.dtype = torch.uint8) -> Tensor:
+def pictures(
+    b: int, channels: int, height: int, width: int, dtype: torch.dtype = torch.uint8
+) -> Tensor:
     """No pixel is black, so that what comes in from outside can be told apart."""
     return torch.randint(1, 256, (b, channels, height, width), generator=generator(1)).to(dtype)
 
@@ -33,7 +35,9 @@ def crops(picture: Tensor, padding: int) -> Tensor:
     st.integers(1, 4), st.integers(1, 3), st.integers(1, 6), st.integers(1, 6), st.integers(0, 3),
     st.sampled_from([torch.uint8, torch.float32]), st.integers(0, 2**40),
 )  # fmt: skip
-def test_each_picture_is_one_of_its_crops(b: int, c: int, h: int, w: int, padding: int, dtype: torch.dtype, seed: int) -> None:
+def test_each_picture_is_one_of_its_crops(
+    b: int, c: int, h: int, w: int, padding: int, dtype: torch.dtype, seed: int
+) -> None:
     x = pictures(b, c, h, w, dtype)
     out = crop_and_flip(x, generator(seed), padding)
     assert (out.shape, out.dtype) == (x.shape, x.dtype)
@@ -72,10 +76,13 @@ def test_the_device_does_not_matter() -> None:
 def test_normalise_is_the_formula(moments: list[tuple[float, float]]) -> None:
     mean, std = zip(*moments, strict=True)
     x = pictures(3, len(mean), 4, 4)
-    direct = (x.double() / 255 - torch.tensor(mean).double().view(-1, 1, 1)) / torch.tensor(std).double().view(-1, 1, 1)
+    direct = (x.double() / 255 - torch.tensor(mean).double().view(-1, 1, 1)) / torch.tensor(
+        std
+    ).double().view(-1, 1, 1)
     out = normalise(x, mean, std)
     assert out.dtype == torch.float32
-    assert torch.allclose(out.double(), direct, atol=2e-5)  # values to 20, float32's 24 bits in mean, std and result
+    # values to 20, float32's 24 bits in mean, std and result
+    assert torch.allclose(out.double(), direct, atol=2e-5)
 
 
 def test_normalise_leaves_floats_alone_too() -> None:
@@ -87,7 +94,8 @@ def test_normalise_leaves_floats_alone_too() -> None:
 
 def test_moments_of_another_number_of_channels() -> None:
     with pytest.raises(
-        ValueError, match=r"^normalise: mean and std must have one number per channel, 3; got 1 and 1\. Use those of the data set"
+        ValueError,
+        match=r"^normalise: mean and std must have one number per channel, 3; got 1 and 1\. Use those of the data set",
     ):
         normalise(pictures(1, 3, 4, 4), (0.5,), (0.5,))
 

@@ -39,9 +39,12 @@ def test_what_a_rank_sends_by_hand():
 
 @pytest.mark.parametrize("k", [2, 3, 8, 1000])
 def test_all_to_all_in_and_all_gather_out_are_one_all_reduce(k):
-    way_out = (bench_bytes.all_gather(7e6 / k, k), k * bench_bytes.broadcast(7e6 / k, k))  # in slices, either way
+    # in slices, either way
+    way_out = (bench_bytes.all_gather(7e6 / k, k), k * bench_bytes.broadcast(7e6 / k, k))
     for out in way_out:
-        assert bench_bytes.all_to_all(7e6, k) + out == pytest.approx(bench_bytes.ring_all_reduce(7e6, k), rel=1e-12)
+        assert bench_bytes.all_to_all(7e6, k) + out == pytest.approx(
+            bench_bytes.ring_all_reduce(7e6, k), rel=1e-12
+        )
 
 
 @pytest.fixture
@@ -61,7 +64,12 @@ def test_calls_are_counted_and_still_do_their_work():
         dist.all_to_all_single(torch.empty(10), t)
         dist.all_gather([torch.empty(10)], t)
         gaf.exchange._all_gather(whole, torch.ones(10, dtype=torch.float64))
-    assert sent == {"all_reduce": 60, "broadcast": 30, "all_to_all_single": 30, "all_gather": 120 + 240}
+    assert sent == {
+        "all_reduce": 60,
+        "broadcast": 30,
+        "all_to_all_single": 30,
+        "all_gather": 120 + 240,
+    }
     assert whole.tolist() == [1] * 10
     assert dist.broadcast is before
 
@@ -78,15 +86,36 @@ def test_the_naive_way_averages_what_it_accepts():
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     out = tmp_path_factory.mktemp("bench") / "new" / "ddp.jsonl"
-    words = ["-m", "gaf_lab", "bench", "ddp", "--model", "mlp", "--b", "4", "--k", "2", "--rounds", "2", "--out", str(out)]
-    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=120, check=False)
+    words = [
+        "-m",
+        "gaf_lab",
+        "bench",
+        "ddp",
+        "--model",
+        "mlp",
+        "--b",
+        "4",
+        "--k",
+        "2",
+        "--rounds",
+        "2",
+        "--out",
+        str(out),
+    ]
+    done = subprocess.run(
+        [sys.executable, *words], capture_output=True, text=True, timeout=120, check=False
+    )
     assert done.returncode == 0, done.stderr
     return out, done.stdout
 
 
 def test_a_run_writes_a_whole_line_per_way(measured):
     conditions, *lines = map(json.loads, measured[0].read_text().splitlines())
-    assert conditions["parameters"] == lines[0]["gradient_bytes"] / 4 == 3072 * 512 + 512 + 512 * 512 + 512 + 512 * 100 + 100
+    assert (
+        conditions["parameters"]
+        == lines[0]["gradient_bytes"] / 4
+        == 3072 * 512 + 512 + 512 * 512 + 512 + 512 * 100 + 100
+    )
     assert conditions["rounds"] == 2
     assert [line["way"] for line in lines] == list(WAYS)
     for line in lines:
@@ -105,7 +134,8 @@ def test_gaf_sends_what_an_all_reduce_sends_and_the_scalars(measured):
     assert scalars == 6 * 8  # K, the scaler's factor, and a flag
     assert plain["sent_bytes"] == bench_bytes.ring_all_reduce(size, 2)
     assert ours["sent_bytes"] <= 1.01 * plain["sent_bytes"] + scalars
-    assert ours["sent_bytes"] == pytest.approx(predict.gaf_bytes(2, size), abs=8)  # a piece of leftovers is filled up to a whole slice
+    # a piece of leftovers is filled up to a whole slice
+    assert ours["sent_bytes"] == pytest.approx(predict.gaf_bytes(2, size), abs=8)
     assert naive["sent_bytes"] == size
 
 
@@ -122,7 +152,9 @@ def test_a_file_without_points_is_refused(tmp_path, capsys):
     path = tmp_path / "other.jsonl"
     path.write_text('{"kind": "conditions"}\n')
     assert cli.main(["bench", "ddp", "--against", str(path)]) == 2
-    assert "must hold lines of gaf bench ddp; it has none" in " ".join(capsys.readouterr().err.split())
+    assert "must hold lines of gaf bench ddp; it has none" in " ".join(
+        capsys.readouterr().err.split()
+    )
 
 
 @pytest.mark.parametrize(
@@ -188,7 +220,12 @@ def test_micro_groups_leave_at_most_32_rows():
 def test_the_bandwidth_is_what_makes_plain_all_reduces_come_out_right():
     network = predict.Network(1e-4, 5e8, 1e10)
     points = [
-        {"way": way, "k": k, "gradient_bytes": 1e8, "alone_ms_median": 1000 * predict.plain_seconds(k, 1e8, network)}
+        {
+            "way": way,
+            "k": k,
+            "gradient_bytes": 1e8,
+            "alone_ms_median": 1000 * predict.plain_seconds(k, 1e8, network),
+        }
         for k in (2, 4, 8)
         for way in (PLAIN, GAF)
     ]
@@ -208,7 +245,12 @@ def test_predict_prints_every_k_in_80_columns(capsys, monkeypatch):
 
 def test_without_its_tools_the_slow_network_says_why():
     done = subprocess.run(
-        [sys.executable, str(SLOW_NETWORK)], env=os.environ | {"PATH": "/nowhere"}, capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, str(SLOW_NETWORK)],
+        env=os.environ | {"PATH": "/nowhere"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
     )
     assert done.returncode == 77
     assert len(done.stderr.splitlines()) == 1
@@ -231,13 +273,22 @@ def test_a_network_that_cannot_be_made_is_removed_and_says_why(monkeypatch):
     def refuse(command, **kw):
         called.append(command)
         code = 2 if "tbf" in command else 0
-        return subprocess.CompletedProcess(command, code, "", "Error: Specified qdisc kind is unknown.\n")
+        return subprocess.CompletedProcess(
+            command, code, "", "Error: Specified qdisc kind is unknown.\n"
+        )
 
     monkeypatch.setattr(slow.subprocess, "run", refuse)
-    with pytest.raises(slow.NotHere, match="must allow `.*tbf.*`; it says: Error: Specified qdisc kind is unknown"), slow.network(2, 100):
+    with (
+        pytest.raises(
+            slow.NotHere,
+            match="must allow `.*tbf.*`; it says: Error: Specified qdisc kind is unknown",
+        ),
+        slow.network(2, 100),
+    ):
         pass
     removed = [" ".join(command[1:3]) for command in called[-5:]]
-    assert removed == ["link del", "netns del", "link del", "netns del", "link del"]  # each host's cable and namespace; the bridge
+    # each host's cable and namespace; the bridge
+    assert removed == ["link del", "netns del", "link del", "netns del", "link del"]
 
 
 def test_a_users_other_system_or_name_is_told(monkeypatch):

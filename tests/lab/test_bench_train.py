@@ -25,14 +25,39 @@ import gaf
 from gaf_lab import bench_cpu, bench_train, cli
 from gaf_lab.augment import normalise
 from gaf_lab.bench_cpu import Measured, Setting
-from gaf_lab.bench_train import ALL, ARMS, AVERAGING, BOOKS, DATA, PASSES, PLAIN, REST, SAVING, Arm, Options, Part, PlainLoop, Took
+from gaf_lab.bench_train import (
+    ALL,
+    ARMS,
+    AVERAGING,
+    BOOKS,
+    DATA,
+    PASSES,
+    PLAIN,
+    REST,
+    SAVING,
+    Arm,
+    Options,
+    Part,
+    PlainLoop,
+    Took,
+)
 from gaf_lab.config import TrainConfig
 from gaf_lab.problem import build
 from gaf_lab.train import Training, make_optimizer
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
-SMALL = TrainConfig(dataset="digits", k=2, b=20, augment=True, passes=2.0, eval_every=2.0, nesterov=True, weight_decay=0.01, tau=2.0)
+SMALL = TrainConfig(
+    dataset="digits",
+    k=2,
+    b=20,
+    augment=True,
+    passes=2.0,
+    eval_every=2.0,
+    nesterov=True,
+    weight_decay=0.01,
+    tau=2.0,
+)
 
 
 # ---------------------------------------------------------------------------------------------- tables of the page
@@ -44,29 +69,51 @@ def lines_of(name: str, kind: str) -> list[dict[str, Any]]:
 
 
 def between(line: dict[str, Any], name: str, form: str = ".2f", scale: float = 1.0) -> str:
-    median, low, high = (format(scale * line[f"{name}_{at}"], form) for at in ("median", "p10", "p90"))
+    median, low, high = (
+        format(scale * line[f"{name}_{at}"], form) for at in ("median", "p10", "p90")
+    )
     return f"{median} ({low} to {high})"
 
 
 def conditions() -> str:
     found = lines_of("train.jsonl", "conditions")[0]
-    pictures = {"cifar100": "CIFAR-100", "noise": "White noise of CIFAR-100's shape"}[found["dataset"]]
+    pictures = {"cifar100": "CIFAR-100", "noise": "White noise of CIFAR-100's shape"}[
+        found["dataset"]
+    ]
     sizes = f"{pictures}; {found['model']}, stem {found['stem']}, k = {found['k']}, b = {found['b']}, sampler {found['sampler']}"
     machine = f"{found['machine']['threads']} of {found['machine']['cores']} cores, load {found['load']:.0f}"
     return f"{sizes}; {machine}; {found['rounds']} rounds."
 
 
 def train_table() -> str:
-    head = ["arm", "CPU ms", "over averaging (10% to 90%)", "the same in CPU time", "steps/s over the plain loop's (10% to 90%)", "taken"]
+    head = [
+        "arm",
+        "CPU ms",
+        "over averaging (10% to 90%)",
+        "the same in CPU time",
+        "steps/s over the plain loop's (10% to 90%)",
+        "taken",
+    ]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for line in lines_of("train.jsonl", "bench-train"):
-        ratios = " | ".join([between(line, "ratio", ".3f"), between(line, "cpu_ratio", ".3f"), between(line, "times_plain")])
-        lines.append(f"| {line['arm']} | {line['cpu_ms_median']:.0f} | {ratios} | {100 * line['stepped']:.0f}% |")
+        ratios = " | ".join(
+            [
+                between(line, "ratio", ".3f"),
+                between(line, "cpu_ratio", ".3f"),
+                between(line, "times_plain"),
+            ]
+        )
+        lines.append(
+            f"| {line['arm']} | {line['cpu_ms_median']:.0f} | {ratios} | {100 * line['stepped']:.0f}% |"
+        )
     return "\n".join(lines)
 
 
 def part_table() -> str:
-    lines = ["| part | CPU ms a step | share, % (10% to 90%) | share in CPU time, % |", "|---|---|---|---|"]
+    lines = [
+        "| part | CPU ms a step | share, % (10% to 90%) | share in CPU time, % |",
+        "|---|---|---|---|",
+    ]
     for line in lines_of("train.jsonl", "bench-train-part"):
         shares = [between(line, name, scale=100) for name in ("share", "cpu_share")]
         lines.append(f"| {line['part']} | {line['cpu_ms_median']:.2f} | {' | '.join(shares)} |")
@@ -74,12 +121,24 @@ def part_table() -> str:
 
 
 def cpu_table() -> str:
-    head = ["model", "runs x threads", "channels-last", "compiled", "steps per second", "ratio (10% to 90%)", "start, s"]
+    head = [
+        "model",
+        "runs x threads",
+        "channels-last",
+        "compiled",
+        "steps per second",
+        "ratio (10% to 90%)",
+        "start, s",
+    ]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for line in lines_of("cpu.jsonl", "bench-cpu"):
         way = f"{line['processes']} x {line['threads']}" + (", spinning" if line["spin"] else "")
         layout = ["yes" if line[name] else "no" for name in ("channels_last", "compile")]
-        found = [f"{line['steps_per_second']:.2f}", between(line, "ratio"), f"{line['start_seconds']:.0f}"]
+        found = [
+            f"{line['steps_per_second']:.2f}",
+            between(line, "ratio"),
+            f"{line['start_seconds']:.0f}",
+        ]
         lines.append(f"| {' | '.join([line['model'], way, *layout, *found])} |")
     return "\n".join(lines)
 
@@ -87,7 +146,10 @@ def cpu_table() -> str:
 def choices() -> str:
     lines = lines_of("cpu.jsonl", "bench-cpu")
     models = list(dict.fromkeys(line["model"] for line in lines))
-    return "\n".join(f"- {model}: {bench_cpu.told([line for line in lines if line['model'] == model])}" for model in models)
+    return "\n".join(
+        f"- {model}: {bench_cpu.told([line for line in lines if line['model'] == model])}"
+        for model in models
+    )
 
 
 @pytest.mark.parametrize("part", [conditions, train_table, part_table, cpu_table, choices])
@@ -120,11 +182,16 @@ def test_timed_steps_are_those_of_a_run(engine, tmp_path):
 
 
 def test_the_plain_loop_transforms_like_a_shift_and_a_mirror_of_the_padded_picture():
-    x = torch.randint(256, (2, 3, 9, 7), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    x = torch.randint(
+        256, (2, 3, 9, 7), generator=torch.Generator().manual_seed(0), dtype=torch.uint8
+    )
     mean, std = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
     data = bench_train.OnePicture(x, torch.tensor([4, 6]), mean, std)
     padded = nn.functional.pad(x, (4,) * 4)
-    cuts = [padded[1:, :, top : top + 9, left : left + 7] for top, left in itertools.product(range(9), repeat=2)]
+    cuts = [
+        padded[1:, :, top : top + 9, left : left + 7]
+        for top, left in itertools.product(range(9), repeat=2)
+    ]
     possible = normalise(torch.cat([*cuts, *(c.flip(3) for c in cuts)]), mean, std)
     torch.manual_seed(0)
     seen = set()
@@ -147,7 +214,9 @@ def test_the_plain_loop_takes_the_steps_that_gaf_takes_on_the_same_micro_batches
     ours = iter([part.tolist() for part in parts])
     loop.draw = lambda: next(ours)  # type: ignore[method-assign]
     model = bench_train.fresh_model(SMALL, problem, CPU)
-    accumulator = gaf.Accumulator(make_optimizer(SMALL, SMALL.lr, list(model.parameters())), gaf.GAF(2.0))
+    accumulator = gaf.Accumulator(
+        make_optimizer(SMALL, SMALL.lr, list(model.parameters())), gaf.GAF(2.0)
+    )
     for pair in zip(parts[::2], parts[1::2], strict=True):
         loop.step()
         for part in pair:
@@ -177,12 +246,23 @@ def took(*walls: float) -> list[Took]:
 
 
 def test_lines_by_hand():
-    arm = Arm("GAF", took(10, 20, 30), averaging=took(10, 10, 10), plain=took(100, 100, 60), stepped=0.5).line()
-    assert (arm["ms_median"], arm["cpu_ms_median"], arm["steps_per_second"], arm["rounds"]) == (20, 10, 50, 3)
+    arm = Arm(
+        "GAF", took(10, 20, 30), averaging=took(10, 10, 10), plain=took(100, 100, 60), stepped=0.5
+    ).line()
+    assert (arm["ms_median"], arm["cpu_ms_median"], arm["steps_per_second"], arm["rounds"]) == (
+        20,
+        10,
+        50,
+        3,
+    )
     assert (arm["ratio_median"], arm["cpu_ratio_median"], arm["times_plain_median"]) == (2, 2, 5)
-    assert (arm["ratio_p10"], arm["times_plain_p10"], arm["times_plain_p90"]) == pytest.approx((1.2, 2.6, 9.0))
+    assert (arm["ratio_p10"], arm["times_plain_p10"], arm["times_plain_p90"]) == pytest.approx(
+        (1.2, 2.6, 9.0)
+    )
     part = Part("data", [Took(1, 1), Took(2, 1), Took(3, 1)], whole=took(10, 10, 10)).line()
-    assert (part["ms_median"], part["share_median"], part["share_p90"]) == pytest.approx((2, 0.2, 0.28))
+    assert (part["ms_median"], part["share_median"], part["share_p90"]) == pytest.approx(
+        (2, 0.2, 0.28)
+    )
     assert part["cpu_share_median"] == pytest.approx(0.2)
 
 
@@ -190,22 +270,45 @@ def test_time_of_the_cpu_is_that_of_all_children_too():
     def work(count: int) -> None:
         subprocess.run([sys.executable, "-c", "sum(range(10**7))"], check=True)
 
-    alone, idle = (bench_train.in_turn({"": w}, 1, 1, CPU)[""][0] for w in (work, lambda count: time.sleep(0.1)))
+    alone, idle = (
+        bench_train.in_turn({"": w}, 1, 1, CPU)[""][0]
+        for w in (work, lambda count: time.sleep(0.1))
+    )
     assert idle.wall > 100 > idle.cpu
     assert alone.cpu > 20  # ten million additions
 
 
 @pytest.fixture(params=["plain", "device"])
-def benched(request: pytest.FixtureRequest, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> tuple[list[dict[str, Any]], str]:
+def benched(
+    request: pytest.FixtureRequest, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> tuple[list[dict[str, Any]], str]:
     out = tmp_path / "new" / "train.jsonl"
-    words = ["bench", "train", "--model", "mlp", "--sampler", "iid", "--b", "10", "--rounds", "2", "--device", "cpu"]
+    words = [
+        "bench",
+        "train",
+        "--model",
+        "mlp",
+        "--sampler",
+        "iid",
+        "--b",
+        "10",
+        "--rounds",
+        "2",
+        "--device",
+        "cpu",
+    ]
     assert cli.main([*words, "--engine", request.param, "--out", str(out)]) == 0
     return [json.loads(line) for line in out.read_text().splitlines()], capsys.readouterr().out
 
 
 def test_a_run_writes_a_line_per_arm_and_part(benched):
     (conditions, *lines), shown = benched
-    assert (conditions["dataset"], conditions["sampler"], conditions["k"], conditions["b"]) == ("noise", "iid", 2, 10)
+    assert (conditions["dataset"], conditions["sampler"], conditions["k"], conditions["b"]) == (
+        "noise",
+        "iid",
+        2,
+        10,
+    )
     arms = {line["arm"]: line for line in lines if line["kind"] == "bench-train"}
     parts = {line["part"]: line for line in lines if line["kind"] == "bench-train-part"}
     assert list(arms) == [*ARMS, PLAIN]
@@ -214,14 +317,20 @@ def test_a_run_writes_a_line_per_arm_and_part(benched):
     assert arms[AVERAGING]["stepped"] == arms[ALL]["stepped"] == 1
     for unit in ("ms_median", "cpu_ms_median"):
         inside = sum(parts[name][unit] for name in (DATA, BOOKS, PASSES, REST))
-        assert inside == pytest.approx(arms[ALL][unit])  # of two rounds the median is the mean, which adds up
+        # of two rounds the median is the mean, which adds up
+        assert inside == pytest.approx(arms[ALL][unit])
     assert "white noise" in shown
     assert all(name in shown for name in (*arms, *parts))
 
 
 def test_conditions_are_the_papers_but_for_what_is_given():
     config = Options(data_folder=Path("data"), rounds=3).config()
-    assert (config.dataset, config.model, config.stem, config.augment) == ("cifar100", "resnet18", "imagenet", True)
+    assert (config.dataset, config.model, config.stem, config.augment) == (
+        "cifar100",
+        "resnet18",
+        "imagenet",
+        True,
+    )
     assert (config.k, config.b, config.tau) == (2, 100, 0.97)
 
 
@@ -244,10 +353,23 @@ def test_what_cannot_be_measured_is_said(words, message, capsys):
 
 
 def test_settings_by_hand():
-    assert [(s.processes, s.threads) for s in bench_cpu.settings(6)[:-1:4]] == [(1, 1), (1, 2), (1, 4), (1, 6), (6, 1)]
+    assert [(s.processes, s.threads) for s in bench_cpu.settings(6)[:-1:4]] == [
+        (1, 1),
+        (1, 2),
+        (1, 4),
+        (1, 6),
+        (6, 1),
+    ]
     assert bench_cpu.settings(6)[-1] == Setting(1, 6, False, False, spin=True)
-    assert [(s.channels_last, s.compile) for s in bench_cpu.settings(1)] == [(False, False), (True, False), (False, True), (True, True)]
-    assert [s for s in bench_cpu.settings(6) if not s.compile] == bench_cpu.settings(6, compile=False)
+    assert [(s.channels_last, s.compile) for s in bench_cpu.settings(1)] == [
+        (False, False),
+        (True, False),
+        (False, True),
+        (True, True),
+    ]
+    assert [s for s in bench_cpu.settings(6) if not s.compile] == bench_cpu.settings(
+        6, compile=False
+    )
     assert bench_cpu.BASE in bench_cpu.settings(6)
 
 
@@ -270,7 +392,9 @@ class Simulated:
         self.closed = False
 
     def steps(self, setting: Setting, steps: int) -> float | str:
-        seconds = 0.5 if setting.spin else (0.05 if setting.channels_last else 0.1) / setting.threads**0.5
+        seconds = (
+            0.5 if setting.spin else (0.05 if setting.channels_last else 0.1) / setting.threads**0.5
+        )
         return "no g++" if setting.compile else steps * seconds
 
     def close(self) -> None:
@@ -297,7 +421,10 @@ def test_speeds_are_those_of_all_processes_and_ratios_are_to_one_thread(simulate
 
 def test_the_choice_is_the_fastest_and_what_failed_is_said(simulated):
     said = bench_cpu.advice(simulated, "mlp")
-    assert said == "4 threads, channels-last: 40 steps/s; compiling failed; 4 runs at once, one thread each: 2.00 times the steps of one"
+    assert (
+        said
+        == "4 threads, channels-last: 40 steps/s; compiling failed; 4 runs at once, one thread each: 2.00 times the steps of one"
+    )
     rows = [bench_cpu.cells(m.line()) for m in simulated]
     assert sum("failed: no g++" in row for row in rows) == 8
     console = Console(width=100)
@@ -306,20 +433,33 @@ def test_the_choice_is_the_fastest_and_what_failed_is_said(simulated):
     assert "channels-last" in captured.get()
 
 
-def row(last: bool, compiled: bool, speed: float, ratio: Sequence[float], start: float = 1.0) -> dict[str, Any]:
+def row(
+    last: bool, compiled: bool, speed: float, ratio: Sequence[float], start: float = 1.0
+) -> dict[str, Any]:
     names = ("ratio_p10", "ratio_median", "ratio_p90")
     what = {"processes": 1, "threads": 1, "channels_last": last, "compile": compiled, "spin": False}
-    return what | {"steps_per_second": speed, "start_seconds": start} | dict(zip(names, ratio, strict=True))
+    return (
+        what
+        | {"steps_per_second": speed, "start_seconds": start}
+        | dict(zip(names, ratio, strict=True))
+    )
 
 
 def test_a_gain_within_the_spread_is_none():
     plain = row(False, False, 10, (0.9, 1.0, 1.1))
-    assert bench_cpu.chosen([row(True, False, 11, (1.05, 1.08, 1.3)), plain], compiled=False) == plain
-    assert bench_cpu.chosen([plain, row(True, False, 12, (1.05, 1.2, 1.3))], compiled=False)["channels_last"]
+    assert (
+        bench_cpu.chosen([row(True, False, 11, (1.05, 1.08, 1.3)), plain], compiled=False) == plain
+    )
+    assert bench_cpu.chosen([plain, row(True, False, 12, (1.05, 1.2, 1.3))], compiled=False)[
+        "channels_last"
+    ]
 
 
 def test_compiling_pays_once_the_steps_have_earned_its_start():
-    eager, fast = row(False, False, 10, (1, 1, 1), start=2), row(False, True, 20, (2, 2, 2), start=27)
+    eager, fast = (
+        row(False, False, 10, (1, 1, 1), start=2),
+        row(False, True, 20, (2, 2, 2), start=27),
+    )
     assert bench_cpu.break_even(eager, fast) == pytest.approx(500)  # 25 s at 0.05 s a step
     assert bench_cpu.break_even(eager, eager) is None
     assert "compiling pays from 500 steps on" in bench_cpu.told([eager, fast])

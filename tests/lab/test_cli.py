@@ -12,7 +12,20 @@ from gaf_lab import cli, records
 from gaf_lab.console import TITLES, WIDTHS, ConsoleListener
 from gaf_lab.presets import PRESETS
 
-SMALL = ["--dataset", "digits", "--model", "mlp", "--k", "3", "--b", "16", "--passes", "1.5", "--eval-every", "0.5"]
+SMALL = [
+    "--dataset",
+    "digits",
+    "--model",
+    "mlp",
+    "--k",
+    "3",
+    "--b",
+    "16",
+    "--passes",
+    "1.5",
+    "--eval-every",
+    "0.5",
+]
 
 
 @pytest.fixture
@@ -26,14 +39,24 @@ def run(capsys, monkeypatch):
         except SystemExit as stop:  # the parser of options ends the program itself
             code = stop.code
         seen = capsys.readouterr()
-        return code, seen.out, " ".join(seen.err.replace("│", " ").split())  # without the lines of a box
+        # without the lines of a box
+        return code, seen.out, " ".join(seen.err.replace("│", " ").split())
 
     return call
 
 
 def test_train_writes_records_that_report_turns_into_a_page(run, tmp_path):
     for policy, seed in (("gaf", 0), ("mean", 0)):
-        code, out, _ = run("train", *SMALL, "--policy", policy, "--seed", seed, "--out", tmp_path / f"{policy}-{seed}")
+        code, out, _ = run(
+            "train",
+            *SMALL,
+            "--policy",
+            policy,
+            "--seed",
+            seed,
+            "--out",
+            tmp_path / f"{policy}-{seed}",
+        )
         assert code == 0
         assert "held-out" in out
     recorded = records.read(tmp_path / "gaf-0")
@@ -42,12 +65,21 @@ def test_train_writes_records_that_report_turns_into_a_page(run, tmp_path):
     code, out, _ = run("report", tmp_path, "--out", tmp_path / "page")
     assert code == 0
     assert "averaging" in out
-    assert {p.name for p in (tmp_path / "page").iterdir()} >= {"report.html", "accuracy.png", "distance.png", "memorisation.png"}
+    assert {p.name for p in (tmp_path / "page").iterdir()} >= {
+        "report.html",
+        "accuracy.png",
+        "distance.png",
+        "memorisation.png",
+    }
 
 
 @pytest.mark.parametrize(
     ("words", "start"),
-    [((), "digits, 40% symmetric label noise: 1,"), (("--noise", "none"), "digits: 1,"), (("--noise-rate", 0), "digits: 1,")],
+    [
+        ((), "digits, 40% symmetric label noise: 1,"),
+        (("--noise", "none"), "digits: 1,"),
+        (("--noise-rate", 0), "digits: 1,"),
+    ],
 )
 def test_train_says_first_what_is_wrong_with_the_labels(run, tmp_path, words, start):
     _, out, _ = run("train", *SMALL, *words, "--steps", 1, "--out", tmp_path)
@@ -57,7 +89,18 @@ def test_train_says_first_what_is_wrong_with_the_labels(run, tmp_path, words, st
 def test_the_command_line_wins_over_toml_and_toml_over_the_preset(run, tmp_path):
     toml = tmp_path / "run.toml"
     toml.write_text('dataset = "digits"\nk = 5\ntau = 0.6\n')
-    words = ["--preset", "demo-gaf", "--toml", toml, "--tau", "0.7", "--steps", "2", "--out", tmp_path / "run"]
+    words = [
+        "--preset",
+        "demo-gaf",
+        "--toml",
+        toml,
+        "--tau",
+        "0.7",
+        "--steps",
+        "2",
+        "--out",
+        tmp_path / "run",
+    ]
     assert run("train", *words)[0] == 0
     config = records.read(tmp_path / "run").header["config"]
     assert (config["dataset"], config["k"], config["tau"], config["b"]) == ("digits", 5, 0.7, 20)
@@ -104,12 +147,18 @@ def test_tensorboard_writes_events(run, tmp_path):
     ("words", "message"),
     [
         (["trian"], "unknown command 'trian'. Did you mean 'train'?"),
-        (["train", "--preset", "cifar100-gad"], "unknown preset 'cifar100-gad'. Did you mean 'cifar100-gaf'?"),
+        (
+            ["train", "--preset", "cifar100-gad"],
+            "unknown preset 'cifar100-gad'. Did you mean 'cifar100-gaf'?",
+        ),
         (
             ["train", "--tau", "auto"],
             "tau must be a number; got 'auto'. For the recommended threshold, which sets tau, use --threshold auto.",
         ),
-        (["train", "--k", "4", "--min-accepted", "9"], "min_accepted must be at least 1 and at most k = 4"),
+        (
+            ["train", "--k", "4", "--min-accepted", "9"],
+            "min_accepted must be at least 1 and at most k = 4",
+        ),
         (["train", "--tau", "3"], "tau must lie in [0, 2]; got 3.0"),
         (["train", "--k", "0"], "k must be at least 1; got 0"),
         (["train", "--noise-rate", "1"], "noise_rate must lie in [0, 1); got 1.0"),
@@ -119,7 +168,10 @@ def test_tensorboard_writes_events(run, tmp_path):
         (["data", "cifar-100"], "Did you mean 'cifar100'?"),
         (["report", "/nowhere"], "/nowhere: must exist; it does not. Give a folder of runs"),
         (["bench", "fsdp"], "There is: gaf bench accumulate, gaf bench ddp"),
-        (["bench", "accumulate", "--model", "resnet-18"], "invalid choice 'resnet-18' for argument '--model'"),
+        (
+            ["bench", "accumulate", "--model", "resnet-18"],
+            "invalid choice 'resnet-18' for argument '--model'",
+        ),
         (["demo", "--seeds", "0"], "seeds must be at least 1; got 0"),
     ],
 )
@@ -141,7 +193,10 @@ def test_a_mistake_becomes_one_message(run, words, message):
 def test_every_command_says_which_output_folder_cannot_be_written_and_why(run, words):
     code, _, err = run(*words)
     assert code == 2
-    assert "output folder /dev/null/run: must be writable; it is not (/dev/null/run: Not a directory). Give another one with --out." in err
+    assert (
+        "output folder /dev/null/run: must be writable; it is not (/dev/null/run: Not a directory). Give another one with --out."
+        in err
+    )
 
 
 def test_a_report_that_cannot_be_written_still_shows_its_table(run, tmp_path):
@@ -179,13 +234,20 @@ def test_a_report_takes_a_runs_own_file_and_goes_beside_it(run, tmp_path):
 
 
 def test_an_archive_that_is_not_there_is_asked_for_by_name(run, tmp_path):
-    code, _, err = run("train", "--dataset", "cifar100", "--data", tmp_path, "--out", tmp_path / "run")
+    code, _, err = run(
+        "train", "--dataset", "cifar100", "--data", tmp_path, "--out", tmp_path / "run"
+    )
     assert code == 2
     assert "cifar-100-python.tar.gz" in err
 
 
 def test_an_unknown_option_is_refused_with_the_nearest():
-    done = subprocess.run([sys.executable, "-m", "gaf_lab", "train", "--taus", "0.5"], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "gaf_lab", "train", "--taus", "0.5"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 2
     assert "--tau" in done.stderr
 
@@ -204,7 +266,9 @@ def test_help_names_every_command(run):
 
 def test_bench_compares_all_ways_and_writes_its_figures(run, tmp_path):
     out = tmp_path / "bench.jsonl"
-    code, shown, _ = run("bench", "accumulate", "--model", "convnet", "--b", 4, "--k", 6, "--rounds", 3, "--out", out)
+    code, shown, _ = run(
+        "bench", "accumulate", "--model", "convnet", "--b", 4, "--k", 6, "--rounds", 3, "--out", out
+    )
     assert code == 0
     assert "gaf.GAF()" in shown
     conditions, *lines = [json.loads(line) for line in out.read_text().splitlines()]
@@ -221,15 +285,20 @@ def test_presets_are_listed(run):
     assert "cifar100-gaf-code" in out
 
 
-@pytest.mark.parametrize(("words", "lines"), [(["presets"], len(PRESETS)), (["--help"], 4 + len(cli.COMMANDS))])
+@pytest.mark.parametrize(
+    ("words", "lines"), [(["presets"], len(PRESETS)), (["--help"], 4 + len(cli.COMMANDS))]
+)
 def test_lists_have_a_line_each_in_a_pipe(capsys, monkeypatch, words, lines):
-    monkeypatch.setattr(cli, "Console", lambda: Console(width=40))  # no terminal: rich wraps at some width nevertheless
+    # no terminal: rich wraps at some width nevertheless
+    monkeypatch.setattr(cli, "Console", lambda: Console(width=40))
     assert cli.main(words) == 0
     assert len(capsys.readouterr().out.splitlines()) == lines
 
 
 def test_python_dash_m_is_the_command():
-    done = subprocess.run([sys.executable, "-m", "gaf_lab", "--help"], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "gaf_lab", "--help"], capture_output=True, text=True, check=True
+    )
     assert "usage: gaf COMMAND" in done.stdout
 
 
@@ -238,7 +307,9 @@ def test_the_progress_bar_fits_80_columns():
 
     screen = io.StringIO()
     with progress(Console(file=screen, width=80, force_terminal=True)) as bars:
-        bars.add_task("random-subset-0", total=100, completed=50, facts="test 83.7%, memorised 100.0%")
+        bars.add_task(
+            "random-subset-0", total=100, completed=50, facts="test 83.7%, memorised 100.0%"
+        )
         bars.refresh()
     text = screen.getvalue()
     assert "memorised 100.0%" in text
@@ -254,7 +325,13 @@ def test_the_columns_of_a_run_stay_apart_and_fit_78():
     assert "test  memorised" in titles
     screen = io.StringIO()
     shares = dict.fromkeys(("heldout_accuracy", "test_accuracy", "memorised", "acceptance"), 1.0)
-    wide = {"passes": 2000.0, "step": 500_000, "train_loss": 12.3456, "distance_mean": 1.234, "samples_per_second": 1_234_567.0}
+    wide = {
+        "passes": 2000.0,
+        "step": 500_000,
+        "train_loss": 12.3456,
+        "distance_mean": 1.234,
+        "samples_per_second": 1_234_567.0,
+    }
     ConsoleListener(Console(file=screen, width=80)).evaluated(wide | shares)
     cells = ["2000.00", "500,000", "12.346", *["100.0%"] * 4, "1.234", "1,234,567"]
     assert screen.getvalue().splitlines()[-1].split() == cells

@@ -20,8 +20,14 @@ from gaf_lab.train import learning_rate, make_policy
 
 
 def test_every_field_has_a_docstring():
-    (tree,) = (n for n in ast.parse(inspect.getsource(module)).body if isinstance(n, ast.ClassDef) and n.name == "TrainConfig")
-    fields = [(n, after) for n, after in itertools.pairwise(tree.body) if isinstance(n, ast.AnnAssign)]
+    (tree,) = (
+        n
+        for n in ast.parse(inspect.getsource(module)).body
+        if isinstance(n, ast.ClassDef) and n.name == "TrainConfig"
+    )
+    fields = [
+        (n, after) for n, after in itertools.pairwise(tree.body) if isinstance(n, ast.AnnAssign)
+    ]
     assert len(fields) == len(dataclasses.fields(TrainConfig))
     for field, after in fields:
         assert isinstance(after, ast.Expr), field.target.id
@@ -36,7 +42,11 @@ def test_every_field_has_a_docstring():
         ("tau", -0.1, r"tau must lie in \[0, 2\]"),
         ("tau", "auto", "tau must be a number; got 'auto'.*--threshold auto"),
         ("min_accepted", 0, "min_accepted must be at least 1 and at most k = 8"),
-        ("min_accepted", 9, "min_accepted must be at least 1 and at most k = 8, or no step is ever taken; got 9"),
+        (
+            "min_accepted",
+            9,
+            "min_accepted must be at least 1 and at most k = 8, or no step is ever taken; got 9",
+        ),
         ("k", 0, "k must be at least 1; got 0"),
         ("b", 0, "b must be at least 1; got 0"),
         ("noise_rate", 1.0, r"noise_rate must lie in \[0, 1\); got 1.0"),
@@ -86,7 +96,9 @@ def test_an_unknown_key_is_refused_with_the_nearest(tmp_path):
 
 
 def test_an_unknown_preset_is_refused_with_the_nearest():
-    with pytest.raises(ConfigError, match="unknown preset 'cifar100_gaf'. Did you mean 'cifar100-gaf'"):
+    with pytest.raises(
+        ConfigError, match="unknown preset 'cifar100_gaf'. Did you mean 'cifar100-gaf'"
+    ):
         preset("cifar100_gaf")
 
 
@@ -103,7 +115,9 @@ def test_toml_sets_what_it_names_and_nothing_else(tmp_path):
     path = tmp_path / "run.toml"
     path.write_text('tau = 1\npolicy = "mean"\nmilestones = [0.25, 0.5]\n')
     found = from_toml(path, TrainConfig())
-    assert found == dataclasses.replace(TrainConfig(), tau=1.0, policy="mean", milestones=(0.25, 0.5))
+    assert found == dataclasses.replace(
+        TrainConfig(), tau=1.0, policy="mean", milestones=(0.25, 0.5)
+    )
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -131,7 +145,11 @@ def test_the_papers_preset_is_section_4_1():
 # --- arms --------------------------------------------------------------------------------------------------------
 
 ROOT = Path(__file__).parents[2]
-ROWS = [line.strip("|\n").split(" | ") for line in (ROOT / "docs" / "controls.md").read_text().splitlines() if line.count(" | ") == 4][1:]
+ROWS = [
+    line.strip("|\n").split(" | ")
+    for line in (ROOT / "docs" / "controls.md").read_text().splitlines()
+    if line.count(" | ") == 4
+][1:]
 
 
 def in_docs():
@@ -141,7 +159,9 @@ def in_docs():
 
 def test_every_line_of_the_controls_makes_the_arm_that_it_is_about():
     assert len(ROWS) > 20
-    assert {name: config.arm for name, config in in_docs().items()} == {name: name for name in in_docs()}
+    assert {name: config.arm for name, config in in_docs().items()} == {
+        name: name for name in in_docs()
+    }
     assert len(in_docs()) == len(ROWS)
 
 
@@ -167,26 +187,36 @@ def test_techniques_are_named_beside_the_policy_that_they_go_with():
 def test_the_label_is_no_part_of_the_hash_and_of_a_replay_its_name_alone_is():
     base = TrainConfig()
     assert dataclasses.replace(base, label="another").hash == base.hash
-    replays = [dataclasses.replace(base, policy="replay-skip", replay=Path(path)) for path in ("a/gaf-0", "b/gaf-0", "a/gaf-1")]
+    replays = [
+        dataclasses.replace(base, policy="replay-skip", replay=Path(path))
+        for path in ("a/gaf-0", "b/gaf-0", "a/gaf-1")
+    ]
     assert replays[0].hash == replays[1].hash != replays[2].hash
 
 
-@pytest.mark.parametrize("run", sorted((ROOT / "results" / "demo").iterdir()), ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "run", sorted((ROOT / "results" / "demo").iterdir()), ids=lambda path: path.name
+)
 def test_a_record_keeps_its_hash_when_fields_are_added(run):
     header = records.read(run).header
     config = from_dict(header["config"], TrainConfig(), "record")
-    assert (config.hash == header["config_hash"]) == (config.replay is None)  # of a replay, the whole path counted once
+    # of a replay, the whole path counted once
+    assert (config.hash == header["config_hash"]) == (config.replay is None)
     assert config.arm == header["arm"]
 
 
 def test_a_field_added_later_counts_once_it_leaves_its_default():
     known = records.read(ROOT / "results" / "demo" / "gaf-0").header["config"]
-    assert {field.name for field in dataclasses.fields(TrainConfig)} == known.keys() | module.LATER.keys() | {"label"}
+    assert {
+        field.name for field in dataclasses.fields(TrainConfig)
+    } == known.keys() | module.LATER.keys() | {"label"}
     for name, value in module.LATER.items():
         assert getattr(TrainConfig(), name) == value
     later = {"limit": 100, "loss": "gce", "gce_q": 0.5, "elr_beta": 0.5, "elr_lambda": 1.0, "label_smoothing": 0.1, "mixup": 1.0,
              "sam": 0.1, "ema": 0.9, "early_stopping": 2, "scope": "group"}  # fmt: skip
-    hashes = {dataclasses.replace(TrainConfig(), **{name: value}).hash for name, value in later.items()}
+    hashes = {
+        dataclasses.replace(TrainConfig(), **{name: value}).hash for name, value in later.items()
+    }
     assert len(hashes | {TrainConfig().hash}) == len(later) + 1
 
 
@@ -200,14 +230,19 @@ def test_controls_take_over_the_recorded_shares():
     assert learning_rate(scaled) == pytest.approx(0.05 * accepted)
     assert learning_rate(dataclasses.replace(scaled, policy="mean")) == 0.05
     skipping = dataclasses.replace(scaled, policy="random-skip", step_probability=0.9)
-    assert make_policy(skipping).step_probability == pytest.approx(evals[-1]["steps_taken"] / evals[-1]["step"])
+    assert make_policy(skipping).step_probability == pytest.approx(
+        evals[-1]["steps_taken"] / evals[-1]["step"]
+    )
     assert make_policy(dataclasses.replace(skipping, replay=None)).step_probability == 0.9
 
 
 def test_a_rate_cannot_be_scaled_by_a_run_that_accepted_nothing(tmp_path):
     records.append(tmp_path, {"kind": "run", "config": TrainConfig().plain()})
     records.append(tmp_path, {"kind": "eval", "rows": [0, 0]})
-    with pytest.raises(ConfigError, match="replay: the recorded run must have accepted something .*; .* did not. Replay a run with a high"):
+    with pytest.raises(
+        ConfigError,
+        match="replay: the recorded run must have accepted something .*; .* did not. Replay a run with a high",
+    ):
         learning_rate(dataclasses.replace(TrainConfig(), policy="scaled-lr", replay=tmp_path))
 
 
@@ -221,7 +256,13 @@ def test_a_threshold_has_its_own_default_and_its_argument_is_checked_before_a_ru
         assert config.arm == f"GAF, {name}"
         assert dataclasses.replace(config, threshold_by=0.5).arm == f"GAF, {name} 0.5"
     assert make_tau(TrainConfig(tau=0.7)) == 0.7
-    with pytest.raises(ConfigError, match=r"threshold_by: QuantileTau: p must be a number of at least 0 and at most 1; got 1.5"):
+    with pytest.raises(
+        ConfigError,
+        match=r"threshold_by: QuantileTau: p must be a number of at least 0 and at most 1; got 1.5",
+    ):
         make_tau(TrainConfig(threshold="quantile", threshold_by=1.5))
-    with pytest.raises(ConfigError, match="half_life must be at least 0, and goes with threshold 'quantile' alone; got 5"):
+    with pytest.raises(
+        ConfigError,
+        match="half_life must be at least 0, and goes with threshold 'quantile' alone; got 5",
+    ):
         TrainConfig(threshold="signal", half_life=5)

@@ -20,7 +20,9 @@ def test_replay_skip_averages_all_rows_exactly_when_the_recorded_run_stepped():
     for count, gram in zip(rows, grams(5), strict=True):
         decision = policy(gram)
         assert bool(decision.stepped) == (count > 0)
-        assert torch.equal(decision.weights, torch.full((6,), 1 / 6 if count else 0.0, dtype=torch.float64))
+        assert torch.equal(
+            decision.weights, torch.full((6,), 1 / 6 if count else 0.0, dtype=torch.float64)
+        )
 
 
 def test_random_subset_takes_the_recorded_number_of_rows_with_equal_weights():
@@ -62,5 +64,7 @@ def test_a_record_that_is_too_short_is_named():
     policy = ReplaySkip([1])
     (gram,) = grams(1)
     policy(gram)
-    with pytest.raises(ValueError, match="recorded run must be as long as this one; it has 1 steps"):
+    with pytest.raises(
+        ValueError, match="recorded run must be as long as this one; it has 1 steps"
+    ):
         policy(gram)

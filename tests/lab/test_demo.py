@@ -19,7 +19,9 @@ TINY = dataclasses.replace(DEMO, passes=2.0, eval_every=1.0)
 
 def test_the_demo_runs_every_arm_for_every_seed_with_the_control_bound_to_its_own_gaf_run(tmp_path):
     runs = demo(tmp_path, Console(quiet=True), seeds=2, base=TINY)
-    assert [(r.arm, r.seed) for r in runs] == [(a, s) for s in range(2) for a in ("GAF", "averaging", "random subset")]
+    assert [(r.arm, r.seed) for r in runs] == [
+        (a, s) for s in range(2) for a in ("GAF", "averaging", "random subset")
+    ]
     rows = {(r.arm, r.seed): r.rows for r in runs}
     for seed in range(2):
         assert rows["GAF", seed] == rows["random subset", seed]
@@ -29,12 +31,20 @@ def test_the_demo_runs_every_arm_for_every_seed_with_the_control_bound_to_its_ow
 
 def test_arms_of_one_seed_differ_in_the_policy_alone():
     for config in arms(3, DEMO).values():
-        assert dataclasses.replace(config, policy="gaf", replay=None) == dataclasses.replace(DEMO, seed=3)
+        assert dataclasses.replace(config, policy="gaf", replay=None) == dataclasses.replace(
+            DEMO, seed=3
+        )
 
 
 def test_ctrl_c_leaves_what_is_finished_and_reports_it(tmp_path):
     command = [sys.executable, "-m", "gaf_lab", "demo", "--passes", "6", "--out", str(tmp_path)]
-    process = subprocess.Popen(command, start_new_session=True, preexec_fn=hear_ctrl_c, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    process = subprocess.Popen(
+        command,
+        start_new_session=True,
+        preexec_fn=hear_ctrl_c,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline and process.poll() is None and not any(finished(tmp_path)):
         time.sleep(0.1)

@@ -43,7 +43,8 @@ SMALL = TrainConfig(
 CONVNET: dict[str, Any] = {"model": "convnet", "augment": True}
 
 
-pytestmark = pytest.mark.usefixtures("unchecked")  # whole runs: shapes are checked in the library's own tests, and take half the time
+# whole runs: shapes are checked in the library's own tests, and take half the time
+pytestmark = pytest.mark.usefixtures("unchecked")
 
 
 class Keeps(Silent):
@@ -98,7 +99,14 @@ def recorded(tmp_path_factory):
         {"tau": 0.8, "average": "halving", "schedule": "cosine", "schedule_waits": True},
         {"start": "best", "schedule": "multi-step"},
         {"start": "worst", "schedule": "cosine"},
-        {"policy": "mean", "momentum": 0.0, "nesterov": False, "schedule": "plateau", "patience": 0, "eval_every": 0.5},
+        {
+            "policy": "mean",
+            "momentum": 0.0,
+            "nesterov": False,
+            "schedule": "plateau",
+            "patience": 0,
+            "eval_every": 0.5,
+        },
         {"policy": "random-skip", "schedule": "cosine", "schedule_waits": True},
         {"policy": "replay-skip", "schedule": "cosine"},
         {"policy": "random-subset", "schedule": "multi-step", "schedule_waits": True},
@@ -116,7 +124,10 @@ def recorded(tmp_path_factory):
 def test_the_engine_decides_and_trains_as_the_plain_path(tmp_path, recorded, changes):
     """Without one rounding in common: its optimizer is fused, its learning rate a float32, its products come in other chunks."""
     config = dataclasses.replace(SMALL, replay=recorded, **changes)
-    plain, device = (run(dataclasses.replace(config, engine=name), tmp_path / name) for name in ("plain", "device"))
+    plain, device = (
+        run(dataclasses.replace(config, engine=name), tmp_path / name)
+        for name in ("plain", "device")
+    )
     assert plain[0].rows == device[0].rows
     for a, b in zip(plain[1], device[1], strict=True):
         assert (a.accepted, a.stepped, a.weights) == (b.accepted, b.stepped, b.weights)
@@ -128,24 +139,40 @@ def test_the_engine_decides_and_trains_as_the_plain_path(tmp_path, recorded, cha
             assert a[name] == b[name]
         assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-4)
     assert plain[2]["scheduler"] == device[2]["scheduler"]
-    learned = [found[2]["accumulator"]["policy"].pop("tau", {"state": []})["state"] for found in (plain, device)]
+    learned = [
+        found[2]["accumulator"]["policy"].pop("tau", {"state": []})["state"]
+        for found in (plain, device)
+    ]
     assert learned[0] == pytest.approx(learned[1], rel=1e-3)
     assert bool(learned[0]) == (config.threshold != "fixed")
     assert plain[2]["accumulator"]["policy"] == device[2]["accumulator"]["policy"]
     assert plain[2]["optimizer"]["param_groups"] == device[2]["optimizer"]["param_groups"]
-    lr = 2 * config.lr if config.optimizer.startswith("adam") else 2e-4  # Adam divides rounding by rounding where gradients vanish
+    # Adam divides rounding by rounding where gradients vanish
+    lr = 2 * config.lr if config.optimizer.startswith("adam") else 2e-4
     for (name, a), b in zip(plain[2]["model"].items(), device[2]["model"].values(), strict=True):
         assert torch.allclose(a.float(), b.float(), atol=lr, rtol=1e-3), name
 
 
 @pytest.mark.parametrize(
-    "changes", [{"tau": 0.8}, CONVNET, {"policy": "mean"}, {"optimizer": "adamw", "weight_decay": 0.125}, {"start": "best"}], ids=str
+    "changes",
+    [
+        {"tau": 0.8},
+        CONVNET,
+        {"policy": "mean"},
+        {"optimizer": "adamw", "weight_decay": 0.125},
+        {"start": "best"},
+    ],
+    ids=str,
 )
 def test_with_the_same_optimizer_the_weights_are_the_same_bits(tmp_path, monkeypatch, changes):
     config = dataclasses.replace(SMALL, lr=2**-7, **changes)  # a learning rate that float32 holds
     _, ours, device = run(dataclasses.replace(config, engine="device"), tmp_path / "device")
     fused = module.make_optimizer
-    monkeypatch.setattr(module, "make_optimizer", lambda config, rate, params: fused(config, rate, params, fused=True))
+    monkeypatch.setattr(
+        module,
+        "make_optimizer",
+        lambda config, rate, params: fused(config, rate, params, fused=True),
+    )
     _, theirs, plain = run(dataclasses.replace(config, engine="plain"), tmp_path / "plain")
     assert [a.accepted for a in ours] == [a.accepted for a in theirs]
     assert any(a.stepped for a in ours)
@@ -154,7 +181,11 @@ def test_with_the_same_optimizer_the_weights_are_the_same_bits(tmp_path, monkeyp
 
 
 def test_a_skipped_step_leaves_parameters_and_optimizer_state_bitwise_alone():
-    for changes in ({"optimizer": "sgd"}, {"optimizer": "adamw", "lr": 0.001}, {"momentum": 0.0, "nesterov": False}):
+    for changes in (
+        {"optimizer": "sgd"},
+        {"optimizer": "adamw", "lr": 0.001},
+        {"momentum": 0.0, "nesterov": False},
+    ):
         step = fresh(policy="random-skip", step_probability=0.0, **changes)
         before = [t.clone() for t in step.state()[:-4]]
         step()
@@ -209,24 +240,40 @@ class NothingFromPython(TorchFunctionMode):
     """Fails where a tensor is made of numbers in Python, which no dispatch mode sees."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        assert func not in (torch.tensor, torch.as_tensor, torch.from_numpy), f"{func} brings data from the host"
+        assert func not in (torch.tensor, torch.as_tensor, torch.from_numpy), (
+            f"{func} brings data from the host"
+        )
         return func(*args, **(kwargs or {}))
 
 
 @pytest.fixture
 def meta(monkeypatch):
     """A step whose tensors have no data: it can only go on where nobody looks at any. The library goes an accelerator's way."""
-    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # knows no meta device
+    # knows no meta device
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
 
     def make(**changes):
         config = dataclasses.replace(SMALL, engine="device", **changes)
         problem = module.build(config, None, torch.device("cpu"))
-        train = Pictures(*(t.to("meta") for t in (problem.train.x, problem.train.observed, problem.train.clean)))
-        model = module.models.build(config.model, problem.shape, problem.classes, config.stem).to("meta")
+        train = Pictures(
+            *(t.to("meta") for t in (problem.train.x, problem.train.observed, problem.train.clean))
+        )
+        model = module.models.build(config.model, problem.shape, problem.classes, config.stem).to(
+            "meta"
+        )
         optimizer = module.make_optimizer(config, config.lr, list(model.parameters()), fused=True)
         optimizer._need_device_dtype_check_for_fused = False
-        objective = module.Objective(config, len(problem.train), problem.classes, torch.device("meta"))
-        return DeviceStep(config, dataclasses.replace(problem, train=train), model, objective, module.make_policy(config), optimizer)
+        objective = module.Objective(
+            config, len(problem.train), problem.classes, torch.device("meta")
+        )
+        return DeviceStep(
+            config,
+            dataclasses.replace(problem, train=train),
+            model,
+            objective,
+            module.make_policy(config),
+            optimizer,
+        )
 
     return make
 
@@ -261,7 +308,11 @@ def test_a_step_never_looks_at_the_host_nor_takes_anything_from_it(meta, recorde
     ],
 )
 def test_and_that_would_be_seen(look: Callable[[torch.Tensor], Any]):
-    with pytest.raises((AssertionError, RuntimeError, NotImplementedError)), NothingFromPython(), OnlyThere():
+    with (
+        pytest.raises((AssertionError, RuntimeError, NotImplementedError)),
+        NothingFromPython(),
+        OnlyThere(),
+    ):
         look(torch.zeros((), device="meta"))
 
 
@@ -284,7 +335,11 @@ class Tape(TorchDispatchMode):
     @torch.no_grad()
     def replay(self) -> None:
         for func, args, kwargs, out in self.entries:
-            inputs = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+            inputs = {
+                t.untyped_storage().data_ptr()
+                for t in tree_leaves((args, kwargs))
+                if isinstance(t, torch.Tensor)
+            }
             for old, new in zip(tree_leaves(out), tree_leaves(func(*args, **kwargs)), strict=True):
                 if isinstance(old, torch.Tensor) and old.untyped_storage().data_ptr() not in inputs:
                     old.copy_(new)
@@ -317,7 +372,15 @@ def test_a_step_that_is_noted_once_and_repeated_is_a_step(changes):
 
 
 @pytest.mark.parametrize(
-    "policy", [gaf.GAF(1.0), gaf.GAF(0.9), gaf.GAF(1.0, average="halving"), gaf.GAF(1.0, start="best"), gaf.Mean()], ids=repr
+    "policy",
+    [
+        gaf.GAF(1.0),
+        gaf.GAF(0.9),
+        gaf.GAF(1.0, average="halving"),
+        gaf.GAF(1.0, start="best"),
+        gaf.Mean(),
+    ],
+    ids=repr,
 )
 def test_weights_on_the_device_give_the_update_that_weights_on_the_host_give(policy):
     for trial in range(10):
@@ -327,7 +390,8 @@ def test_weights_on_the_device_give_the_update_that_weights_on_the_host_give(pol
         for i in range(5):
             row = [torch.randn(shape, generator=rng) for shape in ((3,), (4, 2), (5000,))]
             if i == 2 and not isinstance(policy, gaf.Mean):
-                row[1][0, 0] = torch.nan  # absent: its weight is zero, and zero times it is not looked at
+                # absent: its weight is zero, and zero times it is not looked at
+                row[1][0, 0] = torch.nan
             for holder in (rows, other):
                 for j, grad in enumerate(row):
                     holder.take(j, grad.clone())
@@ -335,7 +399,9 @@ def test_weights_on_the_device_give_the_update_that_weights_on_the_host_give(pol
         weights = rows.decide()[0].weights
         if not weights.any():
             continue
-        for ours, theirs in zip(rows.combined(weights), other.update(weights.tolist()), strict=True):
+        for ours, theirs in zip(
+            rows.combined(weights), other.update(weights.tolist()), strict=True
+        ):
             assert torch.equal(ours, theirs)
             assert ours.isfinite().all()
         assert isinstance(rows, Stacked) == (policy == gaf.GAF(1.0, start="best"))
@@ -373,11 +439,15 @@ class Stop(Silent):
     "changes",
     [
         {"schedule": "cosine", "schedule_waits": True},
-        pytest.param({"policy": "random-skip", "optimizer": "adamw", "lr": 0.001}, marks=pytest.mark.slow),
+        pytest.param(
+            {"policy": "random-skip", "optimizer": "adamw", "lr": 0.001}, marks=pytest.mark.slow
+        ),
     ],
     ids=str,
 )
-def test_an_interrupted_run_goes_on_bit_for_bit_and_on_the_other_path_too(tmp_path, monkeypatch, changes):
+def test_an_interrupted_run_goes_on_bit_for_bit_and_on_the_other_path_too(
+    tmp_path, monkeypatch, changes
+):
     config = dataclasses.replace(SMALL, engine="device", passes=6.0, **changes)
     _, outcomes, whole = run(config, tmp_path / "whole")
     monkeypatch.setattr(TrainConfig, "hash", "the same")  # the engine is a part of it
@@ -399,7 +469,10 @@ def test_an_interrupted_run_goes_on_bit_for_bit_and_on_the_other_path_too(tmp_pa
                 assert torch.allclose(a, b, atol=lr, rtol=1e-3)
             assert state["scheduler"] == whole["scheduler"]
             assert state["accumulator"]["policy"] == whole["accumulator"]["policy"]
-            assert state["accumulator"]["telemetry"]["totals"] == whole["accumulator"]["telemetry"]["totals"]
+            assert (
+                state["accumulator"]["telemetry"]["totals"]
+                == whole["accumulator"]["telemetry"]["totals"]
+            )
 
 
 def test_divergence_is_noticed_at_the_step_where_it_was(tmp_path):
@@ -427,7 +500,9 @@ def test_runs_that_share_a_process_are_what_they_are_alone(tmp_path):
     for i, (want, outcomes, state) in enumerate(alone):
         assert isinstance(found[i], records.Run)
         assert found[i].rows == want.rows
-        assert keeps[i].outcomes == outcomes or all(a.accepted == b.accepted for a, b in zip(keeps[i].outcomes, outcomes, strict=True))
+        assert keeps[i].outcomes == outcomes or all(
+            a.accepted == b.accepted for a, b in zip(keeps[i].outcomes, outcomes, strict=True)
+        )
         assert_same(torch.load(tmp_path / f"{i}" / checkpoint.FILE, weights_only=True), state)
 
 
@@ -435,7 +510,9 @@ def test_a_run_that_ends_badly_leaves_the_others_alone(tmp_path):
     good = dataclasses.replace(SMALL, engine="device")
     bad = dataclasses.replace(good, policy="mean", lr=1e18)
     impossible = dataclasses.replace(good, sam=0.1)
-    found = train_together([bad, good, impossible], [tmp_path / name for name in "abc"], [Silent()] * 3)
+    found = train_together(
+        [bad, good, impossible], [tmp_path / name for name in "abc"], [Silent()] * 3
+    )
     assert isinstance(found[0], Diverged)
     assert isinstance(found[1], records.Run)
     assert found[1].end["status"] == "finished"
@@ -445,7 +522,9 @@ def test_a_run_that_ends_badly_leaves_the_others_alone(tmp_path):
 def test_ctrl_c_closes_the_records_of_all(tmp_path):
     config = dataclasses.replace(SMALL, engine="device")
     with pytest.raises(KeyboardInterrupt):
-        train_together([config, config], [tmp_path / "a", tmp_path / "b"], [Silent(), Stop(after=5)])
+        train_together(
+            [config, config], [tmp_path / "a", tmp_path / "b"], [Silent(), Stop(after=5)]
+        )
     assert [records.read(tmp_path / name).end["status"] for name in "ab"] == ["interrupted"] * 2
 
 
@@ -471,14 +550,26 @@ def test_runs_go_round():
         ({"mixup": 1.0}, "mixup must be 0 for engine 'device'; got 1.0. Use --engine plain."),
         ({"sam": 0.1}, "sam must be 0 for engine 'device'; got 0.1. Use --engine plain."),
         ({"ema": 0.9}, "ema must be 0 for engine 'device'; got 0.9. Use --engine plain."),
-        ({"bn": "accepted"}, "bn must be 'all' for engine 'device'; got 'accepted'. Use --engine plain."),
-        ({"scope": "group"}, "scope must be 'all' for engine 'device'; got 'group'. Use --engine plain."),
-        ({"compile": True}, "compile must be off for engine 'device'; got True. Use --engine plain."),
+        (
+            {"bn": "accepted"},
+            "bn must be 'all' for engine 'device'; got 'accepted'. Use --engine plain.",
+        ),
+        (
+            {"scope": "group"},
+            "scope must be 'all' for engine 'device'; got 'group'. Use --engine plain.",
+        ),
+        (
+            {"compile": True},
+            "compile must be off for engine 'device'; got True. Use --engine plain.",
+        ),
         (
             {"optimizer": "rmsprop"},
             "optimizer must have a fused form, which skips without asking the host for engine 'device'; got 'rmsprop'",
         ),
-        ({"dataset": "imagenet"}, "dataset must fit into the device's memory for engine 'device'; got 'imagenet'"),
+        (
+            {"dataset": "imagenet"},
+            "dataset must fit into the device's memory for engine 'device'; got 'imagenet'",
+        ),
     ],
 )
 def test_what_it_cannot_run_is_said_before_anything_is_written(tmp_path, changes, message):
@@ -495,23 +586,42 @@ def test_auto_takes_the_engine_on_cuda_alone():
     assert not engine.chosen(auto, torch.device("cpu"), 1)
     assert not engine.chosen(auto, torch.device("cuda"), 4)
     assert not engine.chosen(dataclasses.replace(SMALL, engine="plain"), torch.device("cuda"), 1)
-    with pytest.raises(ConfigError, match=r"engine must not be 'device' on several ranks; got it on 4. Use --engine plain."):
+    with pytest.raises(
+        ConfigError,
+        match=r"engine must not be 'device' on several ranks; got it on 4. Use --engine plain.",
+    ):
         engine.check(dataclasses.replace(SMALL, engine="device"), 4)
 
 
 # On a GPU
 
 
-gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: a captured graph is run nowhere else")
+gpu = pytest.mark.skipif(
+    not torch.cuda.is_available(),
+    reason="needs a CUDA device: a captured graph is run nowhere else",
+)
 
 
 @gpu
 @pytest.mark.parametrize(
-    "changes", [{}, {"start": "best"}, {"policy": "random-skip"}, {"optimizer": "adamw", "lr": 0.001}, CONVNET], ids=str
+    "changes",
+    [
+        {},
+        {"start": "best"},
+        {"policy": "random-skip"},
+        {"optimizer": "adamw", "lr": 0.001},
+        CONVNET,
+    ],
+    ids=str,
 )
-def test_a_captured_run_decides_as_the_plain_path_on_the_gpu(tmp_path: Path, changes: dict[str, Any]) -> None:
+def test_a_captured_run_decides_as_the_plain_path_on_the_gpu(
+    tmp_path: Path, changes: dict[str, Any]
+) -> None:
     config = dataclasses.replace(SMALL, device="cuda", **changes)
-    plain, device = (run(dataclasses.replace(config, engine=name), tmp_path / name) for name in ("plain", "device"))
+    plain, device = (
+        run(dataclasses.replace(config, engine=name), tmp_path / name)
+        for name in ("plain", "device")
+    )
     assert plain[0].rows == device[0].rows
     for a, b in zip(plain[1], device[1], strict=True):
         assert a.distances == pytest.approx(b.distances, abs=1e-3, nan_ok=True)
@@ -531,7 +641,13 @@ def test_a_captured_step_makes_no_synchronising_call() -> None:
 
 @gpu
 def test_captured_runs_side_by_side_are_what_they_are_alone(tmp_path: Path) -> None:
-    configs = [dataclasses.replace(SMALL, device="cuda", engine="device", seed=seed) for seed in range(4)]
+    configs = [
+        dataclasses.replace(SMALL, device="cuda", engine="device", seed=seed) for seed in range(4)
+    ]
     alone = [train(config, tmp_path / f"alone {config.seed}", Silent()) for config in configs]
-    found = train_together(configs, [tmp_path / f"{config.seed}" for config in configs], [Silent()] * 4)
-    assert [one.rows for one in alone] == [one.rows for one in found if isinstance(one, records.Run)]
+    found = train_together(
+        configs, [tmp_path / f"{config.seed}" for config in configs], [Silent()] * 4
+    )
+    assert [one.rows for one in alone] == [
+        one.rows for one in found if isinstance(one, records.Run)
+    ]

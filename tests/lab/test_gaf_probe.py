@@ -34,7 +34,9 @@ def lines_of(folder):
 
 
 @pytest.mark.parametrize("b", [10, 100])
-def test_on_mnist5k_what_the_tau_accepts_of_unseen_micro_gradients_is_within_ten_points_of_the_prediction(run, tmp_path, monkeypatch, b):
+def test_on_mnist5k_what_the_tau_accepts_of_unseen_micro_gradients_is_within_ten_points_of_the_prediction(
+    run, tmp_path, monkeypatch, b
+):
     monkeypatch.setattr(probe, "TAUS", [0.5, 0.7, 0.9])  # the curve is for the figure
     code, out, _ = run("--dataset", "mnist5k", "--b", b, "--after", 0, 60, "--out", tmp_path)
     assert code == 0
@@ -58,14 +60,17 @@ def test_lines_hold_what_table_and_figure_show(run, tmp_path):
     ]
     for line in lines:
         assert sum(line["bins"]) == line["rows"] * (line["rows"] - 1) / 2
-        assert line["distance_expected"] == pytest.approx(line["noise_scale"] / (line["noise_scale"] + line["b"]), rel=1e-4)
+        assert line["distance_expected"] == pytest.approx(
+            line["noise_scale"] / (line["noise_scale"] + line["b"]), rel=1e-4
+        )
         assert f"{line['tau']:.3f}" in out
     assert [part["name"] for part in lines[0]["layers"]] == ["1", "3", "5"]
     assert (tmp_path / "probe.png").stat().st_size > 10_000
 
 
 def test_a_probe_in_the_middle_leaves_the_training_as_it_was():
-    config = TrainConfig(dataset="digits", model="convnet", k=4, b=8, loss="elr")  # BatchNorm, and a loss that moves its targets
+    # BatchNorm, and a loss that moves its targets
+    config = TrainConfig(dataset="digits", model="convnet", k=4, b=8, loss="elr")
     looked_into, alone = Training(config, None), Training(config, None)
     for training in (looked_into, alone):
         for _ in range(3):
@@ -74,7 +79,9 @@ def test_a_probe_in_the_middle_leaves_the_training_as_it_was():
             probe.probed(training, rows=16, slices=2)
         for _ in range(3):
             training.macro_batch()
-    for ours, theirs in zip(looked_into.model.state_dict().values(), alone.model.state_dict().values(), strict=True):
+    for ours, theirs in zip(
+        looked_into.model.state_dict().values(), alone.model.state_dict().values(), strict=True
+    ):
         assert torch.equal(ours, theirs)
     assert torch.equal(looked_into.objective.early.targets, alone.objective.early.targets)
 

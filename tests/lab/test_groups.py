@@ -22,8 +22,15 @@ from gaf_lab.config import ConfigError, TrainConfig
 from gaf_lab.groups import PerBucket, buckets
 from gaf_lab.train import Training, train
 
-SMALL = TrainConfig(dataset="digits", limit=240, model="mlp", k=3, b=12, passes=1.0, tau=0.9, scope="group")
-NETS = [("mlp", "cifar", 28), ("convnet", "cifar", 32), ("resnet18", "cifar", 32), ("preact-resnet34", "imagenet", 32)]
+SMALL = TrainConfig(
+    dataset="digits", limit=240, model="mlp", k=3, b=12, passes=1.0, tau=0.9, scope="group"
+)
+NETS = [
+    ("mlp", "cifar", 28),
+    ("convnet", "cifar", 32),
+    ("resnet18", "cifar", 32),
+    ("preact-resnet34", "imagenet", 32),
+]
 
 
 # ---------------------------------------------------------------------------------- the buckets
@@ -72,7 +79,8 @@ def test_buckets_are_those_of_distributed_data_parallel(from_ddp, i):
     names = {p: n for n, p in net.named_parameters()}
     params = list(net.parameters())
     found = [{names[params[j]] for j in bucket} for bucket in buckets(params)]
-    assert found == [set(bucket) for bucket in from_ddp[i]]  # within a bucket the order says nothing to a decision on all of it
+    # within a bucket the order says nothing to a decision on all of it
+    assert found == [set(bucket) for bucket in from_ddp[i]]
     assert len(found) > 1 or name == "convnet"
 
 
@@ -93,7 +101,9 @@ def net_and_data(seed=0, k=4):
 
 
 def per_bucket(net, policy, **options):
-    return PerBucket(torch.optim.SGD(net.parameters(), **({"lr": 0.1, "momentum": 0.9} | options)), policy, net)
+    return PerBucket(
+        torch.optim.SGD(net.parameters(), **({"lr": 0.1, "momentum": 0.9} | options)), policy, net
+    )
 
 
 def give(accumulator, net, data):
@@ -109,7 +119,12 @@ def rows_of(net, data):
     return {p: torch.stack([g[j].flatten() for g in grads]) for j, p in enumerate(params)}
 
 
-POLICIES = [gaf.GAF(0.9), gaf.GAF(0.8, start="best"), gaf.GAF(1.0, average="halving"), gaf.GAF(0.7, min_accepted=3)]
+POLICIES = [
+    gaf.GAF(0.9),
+    gaf.GAF(0.8, start="best"),
+    gaf.GAF(1.0, average="halving"),
+    gaf.GAF(0.7, min_accepted=3),
+]
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids=repr)
@@ -122,14 +137,17 @@ def test_each_bucket_takes_the_decision_and_the_update_of_gaf_on_its_own_rows(ea
         give(per, net, data)
         decisions = {p: gaf.aggregate(row, policy) for p, row in rows.items()}
         for start, (p, (update, _)) in zip(before, decisions.items(), strict=True):
-            assert torch.allclose(start - p.detach(), update.view_as(p), atol=1e-6)  # float32, gradients below 1
+            # float32, gradients below 1
+            assert torch.allclose(start - p.detach(), update.view_as(p), atol=1e-6)
         stepped = [bool(decision.stepped) for _, decision in decisions.values()]
         accepted = torch.stack([decision.accepted for _, decision in decisions.values()])
         assert per.outcome.stepped == any(stepped)
         assert per.outcome.accepted == accepted.any(0).tolist()
         distances = torch.stack([decision.distances for _, decision in decisions.values()])
         assert per.outcome.distances == pytest.approx(distances.mean(0).tolist(), abs=1e-5)
-        assert per.outcome.norms2 == pytest.approx(sum((row**2).sum(1) for row in rows.values()).tolist(), rel=1e-5)
+        assert per.outcome.norms2 == pytest.approx(
+            sum((row**2).sum(1) for row in rows.values()).tolist(), rel=1e-5
+        )
         apart |= set(map(tuple, accepted.tolist()))
     assert len(apart) > 2  # the buckets did not just agree
 
@@ -146,7 +164,10 @@ def test_one_bucket_is_the_whole_gradient(policy):
         assert len(per.layers) == 1
         assert per.outcome.accepted == whole.outcome.accepted
         # the same numbers added up in another order of parameters, which can move the last bits of a float32
-        assert all(torch.allclose(p, q, rtol=1e-5, atol=1e-7) for p, q in zip(net.parameters(), twin.parameters(), strict=True))
+        assert all(
+            torch.allclose(p, q, rtol=1e-5, atol=1e-7)
+            for p, q in zip(net.parameters(), twin.parameters(), strict=True)
+        )
 
 
 def test_a_bucket_that_skips_keeps_its_parameters_and_its_optimizers_state(each_layer):
@@ -161,12 +182,19 @@ def test_a_bucket_that_skips_keeps_its_parameters_and_its_optimizers_state(each_
         assert torch.equal(net.state_dict()[name], before[name])
     for name in ("2.weight", "2.bias"):
         assert not torch.equal(net.state_dict()[name], before[name])
-    assert [bool(decision.stepped) for decision in per.layers.values()] == [True, True, False, False]  # from the last layer on
+    # from the last layer on
+    assert [bool(decision.stepped) for decision in per.layers.values()] == [
+        True,
+        True,
+        False,
+        False,
+    ]
     assert set(per.optimizers[0].state) == {net[2].weight, net[2].bias}
     assert per.outcome.stepped
 
 
-@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")  # the first step is a skip
+# the first step is a skip
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
 def test_where_every_bucket_skips_the_step_is_a_skip_and_a_gated_schedule_waits():
     net, data = net_and_data()
     per = per_bucket(net, gaf.GAF(0.0, scope="group"))

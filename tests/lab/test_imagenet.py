@@ -29,7 +29,17 @@ from gaf_lab.sampling import Iid, generator
 from gaf_lab.train import train
 
 CPU = torch.device("cpu")
-SMALL = TrainConfig(dataset="imagenet", size=16, model="convnet", k=2, b=6, passes=4.0, eval_every=2.0, augment=True, tau=1.0)
+SMALL = TrainConfig(
+    dataset="imagenet",
+    size=16,
+    model="convnet",
+    k=2,
+    b=6,
+    passes=4.0,
+    eval_every=2.0,
+    augment=True,
+    tau=1.0,
+)
 
 
 @pytest.fixture(scope="module")
@@ -54,9 +64,20 @@ def random_pixels(height, width):
 @pytest.mark.parametrize("place", ["", "imagenet", "ILSVRC/Data/CLS-LOC"])
 def test_classes_and_files_are_found_in_order_and_whatever_else_lies_there_is_not(tmp_path, place):
     pixels = random_pixels(8, 8)
-    for name in ("train/n02/b.JPEG", "train/n02/a.jpg", "train/n01/x.jpeg", "train/n01/z.PNG", "val/n02/v.JPEG"):
+    for name in (
+        "train/n02/b.JPEG",
+        "train/n02/a.jpg",
+        "train/n01/x.jpeg",
+        "train/n01/z.PNG",
+        "val/n02/v.JPEG",
+    ):
         save(tmp_path / place / name, pixels, format="PNG" if "PNG" in name else "JPEG")
-    for name in ("train/n01/._x.JPEG", "train/n01/list.txt", "train/note.txt", "train/.cache/x.JPEG"):
+    for name in (
+        "train/n01/._x.JPEG",
+        "train/n01/list.txt",
+        "train/note.txt",
+        "train/.cache/x.JPEG",
+    ):
         (tmp_path / place / name).parent.mkdir(exist_ok=True)
         (tmp_path / place / name).write_text("")
     classes, (train_files, train_y), (val_files, val_y) = imagenet.find(tmp_path, 224)
@@ -76,13 +97,25 @@ def test_data_shows_classes_and_counts(pictures):
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ([], r"must hold train/<class>/\*.JPEG and val/<class>/\*.JPEG, in itself or in imagenet or .* give its folder with --data DIR"),
+        (
+            [],
+            r"must hold train/<class>/\*.JPEG and val/<class>/\*.JPEG, in itself or in imagenet or .* give its folder with --data DIR",
+        ),
         (["train/n01/a.JPEG"], "it has train, but no val. Put that folder beside it"),
         (["val/n01/a.JPEG"], "it has val, but no train"),
-        (["train/a.JPEG", "val/n01/a.JPEG"], "train must hold a folder for each class; it holds none. Unpack"),
-        (["train/n01/a.JPEG", "val/a.JPEG", "val/b.JPEG"], "val must hold .* holds none, and 2 pictures, as downloaded. Move each picture"),
+        (
+            ["train/a.JPEG", "val/n01/a.JPEG"],
+            "train must hold a folder for each class; it holds none. Unpack",
+        ),
+        (
+            ["train/n01/a.JPEG", "val/a.JPEG", "val/b.JPEG"],
+            "val must hold .* holds none, and 2 pictures, as downloaded. Move each picture",
+        ),
         (["train/n01/a.JPEG", "val/n01/a.JPEG", "val/n02/a.JPEG"], "1 of 2 are not, n02 for one"),
-        (["train/n01/a.JPEG", "train/n02/a.txt", "val/n01/a.JPEG"], r"train/n02 must hold a picture \(.jpeg, .jpg, .png\); it holds none"),
+        (
+            ["train/n01/a.JPEG", "train/n02/a.txt", "val/n01/a.JPEG"],
+            r"train/n02 must hold a picture \(.jpeg, .jpg, .png\); it holds none",
+        ),
         (["train/n01/a.JPEG", "val/n01/a.txt"], "val/n01 must hold a picture"),
     ],
 )
@@ -95,7 +128,9 @@ def test_a_folder_that_is_not_imagenets_is_refused_with_what_it_lacks(tmp_path, 
 
 
 def test_labels_are_flipped_split_and_limited_as_those_of_other_sets(pictures):
-    problem = build(dataclasses.replace(SMALL, limit=80, heldout=0.25, noise_rate=0.5), pictures, CPU)
+    problem = build(
+        dataclasses.replace(SMALL, limit=80, heldout=0.25, noise_rate=0.5), pictures, CPU
+    )
     parts = problem.train, problem.heldout
     assert [len(part) for part in parts] == [60, 20]
     assert len(set(np.concatenate([part.x.names for part in parts]).tolist())) == 80
@@ -110,7 +145,9 @@ def test_labels_are_flipped_split_and_limited_as_those_of_other_sets(pictures):
 
 
 def test_grey_and_cmyk_pictures_and_those_with_another_files_suffix_become_rgb(tmp_path):
-    smooth = np.broadcast_to(np.linspace(40, 200, 16, dtype=np.uint8)[None, :, None], (16, 16, 3)).copy()
+    smooth = np.broadcast_to(
+        np.linspace(40, 200, 16, dtype=np.uint8)[None, :, None], (16, 16, 3)
+    ).copy()
     paths = [
         save(tmp_path / "rgb.JPEG", smooth, quality=95),
         save(tmp_path / "grey.JPEG", smooth, "L", quality=95),
@@ -120,7 +157,8 @@ def test_grey_and_cmyk_pictures_and_those_with_another_files_suffix_become_rgb(t
     for path in paths:
         image = imagenet.decoded(path)
         assert image.mode == "RGB"
-        assert np.abs(np.asarray(image).astype(int) - smooth).max() <= 4, path  # what JPEG loses of a slope at quality 95
+        # what JPEG loses of a slope at quality 95
+        assert np.abs(np.asarray(image).astype(int) - smooth).max() <= 4, path
 
 
 @pytest.mark.parametrize("damage", ["cut off", "text", "empty", "gone"])
@@ -128,7 +166,10 @@ def test_a_file_that_is_no_whole_picture_is_named(tmp_path, damage):
     path = save(tmp_path / "n01_1.JPEG", random_pixels(32, 32))
     content = {"cut off": path.read_bytes()[:-200], "text": b"not a picture", "empty": b""}
     path.write_bytes(content[damage]) if damage in content else path.unlink()
-    with pytest.raises(DataError, match=f"{path} must be a whole JPEG or PNG file; it cannot be read .*. Unpack it again."):
+    with pytest.raises(
+        DataError,
+        match=f"{path} must be a whole JPEG or PNG file; it cannot be read .*. Unpack it again.",
+    ):
         imagenet.decoded(path)
 
 
@@ -145,7 +186,8 @@ def test_random_crops_lie_in_the_picture_with_area_and_ratio_in_their_ranges(wid
     assert 0 <= left < right <= width
     assert 0 <= top < bottom <= height
     across, down = right - left, bottom - top
-    assert (across - 0.5) / (down + 0.5) <= 4 / 3 + 1e-9  # rounding moves each side by half a pixel at most
+    # rounding moves each side by half a pixel at most
+    assert (across - 0.5) / (down + 0.5) <= 4 / 3 + 1e-9
     assert (across + 0.5) / (down - 0.5) >= 3 / 4 - 1e-9
     if 3 / 4 <= width / height <= 4 / 3:  # of a longer picture there may be no such crop
         assert (across + 0.5) * (down + 0.5) >= 0.08 * width * height
@@ -153,7 +195,8 @@ def test_random_crops_lie_in_the_picture_with_area_and_ratio_in_their_ranges(wid
 
 def test_a_random_crop_is_the_one_that_its_numbers_stand_for():
     pixels = random_pixels(64, 64)
-    share = (0.25 - 0.08) / 0.92  # of the range of areas, for a quarter of the picture; 0.5 for as wide as high
+    # of the range of areas, for a quarter of the picture; 0.5 for as wide as high
+    share = (0.25 - 0.08) / 0.92
     draw = torch.zeros(imagenet.TRIES + 1, 4, dtype=torch.float64)
     draw[0] = torch.tensor([share, 0.5, 10 / 33, 32.9 / 33])
     draw[-1, 0] = 0.7
@@ -165,8 +208,12 @@ def test_a_random_crop_is_the_one_that_its_numbers_stand_for():
 
 def test_where_no_try_fits_the_crop_is_the_largest_in_the_middle():
     wide = [[0.999, 0.5, 0.0, 0.0]] * imagenet.TRIES  # nearly the whole area as a square
-    assert imagenet.random_box(400, 100, wide) == pytest.approx((400 / 2 - 200 / 3, 0, 400 / 2 + 200 / 3, 100))
-    assert imagenet.random_box(100, 400, wide) == pytest.approx((0, 400 / 2 - 200 / 3, 100, 400 / 2 + 200 / 3))
+    assert imagenet.random_box(400, 100, wide) == pytest.approx(
+        (400 / 2 - 200 / 3, 0, 400 / 2 + 200 / 3, 100)
+    )
+    assert imagenet.random_box(100, 400, wide) == pytest.approx(
+        (0, 400 / 2 - 200 / 3, 100, 400 / 2 + 200 / 3)
+    )
 
 
 # Reading ahead
@@ -185,12 +232,16 @@ def test_a_micro_batch_depends_on_seed_step_and_i_alone(pictures, sampler):
     for step, i in positions:
         x, y = one.micro_batch(step, i)
         index = one.index(step, i)
-        expected = one.train.x.read(index.tolist(), generator(config.seed, "augment", step, i))  # in this process
+        # in this process
+        expected = one.train.x.read(index.tolist(), generator(config.seed, "augment", step, i))
         assert torch.equal(x, one.inputs(expected))
         assert torch.equal(y, one.train.observed[index])
     for step, i in reversed(positions):
         assert torch.equal(other.pictures(step, i), one.pictures(step, i))
-    assert not torch.equal(build(dataclasses.replace(config, seed=1), pictures, CPU).pictures(0, 0), other.pictures(0, 0))
+    assert not torch.equal(
+        build(dataclasses.replace(config, seed=1), pictures, CPU).pictures(0, 0),
+        other.pictures(0, 0),
+    )
 
 
 def pids():
@@ -245,7 +296,9 @@ class Counting:
         return self.read(number)
 
 
-def test_workers_read_ahead_and_stop_there_so_that_pictures_are_never_all_in_memory(pictures, monkeypatch):
+def test_workers_read_ahead_and_stop_there_so_that_pictures_are_never_all_in_memory(
+    pictures, monkeypatch
+):
     monkeypatch.setattr(imagenet, "workers", lambda: 1)
     _, (files, _), _ = imagenet.find(pictures, 16)
     counted = Counting(Chunks(files, 2))
@@ -297,7 +350,9 @@ def test_only_a_lost_workers_error_is_told_anew():
 
 
 @pytest.mark.parametrize("model", ["convnet", "vit-tiny"])
-def test_an_interrupted_run_on_files_ends_bit_for_bit_as_an_undisturbed_one(pictures, tmp_path, model):
+def test_an_interrupted_run_on_files_ends_bit_for_bit_as_an_undisturbed_one(
+    pictures, tmp_path, model
+):
     if model == "vit-tiny":
         pytest.importorskip("transformers")
     config = dataclasses.replace(SMALL, model=model, lr=0.02)
@@ -308,7 +363,9 @@ def test_an_interrupted_run_on_files_ends_bit_for_bit_as_an_undisturbed_one(pict
         train(config, tmp_path / "cut", Stop(after=steps // 2 + 3), data_folder=pictures)
     resumed = train(config, tmp_path / "cut", Silent(), data_folder=pictures, resume=True)
     assert_same(final_state(tmp_path / "whole"), final_state(tmp_path / "cut"))
-    assert [line["test_loss"] for line in whole.evals] == [line["test_loss"] for line in resumed.evals]
+    assert [line["test_loss"] for line in whole.evals] == [
+        line["test_loss"] for line in resumed.evals
+    ]
 
 
 def test_made_pictures_are_the_same_for_a_seed_and_can_be_told_apart(pictures, tmp_path):
@@ -316,7 +373,9 @@ def test_made_pictures_are_the_same_for_a_seed_and_can_be_told_apart(pictures, t
     paths = sorted(path.relative_to(pictures) for path in pictures.rglob("*.JPEG"))
     assert len(paths) == 4 * (24 + 6)
     assert all((again / path).read_bytes() == (pictures / path).read_bytes() for path in paths)
-    config = dataclasses.replace(SMALL, policy="mean", noise="none", augment=False, passes=6.0, eval_every=6.0)
+    config = dataclasses.replace(
+        SMALL, policy="mean", noise="none", augment=False, passes=6.0, eval_every=6.0
+    )
     run = train(config, tmp_path / "run", Silent(), data_folder=pictures)
     assert run.evals[-1]["test_accuracy"] > 0.75  # a guess gets 0.25
 
@@ -324,14 +383,43 @@ def test_made_pictures_are_the_same_for_a_seed_and_can_be_told_apart(pictures, t
 @pytest.fixture
 def endless(pictures, tmp_path):
     """A run without end as a process, and its workers' pids once it is under way."""
-    words = ["train", "--dataset", "imagenet", "--data", pictures, "--size", "16", "--model", "convnet", "--k", "2", "--b", "8"]
-    words += ["--passes", "1000000", "--eval-every", "1000000", "--device", "cpu", "--out", tmp_path]
-    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True, "env": os.environ | {"OMP_NUM_THREADS": "1"}}
+    words = [
+        "train",
+        "--dataset",
+        "imagenet",
+        "--data",
+        pictures,
+        "--size",
+        "16",
+        "--model",
+        "convnet",
+        "--k",
+        "2",
+        "--b",
+        "8",
+    ]
+    words += [
+        "--passes",
+        "1000000",
+        "--eval-every",
+        "1000000",
+        "--device",
+        "cpu",
+        "--out",
+        tmp_path,
+    ]
+    pipes = {
+        "stdout": subprocess.DEVNULL,
+        "stderr": subprocess.PIPE,
+        "text": True,
+        "env": os.environ | {"OMP_NUM_THREADS": "1"},
+    }
     process = subprocess.Popen([sys.executable, "-m", "gaf_lab", *map(str, words)], **pipes)
     workers: list[int] = []
     while len(workers) < imagenet.workers() and process.poll() is None:
         time.sleep(0.05)
-        workers = read_by(process.pid) if (tmp_path / records.FILE).exists() else []  # git, asked for the header, is gone by then
+        # git, asked for the header, is gone by then
+        workers = read_by(process.pid) if (tmp_path / records.FILE).exists() else []
     yield process, workers
     process.kill()
     process.communicate()
@@ -346,7 +434,10 @@ def test_a_worker_that_is_killed_ends_the_run_with_one_message(endless, tmp_path
     os.kill(workers[0], signal.SIGKILL)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 2
-    assert "gaf train: imagenet: every process that reads pictures must live as long as the run; one did not (DataLoader worker" in errors
+    assert (
+        "gaf train: imagenet: every process that reads pictures must live as long as the run; one did not (DataLoader worker"
+        in errors
+    )
     assert "Traceback" not in errors
     assert records.read(tmp_path).end["status"] == "interrupted"
 

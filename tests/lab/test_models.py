@@ -40,10 +40,13 @@ def test_the_cifar_stem_keeps_the_picture_whole_and_the_imagenet_stem_leaves_a_s
 
 def test_vit_l16_has_304_million_parameters():
     pytest.importorskip("transformers")
-    d, mlp, layers, patches, classes = 1024, 4096, 24, (224 // 16) ** 2, 1000  # arXiv 2010.11929, table 1
+    # arXiv 2010.11929, table 1
+    d, mlp, layers, patches, classes = 1024, 4096, 24, (224 // 16) ** 2, 1000
     attention, two_layers, norm = 4 * (d * d + d), d * mlp + mlp + mlp * d + d, 2 * d
     embedding = 16 * 16 * 3 * d + d + d + (patches + 1) * d  # patches, class token, positions
-    expected = embedding + layers * (attention + two_layers + 2 * norm) + norm + d * classes + classes
+    expected = (
+        embedding + layers * (attention + two_layers + 2 * norm) + norm + d * classes + classes
+    )
     with torch.device("meta"):
         assert parameters("vit-l16", (3, 224, 224), classes) == expected == 304_326_632
 
@@ -69,7 +72,10 @@ def test_a_vit_knows_the_order_of_its_patches_by_their_positions_alone():
     torch.testing.assert_close(model(x), model(swapped))
 
 
-@pytest.mark.parametrize(("name", "side", "patch", "fix"), [("vit-l16", 232, 16, 224), ("vit-tiny", 28, 8, 32), ("vit-l16", 17, 16, 16)])
+@pytest.mark.parametrize(
+    ("name", "side", "patch", "fix"),
+    [("vit-l16", 232, 16, 224), ("vit-tiny", 28, 8, 32), ("vit-l16", 17, 16, 16)],
+)
 def test_a_vit_refuses_pictures_that_do_not_divide_into_patches(name, side, patch, fix):
     message = f"size must be a multiple of the patches' {patch} pixels for {name}.* got pictures of {side} x {side}. .*--size {fix}.$"
     with pytest.raises(ConfigError, match=message):
@@ -78,5 +84,8 @@ def test_a_vit_refuses_pictures_that_do_not_divide_into_patches(name, side, patc
 
 def test_a_vit_without_transformers_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)  # as if it were not there
-    with pytest.raises(ConfigError, match=r"model 'vit-tiny' needs transformers, which is not installed. Install gaf\[vit\]."):
+    with pytest.raises(
+        ConfigError,
+        match=r"model 'vit-tiny' needs transformers, which is not installed. Install gaf\[vit\].",
+    ):
         build("vit-tiny", (3, 32, 32), 10, "cifar")

@@ -17,7 +17,9 @@ def labels(n: int, classes: int) -> Tensor:
 
 
 @given(st.integers(0, 300), rates, st.integers(2, 20), seeds)
-def test_symmetric_flips_exactly_that_many_and_the_mask_is_where_they_differ(n: int, rate: float, classes: int, seed: int) -> None:
+def test_symmetric_flips_exactly_that_many_and_the_mask_is_where_they_differ(
+    n: int, rate: float, classes: int, seed: int
+) -> None:
     y = labels(n, classes)
     noisy, flipped = symmetric(y, rate, classes, seed)
     assert int(flipped.sum()) == int(rate * n)
@@ -27,7 +29,9 @@ def test_symmetric_flips_exactly_that_many_and_the_mask_is_where_they_differ(n: 
 
 
 @given(st.integers(0, 300), rates, st.integers(2, 20), seeds)
-def test_asymmetric_flips_exactly_that_many_to_the_next_class(n: int, rate: float, classes: int, seed: int) -> None:
+def test_asymmetric_flips_exactly_that_many_to_the_next_class(
+    n: int, rate: float, classes: int, seed: int
+) -> None:
     y = labels(n, classes)
     noisy, flipped = asymmetric(y, rate, classes, seed)
     assert int(flipped.sum()) == int(rate * n)
@@ -54,11 +58,14 @@ def test_symmetric_is_uniform_over_the_other_classes() -> None:
     y = torch.zeros(90_000, dtype=torch.int64)
     noisy, _ = symmetric(y, 0.999, 10, 0)
     counts = torch.bincount(noisy, minlength=10)[1:].double()
-    assert ((counts / counts.mean() - 1).abs() < 0.05).all()  # 10,000 each: five deviations are 4.7%
+    # 10,000 each: five deviations are 4.7%
+    assert ((counts / counts.mean() - 1).abs() < 0.05).all()
 
 
 def test_which_samples_are_flipped_does_not_depend_on_their_labels() -> None:
-    assert torch.equal(symmetric(labels(100, 10), 0.3, 10, 0)[1], symmetric(labels(100, 3), 0.3, 10, 0)[1])
+    assert torch.equal(
+        symmetric(labels(100, 10), 0.3, 10, 0)[1], symmetric(labels(100, 3), 0.3, 10, 0)[1]
+    )
 
 
 def test_within_super_classes_the_next_class_is_the_next_member_in_a_ring() -> None:
@@ -81,23 +88,38 @@ def test_human_labels_are_passed_on_with_where_they_differ() -> None:
 @pytest.mark.parametrize("rate", [-0.1, 1.0, 1.5, float("nan"), float("inf")])
 @pytest.mark.parametrize("noise", [symmetric, asymmetric])
 def test_a_rate_that_is_no_share_is_refused(noise, rate: float) -> None:  # type: ignore[no-untyped-def]
-    with pytest.raises(ValueError, match=rf"^noise: rate must lie in \[0, 1\); got {rate}\. It is the share of labels that are flipped\.$"):
+    with pytest.raises(
+        ValueError,
+        match=rf"^noise: rate must lie in \[0, 1\); got {rate}\. It is the share of labels that are flipped\.$",
+    ):
         noise(labels(10, 2), rate, 2, 0)
 
 
 def test_labels_and_classes_that_do_not_fit_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"^noise: labels must lie in \[0, 3\); got 0 to 3\. Is `classes` right\?"):
+    with pytest.raises(
+        ValueError, match=r"^noise: labels must lie in \[0, 3\); got 0 to 3\. Is `classes` right\?"
+    ):
         symmetric(torch.arange(4), 0.5, 3, 0)
-    with pytest.raises(ValueError, match=r"^noise: there must be two classes or more to flip between; got 1"):
+    with pytest.raises(
+        ValueError, match=r"^noise: there must be two classes or more to flip between; got 1"
+    ):
         symmetric(torch.zeros(4, dtype=torch.int64), 0.5, 1, 0)
-    with pytest.raises(ValueError, match=r"coarse must give a super-class for each of the 4 classes; got 3"):
+    with pytest.raises(
+        ValueError, match=r"coarse must give a super-class for each of the 4 classes; got 3"
+    ):
         asymmetric(torch.arange(4), 0.5, 4, 0, torch.zeros(3, dtype=torch.int64))
-    with pytest.raises(ValueError, match=r"each super-class must have two classes or more; super-class 1 has one, 2,"):
+    with pytest.raises(
+        ValueError,
+        match=r"each super-class must have two classes or more; super-class 1 has one, 2,",
+    ):
         asymmetric(torch.arange(3), 0.5, 3, 0, torch.tensor([0, 0, 1]))
 
 
 def test_human_labels_must_be_there_and_as_many() -> None:
-    with pytest.raises(ValueError, match=r"human labels must come with the data set; got one without\. Use cifar100n or cifar100n-coarse"):
+    with pytest.raises(
+        ValueError,
+        match=r"human labels must come with the data set; got one without\. Use cifar100n or cifar100n-coarse",
+    ):
         human(torch.arange(3), None)
     with pytest.raises(ValueError, match=r"there must be one human label per sample, 3; got 2"):
         human(torch.arange(3), torch.arange(2))

@@ -35,11 +35,18 @@ def test_every_number_of_every_evaluation_survives(runs, tmp_path):
         for line, other in zip(run.evals, same.evals, strict=True):
             assert line.keys() - other.keys() == {"rows"}
             for key, value in other.items():
-                assert value == (pytest.approx(line[key], rel=1e-4) if isinstance(value, float) else line[key])
+                assert value == (
+                    pytest.approx(line[key], rel=1e-4) if isinstance(value, float) else line[key]
+                )
 
 
 def test_runs_of_other_conditions_keep_theirs(runs, tmp_path):
-    other = records.Run(runs[0].folder, runs[0].header | {"commit": "another", "machine": {"cpu": "another"}}, runs[0].evals, None)
+    other = records.Run(
+        runs[0].folder,
+        runs[0].header | {"commit": "another", "machine": {"cpu": "another"}},
+        runs[0].evals,
+        None,
+    )
     packs.write([*runs, other], tmp_path / "p.jsonl")
     last = packs.read(tmp_path / "p.jsonl")[-1]
     assert last.header["commit"] == "another"
@@ -55,7 +62,9 @@ def test_report_finds_packs_beside_folders(runs, tmp_path):
 @pytest.mark.parametrize("text", ["", "{}\n", "no json\n", json.dumps({"kind": "run"}) + "\n"])
 def test_what_is_no_pack_is_refused(text, tmp_path):
     (tmp_path / "p.jsonl").write_text(text)
-    with pytest.raises(ValueError, match=r"must be a pack of runs, whose first line is of kind 'pack'; it is not"):
+    with pytest.raises(
+        ValueError, match=r"must be a pack of runs, whose first line is of kind 'pack'; it is not"
+    ):
         packs.read(tmp_path / "p.jsonl")
 
 

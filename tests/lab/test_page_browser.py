@@ -6,7 +6,17 @@ import re
 from pathlib import Path
 
 import pytest
-from browser import PAPER, assert_page_is_sound, chromium, complaints, emulate, faults, pages, pictures, printed
+from browser import (
+    PAPER,
+    assert_page_is_sound,
+    chromium,
+    complaints,
+    emulate,
+    faults,
+    pages,
+    pictures,
+    printed,
+)
 from matplotlib import pyplot
 from test_report import nine, simulate
 
@@ -32,15 +42,25 @@ def test_the_page_is_sound(page, driver):
 
 
 def test_a_page_of_twenty_arms_with_long_names_is_sound(tmp_path, driver):
-    names = ["averaging", "GAF", *(f"GAF with another technique of a long name, number {i}" for i in range(17)), "x" * 120]
+    names = [
+        "averaging",
+        "GAF",
+        *(f"GAF with another technique of a long name, number {i}" for i in range(17)),
+        "x" * 120,
+    ]
     runs = [
-        simulate(tmp_path / f"{i}-{seed}", name, seed, last=0.6 + 0.01 * i) for i, name in enumerate(names) for seed in range(1 + i % 2)
+        simulate(tmp_path / f"{i}-{seed}", name, seed, last=0.6 + 0.01 * i)
+        for i, name in enumerate(names)
+        for seed in range(1 + i % 2)
     ]
     assert_page_is_sound(report.write(runs, tmp_path / "out"), driver)
 
 
 def test_a_page_of_a_run_that_has_just_begun_is_sound(tmp_path, driver):
-    assert_page_is_sound(report.write([simulate(tmp_path / "run", "GAF", 0, passes=1, status="")], tmp_path / "out"), driver)
+    assert_page_is_sound(
+        report.write([simulate(tmp_path / "run", "GAF", 0, passes=1, status="")], tmp_path / "out"),
+        driver,
+    )
 
 
 def test_every_view_of_every_figure_is_drawn_when_it_is_chosen(page, driver):
@@ -52,7 +72,9 @@ def test_every_view_of_every_figure_is_drawn_when_it_is_chosen(page, driver):
     for view in views:
         view.click()
         figure = view.find_element("xpath", "ancestor::figure")
-        titles.append((figure.get_attribute("id"), figure.find_element("css selector", ".live .xtitle").text))
+        titles.append(
+            (figure.get_attribute("id"), figure.find_element("css selector", ".live .xtitle").text)
+        )
         assert figure.find_elements("css selector", ".live .mlayer .trace path")
     assert len(set(titles)) == len(views)
     assert complaints(driver) == []

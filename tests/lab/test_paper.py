@@ -19,7 +19,9 @@ IDS = tuple(paper.ITEMS)
 @pytest.mark.parametrize("scale", ["smoke", "small", "full"])
 @pytest.mark.parametrize("reading", ["paper", "code"])
 @pytest.mark.parametrize("name", IDS)
-def test_every_run_that_is_replayed_is_planned_before_and_of_the_same_point_and_seed(name, reading, scale, tmp_path):
+def test_every_run_that_is_replayed_is_planned_before_and_of_the_same_point_and_seed(
+    name, reading, scale, tmp_path
+):
     configs = paper.plan(name, scale, reading)
     assert bool(configs) == (name != "fig2")
     assert len({config.hash for config in configs}) == len(configs)
@@ -29,9 +31,13 @@ def test_every_run_that_is_replayed_is_planned_before_and_of_the_same_point_and_
             recorded = named[config.replay.name]
             assert recorded.policy == "gaf"
             assert list(named).index(config.replay.name) < configs.index(config)
-            same = dataclasses.replace(config, policy="gaf", replay=None, label=recorded.label, average=recorded.average)
+            same = dataclasses.replace(
+                config, policy="gaf", replay=None, label=recorded.label, average=recorded.average
+            )
             assert same.hash == recorded.hash
-    assert set(jobs(configs, tmp_path, data_folder=None, keep_checkpoints=True, command=None)) == set(named)
+    assert set(
+        jobs(configs, tmp_path, data_folder=None, keep_checkpoints=True, command=None)
+    ) == set(named)
 
 
 @pytest.mark.parametrize("scale", ["smoke", "small", "full"])
@@ -39,17 +45,24 @@ def test_every_run_that_is_replayed_is_planned_before_and_of_the_same_point_and_
 @pytest.mark.parametrize("name", IDS)
 def test_at_each_place_of_a_figure_an_arms_name_is_one_config(name, reading, scale):
     item, configs = paper.ITEMS[name], paper.plan(name, scale, reading)
-    runs = [Run(Path(folder_name(config)), {"arm": config.arm, "config": config.plain()}, [], None) for config in configs]
+    runs = [
+        Run(Path(folder_name(config)), {"arm": config.arm, "config": config.plain()}, [], None)
+        for config in configs
+    ]
     of = [arm for arms in pf.grouped(item, runs).values() for arm in arms]
     assert {arm.name for arm in of} <= set(pf.names_of(item, runs))
-    if (name, reading, scale) != ("fig9", "code", "smoke"):  # there the code's batch of 128 has a length for each b
+    # there the code's batch of 128 has a length for each b
+    if (name, reading, scale) != ("fig9", "code", "smoke"):
         assert [arm.name for arm in of] == [arm.kind for arm in of]
 
 
 @pytest.mark.parametrize("name", [name for name in IDS if name != "fig2"])
 def test_seeds_are_paired(name):
     configs = paper.plan(name, "full", seeds=3)
-    bare = [(c.seed, dataclasses.replace(c, seed=0, replay=c.replay and Path("any")).hash) for c in configs]
+    bare = [
+        (c.seed, dataclasses.replace(c, seed=0, replay=c.replay and Path("any")).hash)
+        for c in configs
+    ]
     unseeded = [{found for of, found in bare if of == seed} for seed in range(3)]
     assert unseeded[0] == unseeded[1] == unseeded[2]
 
@@ -57,11 +70,14 @@ def test_seeds_are_paired(name):
 def test_table1_at_full_is_the_presets_of_the_paper_and_of_its_code():
     for reading, gaf, mean, end in (("paper", presets.CIFAR100_GAF, presets.CIFAR100_MEAN, 0.97),
                                     ("code", presets.CIFAR100_GAF_CODE, presets.CIFAR100_MEAN_CODE, 1.0)):  # fmt: skip
-        configs = [c for c in paper.plan("table1", "full", reading, seeds=1) if c.dataset == "cifar100"]
+        configs = [
+            c for c in paper.plan("table1", "full", reading, seeds=1) if c.dataset == "cifar100"
+        ]
         filtered = {c.noise_rate: c for c in configs if c.policy == "gaf"}
         assert tuple(filtered) == paper.NOISE
         assert filtered[0.4].hash == dataclasses.replace(gaf, noise_rate=0.4).hash
-        assert filtered[0.0].tau == 1.0  # best on clean labels, says the paper; what the code always has
+        # best on clean labels, says the paper; what the code always has
+        assert filtered[0.0].tau == 1.0
         assert filtered[0.75].tau == end
         averaged = next(c for c in configs if c.policy == "mean" and c.noise_rate == 0.4)
         assert dataclasses.replace(averaged, tau=mean.tau).hash == mean.hash
@@ -114,7 +130,9 @@ def test_what_cannot_be_planned_is_refused(call, message):
 def test_the_estimate_grows_with_the_work_and_shrinks_with_workers():
     config = dataclasses.replace(paper.FASHION, limit=500)
     longer = dataclasses.replace(config, passes=2 * config.passes)
-    assert reproduce.cost(longer, 1e-3, 1e-4) - reproduce.START == pytest.approx(2 * (reproduce.cost(config, 1e-3, 1e-4) - reproduce.START))
+    assert reproduce.cost(longer, 1e-3, 1e-4) - reproduce.START == pytest.approx(
+        2 * (reproduce.cost(config, 1e-3, 1e-4) - reproduce.START)
+    )
     training, looking = reproduce.speed(config)
     assert training > 0
     assert looking > 0
@@ -129,16 +147,28 @@ def test_a_sharp_look_costs_twice_the_training():
     assert doubled == pytest.approx(2 * (reproduce.cost(config, 1e-3, 0.0) - reproduce.START))
 
 
-@pytest.mark.parametrize(("seconds", "text"), [(3.4, "3 s"), (600.0, "10 min"), (36_000.0, "10.0 h")])
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(3.4, "3 s"), (600.0, "10 min"), (36_000.0, "10.0 h")]
+)
 def test_times_are_spelled_in_units_that_suit_them(seconds, text):
     assert reproduce.spelled(seconds) == text
 
 
 def test_notes_say_what_a_figure_is_not():
     item, plan = paper.ITEMS["fig3"], paper.plan("fig3", "smoke")
-    assert any("reduced ViT on generated pictures stands in" in line for line in reproduce.notes(item, plan, "smoke", "paper", True))
-    assert not any("stands in" in line for line in reproduce.notes(item, plan, "smoke", "paper", False))
-    small = reproduce.notes(paper.ITEMS["table1"], paper.plan("table1", "small"), "small", "paper", False)
+    assert any(
+        "reduced ViT on generated pictures stands in" in line
+        for line in reproduce.notes(item, plan, "smoke", "paper", True)
+    )
+    assert not any(
+        "stands in" in line for line in reproduce.notes(item, plan, "smoke", "paper", False)
+    )
+    small = reproduce.notes(
+        paper.ITEMS["table1"], paper.plan("table1", "small"), "small", "paper", False
+    )
     assert small[0] == "Small scale: not the paper's setting."
     assert any("fashion-mnist" in line for line in small)
-    assert "released code" in reproduce.notes(item, paper.plan("fig3", "full", "code"), "full", "code", False)[0]
+    assert (
+        "released code"
+        in reproduce.notes(item, paper.plan("fig3", "full", "code"), "full", "code", False)[0]
+    )

@@ -36,7 +36,11 @@ def test_it_says_beforehand_how_many_runs_there_are_and_how_long_they_take(every
 def test_every_figure_is_there_with_its_runs(everything, name):
     out, _, _ = everything
     assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-    finished = {run.header["config_hash"] for run in records.find([out]) if run.end and run.end["status"] == "finished"}
+    finished = {
+        run.header["config_hash"]
+        for run in records.find([out])
+        if run.end and run.end["status"] == "finished"
+    }
     assert {config.hash for config in paper.plan(name)} <= finished
 
 
@@ -44,7 +48,10 @@ def test_the_page_has_them_all_and_is_sound(everything):
     out, _, _ = everything
     text = (out / "paper.html").read_text()
     assert all(item.title in text for item in paper.ITEMS.values())
-    assert "No ImageNet was found: a reduced ViT on generated pictures stands in for ViT-L/16 on ImageNet." in text
+    assert (
+        "No ImageNet was found: a reduced ViT on generated pictures stands in for ViT-L/16 on ImageNet."
+        in text
+    )
     assert_page_is_sound(out / "paper.html")
 
 

@@ -28,7 +28,17 @@ pytestmark = pytest.mark.distributed
 
 TOLERANCE = 1e-5
 WORLD = 3  # odd, so that slices are uneven and a ring adds in another order at each place
-SMALL = TrainConfig(dataset="digits", model="mlp", k=WORLD, b=16, passes=1.0, eval_every=0.4, lr=0.02, tau=0.9, augment=True)
+SMALL = TrainConfig(
+    dataset="digits",
+    model="mlp",
+    k=WORLD,
+    b=16,
+    passes=1.0,
+    eval_every=0.4,
+    lr=0.02,
+    tau=0.9,
+    augment=True,
+)
 TIMING = ("seconds", "samples_per_second")
 
 
@@ -43,7 +53,15 @@ def torchrun():
 
 
 def launch(ranks, *words, options=()):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), *options]
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(ranks),
+        *options,
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "100"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment}
     return subprocess.Popen([*launcher, "-m", "gaf_lab", "train", *map(str, words)], **pipes)
@@ -55,7 +73,9 @@ def words_of(config):
     for field in dataclasses.fields(config):
         value, name = getattr(config, field.name), "--" + field.name.replace("_", "-")
         if value != field.default:
-            words += [name.replace("--", "--no-", 1) if value is False else name] + ([] if isinstance(value, bool) else [str(value)])
+            words += [name.replace("--", "--no-", 1) if value is False else name] + (
+                [] if isinstance(value, bool) else [str(value)]
+            )
     return words
 
 
@@ -89,10 +109,19 @@ def assert_same(a, b, where=""):
 
 
 def assert_same_run(a, b):
-    first, second = ({key: value for key, value in state_in(folder).items() if key not in ("seconds", "records_size")} for folder in (a, b))
+    first, second = (
+        {
+            key: value
+            for key, value in state_in(folder).items()
+            if key not in ("seconds", "records_size")
+        }
+        for folder in (a, b)
+    )
     assert_same(first, second)
     for x, y in zip(records.read(a).evals, records.read(b).evals, strict=True):
-        assert {k: v for k, v in x.items() if k not in TIMING} == {k: v for k, v in y.items() if k not in TIMING}
+        assert {k: v for k, v in x.items() if k not in TIMING} == {
+            k: v for k, v in y.items() if k not in TIMING
+        }
 
 
 # ---------------------------------------------------------------------------------- jobs in ranks that stay
@@ -101,17 +130,33 @@ def assert_same_run(a, b):
 def jobs(folder):
     """name -> config and arguments of `train`, in the order in which they run. "early" and "one" end at a step and go on."""
     replay = {"replay": folder / "recorded"}
-    nets = {"gaf": SMALL, "mean": dataclasses.replace(SMALL, policy="mean", optimizer="adam", lr=0.002)}
+    nets = {
+        "gaf": SMALL,
+        "mean": dataclasses.replace(SMALL, policy="mean", optimizer="adam", lr=0.002),
+    }
     return {
         "gaf": (nets["gaf"], {}),
-        "best": (dataclasses.replace(SMALL, start="best", model="convnet", schedule="cosine", schedule_waits=True), {}),
+        "best": (
+            dataclasses.replace(
+                SMALL, start="best", model="convnet", schedule="cosine", schedule_waits=True
+            ),
+            {},
+        ),
         "mean": (nets["mean"], {}),
         "random-skip": (dataclasses.replace(SMALL, policy="random-skip", autocast="bfloat16"), {}),
         "replay-skip": (dataclasses.replace(SMALL, policy="replay-skip", **replay), {}),
         "random-subset": (dataclasses.replace(SMALL, policy="random-subset", **replay), {}),
-        "plateau": (dataclasses.replace(SMALL, schedule="plateau", patience=0, eval_every=0.1, lr=0.3), {}),
+        "plateau": (
+            dataclasses.replace(SMALL, schedule="plateau", patience=0, eval_every=0.1, lr=0.3),
+            {},
+        ),
         "sam": (dataclasses.replace(SMALL, sam=0.05, model="convnet", limit=300), {}),
-        "ema": (dataclasses.replace(SMALL, ema=0.9, mixup=0.4, early_stopping=1, eval_every=0.1, lr=0.1), {}),
+        "ema": (
+            dataclasses.replace(
+                SMALL, ema=0.9, mixup=0.4, early_stopping=1, eval_every=0.1, lr=0.1
+            ),
+            {},
+        ),
         "early-gaf": (nets["gaf"], {"steps": 11}),
         "early-mean": (nets["mean"], {"steps": 11}),
         "one-gaf": (nets["gaf"], {"resume": True}),
@@ -133,18 +178,29 @@ def work(rank, store, folder):
             told[name] = f"{type(error).__name__}: {error}"
 
     for name, (config, options) in jobs(folder).items():
-        attempt(name, lambda c=config, n=name, o=options: len(train(c, folder / n, Silent(), group=group, **o).rows))
+        attempt(
+            name,
+            lambda c=config, n=name, o=options: len(
+                train(c, folder / n, Silent(), group=group, **o).rows
+            ),
+        )
         if name.startswith("early"):
             if rank == 0:
                 shutil.copytree(folder / name, folder / f"alone-{name}")
-            attempt(name, lambda c=config, n=name: len(train(c, folder / n, Silent(), group=group, resume=True).rows))
+            attempt(
+                name,
+                lambda c=config, n=name: len(
+                    train(c, folder / n, Silent(), group=group, resume=True).rows
+                ),
+            )
     attempt("all", lambda: group.led(lambda: {"rank": rank}))
     attempt("led", lambda: group.led(lambda: 1 // rank))
     attempt("each", lambda: group.each(lambda: 1 // (rank - 1)))
     attempt("there", lambda: train(SMALL, folder / "gaf", Silent(), group=group))
     (folder / f"told-{rank}.json").write_text(json.dumps(told))
     dist.destroy_process_group()
-    os._exit(0)  # a process that has made dozens of data-parallel models now and then aborts in torch's destructors
+    # a process that has made dozens of data-parallel models now and then aborts in torch's destructors
+    os._exit(0)
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +213,10 @@ def ranks(tmp_path_factory):
     return folder, [json.loads((folder / f"told-{rank}.json").read_text()) for rank in range(WORLD)]
 
 
-@pytest.mark.parametrize("name", ["gaf", "best", "mean", "random-skip", "replay-skip", "random-subset", "plateau", "sam", "ema"])
+@pytest.mark.parametrize(
+    "name",
+    ["gaf", "best", "mean", "random-skip", "replay-skip", "random-subset", "plateau", "sam", "ema"],
+)
 def test_ranks_take_the_decisions_and_end_with_the_weights_of_one_process(ranks, tmp_path, name):
     config = jobs(ranks[0])[name][0]
     # bfloat16 has 8 bits: a last bit of float32 can tip the rounding of an activation
@@ -169,22 +228,35 @@ def test_ranks_take_the_decisions_and_end_with_the_weights_of_one_process(ranks,
     for a, b in zip(several.evals, one.evals, strict=True):
         for key in ("step", "steps_taken", "samples", "passes", "acceptance", "lr"):
             assert a[key] == b[key]
-        assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-2 if config.autocast != "none" else TOLERANCE)
+        assert a["train_loss"] == pytest.approx(
+            b["train_loss"], rel=1e-2 if config.autocast != "none" else TOLERANCE
+        )
         if name in ("gaf", "plateau"):
-            for key in ("distance_mean", "distance_min", "heldout_loss", "test_loss", "test_accuracy"):
+            for key in (
+                "distance_mean",
+                "distance_min",
+                "heldout_loss",
+                "test_loss",
+                "test_accuracy",
+            ):
                 assert a[key] == pytest.approx(b[key], rel=10 * TOLERANCE)
     if name == "plateau":
         assert several.evals[-1]["lr"] < config.lr
     if name == "ema":
-        assert len(several.rows) < len(records.read(ranks[0] / "gaf").rows)  # it stopped early, on all ranks
+        # it stopped early, on all ranks
+        assert len(several.rows) < len(records.read(ranks[0] / "gaf").rows)
     if name in ("gaf", "best"):
-        assert 0 < sum(n > 0 for n in one.rows) < len(one.rows)  # some steps are taken and some are skipped
+        # some steps are taken and some are skipped
+        assert 0 < sum(n > 0 for n in one.rows) < len(one.rows)
 
 
 def test_plain_averaging_by_ranks_looks_at_no_gradient_and_records_no_distances(ranks):
     for name in ("mean", "random-skip", "replay-skip"):
         for line in records.read(ranks[0] / name).evals:
-            assert [line[key] for key in ("distance_mean", "distance_min", "noise_scale", "norm_dispersion")] == [None] * 4
+            assert [
+                line[key]
+                for key in ("distance_mean", "distance_min", "noise_scale", "norm_dispersion")
+            ] == [None] * 4
 
 
 @pytest.mark.parametrize("name", ["gaf", "mean"])
@@ -208,7 +280,9 @@ def test_all_ranks_stop_together_where_the_loss_is_no_number_and_one_says_why(ra
     folder, told = ranks
     with pytest.raises(Diverged) as alone:
         train(jobs(folder)["diverged"][0], tmp_path, Silent())
-    assert told[0]["diverged"] == f"Diverged: {alone.value}".replace(str(tmp_path), str(folder / "diverged"))
+    assert told[0]["diverged"] == f"Diverged: {alone.value}".replace(
+        str(tmp_path), str(folder / "diverged")
+    )
     assert [t["diverged"] for t in told[1:]] == ["Elsewhere: "] * 2
     assert records.read(folder / "diverged").end["status"] == "diverged"
 
@@ -239,23 +313,43 @@ def test_torchrun_with_four_ranks_is_one_run_and_equals_one_process(torchrun, tm
     one = train(config, tmp_path / "one", Silent())
     assert_close(tmp_path / "four", tmp_path / "one")
     run = records.read(tmp_path / "four")
-    kinds = [json.loads(line)["kind"] for line in (tmp_path / "four" / records.FILE).read_text().splitlines()]
+    kinds = [
+        json.loads(line)["kind"]
+        for line in (tmp_path / "four" / records.FILE).read_text().splitlines()
+    ]
     assert kinds == ["run", *["eval"] * len(one.evals), "end"]
     assert (run.header["ranks"], run.end["status"]) == (4, "finished")
     assert from_dict(run.header["config"], TrainConfig(), "header") == config
-    assert run.header["command"].startswith("torchrun --nproc-per-node 4 -m gaf_lab train --dataset digits")
-    assert out.count("held-out   test") == out.count("training pictures") == out.count("Records: ") == 1
-    assert sum(line.split()[:2] == [f"{e['passes']:.2f}", str(e["step"])] for line in out.splitlines() for e in run.evals) == len(run.evals)
+    assert run.header["command"].startswith(
+        "torchrun --nproc-per-node 4 -m gaf_lab train --dataset digits"
+    )
+    assert (
+        out.count("held-out   test")
+        == out.count("training pictures")
+        == out.count("Records: ")
+        == 1
+    )
+    assert sum(
+        line.split()[:2] == [f"{e['passes']:.2f}", str(e["step"])]
+        for line in out.splitlines()
+        for e in run.evals
+    ) == len(run.evals)
 
 
 @pytest.mark.parametrize(
     ("mistake", "words", "message"),
     [
-        ("k", ["--k", "4"], "k must be the number of ranks, for each computes one micro-batch; got k = 4 on 2 ranks. Start 4 of them "),
+        (
+            "k",
+            ["--k", "4"],
+            "k must be the number of ranks, for each computes one micro-batch; got k = 4 on 2 ranks. Start 4 of them ",
+        ),
         ("folder", ["--k", "2"], "must not hold a run yet; it does. Go on with --resume"),
     ],
 )
-def test_what_cannot_run_is_refused_by_all_ranks_with_one_message(torchrun, tmp_path, mistake, words, message):
+def test_what_cannot_run_is_refused_by_all_ranks_with_one_message(
+    torchrun, tmp_path, mistake, words, message
+):
     folder = tmp_path / "out"
     if mistake == "folder":
         train(dataclasses.replace(SMALL, k=2), folder, Silent(), steps=1)
@@ -266,7 +360,9 @@ def test_what_cannot_run_is_refused_by_all_ranks_with_one_message(torchrun, tmp_
     assert (out + err).count(message) == (out + err).count("gaf train:") == 1
     assert "exitcode  : 2 " in err  # torchrun's own table
     assert "exitcode  : 1 " not in err
-    assert "Traceback" not in err.split("torch/distributed/run.py")[0].split("failed (exitcode: 2)")[0]
+    assert (
+        "Traceback" not in err.split("torch/distributed/run.py")[0].split("failed (exitcode: 2)")[0]
+    )
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
@@ -292,13 +388,24 @@ def wait_until(holds, seconds=60):
 
 @pytest.mark.slow  # and where the machine is busy a kill can come too late
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds the workers in /proc")
-def test_kill_minus_9_of_a_worker_brings_the_run_back_and_to_the_same_end(ranks, torchrun, tmp_path):
+def test_kill_minus_9_of_a_worker_brings_the_run_back_and_to_the_same_end(
+    ranks, torchrun, tmp_path
+):
     config, _ = jobs(ranks[0])["long"]
-    process = torchrun(WORLD, *words_of(config), "--out", tmp_path / "cut", options=["--max-restarts", "2"])
+    process = torchrun(
+        WORLD, *words_of(config), "--out", tmp_path / "cut", options=["--max-restarts", "2"]
+    )
     before = []
-    for file, victim in ((records.FILE, 1), (checkpoint.FILE, 0)):  # before the first checkpoint, and after it; a follower, and rank 0
+    # before the first checkpoint, and after it; a follower, and rank 0
+    for file, victim in ((records.FILE, 1), (checkpoint.FILE, 0)):
         path = tmp_path / "cut" / file
-        wait_until(lambda path=path, old=before: path.exists() and len(children(process.pid)) == WORLD and children(process.pid) != old)
+        wait_until(
+            lambda path=path, old=before: (
+                path.exists()
+                and len(children(process.pid)) == WORLD
+                and children(process.pid) != old
+            )
+        )
         before = children(process.pid)
         os.kill(before[victim], signal.SIGKILL)
         wait_until(lambda old=before: children(process.pid) != old)
@@ -307,7 +414,10 @@ def test_kill_minus_9_of_a_worker_brings_the_run_back_and_to_the_same_end(ranks,
     assert out.count("training pictures") == 3
     assert " ".join(out.split()).count("162 steps, from step 81 ") == 1
     assert_same_run(ranks[0] / "long", tmp_path / "cut")
-    kinds = [json.loads(line)["kind"] for line in (tmp_path / "cut" / records.FILE).read_text().splitlines()]
+    kinds = [
+        json.loads(line)["kind"]
+        for line in (tmp_path / "cut" / records.FILE).read_text().splitlines()
+    ]
     assert kinds == ["run", "eval", "eval", "end"]
 
 
@@ -316,7 +426,10 @@ def test_kill_minus_9_of_a_worker_brings_the_run_back_and_to_the_same_end(ranks,
 
 def test_batch_norm_statistics_of_accepted_micro_batches_alone_are_refused_on_ranks():
     config = dataclasses.replace(SMALL, bn="accepted")
-    with pytest.raises(ConfigError, match="bn must be 'all' on several ranks: .*; got 'accepted' on 3 ranks. Set --bn all, or run one"):
+    with pytest.raises(
+        ConfigError,
+        match="bn must be 'all' on several ranks: .*; got 'accepted' on 3 ranks. Set --bn all, or run one",
+    ):
         parallel.check(config, WORLD)
     parallel.check(config, 1)
     parallel.check(dataclasses.replace(config, k=8), 1)
@@ -342,7 +455,12 @@ def test_a_run_without_a_checkpoint_is_started_anew_by_its_own_torchrun(tmp_path
 
 
 def test_torchrun_with_one_process_is_one_process(monkeypatch):
-    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost"}.items():
+    for name, value in {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "localhost",
+    }.items():
         monkeypatch.setenv(name, value)
     assert not cli.under_torchrun()
     assert parallel.here() == parallel.Group()

@@ -54,8 +54,16 @@ def test_a_file_is_every_seed_times_every_point_times_every_arm_and_the_nearest_
     configs = plan(FILE)
     keys = [(c.seed, c.noise_rate, c.policy, c.k) for c in configs]
     arms = ["random-subset", "mean", "gaf", "replay-skip"]
-    assert keys == [(s, n, a, 4 if a == "gaf" else k) for s in (3, 5) for n in (0.2, 0.4) for k in (4, 8) for a in arms]
-    assert {(c.dataset, c.passes, c.model) for c in configs} == {("digits", 2.0, TrainConfig().model)}
+    assert keys == [
+        (s, n, a, 4 if a == "gaf" else k)
+        for s in (3, 5)
+        for n in (0.2, 0.4)
+        for k in (4, 8)
+        for a in arms
+    ]
+    assert {(c.dataset, c.passes, c.model) for c in configs} == {
+        ("digits", 2.0, TrainConfig().model)
+    }
     assert {c.tau for c in configs if c.policy == "mean"} == {0.5}
     assert {c.seed for c in plan(FILE, range(2))} == {0, 1}
     assert plan("") == [TrainConfig()]
@@ -70,11 +78,15 @@ def test_an_arm_follows_the_arm_that_it_names_at_its_own_seed_and_point_through_
         assert chained == follow(dataclasses.replace(chained, replay=Path("any")), subset)
 
 
-def test_a_folders_name_has_arm_seed_and_hash_and_the_hash_does_not_change_where_the_replayed_folder_is_put(tmp_path):
+def test_a_folders_name_has_arm_seed_and_hash_and_the_hash_does_not_change_where_the_replayed_folder_is_put(
+    tmp_path,
+):
     config = TrainConfig(label="Loss: GCE, q = 0.7!", seed=4)
     assert folder_name(config) == f"loss-gce-q-0-7-s4-{config.hash}"
     bare = follow(TrainConfig(policy="replay-skip", replay=Path("any")), config)
-    assert folder_name(bare) == folder_name(dataclasses.replace(bare, replay=tmp_path / bare.replay))
+    assert folder_name(bare) == folder_name(
+        dataclasses.replace(bare, replay=tmp_path / bare.replay)
+    )
 
 
 @pytest.mark.parametrize(
@@ -100,7 +112,9 @@ def test_a_folders_name_has_arm_seed_and_hash_and_the_hash_does_not_change_where
     ],
 )  # fmt: skip
 def test_what_is_no_plan_is_refused(plan, text, message):
-    with pytest.raises(ConfigError, match=message.replace("Did you mean 'seeds'.", "Did you mean 'seeds'\\?")):
+    with pytest.raises(
+        ConfigError, match=message.replace("Did you mean 'seeds'.", "Did you mean 'seeds'\\?")
+    ):
         plan(text)
 
 
@@ -111,9 +125,15 @@ def test_a_plan_is_found_by_its_file_its_preset_or_the_papers_name(plan, tmp_pat
     assert find("demo-gaf", None, **more) == [PRESETS["demo-gaf"]]
     assert [c.seed for c in find("demo-gaf", 3, **more)] == [0, 1, 2]
     assert find("fig6", 2, **more) == paper.plan("fig6", "smoke", "paper", 2)
-    with pytest.raises(ConfigError, match=f"{tmp_path / 'other.toml'}: must exist; it does not. docs/sweeps.md has the format."):
+    with pytest.raises(
+        ConfigError,
+        match=f"{tmp_path / 'other.toml'}: must exist; it does not. docs/sweeps.md has the format.",
+    ):
         find(str(tmp_path / "other.toml"), None, **more)
-    with pytest.raises(ConfigError, match=r"needs a TOML file, a preset or a figure of the paper; got 'demo-gfa'. Did you mean 'demo-gaf'"):
+    with pytest.raises(
+        ConfigError,
+        match=r"needs a TOML file, a preset or a figure of the paper; got 'demo-gfa'. Did you mean 'demo-gaf'",
+    ):
         find("demo-gfa", None, **more)
     with pytest.raises(ConfigError, match="seeds must be at least 1; got 0."):
         find("demo-gaf", 0, **more)

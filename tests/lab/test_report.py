@@ -78,8 +78,22 @@ def flat_runs(folder: Path, levels: dict[str, list[float]]) -> list[Run]:
     runs = []
     for arm, values in levels.items():
         for seed, value in enumerate(values):
-            line = {"step": 1, "steps_taken": 1, "samples": 160, "test_accuracy": value, "heldout_accuracy": None, "rows": [8]}
-            runs.append(Run(folder / f"{arm}-{seed}", head(f"{arm}-{seed}", arm, seed), [line], {"status": "finished", "seconds": 1.0}))
+            line = {
+                "step": 1,
+                "steps_taken": 1,
+                "samples": 160,
+                "test_accuracy": value,
+                "heldout_accuracy": None,
+                "rows": [8],
+            }
+            runs.append(
+                Run(
+                    folder / f"{arm}-{seed}",
+                    head(f"{arm}-{seed}", arm, seed),
+                    [line],
+                    {"status": "finished", "seconds": 1.0},
+                )
+            )
     return runs
 
 
@@ -154,12 +168,16 @@ def test_the_page_loads_nothing(nine_page):
     assert len(loads) == 5  # the pictures: accuracy against three axes, distance, memorisation
     assert all(value.startswith("data:image/png;base64,") for value in loads)
     assert not {"link", "base", "iframe", "object", "embed", "form"} & set(nine_page.tags)
-    assert not any(word in css for css in nine_page.raw["style"] for word in ("url(", "@import", "http"))
+    assert not any(
+        word in css for css in nine_page.raw["style"] for word in ("url(", "@import", "http")
+    )
 
 
 def test_the_browser_is_told_to_load_nothing(nine_page):
     (policy,) = [
-        attrs["content"] for tag, attrs in nine_page.elements if tag == "meta" and attrs.get("http-equiv") == "Content-Security-Policy"
+        attrs["content"]
+        for tag, attrs in nine_page.elements
+        if tag == "meta" and attrs.get("http-equiv") == "Content-Security-Policy"
     ]
     assert "default-src 'none'" in policy
     assert "http" not in policy
@@ -177,13 +195,17 @@ def test_plotly_is_inside_once_and_the_page_stays_small(nine_page):
 def test_long_runs_do_not_bloat_the_page(tmp_path):
     many = nine(tmp_path)
     for run in many:
-        run.evals[:] = [line | {"samples": line["samples"] + i} for line in run.evals for i in range(100)]
+        run.evals[:] = [
+            line | {"samples": line["samples"] + i} for line in run.evals for i in range(100)
+        ]
     assert len(page(many, tmp_path).source.encode()) < 6_000_000
 
 
 def test_the_same_runs_give_the_same_page(runs, out, nine_page, tmp_path):
     assert page(runs, tmp_path, "Nine runs").source == nine_page.source
-    assert all((tmp_path / file.name).read_bytes() == file.read_bytes() for file in out.glob("*.png"))
+    assert all(
+        (tmp_path / file.name).read_bytes() == file.read_bytes() for file in out.glob("*.png")
+    )
 
 
 def test_the_title(runs, nine_page, tmp_path):
@@ -215,19 +237,38 @@ def test_hover_labels_show_names_as_they_are(runs, tmp_path):
 
 
 def test_the_summary_says_how_far_and_how_sure(tmp_path):
-    text = report.summary(statistics.arms(flat_runs(tmp_path, {"averaging": [0.6, 0.6, 0.7], "GAF": [0.8, 0.81, 0.92]})))
-    assert "GAF's test accuracy is 21.0 points above averaging (95%\xa0CI 20.0 to 22.0, n\xa0=\xa03)" in text
+    text = report.summary(
+        statistics.arms(
+            flat_runs(tmp_path, {"averaging": [0.6, 0.6, 0.7], "GAF": [0.8, 0.81, 0.92]})
+        )
+    )
+    assert (
+        "GAF's test accuracy is 21.0 points above averaging (95%\xa0CI 20.0 to 22.0, n\xa0=\xa03)"
+        in text
+    )
     assert "1 case of 4" in text
 
 
 def test_the_summary_says_where_no_difference_can_be_told(tmp_path):
-    text = report.summary(statistics.arms(flat_runs(tmp_path, {"averaging": [0.6, 0.6, 0.7], "GAF": [0.61, 0.61, 0.6]})))
-    assert "2.7 points below averaging (95%\xa0CI \N{MINUS SIGN}10.0 to 1.0, n\xa0=\xa03: no difference can be told)" in text
+    text = report.summary(
+        statistics.arms(
+            flat_runs(tmp_path, {"averaging": [0.6, 0.6, 0.7], "GAF": [0.61, 0.61, 0.6]})
+        )
+    )
+    assert (
+        "2.7 points below averaging (95%\xa0CI \N{MINUS SIGN}10.0 to 1.0, n\xa0=\xa03: no difference can be told)"
+        in text
+    )
 
 
-@pytest.mark.parametrize(("seeds", "words"), [(1, "From one seed (n\xa0=\xa01), no difference can be told."), (2, "too few seeds to tell")])
+@pytest.mark.parametrize(
+    ("seeds", "words"),
+    [(1, "From one seed (n\xa0=\xa01), no difference can be told."), (2, "too few seeds to tell")],
+)
 def test_the_summary_claims_nothing_from_one_or_two_seeds(seeds, words, tmp_path):
-    text = report.summary(statistics.arms(flat_runs(tmp_path, {"averaging": [0.6] * seeds, "GAF": [0.9] * seeds})))
+    text = report.summary(
+        statistics.arms(flat_runs(tmp_path, {"averaging": [0.6] * seeds, "GAF": [0.9] * seeds}))
+    )
     assert words in text
 
 
@@ -244,7 +285,9 @@ def test_a_deviation_is_spoken_of_where_there_is_one(runs, nine_page, tmp_path):
     assert "Mean over seeds ± sample standard deviation, of finished runs." in nine_page.text
     assert "± standard deviation" in rendered(runs)
     mixed = [run for run in runs if run.arm == "GAF" or run.seed == 0]
-    assert "± sample standard deviation where n > 1, of finished runs." in page(mixed, tmp_path).text
+    assert (
+        "± sample standard deviation where n > 1, of finished runs." in page(mixed, tmp_path).text
+    )
 
 
 def test_the_page_explains_its_columns(nine_page, tmp_path):
@@ -256,7 +299,13 @@ def test_the_page_explains_its_columns(nine_page, tmp_path):
 
 
 def test_the_summary_compares_gaf_with_its_controls(tmp_path):
-    text = report.summary(statistics.arms(flat_runs(tmp_path, {"averaging": [0.6] * 6, "GAF": [0.8] * 6, "random subset": [0.75] * 6})))
+    text = report.summary(
+        statistics.arms(
+            flat_runs(
+                tmp_path, {"averaging": [0.6] * 6, "GAF": [0.8] * 6, "random subset": [0.75] * 6}
+            )
+        )
+    )
     assert "20.0 points above averaging" in text
     assert "5.0 points above random subset" in text
     assert "1 case of" not in text  # six seeds are enough
@@ -281,24 +330,41 @@ def test_unfinished_runs_are_named_and_left_out(runs, tmp_path):
     ]
     found = page([*runs, *more], tmp_path)
     assert "3 of 12 not finished" in found.text
-    assert all(word in found.text for word in ("interrupted", "diverged", "unfinished", "flatters averaging"))
-    before, after = (statistics.spread(statistics.arms(group)[1], statistics.LAST) for group in (runs, [*runs, *more]))
+    assert all(
+        word in found.text
+        for word in ("interrupted", "diverged", "unfinished", "flatters averaging")
+    )
+    before, after = (
+        statistics.spread(statistics.arms(group)[1], statistics.LAST)
+        for group in (runs, [*runs, *more])
+    )
     assert before == after
 
 
 def test_an_arm_of_unfinished_runs_is_starred(runs, tmp_path):
-    found = page([*runs, simulate(tmp_path / "cut", "random skip", 0, status="", passes=3, last=0.7)], tmp_path)
+    found = page(
+        [*runs, simulate(tmp_path / "cut", "random skip", 0, status="", passes=3, last=0.7)],
+        tmp_path,
+    )
     assert "random skip *" in found.text
     assert "averaging *" not in found.text
 
 
 @pytest.mark.parametrize("passes", [0, 2])
 def test_runs_without_values_still_make_a_page(passes, tmp_path):
-    keys = ("heldout_accuracy", "test_accuracy", "memorised", "corrected", "acceptance", "distance_mean")
+    keys = (
+        "heldout_accuracy",
+        "test_accuracy",
+        "memorised",
+        "corrected",
+        "acceptance",
+        "distance_mean",
+    )
     found = page([simulate(tmp_path / "run", "GAF", 0, passes=passes, nulls=keys)], tmp_path)
     assert "No test accuracy was recorded yet" in found.text
     pictures = [tmp_path / f"{chart.name}.png" for chart in figures.CHARTS]
-    assert all(0 < share_of(figures.SOFT, picture) < 0.1 for picture in pictures)  # a word that nothing was recorded
+    # a word that nothing was recorded
+    assert all(0 < share_of(figures.SOFT, picture) < 0.1 for picture in pictures)
     assert not any(share_of(figures.KNOWN["GAF"].light, picture) for picture in pictures)
 
 
@@ -320,7 +386,10 @@ def test_each_command_is_given_once(nine_page):
 
 
 def test_each_arm_is_explained(nine_page):
-    assert "at most τ = 0.8, one after the other, and skips the step where fewer than 2 agree" in nine_page.text
+    assert (
+        "at most τ = 0.8, one after the other, and skips the step where fewer than 2 agree"
+        in nine_page.text
+    )
     assert "averages random micro-gradients, as many as GAF accepted" in nine_page.text
 
 
@@ -338,9 +407,13 @@ def across(folder: Path, field: str, values: tuple[float, ...]) -> list[Run]:
     for place, value in enumerate(values):
         for arm, level in (("averaging", 0.5), ("GAF", 0.6 + 0.1 * place), ("random subset", 0.55)):
             for run in flat_runs(folder, {arm: [level] * 3}):
-                config = {field: value} | ({} if arm != "random subset" else {"replay": f"GAF-{place}-{run.seed}"})
+                config = {field: value} | (
+                    {} if arm != "random subset" else {"replay": f"GAF-{place}-{run.seed}"}
+                )
                 run.header["config"] |= config
-                runs.append(Run(folder / f"{arm}-{place}-{run.seed}", run.header, run.evals, run.end))
+                runs.append(
+                    Run(folder / f"{arm}-{place}-{run.seed}", run.header, run.evals, run.end)
+                )
     return runs
 
 
@@ -354,20 +427,36 @@ def test_at_several_taus_each_is_compared_with_averaging_and_with_its_own_contro
     text = report.summary(of)
     assert "GAF, tau 0.9's test accuracy is 20.0 points above averaging" in text
     assert text.count("random subset, tau 0.9") == text.count("random subset, tau 0.5") == 1
-    without = statistics.arms(run for run in across(tmp_path, "tau", (0.5, 0.9)) if run.arm != "averaging")
-    assert ("random subset, tau 0.9", "GAF, tau 0.5") not in [(one.name, other.name) for one, other in report.pairs(without)]
+    without = statistics.arms(
+        run for run in across(tmp_path, "tau", (0.5, 0.9)) if run.arm != "averaging"
+    )
+    assert ("random subset, tau 0.9", "GAF, tau 0.5") not in [
+        (one.name, other.name) for one, other in report.pairs(without)
+    ]
 
 
 def test_across_noise_levels_only_arms_of_one_level_are_compared(tmp_path):
     of = statistics.arms(across(tmp_path, "noise_rate", (0.2, 0.4)))
-    found = [(one.name.partition(", ")[2], other.name.partition(", ")[2]) for one, other in report.pairs(of)]
-    assert found == [("noise rate 0.2", "noise rate 0.2")] * 3 + [("noise rate 0.4", "noise rate 0.4")] * 3
-    assert "GAF, noise rate 0.4's test accuracy is 20.0 points above averaging, noise rate 0.4 (" in report.summary(of)
+    found = [
+        (one.name.partition(", ")[2], other.name.partition(", ")[2])
+        for one, other in report.pairs(of)
+    ]
+    assert (
+        found
+        == [("noise rate 0.2", "noise rate 0.2")] * 3 + [("noise rate 0.4", "noise rate 0.4")] * 3
+    )
+    assert (
+        "GAF, noise rate 0.4's test accuracy is 20.0 points above averaging, noise rate 0.4 ("
+        in report.summary(of)
+    )
 
 
 def test_the_summary_of_many_points_counts(tmp_path):
     text = report.summary(statistics.arms(across(tmp_path, "noise_rate", (0.1, 0.2, 0.3, 0.4))))
-    assert "Of 8 arms compared with averaging in test accuracy at the last evaluation, 8 can be told to be above" in text
+    assert (
+        "Of 8 arms compared with averaging in test accuracy at the last evaluation, 8 can be told to be above"
+        in text
+    )
 
 
 def test_the_page_of_a_grid_names_each_run_by_its_arm(tmp_path):
@@ -381,7 +470,10 @@ def test_the_page_of_a_grid_names_each_run_by_its_arm(tmp_path):
 # --- numbers as text ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("value", "text"), [(1.25, "+1.2"), (-3.0, "\N{MINUS SIGN}3.0"), (0.04, "0.0"), (-0.04, "0.0"), (0.0, "0.0")])
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(1.25, "+1.2"), (-3.0, "\N{MINUS SIGN}3.0"), (0.04, "0.0"), (-0.04, "0.0"), (0.0, "0.0")],
+)
 def test_signed(value, text):
     assert report.signed(value) == text
 
@@ -397,15 +489,24 @@ def test_time_has_a_fitting_unit(longest, unit):
 def test_every_figure_shows_every_arm(out):
     for name in ("accuracy", "distance", "memorisation"):
         shades = figures.palette(list(POLICIES)).values()
-        assert all(share_of(shade.light, out / f"{name}.png") > 0.001 for shade in shades)  # a bold line: 0.3% of the pixels
+        # a bold line: 0.3% of the pixels
+        assert all(share_of(shade.light, out / f"{name}.png") > 0.001 for shade in shades)
 
 
 def test_pages_and_pictures_show_the_same_numbers(runs):
     gaf = next(arm for arm in statistics.arms(runs) if arm.name == "GAF")
     curve = statistics.curve(gaf, "test_accuracy")
-    (bold,) = [trace for trace in figures.interactive(runs, figures.CHARTS[0]).data if trace.name == "GAF" and trace.showlegend]
+    (bold,) = [
+        trace
+        for trace in figures.interactive(runs, figures.CHARTS[0]).data
+        if trace.name == "GAF" and trace.showlegend
+    ]
     line = max(
-        (line for line in figures.static(runs, figures.CHARTS[0]).axes[0].lines if line.get_color() == "#1559c9"),
+        (
+            line
+            for line in figures.static(runs, figures.CHARTS[0]).axes[0].lines
+            if line.get_color() == "#1559c9"
+        ),
         key=lambda a: a.get_linewidth(),
     )
     np.testing.assert_allclose(bold.y, curve.mean * 100, atol=1e-5)  # rounded to five digits
@@ -430,7 +531,10 @@ def test_tau_is_drawn_for_gaf_alone(tau, lines, tmp_path):
 
 
 def test_an_arm_keeps_its_colour_whatever_it_is_shown_with():
-    assert figures.palette(["GAF", "averaging"])["GAF"] == figures.palette(["x", "random skip", "GAF"])["GAF"]
+    assert (
+        figures.palette(["GAF", "averaging"])["GAF"]
+        == figures.palette(["x", "random skip", "GAF"])["GAF"]
+    )
     names = [*figures.KNOWN, "GAF 0.7", "GAF 0.9", "one", "two", "three", "four"]
     assert len(set(figures.palette(names).values())) == len(names)
 
@@ -449,7 +553,8 @@ def oklab(colour: str) -> np.ndarray:
 @pytest.mark.parametrize("ground", ["light", "dark"])
 def test_no_two_arms_look_alike(ground):
     places = [oklab(getattr(shade, ground)) for shade in figures.KNOWN.values()]
-    assert min(float(np.linalg.norm(a - b)) for a, b in itertools.combinations(places, 2)) > 0.07  # 0.02 is just seen
+    # 0.02 is just seen
+    assert min(float(np.linalg.norm(a - b)) for a, b in itertools.combinations(places, 2)) > 0.07
 
 
 # --- against steps and time --------------------------------------------------------------------------------------
@@ -457,15 +562,31 @@ def test_no_two_arms_look_alike(ground):
 
 def test_accuracy_is_drawn_against_samples_steps_and_time(runs, out):
     chart = figures.CHARTS[0]
-    for axis, column, unit in ((figures.SAMPLES, "samples", 1000), (figures.STEPS, "steps_taken", 1), (figures.TIME, "seconds", 1)):
-        (bold,) = [trace for trace in figures.interactive(runs, chart, axis).data if trace.name == "GAF" and trace.showlegend]
+    for axis, column, unit in (
+        (figures.SAMPLES, "samples", 1000),
+        (figures.STEPS, "steps_taken", 1),
+        (figures.TIME, "seconds", 1),
+    ):
+        (bold,) = [
+            trace
+            for trace in figures.interactive(runs, chart, axis).data
+            if trace.name == "GAF" and trace.showlegend
+        ]
         assert bold.x[-1] == runs[3].evals[-1][column] / unit
         assert (out / f"{chart.stem(axis)}.png").is_file()
 
 
 def test_the_axis_of_time_has_a_fitting_unit(runs):
-    long = Run(Path(), runs[0].header, [line | {"seconds": line["seconds"] * 60} for line in runs[0].evals], runs[0].end)
-    assert (figures.fitted(figures.TIME, [runs[0]]).label, figures.fitted(figures.TIME, [long]).label) == ("time (s)", "time (min)")
+    long = Run(
+        Path(),
+        runs[0].header,
+        [line | {"seconds": line["seconds"] * 60} for line in runs[0].evals],
+        runs[0].end,
+    )
+    assert (
+        figures.fitted(figures.TIME, [runs[0]]).label,
+        figures.fitted(figures.TIME, [long]).label,
+    ) == ("time (s)", "time (min)")
     assert figures.fitted(figures.SAMPLES, [long]) == figures.SAMPLES
 
 
@@ -482,15 +603,24 @@ def crowd(tmp_path_factory) -> list[Run]:
         for seed in range(2)
     ]
     for run in found:
-        run.header["config"]["policy"] = "gaf" if run.arm.startswith("GAF") else POLICIES.get(run.arm, "mean")
+        run.header["config"]["policy"] = (
+            "gaf" if run.arm.startswith("GAF") else POLICIES.get(run.arm, "mean")
+        )
     return found
 
 
 def test_many_arms_are_compared_in_a_number_of_pairs_that_grows_as_they_do(crowd):
     of = statistics.arms(crowd)
     names = [(one.name, other.name) for one, other in report.pairs(of)]
-    assert len(names) == len(set(names)) == 2 * len(of) - 3 + 1  # with averaging; with GAF; one with its namesake
-    assert {("GAF", "averaging"), ("GAF", "random subset"), ("GAF", "SAM"), ("GAF, halving", "GAF"), ("SAM", "averaging")} <= set(names)
+    # with averaging; with GAF; one with its namesake
+    assert len(names) == len(set(names)) == 2 * len(of) - 3 + 1
+    assert {
+        ("GAF", "averaging"),
+        ("GAF", "random subset"),
+        ("GAF", "SAM"),
+        ("GAF, halving", "GAF"),
+        ("SAM", "averaging"),
+    } <= set(names)
     assert ("GAF, AdamW", "averaging, AdamW") in names
     assert ("GAF, halving", "random subset") not in names
 
@@ -499,8 +629,13 @@ def test_of_many_arms_only_the_means_are_drawn(crowd, runs):
     for some, lines in ((runs, 4 * 3), (crowd, len(figures.KNOWN))):
         axes = figures.static(some, figures.CHARTS[0]).axes[0]
         assert len([line for line in axes.lines if line.get_transform() == axes.transData]) == lines
-    singles = [trace for trace in figures.interactive(crowd, figures.CHARTS[0]).data if trace.meta["single"]]
-    assert len(singles) == 3 * len(figures.KNOWN)  # two runs and their selected evaluations, which the page hides
+    singles = [
+        trace
+        for trace in figures.interactive(crowd, figures.CHARTS[0]).data
+        if trace.meta["single"]
+    ]
+    # two runs and their selected evaluations, which the page hides
+    assert len(singles) == 3 * len(figures.KNOWN)
 
 
 def test_names_of_many_arms_do_not_touch(crowd):
@@ -523,10 +658,14 @@ def test_the_page_of_many_arms_says_in_what_each_departs_from_averaging(crowd, t
     found = page(crowd, tmp_path)
     assert "What differs from averaging" in found.text
     assert found.tags.count("details") == len(statistics.COMPARED)
-    assert [attrs["data-arm"] for tag, attrs in found.elements if "data-arm" in attrs] == list(figures.KNOWN)
+    assert [attrs["data-arm"] for tag, attrs in found.elements if "data-arm" in attrs] == list(
+        figures.KNOWN
+    )
 
 
-@pytest.mark.parametrize("heights", [[0.5], [0.5, 0.5, 0.5], [0.0, 0.01, 0.9, 0.99, 1.0], [0.97, 0.98, 0.99]])
+@pytest.mark.parametrize(
+    "heights", [[0.5], [0.5, 0.5, 0.5], [0.0, 0.01, 0.9, 0.99, 1.0], [0.97, 0.98, 0.99]]
+)
 def test_labels_are_moved_apart_and_stay_in_order(heights):
     moved = figures.apart(heights, 0.1)
     assert all(b - a > 0.1 - 1e-12 for a, b in itertools.pairwise(moved))

@@ -13,7 +13,9 @@ seeds = st.integers(0, 2**40)
 
 def labels(classes: int, each: int, extra: int = 0) -> Tensor:
     """`each` samples of every class, interleaved, and `extra` more of class 0."""
-    return torch.cat([torch.arange(classes * each) % classes, torch.zeros(extra, dtype=torch.int64)])
+    return torch.cat(
+        [torch.arange(classes * each) % classes, torch.zeros(extra, dtype=torch.int64)]
+    )
 
 
 def samplers(seed: int = 0) -> list[Sampler]:
@@ -36,7 +38,9 @@ def test_stratified_has_as_many_of_each_class_and_visits_every_sample_of_it_once
     per = data.draw(st.integers(1, each))
     sampler = Stratified(y, classes, per * classes, seed)
     drawn = torch.stack([sampler.draw(m) for m in range(each)])  # each class: `per` whole passes
-    assert all(torch.bincount(y[batch], minlength=classes).tolist() == [per] * classes for batch in drawn)
+    assert all(
+        torch.bincount(y[batch], minlength=classes).tolist() == [per] * classes for batch in drawn
+    )
     assert torch.bincount(drawn.flatten(), minlength=len(y)).tolist() == [per] * len(y)
 
 
@@ -84,12 +88,18 @@ def test_classes_of_different_size_are_drawn_alike() -> None:
 
 
 @given(
-    seeds, st.lists(st.integers(-5, 5) | st.text(max_size=3), max_size=3), st.lists(st.integers(-5, 5) | st.text(max_size=3), max_size=3)
+    seeds,
+    st.lists(st.integers(-5, 5) | st.text(max_size=3), max_size=3),
+    st.lists(st.integers(-5, 5) | st.text(max_size=3), max_size=3),
 )
-def test_keys_are_distinct_for_distinct_parts_and_fit_a_generator(seed: int, a: list[int | str], b: list[int | str]) -> None:
+def test_keys_are_distinct_for_distinct_parts_and_fit_a_generator(
+    seed: int, a: list[int | str], b: list[int | str]
+) -> None:
     assert 0 <= key(seed, *a) < 2**63
     assert (key(seed, *a) == key(seed, *b)) == (a == b)
-    assert torch.rand(1, generator=generator(seed, *a)) == torch.rand(1, generator=generator(seed, *a))
+    assert torch.rand(1, generator=generator(seed, *a)) == torch.rand(
+        1, generator=generator(seed, *a)
+    )
 
 
 def test_keys_are_the_same_on_every_machine() -> None:
@@ -113,17 +123,25 @@ def test_a_class_without_samples() -> None:
 
 @pytest.mark.parametrize(("b", "use"), [(0, 4), (5, 4), (7, 8), (-4, 4)])
 def test_a_batch_that_is_no_multiple_of_the_classes(b: int, use: int) -> None:
-    with pytest.raises(ValueError, match=rf"^stratified: b must be a multiple of the 4 classes; got {b}\. Use b={use}, or the iid sampler"):
+    with pytest.raises(
+        ValueError,
+        match=rf"^stratified: b must be a multiple of the 4 classes; got {b}\. Use b={use}, or the iid sampler",
+    ):
         Stratified(labels(4, 5), 4, b, 0)
 
 
 @pytest.mark.parametrize(("n", "b"), [(0, 1), (1, 0)])
 def test_iid_of_nothing(n: int, b: int) -> None:
-    with pytest.raises(ValueError, match=rf"^iid: needs at least one sample, and one per micro-batch; got n={n}, b={b}"):
+    with pytest.raises(
+        ValueError,
+        match=rf"^iid: needs at least one sample, and one per micro-batch; got n={n}, b={b}",
+    ):
         Iid(n, b, 0)
 
 
 def test_a_negative_number() -> None:
     for sampler in samplers():
-        with pytest.raises(ValueError, match=r"^draw: the micro-batch's number must be at least 0; got -1"):
+        with pytest.raises(
+            ValueError, match=r"^draw: the micro-batch's number must be at least 0; got -1"
+        ):
             sampler.draw(-1)

@@ -23,7 +23,20 @@ from gaf_lab import checkpoint, cli, records, sweep_local
 from gaf_lab.config import ConfigError, TrainConfig
 from gaf_lab.data import load
 from gaf_lab.plan import folder_name, follow, from_file
-from gaf_lab.sweep import INDEX, LOCK, PICTURES, Board, Ended, Sweeping, Told, held, index, jobs, sweep, work
+from gaf_lab.sweep import (
+    INDEX,
+    LOCK,
+    PICTURES,
+    Board,
+    Ended,
+    Sweeping,
+    Told,
+    held,
+    index,
+    jobs,
+    sweep,
+    work,
+)
 from gaf_lab.train import train
 
 FILE = """
@@ -44,7 +57,9 @@ replay = "GAF"
 [[arms]]
 policy = "mean"
 """
-BASE = TrainConfig(dataset="mnist5k", limit=300, k=3, b=8, passes=2.0, eval_every=1.0, lr=0.02, tau=0.9)
+BASE = TrainConfig(
+    dataset="mnist5k", limit=300, k=3, b=8, passes=2.0, eval_every=1.0, lr=0.02, tau=0.9
+)
 MEAN = dataclasses.replace(BASE, policy="mean")
 QUIET = Console(quiet=True)
 ALONE = {"workers": 1, "data_folder": None, "console": QUIET}
@@ -52,7 +67,10 @@ TIMING = ("seconds", "samples_per_second")
 
 
 def subset(recorded):
-    return follow(dataclasses.replace(recorded, policy="random-subset", label="", replay=Path("named below")), recorded)
+    return follow(
+        dataclasses.replace(recorded, policy="random-subset", label="", replay=Path("named below")),
+        recorded,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +96,9 @@ def start():
     def launch(*words):
         command = [sys.executable, "-m", "gaf_lab", "sweep", *map(str, words)]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        started.append(subprocess.Popen(command, start_new_session=True, preexec_fn=hear_ctrl_c, **pipes))
+        started.append(
+            subprocess.Popen(command, start_new_session=True, preexec_fn=hear_ctrl_c, **pipes)
+        )
         return started[-1]
 
     yield launch
@@ -104,7 +124,10 @@ class Here:
     def events(self, seconds):
         job = self.waiting.pop()
         self.deaths[job.name] -= 1
-        yield job.name, Ended("died", "it died.") if self.deaths[job.name] >= 0 else work(job, Silent())
+        yield (
+            job.name,
+            Ended("died", "it died.") if self.deaths[job.name] >= 0 else work(job, Silent()),
+        )
 
     def close(self):
         pass
@@ -120,7 +143,14 @@ def told(run):
     """What a run's records say, but for time and place."""
     config = run.header["config"] | {"replay": Path(run.header["config"]["replay"] or "").name}
     evals = [{key: value for key, value in line.items() if key not in TIMING} for line in run.evals]
-    return run.header["name"], run.header["arm"], run.header["config_hash"], config, evals, run.end["status"]
+    return (
+        run.header["name"],
+        run.header["arm"],
+        run.header["config_hash"],
+        config,
+        evals,
+        run.end["status"],
+    )
 
 
 def assert_same_runs(a, b):
@@ -129,7 +159,9 @@ def assert_same_runs(a, b):
     for name in names:
         assert told(records.read(a / name)) == told(records.read(b / name)), name
         assert_same(final_state(a / name), final_state(b / name))
-        kinds = [json.loads(line)["kind"] for line in (b / name / records.FILE).read_text().splitlines()]
+        kinds = [
+            json.loads(line)["kind"] for line in (b / name / records.FILE).read_text().splitlines()
+        ]
         assert kinds == ["run", *["eval"] * len(records.read(a / name).evals), "end"]
 
 
@@ -139,17 +171,34 @@ def assert_index_is_whole(out):
     assert sorted(line["name"] for line in lines) == names
     for line in lines:
         run = records.read(out / line["name"])
-        accuracies = {"test_last": run.evals[-1]["test_accuracy"], "test_selected": run.selected["test_accuracy"]}
-        what = {"name": run.folder.name, "arm": run.arm, "seed": run.seed, "hash": run.header["config_hash"]}
+        accuracies = {
+            "test_last": run.evals[-1]["test_accuracy"],
+            "test_selected": run.selected["test_accuracy"],
+        }
+        what = {
+            "name": run.folder.name,
+            "arm": run.arm,
+            "seed": run.seed,
+            "hash": run.header["config_hash"],
+        }
         assert line == what | accuracies | {"seconds": run.end["seconds"]}
 
 
 def state_of(folders):
-    return {path: (path.read_bytes(), path.stat().st_mtime_ns) for folder in folders for path in folder.iterdir() if path.name != LOCK}
+    return {
+        path: (path.read_bytes(), path.stat().st_mtime_ns)
+        for folder in folders
+        for path in folder.iterdir()
+        if path.name != LOCK
+    }
 
 
 def finished(out):
-    found = [records.read(path.parent) for path in out.glob(f"*/{records.FILE}") if path.read_bytes().count(b"\n")]
+    found = [
+        records.read(path.parent)
+        for path in out.glob(f"*/{records.FILE}")
+        if path.read_bytes().count(b"\n")
+    ]
     return [run.folder for run in found if run.end is not None and run.end["status"] == "finished"]
 
 
@@ -187,7 +236,9 @@ def test_a_finished_sweep_is_not_run_again_and_its_index_is_made_anew(plan, whol
     before = state_of(folders)
     (whole / INDEX).unlink()
     swept = sweep(from_file(plan), whole, workers=2, data_folder=Path("/nowhere"), console=QUIET)
-    assert [run.folder.name for run in swept.runs] == [folder_name(config) for config in from_file(plan)]
+    assert [run.folder.name for run in swept.runs] == [
+        folder_name(config) for config in from_file(plan)
+    ]
     assert state_of(folders) == before
     assert len(folders) == 6
     assert_index_is_whole(whole)
@@ -206,13 +257,20 @@ def test_equal_configs_are_one_run_in_the_folder_that_a_control_replays(here, tm
 # ---------------------------------------------------------------------------------- disturbed
 
 
-def test_killed_at_any_moment_and_started_again_a_sweep_ends_as_an_undisturbed_one(plan, whole, start, tmp_path):
+def test_killed_at_any_moment_and_started_again_a_sweep_ends_as_an_undisturbed_one(
+    plan, whole, start, tmp_path
+):
     moments, cut = random.Random(1), []
     for how in ("ctrl-c", "kill", "kill the sweep alone", "kill"):
         before = state_of(finished(tmp_path))
         names = {path: path.stat().st_mtime_ns for path in tmp_path.glob(f"*/{records.FILE}")}
         process = start(plan, "--workers", 2, "--out", tmp_path)
-        wait_until(lambda old=names: {path: path.stat().st_mtime_ns for path in tmp_path.glob(f"*/{records.FILE}")} != old)
+        wait_until(
+            lambda old=names: (
+                {path: path.stat().st_mtime_ns for path in tmp_path.glob(f"*/{records.FILE}")}
+                != old
+            )
+        )
         time.sleep(moments.uniform(0, 0.5))
         if process.poll() is None:
             cut.append(how)
@@ -223,7 +281,10 @@ def test_killed_at_any_moment_and_started_again_a_sweep_ends_as_an_undisturbed_o
         out = process.communicate()[0]
         if how == "ctrl-c":
             assert process.returncode == 130, out
-            assert f"Stopped. Go on with the same command: gaf sweep {plan} --workers 2 --out {tmp_path}" in out
+            assert (
+                f"Stopped. Go on with the same command: gaf sweep {plan} --workers 2 --out {tmp_path}"
+                in out
+            )
             assert "Traceback" not in out
         assert state_of({path.parent for path in before}) == before
     assert len(cut) >= 3
@@ -273,28 +334,45 @@ def test_a_worker_that_is_killed_is_replaced_and_its_run_goes_on_from_the_checkp
         wait_until((folder / checkpoint.FILE).exists)
         (worker,) = set(multiprocessing.active_children()) - others
         worker.kill()
-        wait_until(lambda: not runs(worker.pid))  # join() here would take the exit code that the sweep waits for
+        # join() here would take the exit code that the sweep waits for
+        wait_until(lambda: not runs(worker.pid))
         kept.append(records.read(folder))
 
     killer = threading.Thread(target=kill)
     killer.start()
-    swept = sweep([config], tmp_path / "cut", workers=os.cpu_count(), data_folder=None, console=console)
+    swept = sweep(
+        [config], tmp_path / "cut", workers=os.cpu_count(), data_folder=None, console=console
+    )
     killer.join()
-    assert f"{folder.name}: its process died with exit code -9. It goes on from its last checkpoint." in console.file.getvalue()
+    assert (
+        f"{folder.name}: its process died with exit code -9. It goes on from its last checkpoint."
+        in console.file.getvalue()
+    )
     assert kept[0].end is None
     assert swept.runs[0].header["started"] == kept[0].header["started"]  # not begun anew
     assert told(swept.runs[0]) == told(train(config, tmp_path / "whole" / folder.name, Silent()))
     assert set(multiprocessing.active_children()) <= others
 
 
-def test_a_run_is_tried_three_times_then_it_and_what_waits_for_it_have_failed_and_the_others_go_on(tmp_path):
+def test_a_run_is_tried_three_times_then_it_and_what_waits_for_it_have_failed_and_the_others_go_on(
+    tmp_path,
+):
     other = dataclasses.replace(BASE, seed=1)
-    plan = jobs([BASE, subset(BASE), other, subset(other)], tmp_path, data_folder=None, keep_checkpoints=True, command=None)
+    plan = jobs(
+        [BASE, subset(BASE), other, subset(other)],
+        tmp_path,
+        data_folder=None,
+        keep_checkpoints=True,
+        command=None,
+    )
     names = list(plan)
     engine = Here({names[0]: 3, names[2]: 2})
     swept = Sweeping(plan, {}, Board(QUIET, plan, [])).run(engine)
     assert [run.folder.name for run in swept.runs] == names[2:]
-    assert swept.failed == {names[0]: "it died. It was tried 3 times.", names[1]: f"it replays {names[0]}, which failed."}
+    assert swept.failed == {
+        names[0]: "it died. It was tried 3 times.",
+        names[1]: f"it replays {names[0]}, which failed.",
+    }
     assert Counter(engine.started) == {names[0]: 3, names[2]: 3, names[3]: 1}
 
 
@@ -302,7 +380,13 @@ def test_runs_that_cannot_be_finished_are_told_with_the_reason_and_are_not_retri
     diverging = dataclasses.replace(BASE, lr=1e30, momentum=0.0, min_accepted=1, tau=2.0)
     large = dataclasses.replace(BASE, b=2000)
     console = Console(file=io.StringIO(), width=200)
-    swept = sweep([diverging, subset(diverging), large, MEAN], tmp_path, workers=1, data_folder=None, console=console)
+    swept = sweep(
+        [diverging, subset(diverging), large, MEAN],
+        tmp_path,
+        workers=1,
+        data_folder=None,
+        console=console,
+    )
     assert [run.arm for run in swept.runs] == ["averaging"]
     first, second, third = swept.failed.values()
     assert first.startswith("Diverged: step ")
@@ -320,7 +404,9 @@ def test_without_a_checkpoint_a_run_that_was_cut_off_starts_anew(here, tmp_path)
         folder.mkdir(exist_ok=True)
         (folder / records.FILE).write_text(text)
         swept = sweep([BASE], tmp_path, keep_checkpoints=False, **ALONE)
-        assert told(swept.runs[0]) == told(train(BASE, tmp_path / str(len(text)) / folder.name, Silent()))
+        assert told(swept.runs[0]) == told(
+            train(BASE, tmp_path / str(len(text)) / folder.name, Silent())
+        )
         assert not (folder / checkpoint.FILE).exists()
         (folder / records.FILE).unlink()
 
@@ -330,11 +416,19 @@ def test_without_a_checkpoint_a_run_that_was_cut_off_starts_anew(here, tmp_path)
 
 def fake_run(out, i):
     line = {"test_accuracy": i / 100, "heldout_accuracy": None}
-    header = {"arm": "an arm with a long name, so that lines are not written at one go" * 20, "config": {"seed": i}, "config_hash": str(i)}
-    return records.Run(out / f"run-{i}", header, [line], {"status": "finished", "seconds": float(i)})
+    header = {
+        "arm": "an arm with a long name, so that lines are not written at one go" * 20,
+        "config": {"seed": i},
+        "config_hash": str(i),
+    }
+    return records.Run(
+        out / f"run-{i}", header, [line], {"status": "finished", "seconds": float(i)}
+    )
 
 
-def test_the_index_has_each_run_once_though_many_processes_write_it_and_one_was_killed_while_writing(tmp_path):
+def test_the_index_has_each_run_once_though_many_processes_write_it_and_one_was_killed_while_writing(
+    tmp_path,
+):
     (tmp_path / INDEX).write_text('{"name": "run-0", "arm": "cut o')
     context = multiprocessing.get_context("fork")
 
@@ -385,23 +479,33 @@ def test_the_work_of_a_run_is_about_what_it_draws(name):
 
 
 def test_what_cannot_be_swept_is_refused_before_anything_runs(tmp_path, monkeypatch):
-    with pytest.raises(ConfigError, match=f"{folder_name(subset(BASE))}: replay must name a run of the plan, or one that is finished in "):
+    with pytest.raises(
+        ConfigError,
+        match=f"{folder_name(subset(BASE))}: replay must name a run of the plan, or one that is finished in ",
+    ):
         sweep([subset(BASE)], tmp_path, **ALONE)
     with pytest.raises(ConfigError, match="workers must be at least 1; got 0."):
         sweep([BASE], tmp_path, **ALONE | {"workers": 0})
     monkeypatch.setitem(sys.modules, "ray", None)
     monkeypatch.delitem(sys.modules, "gaf_lab.sweep_ray", raising=False)
-    with pytest.raises(ConfigError, match=r"engine 'ray' needs the package ray; it is not installed. pip install 'gaf\[ray\]', or use"):
+    with pytest.raises(
+        ConfigError,
+        match=r"engine 'ray' needs the package ray; it is not installed. pip install 'gaf\[ray\]', or use",
+    ):
         sweep([BASE], tmp_path, engine="ray", **ALONE)
     assert not list(tmp_path.glob("*/*"))
 
 
-def test_the_command_shows_the_plan_runs_it_and_says_what_failed(here, capsys, monkeypatch, tmp_path):
+def test_the_command_shows_the_plan_runs_it_and_says_what_failed(
+    here, capsys, monkeypatch, tmp_path
+):
     monkeypatch.setattr(cli, "Console", lambda **options: Console(**{"width": 200, **options}))
     words = ["sweep", str(tmp_path / "plan.toml"), "--out", str(tmp_path / "out")]
     text = FILE.replace("[0, 1]", "[0]").replace("passes = 4", "passes = 2")
     (tmp_path / "plan.toml").write_text(text + '[[arms]]\nb = 2000\nlabel = "large"\n')
-    gaf, control, mean, large = [folder_name(from_file(tmp_path / "plan.toml")[i]) for i in (1, 0, 2, 3)]
+    gaf, control, mean, large = [
+        folder_name(from_file(tmp_path / "plan.toml")[i]) for i in (1, 0, 2, 3)
+    ]
     assert cli.main([*words, "--dry-run"]) == 0
     assert capsys.readouterr().out.splitlines() == [
         f"{control:40} not begun; replays {gaf}", f"{gaf:40} not begun", f"{mean:40} not begun", f"{large:40} not begun",
@@ -411,8 +515,12 @@ def test_the_command_shows_the_plan_runs_it_and_says_what_failed(here, capsys, m
     assert cli.main([*words, "--workers", "1"]) == 1
     out = capsys.readouterr().out
     assert "3 of 4 runs are finished, in" in out
-    assert out.count(f"{large} failed: ConfigError: b must not exceed the training samples") == 2  # when it happens, and at the end
-    assert records.read(tmp_path / "out" / gaf).header["command"] == f"gaf {' '.join(words)} --workers 1"
+    # when it happens, and at the end
+    assert out.count(f"{large} failed: ConfigError: b must not exceed the training samples") == 2
+    assert (
+        records.read(tmp_path / "out" / gaf).header["command"]
+        == f"gaf {' '.join(words)} --workers 1"
+    )
     assert cli.main([*words, "--dry-run"]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == "3 of 4 runs are finished."
     assert cli.main(["sweep", "demo-gfa"]) == 2

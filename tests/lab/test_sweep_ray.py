@@ -52,7 +52,10 @@ def ancestors(pid):
 
 @pytest.mark.skipif(not Path("/proc/locks").exists(), reason="finds a run's node in /proc")
 def test_a_node_that_is_killed_loses_no_run(cluster, tmp_path):
-    nodes = {node.all_processes["raylet"][0].process.pid: node for node in (cluster.add_node(num_cpus=1), cluster.add_node(num_cpus=1))}
+    nodes = {
+        node.all_processes["raylet"][0].process.pid: node
+        for node in (cluster.add_node(num_cpus=1), cluster.add_node(num_cpus=1))
+    }
     folder, console = tmp_path / "cut" / folder_name(LONG), Console(file=io.StringIO())
     seen = []
 
@@ -73,7 +76,9 @@ def test_a_node_that_is_killed_loses_no_run(cluster, tmp_path):
     assert seen[0].end is None
     assert swept.runs[0].header["started"] == seen[0].header["started"]  # not begun anew
     for config in PLAN:
-        undisturbed = dataclasses.replace(config, replay=config.replay and tmp_path / "whole" / config.replay)
+        undisturbed = dataclasses.replace(
+            config, replay=config.replay and tmp_path / "whole" / config.replay
+        )
         train(undisturbed, tmp_path / "whole" / folder_name(config), Silent())
     assert_same_runs(tmp_path / "whole", tmp_path / "cut")
     assert_index_is_whole(tmp_path / "cut")
@@ -81,5 +86,16 @@ def test_a_node_that_is_killed_loses_no_run(cluster, tmp_path):
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "nowhere"])
 def test_without_a_cluster_the_engine_says_how_to_start_one(tmp_path, address):
-    with pytest.raises(ConfigError, match=f"address must be .*, auto or HOST:PORT; got '{address}' .*Start one with: ray start"):
-        sweep(PLAN, tmp_path, workers=1, engine="ray", address=address, data_folder=None, console=Console(quiet=True))
+    with pytest.raises(
+        ConfigError,
+        match=f"address must be .*, auto or HOST:PORT; got '{address}' .*Start one with: ray start",
+    ):
+        sweep(
+            PLAN,
+            tmp_path,
+            workers=1,
+            engine="ray",
+            address=address,
+            data_folder=None,
+            console=Console(quiet=True),
+        )

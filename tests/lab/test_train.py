@@ -21,7 +21,16 @@ from gaf_lab.checkpoint import CheckpointError
 from gaf_lab.config import ConfigError, TrainConfig
 from gaf_lab.train import Diverged, train
 
-SMALL = TrainConfig(dataset="digits", model="convnet", k=4, b=16, passes=4.0, eval_every=1.0, lr=0.02, schedule="cosine")
+SMALL = TrainConfig(
+    dataset="digits",
+    model="convnet",
+    k=4,
+    b=16,
+    passes=4.0,
+    eval_every=1.0,
+    lr=0.02,
+    schedule="cosine",
+)
 
 
 class Stop(Silent):
@@ -69,7 +78,9 @@ def assert_same(a, b, where=""):
         {"policy": "mean", "optimizer": "adam", "lr": 0.001, "model": "mlp", "nesterov": True, "autocast": "bfloat16"},
     ],
 )  # fmt: skip
-def test_an_interrupted_run_that_is_resumed_ends_bit_for_bit_as_an_undisturbed_one(tmp_path, changes):
+def test_an_interrupted_run_that_is_resumed_ends_bit_for_bit_as_an_undisturbed_one(
+    tmp_path, changes
+):
     config = dataclasses.replace(SMALL, **changes)
     whole = train(config, tmp_path / "whole", Silent())
     steps = whole.evals[-1]["step"]
@@ -80,11 +91,27 @@ def test_an_interrupted_run_that_is_resumed_ends_bit_for_bit_as_an_undisturbed_o
     assert_same(final_state(tmp_path / "whole"), final_state(tmp_path / "cut"))
     timing = ("seconds", "samples_per_second")
     for a, b in zip(whole.evals, resumed.evals, strict=True):
-        assert {k: v for k, v in a.items() if k not in timing} == {k: v for k, v in b.items() if k not in timing}
+        assert {k: v for k, v in a.items() if k not in timing} == {
+            k: v for k, v in b.items() if k not in timing
+        }
 
 
 def test_kill_minus_9_at_any_moment_and_resume_gives_the_same_final_weights(tmp_path):
-    words = ["train", "--dataset", "digits", "--model", "convnet", "--k", "4", "--b", "16", "--passes", "8", "--eval-every", "0.5"]
+    words = [
+        "train",
+        "--dataset",
+        "digits",
+        "--model",
+        "convnet",
+        "--k",
+        "4",
+        "--b",
+        "16",
+        "--passes",
+        "8",
+        "--eval-every",
+        "0.5",
+    ]
     command = [sys.executable, "-m", "gaf_lab", *words, "--out"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "env": environment}
@@ -120,7 +147,8 @@ def test_records_count_every_step_and_agree_with_themselves(tmp_path):
     last, config = run.evals[-1], run.header["config"]
     assert len(run.rows) == last["step"]
     assert sum(n > 0 for n in run.rows) == last["steps_taken"]
-    assert 0 < last["steps_taken"] < last["step"]  # both kinds occur, so the counts above say something
+    # both kinds occur, so the counts above say something
+    assert 0 < last["steps_taken"] < last["step"]
     assert all(n == 0 or 2 <= n <= 4 for n in run.rows)
     assert last["samples"] == last["step"] * config["k"] * config["b"]
     for line in run.evals:
@@ -132,7 +160,10 @@ def test_records_count_every_step_and_agree_with_themselves(tmp_path):
 
 
 def test_paired_arms_see_the_same_labels_weights_and_micro_batches():
-    arms = [module.Training(dataclasses.replace(SMALL, policy=policy), None) for policy in ("mean", "gaf")]
+    arms = [
+        module.Training(dataclasses.replace(SMALL, policy=policy), None)
+        for policy in ("mean", "gaf")
+    ]
     a, b = (t.problem for t in arms)
     assert torch.equal(a.train.observed, b.train.observed)
     assert torch.equal(a.heldout.x, b.heldout.x)
@@ -146,25 +177,48 @@ def test_training_and_held_out_samples_share_nothing_and_the_test_set_is_clean()
     problem = module.Training(SMALL, None).problem
     assert len(problem.train) + len(problem.heldout) == len(problem.data.train_x)
     together = torch.cat([problem.train.x, problem.heldout.x]).flatten(1)
-    assert torch.equal(torch.unique(together, dim=0), torch.unique(problem.data.train_x.flatten(1), dim=0))
+    assert torch.equal(
+        torch.unique(together, dim=0), torch.unique(problem.data.train_x.flatten(1), dim=0)
+    )
     assert torch.equal(problem.test.observed, problem.test.clean)
-    flipped = torch.cat([problem.train.observed != problem.train.clean, problem.heldout.observed != problem.heldout.clean])
+    flipped = torch.cat(
+        [
+            problem.train.observed != problem.train.clean,
+            problem.heldout.observed != problem.heldout.clean,
+        ]
+    )
     assert int(flipped.sum()) == int(0.4 * len(flipped))
 
 
 def test_replay_arms_take_the_recorded_steps(tmp_path):
     config = dataclasses.replace(SMALL, tau=0.9)
     gaf_run = train(config, tmp_path / "gaf", Silent())
-    skip = train(dataclasses.replace(config, policy="replay-skip", replay=tmp_path / "gaf"), tmp_path / "skip", Silent())
-    subset = train(dataclasses.replace(config, policy="random-subset", replay=tmp_path / "gaf"), tmp_path / "subset", Silent())
+    skip = train(
+        dataclasses.replace(config, policy="replay-skip", replay=tmp_path / "gaf"),
+        tmp_path / "skip",
+        Silent(),
+    )
+    subset = train(
+        dataclasses.replace(config, policy="random-subset", replay=tmp_path / "gaf"),
+        tmp_path / "subset",
+        Silent(),
+    )
     assert [4 * (n > 0) for n in gaf_run.rows] == skip.rows
     assert gaf_run.rows == subset.rows
-    with pytest.raises(ConfigError, match="the recorded run must have the same k; it has 4, this one 2"):
-        train(dataclasses.replace(config, policy="replay-skip", replay=tmp_path / "gaf", k=2), tmp_path / "other", Silent())
+    with pytest.raises(
+        ConfigError, match="the recorded run must have the same k; it has 4, this one 2"
+    ):
+        train(
+            dataclasses.replace(config, policy="replay-skip", replay=tmp_path / "gaf", k=2),
+            tmp_path / "other",
+            Silent(),
+        )
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_names_the_last_good_checkpoint(tmp_path):
-    config = dataclasses.replace(SMALL, model="mlp", policy="mean", lr=0.05, momentum=0.0, schedule="constant")
+    config = dataclasses.replace(
+        SMALL, model="mlp", policy="mean", lr=0.05, momentum=0.0, schedule="constant"
+    )
 
     class Break(Silent):
         def evaluated(self, line):
@@ -183,7 +237,8 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_the_last_good_checkpoi
     module.Training = remember
     try:
         with pytest.raises(
-            Diverged, match=f"all 4 micro-batches gave NaN or infinity. The last good checkpoint is {tmp_path / checkpoint.FILE}"
+            Diverged,
+            match=f"all 4 micro-batches gave NaN or infinity. The last good checkpoint is {tmp_path / checkpoint.FILE}",
         ):
             train(config, tmp_path, Break())
     finally:
@@ -224,10 +279,12 @@ def test_a_checkpoint_of_another_config_is_refused(tmp_path):
     train(SMALL, tmp_path, Silent(), steps=25)
     other = dataclasses.replace(SMALL, tau=0.5, policy="mean")
     with pytest.raises(
-        CheckpointError, match="must be of the same config; policy: 'gaf' there, 'mean' here, tau: 0.8 there, 0.5 here. Resume"
+        CheckpointError,
+        match="must be of the same config; policy: 'gaf' there, 'mean' here, tau: 0.8 there, 0.5 here. Resume",
     ):
         train(other, tmp_path, Silent(), resume=True)
-    with pytest.raises(CheckpointError, match="same config; passes: 4.0 there, 4 here. Resume"):  # 4 and 4.0 hash differently
+    # 4 and 4.0 hash differently
+    with pytest.raises(CheckpointError, match="same config; passes: 4.0 there, 4 here. Resume"):
         train(dataclasses.replace(SMALL, passes=4), tmp_path, Silent(), resume=True)
 
 
@@ -235,16 +292,23 @@ def test_a_checkpoint_whose_config_is_not_in_the_records_is_refused_by_its_hash(
     train(SMALL, tmp_path, Silent(), steps=25)
     path, other = tmp_path / records.FILE, dataclasses.replace(SMALL, tau=0.5)
     path.write_text(path.read_text().replace(SMALL.hash, "0" * 12))
-    with pytest.raises(CheckpointError, match=f"must be of the same config; it has hash {SMALL.hash}, this config {other.hash}. Resume"):
+    with pytest.raises(
+        CheckpointError,
+        match=f"must be of the same config; it has hash {SMALL.hash}, this config {other.hash}. Resume",
+    ):
         train(other, tmp_path, Silent(), resume=True)
 
 
 def test_resuming_without_a_checkpoint_is_refused_and_leaves_no_folder(tmp_path):
-    with pytest.raises(CheckpointError, match="must exist to resume; it does not. Start the run without --resume.$"):
+    with pytest.raises(
+        CheckpointError, match="must exist to resume; it does not. Start the run without --resume.$"
+    ):
         train(SMALL, tmp_path / "absent", Silent(), resume=True)
     assert not (tmp_path / "absent").exists()
     train(SMALL, tmp_path, Silent(), steps=5, keep_checkpoints=False)
-    with pytest.raises(CheckpointError, match="it does not. Start the run without --resume, in another folder.$"):
+    with pytest.raises(
+        CheckpointError, match="it does not. Start the run without --resume, in another folder.$"
+    ):
         train(SMALL, tmp_path, Silent(), resume=True)
 
 
@@ -267,9 +331,13 @@ def test_a_full_disk_while_saving_keeps_the_checkpoint_before(tmp_path):
     checkpoint.save(tmp_path, {"config_hash": "a", "x": torch.zeros(10)})
     before = (tmp_path / checkpoint.FILE).read_bytes()
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # writes beyond fail, as on a full disk
+    # writes beyond fail, as on a full disk
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:
-        with pytest.raises(CheckpointError, match="must be written .* The checkpoint before it is whole: go on from there with --resume"):
+        with pytest.raises(
+            CheckpointError,
+            match="must be written .* The checkpoint before it is whole: go on from there with --resume",
+        ):
             checkpoint.save(tmp_path, {"config_hash": "a", "x": torch.zeros(1_000_000)})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -281,20 +349,26 @@ def test_an_output_folder_that_cannot_be_written_is_refused(tmp_path):
     file = tmp_path / "file"
     file.touch()
     with pytest.raises(
-        ConfigError, match=rf"{file}/run: must be writable; it is not \({file}/run: Not a directory\). Give another one with"
+        ConfigError,
+        match=rf"{file}/run: must be writable; it is not \({file}/run: Not a directory\). Give another one with",
     ):
         train(SMALL, file / "run", Silent())
-    with pytest.raises(ConfigError, match=f"output folder {file}: must be a folder; it is a file. Give another one with --out."):
+    with pytest.raises(
+        ConfigError,
+        match=f"output folder {file}: must be a folder; it is a file. Give another one with --out.",
+    ):
         train(SMALL, file, Silent())
 
 
 def test_an_output_folder_under_a_root_that_cannot_be_written_is_refused(tmp_path, monkeypatch):
-    def refuse(path, *args, **options):  # as on a read-only disk, which root cannot make with permissions
+    # as on a read-only disk, which root cannot make with permissions
+    def refuse(path, *args, **options):
         raise OSError(errno.EROFS, "Read-only file system", "/nowhere")
 
     monkeypatch.setattr(Path, "mkdir", refuse)
     with pytest.raises(
-        ConfigError, match=r"^output folder /nowhere/x: must be writable; it is not \(/nowhere: Read-only file system\). Give"
+        ConfigError,
+        match=r"^output folder /nowhere/x: must be writable; it is not \(/nowhere: Read-only file system\). Give",
     ):
         train(SMALL, Path("/nowhere/x"), Silent())
 
@@ -321,5 +395,14 @@ def test_a_record_line_cut_off_by_a_kill_is_left_out_and_a_broken_one_is_named(t
 
 
 def test_records_hold_no_nan(tmp_path):
-    records.append(tmp_path, {"kind": "run", "a": float("nan"), "b": [1.0, float("inf")], "c": Path("x"), "d": True})
-    assert json.loads((tmp_path / records.FILE).read_text()) == {"kind": "run", "a": None, "b": [1.0, None], "c": "x", "d": True}
+    records.append(
+        tmp_path,
+        {"kind": "run", "a": float("nan"), "b": [1.0, float("inf")], "c": Path("x"), "d": True},
+    )
+    assert json.loads((tmp_path / records.FILE).read_text()) == {
+        "kind": "run",
+        "a": None,
+        "b": [1.0, None],
+        "c": "x",
+        "d": True,
+    }

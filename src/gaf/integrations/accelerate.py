@@ -18,7 +18,11 @@ from gaf.handle import Handle
 
 
 def attach(
-    accelerator: Accelerator, model: nn.Module, optimizer: Optimizer | Sequence[Optimizer], policy: Policy, **options: Any
+    accelerator: Accelerator,
+    model: nn.Module,
+    optimizer: Optimizer | Sequence[Optimizer],
+    policy: Policy,
+    **options: Any,
 ) -> "MicroBatches | Handle":
     """Filters what a loop of Accelerate's averages.
 
@@ -52,7 +56,9 @@ def attach(
     inner = [one.optimizer for one in prepared]
     decider: MicroBatches | Handle
     if accelerator.distributed_type == DistributedType.NO:
-        decider = MicroBatches(accelerator, inner, policy, model=accelerator.unwrap_model(model), **options)
+        decider = MicroBatches(
+            accelerator, inner, policy, model=accelerator.unwrap_model(model), **options
+        )
     else:
         decider = gaf.attach(model, inner, policy, scaler=accelerator.scaler, **options)
     for one in prepared:
@@ -70,7 +76,9 @@ class MicroBatches(Accumulator):
         divisor: what the loop has divided the loss by before it comes to `accelerator.backward`.
     """
 
-    def __init__(self, accelerator: Accelerator, optimizers: list[Optimizer], policy: Policy, **options: Any) -> None:
+    def __init__(
+        self, accelerator: Accelerator, optimizers: list[Optimizer], policy: Policy, **options: Any
+    ) -> None:
         super().__init__(optimizers, policy, scaler=accelerator.scaler, **options)
         self.accelerator = accelerator
         self.divisor: Callable[[], float] = lambda: 1.0
@@ -95,7 +103,9 @@ class MicroBatches(Accumulator):
         if self.accelerator.sync_gradients:
             self.last, self._decided = self.decide(), None
 
-    def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _before_step(
+        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
         if self.outcome is None:
             raise RuntimeError("accelerate.attach: every loss must go through accelerator.backward(loss); a step came, and none had. "
                                "Use it in place of loss.backward().")  # fmt: skip
@@ -131,7 +141,9 @@ def check(accelerator: Accelerator, model: nn.Module, optimizers: list[Any]) -> 
             raise TypeError(f"accelerate.attach: the optimizer must be what accelerator.prepare gave; got {type(one).__name__}. "
                             "Attach after prepare.")  # fmt: skip
         if isinstance(one, Gated):
-            raise RuntimeError("accelerate.attach: the optimizer must not be attached already; it is. Call detach() on what attach gave.")
+            raise RuntimeError(
+                "accelerate.attach: the optimizer must not be attached already; it is. Call detach() on what attach gave."
+            )
     kind, alone = accelerator.distributed_type, accelerator.distributed_type == DistributedType.NO
     if not alone and not isinstance(getattr(model, "_orig_mod", model), DistributedDataParallel):
         raise TypeError("accelerate.attach: the model must be prepared, in one process or for DistributedDataParallel; got "
@@ -140,7 +152,11 @@ def check(accelerator: Accelerator, model: nn.Module, optimizers: list[Any]) -> 
     if not alone and accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False):
         raise ValueError("accelerate.attach: in several processes sync_each_batch must be False; with True, a rank's gradients would mix "
                          "with the update of the micro-batches before. Leave it out.")  # fmt: skip
-    others = [type(one.optimizer).__name__ for one in accelerator._optimizers if all(one is not given for given in optimizers)]
+    others = [
+        type(one.optimizer).__name__
+        for one in accelerator._optimizers
+        if all(one is not given for given in optimizers)
+    ]
     if alone and others:
         raise ValueError("accelerate.attach: in one process every prepared optimizer must be given, for accelerator.backward then serves "
                          f"those alone; missing: {', '.join(others)}. Give them all as a list.")  # fmt: skip

@@ -48,16 +48,25 @@ class GAFCallback(pl.Callback):
         self.policy, self.b, self.options = policy, b, options
         self.decider: Accumulator | Handle | None = None
         self._one: OneDevice | None = None
-        self._loaded: dict[str, Any] | None = None  # Lightning restores callbacks before there is an optimizer
+        # Lightning restores callbacks before there is an optimizer
+        self._loaded: dict[str, Any] | None = None
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         check(trainer, pl_module)
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         if isinstance(trainer.strategy, DDPStrategy):
             assert trainer.strategy.model is not None
-            self.decider = attach(trainer.strategy.model, trainer.optimizers, self.policy, scaler=scaler, **self.options)
+            self.decider = attach(
+                trainer.strategy.model,
+                trainer.optimizers,
+                self.policy,
+                scaler=scaler,
+                **self.options,
+            )
         else:
-            self.decider = Accumulator(trainer.optimizers, self.policy, model=pl_module, scaler=scaler, **self.options)
+            self.decider = Accumulator(
+                trainer.optimizers, self.policy, model=pl_module, scaler=scaler, **self.options
+            )
             self._one = OneDevice(trainer, pl_module, self.decider)
         for config in trainer.lr_scheduler_configs:
             if config.interval == "step" and not config.reduce_on_plateau:
@@ -70,7 +79,9 @@ class GAFCallback(pl.Callback):
         if self._one is not None:
             self._one.acc.discard()  # of an epoch that was broken off
 
-    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
         if self.decider is not None:
             pl_module.log_dict(metrics(self.decider, self.b))
 
@@ -82,7 +93,9 @@ class GAFCallback(pl.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._loaded = state_dict or None
 
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
         self._release()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -115,11 +128,14 @@ class OneDevice:
         """One row. Lightning has divided the loss by the number of micro-batches; the Accumulator scales it."""
         precision = self.trainer.precision_plugin
         self._before = self.settled()
-        Precision.pre_backward(precision, closure_loss, self.module)  # its hooks, without a subclass's scaling
+        # its hooks, without a subclass's scaling
+        Precision.pre_backward(precision, closure_loss, self.module)
         self.acc.backward(closure_loss * self.trainer.accumulate_grad_batches)
         return precision.post_backward(closure_loss, self.module)
 
-    def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
+    def optimizer_step(
+        self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any
+    ) -> Any:
         """The last micro-batch, the decision, hooks and clipping, a step or none."""
         result = closure()
         if self.acc.waiting:  # not where every training_step gave None
@@ -139,7 +155,9 @@ class GAFDDPStrategy(DDPStrategy):
         options: of Lightning's DDPStrategy. Its `ddp_comm_hook`, which Lightning ignores on a CPU, excludes filtering.
     """
 
-    def __init__(self, policy: Policy, *, b: float = 1, micro_group: int = 1, **options: Any) -> None:
+    def __init__(
+        self, policy: Policy, *, b: float = 1, micro_group: int = 1, **options: Any
+    ) -> None:
         super().__init__(**options)
         self.callback = GAFCallback(policy, b=b, micro_group=micro_group)
 

@@ -30,6 +30,9 @@ def metrics(source: Source, b: float = 1) -> dict[str, float]:
     """
     stats = source.stats(b)
     steps, stepped = stats["steps"], stats["stepped"]
-    found = {name: stats[name] for name in ("acceptance", "distance_mean", "distance_min", "noise_scale", "tau")}
+    found = {
+        name: stats[name]
+        for name in ("acceptance", "distance_mean", "distance_min", "noise_scale", "tau")
+    }
     found |= {"stepped": stepped / steps if steps else math.nan, "skipped": steps - stepped}
     return {f"gaf/{name}": float(value) for name, value in found.items() if math.isfinite(value)}

@@ -45,7 +45,13 @@ class GAFMixin(Base):
             `gaf.integrations.accelerate.attach`).
     """
 
-    def __init__(self, *args: Any, gaf_policy: Policy, gaf_options: dict[str, Any] | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        gaf_policy: Policy,
+        gaf_options: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
         self.gaf: MicroBatches | Handle | None = None
         self.gaf_policy, self.gaf_options = gaf_policy, gaf_options or {}
@@ -56,16 +62,26 @@ class GAFMixin(Base):
         if self.gaf is not None:  # of a training before, perhaps broken off
             self.gaf.detach()
         assert self.optimizer is not None
-        self.gaf = attach(self.accelerator, self.model_wrapped, self.optimizer, self.gaf_policy, **self.gaf_options)
+        self.gaf = attach(
+            self.accelerator,
+            self.model_wrapped,
+            self.optimizer,
+            self.gaf_policy,
+            **self.gaf_options,
+        )
         if isinstance(self.gaf, MicroBatches):
             self.gaf.divisor = lambda: self.current_gradient_accumulation_steps
         if self._gaf_checkpoint is not None and self._gaf_checkpoint.exists():
-            self.gaf.load_state_dict(torch.load(self._gaf_checkpoint, map_location="cpu", weights_only=True))
+            self.gaf.load_state_dict(
+                torch.load(self._gaf_checkpoint, map_location="cpu", weights_only=True)
+            )
         self._gaf_checkpoint = None
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.gaf is not None and "loss" in logs:
-            row = self.args.train_batch_size * (self.args.gradient_accumulation_steps if isinstance(self.gaf, Handle) else 1)
+            row = self.args.train_batch_size * (
+                self.args.gradient_accumulation_steps if isinstance(self.gaf, Handle) else 1
+            )
             logs |= metrics(self.gaf, row)
         super().log(logs, start_time)
 
