@@ -1,15 +1,21 @@
 """gaf.attach: one line turns a data-parallel job's averaging into agreement filtering."""
 
+import gc
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from numbers import Integral
 from typing import Any
+from weakref import ref
 
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.amp import GradScaler
+from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
+from torch.utils.weak import WeakIdKeyDictionary
 
 from gaf.checks import check_optimizers, check_policy
 from gaf.combine import Policy
@@ -26,6 +32,7 @@ def attach(
     scaler: GradScaler | None = None,
     group: "dist.ProcessGroup | None" = None,
     micro_group: int = 1,
+    shards: "dist.ProcessGroup | None" = None,
 ) -> Handle:
     """Filters a data-parallel model's gradients by agreement, exactly as published. The training loop stays as it is.
 
@@ -47,9 +54,15 @@ def attach(
         policy: `gaf.GAF(...)`, or any callable from a Gram matrix to a Decision that is the same on all ranks.
             `gaf.Mean()` is plain averaging bit for bit, `gaf.RandomSkip` the same with skips.
         scaler: the loop's GradScaler. An overflow on any rank makes the scale fall and nothing steps, as ever.
-        group: the ranks whose rows are compared. DDP: its own group, the default. HSDP: the replicate group.
+        group: the ranks whose rows are compared, a process group or a mesh of one dimension. DDP: its own group, the
+            default. HSDP: the replicate group.
         micro_group: m consecutive ranks, m dividing W, whose plain average is one row: the micro-batch is then m
             ranks' batches, and k = W / m. A member that is not finite makes its row absent.
+        shards: the ranks over which this model's coordinates are spread, as under tensor parallelism: each holds other
+            parameters of the same replica. K is added up over them, so that all of them decide alike. Without it each
+            shard decides for itself, and one may step where another skips. All of them must run their backward passes
+            side by side. A parameter that every shard holds, such as a replicated norm's, counts once for each. HSDP's
+            own shards need no mention.
 
     Returns:
         A Handle: `.last`, `.stats()`, `.gate(scheduler)`, `.state_dict()`, `.detach()`.
@@ -57,21 +70,57 @@ def attach(
     Raises:
         TypeError, ValueError, RuntimeError: where something cannot work; the message says what to do instead.
     """
-    model = getattr(model, "_orig_mod", model)  # of torch.compile
+    model = unwrapped(model)
     optimizers = check_optimizers(optimizer, "attach")
     check_policy(policy, "attach")
-    if getattr(policy, "scope", "all") == "layer":
-        raise ValueError("attach: the policy's scope must be 'all' or 'group'; got 'layer', which gaf.Accumulator has on one device. Use "
-                         "'group' for a decision per bucket or parameter group, or leave scope out.")  # fmt: skip
+    check_scaler(scaler)
+    group, shards = process_group(group, "group"), process_group(shards, "shards")
     engine, group = engine_of(model, policy, group)
-    # first, so that no rank is left waiting by what another one alone has wrong
-    check_same_everywhere(model, policy, micro_group, group)
+    # First, so that no rank is left waiting by what another one alone has wrong.
+    check_same_everywhere(model, policy, micro_group, group, shards)
     exchange = exchange_over(group, micro_group)
+    check_shards(shards, group, policy)
     check_model(model, optimizers, exchange)
-    check_k(exchange.k, policy)
-    handle = Handle(optimizers, policy, scaler, exchange.k)
-    engine.install(model, handle, exchange)
+    check = partial(check_usable, engine_scopes(model, policy), exchange.k)
+    check(policy)
+    params = engine.parameters(model)
+    claim(model, params)
+    handle = Handle(optimizers, policy, scaler, exchange.k, params, check)
+    engine.install(model, handle, exchange, [] if shards is None else [shards])
+    own(model, params, handle)
     return handle
+
+
+def unwrapped(model: Any) -> Any:
+    """The data-parallel model inside of torch.compile's wrapper, or of Lightning Fabric's."""
+    model = getattr(model, "_orig_mod", model)
+    inner = getattr(model, "_forward_module", None)
+    return inner if isinstance(inner, DistributedDataParallel) else model
+
+
+def process_group(group: Any, name: str) -> Any:
+    """The process group that is meant: None stays None, a mesh of one dimension gives its own."""
+    if isinstance(group, DeviceMesh):
+        if group.ndim != 1:
+            raise ValueError(
+                f"attach: {name} must be a process group, or a mesh of one dimension; got {group}. "
+                f'Use {name}=mesh["replicate"], by the name of the dimension.'
+            )
+        return group.get_group()
+    if group is not None and not isinstance(group, dist.ProcessGroup):
+        raise TypeError(
+            f"attach: {name} must be a torch.distributed.ProcessGroup; got {group!r}. "
+            'Use dist.new_group(ranks), or mesh["replicate"].get_group().'
+        )
+    return group
+
+
+def check_scaler(scaler: Any) -> None:
+    if scaler is not None and not isinstance(scaler, GradScaler):
+        raise TypeError(
+            f"attach: scaler must be a torch.amp.GradScaler or None; got {type(scaler).__name__}. "
+            "Pass the scaler of the training loop, or leave it out."
+        )
 
 
 def engine_of(
@@ -100,7 +149,12 @@ def compared(
     model: nn.Module, policy: Policy, group: "dist.ProcessGroup | None"
 ) -> "dist.ProcessGroup":
     """Of an FSDP2 model: its replicas, or with scope="group" the ranks that it is sharded over."""
-    mesh = next(model.parameters()).device_mesh  # type: ignore[attr-defined]
+    mesh: Any = next((p.device_mesh for p in model.parameters() if hasattr(p, "device_mesh")), None)
+    if mesh is None:
+        raise TypeError(
+            f"attach: fully_shard must have sharded the model's parameters; those of {type(model).__name__} are whole. "
+            "Call fully_shard(model, mesh=...) first."
+        )
     if mesh.ndim != 1:
         raise TypeError(f"attach: fully_shard must be given the shard dimension of the mesh alone; the parameters are on {mesh}. "
                         'Use fully_shard(model, mesh=mesh["shard"]) and gaf.attach(..., group=mesh["replicate"].get_group()): '
@@ -114,12 +168,87 @@ def compared(
     return mesh.get_group() if group is None else group
 
 
+def engine_scopes(model: nn.Module, policy: Policy) -> tuple[str, ...]:
+    """The scopes that the model's engine can change between once it is attached."""
+    if isinstance(model, DistributedDataParallel):
+        return "all", "group"
+    return (getattr(policy, "scope", "all"),)
+
+
+def check_usable(scopes: tuple[str, ...], k: int, policy: Policy) -> None:
+    """What a policy of this model must be, at attach and later."""
+    scope = getattr(policy, "scope", "all")
+    if scope == "layer":
+        raise ValueError("attach: the policy's scope must be 'all' or 'group'; got 'layer', which gaf.Accumulator has on one device. Use "
+                         "'group' for a decision per bucket or parameter group, or leave scope out.")  # fmt: skip
+    if scope not in scopes:
+        raise ValueError(
+            f"handle.policy: an FSDP2 model's policy must keep the scope {scopes[0]!r} that it was attached with; "
+            f"got {scope!r}. Call detach() and attach again with the other scope."
+        )
+    check_k(k, policy)
+
+
+def check_shards(shards: Any, group: "dist.ProcessGroup", policy: Policy) -> None:
+    if shards is None:
+        return
+    if getattr(policy, "scope", "all") == "group":
+        raise ValueError(
+            "attach: with shards the policy's scope must be 'all', for the shards' buckets hold other parameters; "
+            "got 'group'. Leave scope out."
+        )
+    both = set(dist.get_process_group_ranks(shards)) & set(dist.get_process_group_ranks(group))
+    if both != {dist.get_rank()}:
+        raise ValueError(
+            "attach: shards must have this rank alone in common with the ranks whose rows are compared; "
+            f"they share ranks {sorted(both)}. Use the other dimension of the mesh."
+        )
+
+
+_owners: WeakIdKeyDictionary = WeakIdKeyDictionary()  # parameter -> (its model, its handle), weakly
+
+
+def claim(model: nn.Module, params: Sequence[Tensor]) -> None:
+    """Takes parameters over from handles whose model is gone.
+
+    Raises:
+        RuntimeError: where another handle decides on one of them.
+    """
+    for p in params:
+        wrapper, handle = owner_of(p)
+        if handle is None or not handle.attached:
+            continue
+        if wrapper() is not None:
+            gc.collect()  # DDP and its hooks refer to each other
+        if wrapper() is not None:
+            raise RuntimeError(
+                "attach: the model's parameters must not be attached already; they are, by an earlier gaf.attach. "
+                "Call detach() on the handle that it returned, or delete the wrapper that it was called with."
+            )
+        handle.detach()
+
+
+def owner_of(p: Tensor) -> tuple[Callable[[], Any], Handle | None]:
+    wrapper, handle = _owners.get(p, (nothing, nothing))
+    return wrapper, handle()
+
+
+def nothing() -> None:
+    return None
+
+
+def own(model: nn.Module, params: Sequence[Tensor], handle: Handle) -> None:
+    for p in params:
+        _owners[p] = (ref(model), ref(handle))
+
+
 def exchange_over(group: Any, micro_group: int) -> Exchange:
     W = dist.get_world_size(group)
-    if not isinstance(micro_group, int) or micro_group < 1 or W % micro_group:
+    whole = isinstance(micro_group, Integral) and not isinstance(micro_group, bool)
+    if not whole or micro_group < 1 or W % micro_group:
         raise ValueError(f"attach: micro_group must be a whole number that divides the {W} ranks; got {micro_group!r}. "
                          f"Use one of {[m for m in range(1, W + 1) if W % m == 0]}.")  # fmt: skip
-    return Exchange(group, micro_group)
+    return Exchange(group, int(micro_group))
 
 
 def check_ddp(model: DistributedDataParallel, group: "dist.ProcessGroup | None") -> None:
@@ -128,10 +257,6 @@ def check_ddp(model: DistributedDataParallel, group: "dist.ProcessGroup | None")
     if group is not None and group is not model.process_group:
         raise ValueError("attach: under DistributedDataParallel group must be the model's own process group; got another. Leave it out, "
                          "or give the group to DistributedDataParallel(process_group=...).")  # fmt: skip
-    if ddp.is_attached(model):
-        raise RuntimeError(
-            "attach: the model must not be attached already; it is. Call handle.detach() first."
-        )
     if ddp.has_other_hook(model):
         raise RuntimeError(f"attach: the model must have no other communication hook; it has {model._comm_hooks[0][0].__qualname__}, and "
                            "DistributedDataParallel takes one. Wrap the model anew without it.")  # fmt: skip
@@ -190,28 +315,35 @@ def within_micro_group(norm: nn.SyncBatchNorm, exchange: Exchange) -> bool:
 
 
 def check_same_everywhere(
-    model: nn.Module, policy: Policy, micro_group: int, group: "dist.ProcessGroup"
+    model: nn.Module,
+    policy: Policy,
+    micro_group: int,
+    group: "dist.ProcessGroup",
+    shards: "dist.ProcessGroup | None",
 ) -> None:
     """Ranks that would cut or judge their gradients differently would wait for each other, or drift apart."""
     shapes = [
         f"{name} {tuple(p.shape)} {p.dtype} trainable={p.requires_grad}"
         for name, p in model.named_parameters()
     ]
-    mine = {
-        "policy": described(policy),
-        "micro_group": str(micro_group),
-        "parameters": "; ".join(shapes),
-    }
+    rule = {"policy": described(policy), "micro_group": str(micro_group)}
+    check_same(rule | {"parameters": "; ".join(shapes)}, group)
+    if shards is not None:
+        check_same(rule, shards)
+
+
+def check_same(mine: dict[str, str], group: "dist.ProcessGroup") -> None:
     all_of: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(all_of, mine, group=group)
     for what in mine:
-        told = [other[what] for other in all_of]
-        if len(set(told)) > 1:
-            usual = Counter(told).most_common(1)[0][0]
-            odd = next(r for r, value in enumerate(told) if value != usual)
-            a, b = first_difference(usual, told[odd])
+        found = [other[what] for other in all_of]
+        if len(set(found)) > 1:
+            usual = Counter(found).most_common(1)[0][0]
+            odd = next(r for r, value in enumerate(found) if value != usual)
+            a, b = first_difference(usual, found[odd])
             raise ValueError(
-                f"attach: all ranks must have the same {what}; rank {odd} of the group has {b}, others {a}."
+                f"attach: all ranks must have the same {what}; rank {odd} of the group has {b}, others {a}. "
+                "Build the model and the policy alike on all of them."
             )
 
 

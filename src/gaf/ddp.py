@@ -1,8 +1,9 @@
 """DistributedDataParallel: a communication hook that sends each bucket on its way and decides at the last one."""
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 import torch.distributed as dist
@@ -12,23 +13,25 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gaf.combine import Policy
 from gaf.exchange import Exchange, Pair
-from gaf.handle import Handle
-from gaf.policies import GAF, Mean
-from gaf.sequential import Sequential
+from gaf.handle import Handle, raise_thawed
+from gaf.policies import GAF, averages
 
 Future = torch.futures.Future[Tensor]  # of the bucket, updated
+Groups = Sequence[dist.ProcessGroup]
 
 
 class Filtered:
     """One decision for all buckets: each is on its way in while the backward pass goes on; the last one decides."""
 
-    def __init__(self, handle: Handle, exchange: Exchange) -> None:
+    def __init__(self, handle: Handle, exchange: Exchange, shards: Groups) -> None:
         self.handle, self.exchange = handle, exchange
+        self.over = [exchange.group, *shards]
         self.waiting: list[tuple[Future, Tensor]] = []
+        self.params: list[Tensor] = []
 
     def take(self, bucket: GradBucket, first: bool, last: bool) -> Future:
         if first:
-            self.handle.begin()
+            self.handle.begin(joined=not in_backward())
             self.exchange.begin()
             self.waiting, self.params = [], []
         flat, future = bucket.buffer(), future_on(bucket.buffer())
@@ -39,8 +42,7 @@ class Filtered:
         self.params += bucket.parameters()
         self.waiting.append((future, flat))
         if last:
-            self.handle.settle(self.exchange, self.params, [self.exchange.group])
-            self.handle.end()
+            self.handle.settle(self.exchange, self.params, self.over)
             for one, update in self.waiting:
                 one.set_result(update)
             self.waiting, self.params = [], []  # DDP may free its buckets
@@ -51,11 +53,11 @@ class Filtered:
 
         Empty where p.grad is a view of the bucket, and where there was no backward pass: for a rank that has joined.
         """
-        if torch._C._current_graph_task_id() < 0:
+        if not in_backward():
             return [], []
         pairs = [
-            (p.grad, place)
-            for p, place in zip(bucket.parameters(), bucket.gradients(), strict=True)
+            (p.grad, place_of(p, flat))
+            for p, flat in zip(bucket.parameters(), bucket.gradients(), strict=True)
             if p.grad is not None
         ]
         if any(grad.data_ptr() == place.data_ptr() for grad, place in pairs):
@@ -63,26 +65,36 @@ class Filtered:
         return [grad.detach() for grad, _ in pairs], [place for _, place in pairs]
 
 
+def place_of(p: Tensor, place: Tensor) -> Tensor:
+    """A parameter's gradient in its bucket, with every coordinate where `p` has it.
+
+    DDP lays a parameter out in the order of its own strides, where these leave no gaps, and shows the memory as if it were
+    contiguous.
+    """
+    if p.is_contiguous() or torch.empty_like(p, device="meta").stride() != p.stride():
+        return place
+    return place.as_strided(p.shape, p.stride())
+
+
 class FilteredApart:
     """scope="group": every bucket decides for itself, while the next one is on its way in."""
 
     def __init__(self, handle: Handle, exchange: Exchange) -> None:
         self.handle = handle
-        self.under_way: list[tuple[Exchange, list[Any], Tensor, Future]] = []
+        self.in_progress: list[tuple[Exchange, list[Any], Tensor, Future]] = []
+        self.number = 0
         self.make = partial(Exchange, exchange.group, exchange.micro_group)
 
     def take(self, bucket: GradBucket, first: bool, last: bool) -> Future:
         if first:
-            self.handle.begin()
-            self.under_way, self.number = [], 0
+            self.handle.begin(joined=not in_backward())
+            self.in_progress, self.number = [], 0
         self.number += 1
         exchange, future = self.make(tag=self.number), future_on(bucket.buffer())
         exchange.send(bucket.buffer())
-        self.under_way.append((exchange, bucket.parameters(), bucket.buffer(), future))
-        while len(self.under_way) > (0 if last else 1):
-            self._settle(*self.under_way.pop(0))
-        if last:
-            self.handle.end()
+        self.in_progress.append((exchange, bucket.parameters(), bucket.buffer(), future))
+        while len(self.in_progress) > (0 if last else 1):
+            self._settle(*self.in_progress.pop(0))
         return future
 
     def _settle(self, exchange: Exchange, params: list[Any], flat: Tensor, future: Future) -> None:
@@ -93,22 +105,37 @@ class FilteredApart:
 class Averaged:
     """Plain averaging, bit for bit as without a hook: multiplied by 1/W, then added up."""
 
-    def __init__(self, handle: Handle | None, exchange: Exchange) -> None:
-        self.handle, self.group = handle, exchange.group
+    def __init__(self, handle: Handle | None, group: dist.ProcessGroup, joins: bool) -> None:
+        """joins: whether ranks that have joined do not count (DDP.join(divide_by_initial_world_size=False))."""
+        self.handle, self.group, self.joins = handle, group, joins
+        self.params: list[Any] = []
+        self.count = dist.get_world_size(group)
 
-    # collectives have futures of another class
+    # Collectives have futures of another class.
     def take(self, bucket: GradBucket, first: bool, last: bool) -> Any:
+        if first and self.joins:
+            self.count = active_ranks(bucket.buffer(), self.group)
         if self.handle is not None:
             if first:
-                self.handle.begin()
-                self.params: list[Any] = []
+                self.handle.begin(joined=not in_backward())
+                self.params = []
             self.params += bucket.parameters()
             if last:
                 self.handle.averaged(self.params)
-                self.handle.end()
-        flat = bucket.buffer().mul_(1 / dist.get_world_size(self.group))
+        flat = bucket.buffer().mul_(1 / self.count)
         work = dist.all_reduce(flat, group=self.group, async_op=True)
         return work.get_future().then(lambda future: future.value()[0])
+
+
+def active_ranks(like: Tensor, group: dist.ProcessGroup) -> int:
+    """Ranks that are in a backward pass: all but those that have joined."""
+    here = like.new_tensor([float(in_backward())], dtype=torch.float32)
+    dist.all_reduce(here, group=group)
+    return int(here)
+
+
+def in_backward() -> bool:
+    return bool(torch._C._current_graph_task_id() >= 0)
 
 
 Way = Averaged | Filtered | FilteredApart
@@ -121,87 +148,150 @@ class Hook:
     """
 
     def __init__(self, model: DistributedDataParallel) -> None:
+        self.model, self.group = ref(model), model.process_group
+        self.params = bucketed(model)
         self.seen: set[Tensor] = set()  # parameters of this pass's buckets so far
-        self.count = sum(p.requires_grad for p in model._module_parameters)
-        self.wide = all(
-            p.dtype in (torch.float32, torch.float64) for p in model.parameters() if p.requires_grad
-        )
+        self.unwatched = list(self.params)
+        self.wide = all(p.dtype in (torch.float32, torch.float64) for p in self.params)
         self.handle: Handle | None = None
         self.exchange: Exchange
+        self.shards: Groups = []
         self.policy: Policy | None = None
+        self.joins = False
         self.way: Way | None = None
 
-    def run(self, state: object, bucket: GradBucket):  # type: ignore[no-untyped-def]  # DDP knows one annotation, not Averaged's
+    # DDP knows one annotation, not Averaged's.
+    def run(self, state: object, bucket: GradBucket):  # type: ignore[no-untyped-def]
         if bucket.buffer().is_sparse:
             raise TypeError(
                 "attach: gradients must be dense; a bucket's is sparse. Use nn.Embedding(..., sparse=False)."
             )
         first, last = self.place(bucket)
         if first:
-            policy = None if self.handle is None else self.handle.policy
-            if self.way is None or policy is not self.policy:
-                self.policy, self.way = policy, self.choose(policy)
+            self.prepare()
         assert self.way is not None
         return self.way.take(bucket, first, last)
 
     def place(self, bucket: GradBucket) -> tuple[bool, bool]:
-        """Whether a bucket is the first and the last of its pass. In a static graph's first pass all say that they are number 0."""
+        """Whether a bucket is the first and the last of its pass.
+
+        In the first pass of a static graph every bucket reports index 0, so buckets are recognised by their parameters.
+        """
         params = bucket.parameters()
-        if not self.seen.isdisjoint(params):  # the pass before broke off
+        if not self.seen.isdisjoint(params):  # left over from a pass that an exception ended
             self.seen = set()
         first = not self.seen
         self.seen.update(params)
-        last = bucket.is_last() or len(self.seen) == self.count
+        last = bucket.is_last() or len(self.seen) == len(self.params)
         if last:
             self.seen = set()
         return first, last
 
+    def prepare(self) -> None:
+        """Chooses the way of a step anew where the policy is another, and watches parameters that were thawed."""
+        if self.unwatched:
+            self.watch()
+        policy = None if self.handle is None else self.handle.policy
+        joins = leaves_joined_out(self.model())
+        if self.way is None or policy is not self.policy or joins != self.joins:
+            self.policy, self.joins = policy, joins
+            self.way = self.choose(policy)
+
     def choose(self, policy: Policy | None) -> Way:
         if self.handle is None or policy is None or averages(policy):
-            return Averaged(self.handle, self.exchange)
+            return Averaged(self.handle, self.group, self.joins)
         if getattr(policy, "scope", "all") == "group":
             return FilteredApart(self.handle, self.exchange)
-        pair = (
-            type(policy) is GAF
-            and policy.min_accepted == 2
-            and self.exchange.W == self.exchange.k == 2
-        )
-        return Filtered(
-            self.handle, Pair(self.exchange.group) if pair and self.wide else self.exchange
-        )
+        pair = type(policy) is GAF and policy.min_accepted == 2
+        pair = pair and self.exchange.W == self.exchange.k == 2
+        exchange = Pair(self.exchange.group) if pair and self.wide else self.exchange
+        return Filtered(self.handle, exchange, self.shards)
+
+    def watch(self) -> None:
+        """Has each trainable parameter report what its gradient holds before a backward pass adds to it.
+
+        At the node that adds: a hook on the parameter would run in torch.autograd.grad too.
+        """
+        if self.handle is None:
+            return
+        trainable = [p for p in self.unwatched if p.requires_grad]
+        self.unwatched = [p for p in self.unwatched if not p.requires_grad]
+        for p in trainable:
+            node = torch.autograd.graph.get_gradient_edge(p).node
+            hook = node.register_prehook(partial(arrive, self.handle, p))
+            self.handle.on_detach(hook.remove)
 
 
-def averages(policy: Policy) -> bool:
-    """Whether every row counts whatever the Gram matrix says."""
-    return isinstance(policy, Mean) and type(policy).__call__ is Sequential.__call__
+def arrive(handle: Handle, p: Tensor, grads: Any) -> None:
+    handle.arrive(p)
+
+
+def leaves_joined_out(model: DistributedDataParallel | None) -> bool:
+    """Whether a pass is under DDP.join(divide_by_initial_world_size=False)."""
+    config = getattr(model, "_join_config", None)
+    initial = getattr(model, "_divide_by_initial_world_size", True)
+    return config is not None and config.enable and not initial
+
+
+def bucketed(model: DistributedDataParallel) -> list[Tensor]:
+    """The parameters that DDP averages: those that were trainable when the model was wrapped."""
+    return [p for b in model.reducer._get_zeros_like_grad_buckets() for p in b.parameters()]
+
+
+class NoCopies(list[Any]):
+    """A model's communication hooks, which its copies do not have: they are not attached."""
+
+    def __reduce__(self) -> Any:
+        return list, ()
 
 
 _hooks: WeakKeyDictionary[DistributedDataParallel, Hook] = WeakKeyDictionary()
 
 
-def is_attached(model: DistributedDataParallel) -> bool:
-    return model in _hooks and _hooks[model].handle is not None
-
-
 def has_other_hook(model: DistributedDataParallel) -> bool:
-    return model not in _hooks and bool(model._comm_hooks)
+    return any(
+        not isinstance(getattr(hook, "__self__", None), Hook) for hook, _ in model._comm_hooks
+    )
 
 
-def install(model: DistributedDataParallel, handle: Handle, exchange: Exchange) -> None:
+def hook_of(model: DistributedDataParallel) -> Hook:
+    """The model's own; DDP calls it once it is registered."""
+    if model not in _hooks:
+        _hooks[model] = Hook(model)
+    return _hooks[model]
+
+
+def parameters(model: DistributedDataParallel) -> list[Tensor]:
+    """Those that take part in the decision.
+
+    Raises:
+        ValueError: where a trainable parameter would not be averaged, for it was frozen when the model was wrapped.
+    """
+    params = hook_of(model).params
+    ignored = model.parameters_to_ignore
+    for name, p in model.module.named_parameters():
+        if p.requires_grad and name not in ignored and all(p is not q for q in params):
+            raise_thawed(name)
+    return params
+
+
+def install(
+    model: DistributedDataParallel, handle: Handle, exchange: Exchange, shards: Groups
+) -> None:
     """Has the handle decide on the model's gradients, until it is detached."""
-    hook = _hooks.get(model)
-    if hook is None:
-        hook = Hook(model)
+    hook = hook_of(model)
+    if not model._comm_hooks:
         model.register_comm_hook(None, hook.run)
-        _hooks[model] = hook
-    hook.handle, hook.exchange, hook.way = handle, exchange, None
+        model._comm_hooks = NoCopies(model._comm_hooks)
+    hook.handle, hook.exchange, hook.shards, hook.way = handle, exchange, shards, None
+    hook.unwatched = list(hook.params)
     handle.on_detach(partial(take_off, hook))
-    for p in model.parameters():
-        # each tells of what it holds before a backward pass adds to it; the first is listened to
-        if p.requires_grad:
-            handle.on_detach(
-                p.register_hook(lambda grad, p=p: handle.before_accumulation(p.grad)).remove
-            )
+    hook.watch()
+    held = set(hook.params)
+    outside = {p: n for n, p in model.module.named_parameters() if p not in held}
+    handle.refuse_gradients(
+        {p: n for p, n in outside.items() if n not in model.parameters_to_ignore}
+    )
 
 
 def take_off(hook: Hook) -> None:

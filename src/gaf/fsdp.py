@@ -9,21 +9,40 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultReduceScatter
-from torch.utils._pytree import tree_leaves
+from torch.distributed.tensor import DTensor
 
 from gaf.exchange import Exchange, combine
 from gaf.handle import Handle
 
+Groups = Sequence[dist.ProcessGroup]
 
-def install(model: nn.Module, handle: Handle, exchange: Exchange) -> None:
+
+def parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Those that take part in the decision.
+
+    Raises:
+        ValueError: where a trainable parameter is not sharded, and so not reduced.
+    """
+    named = list(model.named_parameters())
+    for name, p in named:
+        if not isinstance(p, DTensor) and p.requires_grad:
+            raise ValueError(
+                "attach: every trainable parameter must be sharded by fully_shard, for it reduces no other gradient; "
+                f"{name!r} is not (ignored_params). Leave ignored_params out, or freeze it."
+            )
+    return [p for _, p in named if isinstance(p, DTensor)]
+
+
+def install(model: nn.Module, handle: Handle, exchange: Exchange, shards: Groups) -> None:
     """Has the handle decide on the model's gradients: of all of it over its replicas, or of each group over its shards."""
-    params = list(model.parameters())
+    params = parameters(model)
     if getattr(handle.policy, "scope", "all") == "group":
-        Groups(handle, model, exchange)
+        GroupwiseShards(handle, model, exchange)
+        watch(model, handle)
     else:
         check_same_weights(params, exchange.group)
-        Replicas(handle, exchange, params, params[0].device_mesh.get_group())  # type: ignore[attr-defined]
-    watch(model, params, handle)
+        over = [params[0].device_mesh.get_group(), *shards]  # type: ignore[attr-defined]
+        watch(model, handle, Replicas(handle, exchange, params, over).listen)
 
 
 def check_same_weights(params: list[nn.Parameter], group: dist.ProcessGroup) -> None:
@@ -36,19 +55,24 @@ def check_same_weights(params: list[nn.Parameter], group: dist.ProcessGroup) -> 
                          "model, or load one checkpoint on all of them.")  # fmt: skip
 
 
-def watch(model: nn.Module, params: list[nn.Parameter], handle: Handle) -> None:
-    """Looks at a gradient when a backward pass begins, at the model's output: FSDP2 adds to gradients out of autograd's sight."""
+def watch(model: nn.Module, handle: Handle, begins: Callable[[], None] = lambda: None) -> None:
+    """Surveys the gradients whenever a backward pass begins, before FSDP2 adds to them outside of autograd.
 
-    def begins(grad: Tensor) -> None:
-        first = next((p.grad for p in params if p.grad is not None), None)
-        handle.before_accumulation(None if first is None else first.to_local())  # type: ignore[attr-defined]
+    FSDP2 calls `_pre_backward` of one of its modules first, whichever forward method of it ran. The survey may be of a
+    torch.autograd.grad, which adds nothing. begins: called at the same time.
+    """
 
-    def forward(module: nn.Module, inputs: Any, output: Any) -> None:
-        for leaf in tree_leaves(output):
-            if isinstance(leaf, Tensor) and leaf.requires_grad:
-                leaf.register_hook(begins)
+    def surveying(state: Any, grad: Tensor) -> Any:
+        if not state._state_ctx.post_backward_final_callback_queued:
+            handle.stale.survey()
+            begins()
+        return type(state)._pre_backward(state, grad)
 
-    handle.on_detach(model.register_forward_hook(forward).remove)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            state = module._get_fsdp_state()
+            state._pre_backward = partial(surveying, state)  # type: ignore[method-assign]
+            handle.on_detach(partial(vars(state).pop, "_pre_backward"))
 
 
 class Replicas:
@@ -58,55 +82,60 @@ class Replicas:
     over the replicas' slices and then over the shards.
 
     Args:
-        shards: the group over which FSDP2 shards the parameters.
+        over: the groups over which the coordinates are spread: FSDP2's own first.
     """
 
     def __init__(
-        self,
-        handle: Handle,
-        exchange: Exchange,
-        params: list[nn.Parameter],
-        shards: dist.ProcessGroup,
+        self, handle: Handle, exchange: Exchange, params: list[nn.Parameter], over: Groups
     ) -> None:
-        self.handle, self.exchange, self.shards = handle, exchange, shards
-        self.params = [p for p in params if p.requires_grad]
-        self.due = False
-        for p in self.params:
-            handle.on_detach(p.register_post_accumulate_grad_hook(self._arrived).remove)
+        self.handle, self.exchange, self.params = handle, exchange, params
+        self.over = [exchange.group, *over]
+        self.heard: set[nn.Parameter] = set()
+        self.due = -1  # the pass at whose end the decision is due
+        self.listen()
+
+    def listen(self) -> None:
+        """Waits for the gradients of all trainable parameters, of those too that were thawed after attach."""
+        for p in self.params if len(self.heard) < len(self.params) else ():
+            if p.requires_grad and p not in self.heard:
+                self.heard.add(p)
+                hook = p.register_post_accumulate_grad_hook(self._arrived)
+                self.handle.on_detach(hook.remove)
 
     def _arrived(self, p: Tensor) -> None:
         """FSDP2 has reduced a gradient: have the rest done when the whole backward pass is over."""
-        if not self.due:
-            self.due = True
+        if self.due != torch._C._current_graph_task_id():
+            self.due = torch._C._current_graph_task_id()
             torch.autograd.Variable._execution_engine.queue_callback(self._finish)
 
     @torch.no_grad()
     def _finish(self) -> None:
-        self.due = False
+        self.due = -1
+        used = self._used_somewhere()
+        self.handle.stale.replace(used)
         self.handle.begin()
         self.exchange.begin()
-        used = self._used_somewhere()
         for p in used:
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
             self.exchange.send(p.grad.to_local().view(-1))  # type: ignore[attr-defined]
-        self.handle.settle(self.exchange, used, [self.exchange.group, self.shards])
-        self.handle.end()
+        self.handle.settle(self.exchange, used, self.over)
 
     def _used_somewhere(self) -> list[nn.Parameter]:
         """Parameters that have a gradient on any replica; the others stay without one, and without a step."""
-        used = torch.tensor([p.grad is not None for p in self.params], dtype=torch.uint8).to(
-            self.params[0].device
-        )
-        dist.all_reduce(used, op=dist.ReduceOp.MAX, group=self.exchange.group)
-        return [p for p, flag in zip(self.params, used.tolist(), strict=True) if flag]
+        params = [p for p in self.params if p.requires_grad]
+        device = params[0].to_local().device  # type: ignore[attr-defined]
+        flags = torch.tensor([p.grad is not None for p in params], dtype=torch.uint8, device=device)
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self.exchange.group)
+        return [p for p, flag in zip(params, flags.tolist(), strict=True) if flag]
 
 
-class Groups:
+class GroupwiseShards:
     """scope="group" on a flat FSDP2 model: each parameter group decides for itself where its gradients are reduced."""
 
     def __init__(self, handle: Handle, model: nn.Module, exchange: Exchange) -> None:
-        self.handle, self.fresh = handle, True
+        self.handle = handle
+        self.current = -1  # the pass that is in progress
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 params = [p.sharded_param for group in groups_of(module) for p in group.fsdp_params]
@@ -117,15 +146,11 @@ class Groups:
                 handle.on_detach(partial(module.set_custom_reduce_scatter, DefaultReduceScatter()))
 
     def _settle(self, params: list[nn.Parameter], exchange: Exchange) -> None:
-        if self.fresh:
-            self.fresh = False
+        self.handle.stale.replace(params)
+        if self.current != torch._C._current_graph_task_id():
+            self.current = torch._C._current_graph_task_id()
             self.handle.begin()
-            torch.autograd.Variable._execution_engine.queue_callback(self._finish)
         self.handle.settle(exchange, params, [exchange.group])
-
-    def _finish(self) -> None:
-        self.fresh = True
-        self.handle.end()
 
 
 def groups_of(module: FSDPModule) -> list[Any]:
@@ -166,6 +191,9 @@ class FilteringReduceScatter(DefaultReduceScatter):
 
 class OneWay(Exchange):
     """An exchange whose update stays sliced: FSDP2's own layout."""
+
+    shard: Tensor
+    factor: float
 
     def load(self, whole: Tensor, shard: Tensor, factor: float) -> None:
         """Args: whole: this rank's gradients of the group, (W c,). shard: for the update, (c,). factor: to multiply it by."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
@@ -36,7 +36,8 @@ class Gate:
 
 class Gated:
     def step(self, *args: Any, **kwargs: Any) -> None:
-        if _gates[self].passes(type(self).__name__):
+        own = _gates.get(self)
+        if own is None or own.passes(type(self).__name__):
             super().step(*args, **kwargs)  # type: ignore[misc]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -51,7 +52,7 @@ def empty(kind: Any) -> Any:
 def gate(scheduler: LRScheduler, progress: Callable[[], tuple[int, int]]) -> LRScheduler:
     """Changes the scheduler in place: whoever holds it, sees it stand still. Its state_dict stays as it was.
 
-    A copied or unpickled scheduler is not gated.
+    A copied or unpickled scheduler is not gated, nor is one whose handle was detached.
     """
     if isinstance(scheduler, ReduceLROnPlateau):
         raise TypeError(
@@ -68,3 +69,10 @@ def gate(scheduler: LRScheduler, progress: Callable[[], tuple[int, int]]) -> LRS
         )
     _gates[scheduler] = Gate(progress)
     return scheduler
+
+
+def ungate(scheduler: "ref[Any]", progress: Callable[[], tuple[int, int]]) -> None:
+    """Frees a scheduler that still follows `progress`."""
+    gated = scheduler()
+    if gated in _gates and _gates[gated].progress is progress:
+        del _gates[gated]

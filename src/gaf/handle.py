@@ -1,7 +1,16 @@
-"""From the ranks' Gram matrix to a step or none: what every data-parallel engine shares, and what a user holds."""
+"""From the ranks' Gram matrix to a step or none: what every data-parallel engine shares, and what a user holds.
+
+backward pass -> Gram -> decision, pending -> optimizer.step(): update or skip, and the decision counts
+
+A decision belongs to the optimizer step that follows it. A decision that no step follows, such as one about a pass
+that only led through the model to another one (a GAN's generator step), counts nowhere.
+"""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
+from weakref import ref
 
 import torch
 import torch.distributed as dist
@@ -10,13 +19,26 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from gaf.checks import check_policy
 from gaf.combine import Policy
 from gaf.decision import Decision, Evidence
 from gaf.exchange import Exchange, add_in_rank_order
-from gaf.gate import gate
-from gaf.policies import Mean, own, skipped
+from gaf.gate import gate, ungate
+from gaf.policies import Mean, averages, own, skipped
 from gaf.rows import judged
+from gaf.stale import CLEAR_FIRST, IN_PART, StaleGradients, local
 from gaf.telemetry import Outcome, Telemetry
+
+
+@dataclass
+class Pending:
+    """What was decided since the last optimizer step: one outcome, or with scope="group" one for each group."""
+
+    policy_state: Any  # from before the first of these decisions
+    joined: bool = False  # whether this rank has joined: the others step
+    outcomes: list[tuple[Outcome, float]] = field(default_factory=list)  # with the loss scale
+    overflow: bool = False
+    stale: bool = False  # whether an update was in the gradients that were decided on
 
 
 class Handle:
@@ -29,43 +51,78 @@ class Handle:
     """
 
     def __init__(
-        self, optimizers: list[Optimizer], policy: Policy, scaler: GradScaler | None, k: int
+        self,
+        optimizers: list[Optimizer],
+        policy: Policy,
+        scaler: GradScaler | None,
+        k: int,
+        params: Sequence[Tensor],
+        check: Callable[[Policy], None] = lambda policy: None,
     ) -> None:
-        self.policy = own(policy)
+        """params: the model's. check: raises where the engine cannot use a policy."""
+        self._check = check
+        self._policy: Policy = own(policy)
         self.scaler = scaler if scaler is not None and scaler.is_enabled() else None
         self.last: Decision | None = None
         self.outcome: Outcome | None = None
         self._k = k
+        self._params = set(params)
+        self._outside: dict[Tensor, str] = {}  # frozen parameters that the engine would not average
         self._telemetry = Telemetry()
         self._rejected, self._absent = [0] * k, [0] * k
         self._scale = 1.0  # what the scaler multiplied the rows by
-        # steps decided and steps taken since attach; unlike stats, not restored
-        self._progress = (0, 0)
-        self._moves = True  # whether any group of the step under way is stepped on
-        self._still: set[Tensor] = set()  # what the next optimizer step must leave alone
-        self._synced = False  # whether p.grad holds an update rather than this rank's own gradient
-        # whether an update was still there when a backward pass began
-        self._stale: Tensor | None = None
+        self._pending: list[Pending] = []  # more than one only where several passes share a step
+        self._frozen: set[Tensor] = set()  # parameters that the next optimizer step must not move
+        self._left_zero: set[Tensor] = set()  # the same, decided before another pass of this step
+        # Per optimizer, its steps since attach and those of them that moved something; unlike stats, not restored.
+        self._progress = dict.fromkeys(optimizers, (0, 0))
+        self._stepping: dict[Optimizer, bool] = {}
+        self._moves = (
+            True  # whether the last pass's decision steps; with scope="group", any of them
+        )
+        self.stale = StaleGradients(not averages(policy))
         self._undo: list[Callable[[], None]] = []
         for optimizer in optimizers:
             self._undo.append(optimizer.register_step_pre_hook(self._before_step).remove)
+            self._undo.append(optimizer.register_step_post_hook(self._after_step).remove)
 
     # ------------------------------------------------------------------------------------------ for users
 
+    @property
+    def policy(self) -> Policy:
+        """What decides. A new one may be assigned between steps, the same on all ranks; it is checked and copied as by `attach`."""
+        return self._policy
+
+    @policy.setter
+    def policy(self, policy: Policy) -> None:
+        check_policy(policy, "handle.policy")
+        self._check(policy)
+        self._policy = own(policy)
+        self.stale.active = not averages(policy)
+        for pending in self._pending:
+            pending.policy_state = None
+
     def gate(self, scheduler: LRScheduler) -> LRScheduler:
-        """Makes a scheduler that is stepped once after every optimizer step stand still on a skip. In place; returns it.
+        """Makes a scheduler that is stepped once after every step of its optimizer stand still on a skip, until `detach`.
+
+        In place; returns it.
 
         Raises:
             TypeError: for ReduceLROnPlateau, and for what is no torch scheduler.
+            ValueError: where the scheduler drives none of the handle's optimizers.
             RuntimeError: from the scheduler's step(), where it turns out to be stepped less often (per epoch).
         """
-        return gate(scheduler, lambda: self._progress)
+        progress = self._progress_of(scheduler)
+        gate(scheduler, progress)
+        self._undo.append(partial(ungate, ref(scheduler), progress))
+        return scheduler
 
     def stats(self, b: float = 1) -> dict[str, Any]:
         """Plain numbers, the same on every rank: those of `gaf.Accumulator.stats`, and two lists.
 
         `rejected_per_row`, `absent_per_row`: for each rank (or micro-group), how often since attach. Under Mean and
-        RandomSkip nothing is measured: distances and noise scale are NaN.
+        RandomSkip nothing is measured: distances and noise scale are NaN. A decision counts when the optimizer steps
+        on it, and an overflow when the next pass begins.
 
         Args:
             b: samples per row. With 1, `noise_scale` counts micro-batches.
@@ -94,25 +151,41 @@ class Handle:
             self._rejected, self._absent = list(state["rejected"]), list(state["absent"])
 
     def detach(self) -> None:
-        """Leaves plain averaging behind. Schedulers stay gated by what was decided until now; attach again to filter again."""
+        """Leaves plain averaging behind, and frees the gated schedulers; attach again to filter again."""
         while self._undo:
             self._undo.pop()()
+
+    @property
+    def attached(self) -> bool:
+        return bool(self._undo)
 
     # ------------------------------------------------------------------------------------------ for the engines
 
     def on_detach(self, undo: Callable[[], None]) -> None:
         self._undo.append(undo)
 
-    def before_accumulation(self, grad: Tensor | None) -> None:
-        """Before a backward pass adds to a gradient: what is there must not be an update. Looked at when the step is decided."""
-        if self._synced:
-            self._synced = False
-            if grad is not None:
-                self._stale = (grad != 0).any()
+    def refuse_gradients(self, outside: dict[Tensor, str]) -> None:
+        """outside: the model's parameters that no decision covers, with their names."""
+        self._outside = outside
 
-    def begin(self) -> None:
-        """A new step's first decision is due."""
-        self._still, self._moves = set(), False
+    def arrive(self, p: Tensor) -> None:
+        """A backward pass is about to add to a parameter's gradient: a skip decided before is over for it."""
+        self._frozen.discard(p)
+        self._left_zero.discard(p)
+        self.stale.look(p)
+
+    def begin(self, joined: bool = False) -> None:
+        """A new pass's first decision is due. The one before counts no more, unless its update still waits for a step.
+
+        Args:
+            joined: whether the pass is that of other ranks; this one has no more data (DDP.join).
+        """
+        if self.stale.updates_wait():
+            self._left_zero |= self._frozen
+        else:
+            self._drop()
+        self._frozen, self._moves = set(), False
+        self._pending.append(Pending(self._policy_state(), joined))
 
     def settle(
         self, exchange: Exchange, params: Sequence[Tensor], over: "Sequence[dist.ProcessGroup]"
@@ -137,22 +210,22 @@ class Handle:
         """Adds up what each rank knows, (...,) float64, onto the host: the one time that a step waits for the device.
 
         Raises:
-            RuntimeError: on all ranks, where one of them began its backward pass on top of the last update.
+            RuntimeError: on all ranks, where one of them began its backward pass on top of a part of the last update.
         """
-        # still None before the first scaled loss
-        factor = None if self.scaler is None else self.scaler._scale
+        factor = (
+            None if self.scaler is None else self.scaler._scale
+        )  # None before the first scaled loss
         scale = partial.new_ones(1) if factor is None else factor.to(partial).reshape(1)
-        stale = partial.new_zeros(1) if self._stale is None else self._stale.to(partial).reshape(1)
+        found = self.stale.found()
+        stale = partial.new_zeros(1) if found is None else found.to(partial).reshape(1)
         known, ranks = torch.cat([partial.reshape(-1), scale, stale]), 1
         for group in over:
             known = add_in_rank_order(known.to(partial.device), group)
             ranks *= dist.get_world_size(group)
-        self._stale = None
         self._scale = float(known[-2]) / ranks
-        if known[-1] > 0:
-            raise RuntimeError("attach: the gradients must be cleared before a backward pass that synchronises; the last update was "
-                               "still there and would mix with the new micro-gradients. Call optimizer.zero_grad() first, or accumulate "
-                               "under `with model.no_sync():` (FSDP2: model.set_requires_gradient_sync(False)).")  # fmt: skip
+        if known[-1] >= IN_PART:
+            raise RuntimeError(CLEAR_FIRST)
+        self._pending[-1].stale |= bool(known[-1] > 0)
         return known[:-2].view(partial.shape)
 
     def judge(self, gram: Tensor, params: Sequence[Tensor]) -> tuple[list[float] | None, float]:
@@ -161,59 +234,140 @@ class Handle:
         overflow = self.scaler is not None and not bool(gram.diagonal().isfinite().all())
         decision = skipped(decision) if overflow else decision
         outcome = Outcome.fetch(decision, evidence)
-        self._record(decision, outcome, params)
-        return (
-            (outcome.weights, 0.0) if outcome.stepped else (None, float("inf") if overflow else 0.0)
-        )
+        self._pending[-1].overflow |= overflow
+        self._decide(decision, outcome, params)
+        if outcome.stepped:
+            return outcome.weights, 0.0
+        return None, float("inf") if overflow else 0.0
 
     def averaged(self, params: Sequence[Tensor]) -> None:
         """A step whose average an all-reduce has made already: Mean and its kin."""
         assert isinstance(self.policy, Mean)
-        ones, unknown = (
-            torch.ones(self._k, dtype=torch.bool),
-            torch.full((self._k,), torch.nan, dtype=torch.float64),
-        )
+        ones = torch.ones(self._k, dtype=torch.bool, device="cpu")
+        unknown = torch.full((self._k,), torch.nan, dtype=torch.float64, device="cpu")
+        self.stale.found()
         decision = self.policy.conclude(ones, unknown)
         outcome = Outcome.fetch(decision, Evidence(unknown, unknown[0], unknown[0]))
-        self._record(decision, outcome.unmeasured(), params)
+        self._decide(decision, outcome.unmeasured(), params)
 
-    def _record(self, decision: Decision, outcome: Outcome, params: Sequence[Tensor]) -> None:
-        self.last, self.outcome, self._synced = decision, outcome, True
+    def _decide(self, decision: Decision, outcome: Outcome, params: Sequence[Tensor]) -> None:
+        self.last, self.outcome = decision, outcome
         self._moves = self._moves or outcome.stepped
+        pending = self._pending[-1]
+        pending.outcomes.append((outcome, self._scale))
+        if pending.joined:
+            self._count(pending)
+            pending.outcomes, pending.policy_state = [], None
         if not outcome.stepped:
-            self._still.update(params)
-        self._telemetry.record(outcome, self.policy, scale=self._scale)
-        for i, (accepted, distance) in enumerate(
-            zip(outcome.accepted, outcome.distances, strict=False)
-        ):
-            self._absent[i] += distance != distance
-            self._rejected[i] += distance == distance and not accepted
+            self._frozen.update(params)
 
-    def end(self) -> None:
-        """The step's last decision was taken."""
-        self._progress = (self._progress[0] + 1, self._progress[1] + self._moves)
-
-    # ------------------------------------------------------------------------------------------ hooks
+    # ------------------------------------------------------------------------------------------ the step
 
     def _before_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """A skip: without gradients every dense optimizer leaves its parameters and its state alone."""
         closure = kwargs.get("closure") or next((a for a in args[1:] if callable(a)), None)
         if closure is None:
-            self._hold_still(optimizer)
+            self._skip_frozen(optimizer)
             return None
 
         def filtered() -> Any:
             loss = closure()
-            self._hold_still(optimizer)
+            self._skip_frozen(optimizer)
             return loss
 
         return (args[0],), {**kwargs, "closure": filtered}
 
-    def _hold_still(self, optimizer: Optimizer) -> None:
-        if self._still:
-            for group in optimizer.param_groups:
-                for p in group["params"]:
-                    if p in self._still or not self._moves:
-                        p.grad = None
+    def _skip_frozen(self, optimizer: Optimizer) -> None:
+        """A skip: without gradients every dense optimizer leaves its parameters and its state alone.
+
+        Raises:
+            RuntimeError: where an update was in the gradients that were decided on.
+            ValueError: where a parameter was thawed that the engine does not average.
+        """
+        if any(pending.stale for pending in self._pending):
+            raise RuntimeError(CLEAR_FIRST)
+        for p, name in self._outside.items():
+            if p.requires_grad and p.grad is not None:
+                raise_thawed(name)
+        self._stepping[optimizer] = True
+        if self._frozen or self._left_zero:
+            own = [p for p in parameters_of(optimizer) if p in self._params]
+            for p in own:
+                if p in self._frozen or (p in self._left_zero and is_zero(p.grad)):
+                    p.grad = None
+                    self.stale.forget(p)
+            self._frozen.difference_update(own)
+            self._left_zero.difference_update(own)
+            self._stepping[optimizer] = any(p.grad is not None for p in own)
+
+    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        """The step is done: its decision counts."""
+        overflow = fused_overflow(optimizer) if self.scaler is not None else False
+        moved = self._stepping.pop(optimizer, False) and not overflow
+        steps, taken = self._progress[optimizer]
+        self._progress[optimizer] = (steps + 1, taken + moved)
+        for pending in self._pending:
+            pending.overflow |= overflow
+            self._count(pending)
+        self._pending = []
+
+    def _drop(self) -> None:
+        """No optimizer step followed these decisions. After an overflow that is how a GradScaler skips; else they never were."""
+        for pending in reversed(self._pending):
+            if pending.overflow:
+                self._count(pending)
+            elif pending.policy_state is not None:
+                self.policy.load_state_dict(pending.policy_state)  # type: ignore[attr-defined]
+        self._pending = []
+
+    def _count(self, pending: Pending) -> None:
+        for outcome, scale in pending.outcomes:
+            counted = as_skip(outcome) if pending.overflow else outcome
+            self._telemetry.record(counted, self.policy, scale=scale)
+            pairs = zip(counted.accepted, counted.distances, strict=False)
+            for i, (accepted, distance) in enumerate(pairs):
+                self._absent[i] += distance != distance
+                self._rejected[i] += distance == distance and not accepted
+
+    def _policy_state(self) -> Any:
+        return self.policy.state_dict() if hasattr(self.policy, "state_dict") else None
+
+    def _progress_of(self, scheduler: Any) -> Callable[[], tuple[int, int]]:
+        """Steps of the scheduler's optimizer, and those of them that moved something."""
+        optimizer = getattr(scheduler, "optimizer", None)
+        if optimizer not in self._progress:
+            if len(self._progress) > 1:
+                raise ValueError(
+                    "gate: the scheduler must drive one of the optimizers that were given to attach; "
+                    f"its optimizer, a {type(optimizer).__name__}, is none of them. "
+                    "Build the scheduler on one of those."
+                )
+            optimizer = next(iter(self._progress))
+        return lambda: self._progress[optimizer]
+
+
+def as_skip(outcome: Outcome) -> Outcome:
+    k = len(outcome.accepted)
+    return replace(outcome, stepped=False, accepted=[False] * k, weights=[0.0] * k)
+
+
+def parameters_of(optimizer: Optimizer) -> list[Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def raise_thawed(name: str) -> None:
+    raise ValueError(
+        "attach: every trainable parameter must have been trainable when DistributedDataParallel was made, for it averages "
+        f"no other; {name!r} was frozen then. Wrap the model again, then attach."
+    )
+
+
+def is_zero(grad: Tensor | None) -> bool:
+    return grad is not None and not bool(local(grad).any())
+
+
+def fused_overflow(optimizer: Optimizer) -> bool:
+    """Whether a fused optimizer was called on an overflow, which it leaves alone by itself."""
+    found = getattr(optimizer, "found_inf", None)
+    return found is not None and bool(found)

@@ -312,6 +312,11 @@ class RandomSkip(Mean):
         self.step = state["step"]
 
 
+def averages(policy: Any) -> bool:
+    """Whether every row counts whatever the Gram matrix says: `Mean` and its kin."""
+    return isinstance(policy, Mean) and type(policy).__call__ is Sequential.__call__
+
+
 def skipped(decision: Decision) -> Decision:
     """The same evidence, no step."""
     d = decision
