@@ -30,9 +30,9 @@ def attach(
     policy: Policy,
     *,
     scaler: GradScaler | None = None,
-    group: "dist.ProcessGroup | None" = None,
+    group: "dist.ProcessGroup | DeviceMesh | None" = None,
     micro_group: int = 1,
-    shards: "dist.ProcessGroup | None" = None,
+    shards: "dist.ProcessGroup | DeviceMesh | None" = None,
 ) -> Handle:
     """Filters a data-parallel model's gradients by agreement, exactly as published. The training loop stays as it is.
 
@@ -74,19 +74,20 @@ def attach(
     optimizers = check_optimizers(optimizer, "attach")
     check_policy(policy, "attach")
     check_scaler(scaler)
-    group, shards = process_group(group, "group"), process_group(shards, "shards")
-    engine, group = engine_of(model, policy, group)
+    engine, compared = engine_of(model, policy, process_group(group, "group"))
+    spread = process_group(shards, "shards")
+    check_whole(micro_group)
     # First, so that no rank is left waiting by what another one alone has wrong.
-    check_same_everywhere(model, policy, micro_group, group, shards)
-    exchange = exchange_over(group, micro_group)
-    check_shards(shards, group, policy)
+    check_same_everywhere(model, policy, int(micro_group), compared, spread)
+    exchange = exchange_over(compared, int(micro_group))
+    check_shards(spread, compared, policy)
     check_model(model, optimizers, exchange)
     check = partial(check_usable, engine_scopes(model, policy), exchange.k)
     check(policy)
     params = engine.parameters(model)
     claim(model, params)
     handle = Handle(optimizers, policy, scaler, exchange.k, params, check)
-    engine.install(model, handle, exchange, [] if shards is None else [shards])
+    engine.install(model, handle, exchange, [] if spread is None else [spread])
     own(model, params, handle)
     return handle
 
@@ -137,7 +138,7 @@ def engine_of(
     if isinstance(model, nn.Module) and isinstance(model, FSDPModule):
         from gaf import fsdp
 
-        return fsdp, compared(model, policy, group)
+        return fsdp, ranks_of(model, policy, group)
     if isinstance(model, FullyShardedDataParallel):
         raise TypeError("attach: FullyShardedDataParallel (FSDP1) cannot be filtered; it reduces before anyone can look. "
                         "Use FSDP2: torch.distributed.fsdp.fully_shard.")  # fmt: skip
@@ -145,7 +146,7 @@ def engine_of(
                     "Wrap it before attaching. On one device use gaf.Accumulator(optimizer, policy).")  # fmt: skip
 
 
-def compared(
+def ranks_of(
     model: nn.Module, policy: Policy, group: "dist.ProcessGroup | None"
 ) -> "dist.ProcessGroup":
     """Of an FSDP2 model: its replicas, or with scope="group" the ranks that it is sharded over."""
@@ -242,13 +243,21 @@ def own(model: nn.Module, params: Sequence[Tensor], handle: Handle) -> None:
         _owners[p] = (ref(model), ref(handle))
 
 
-def exchange_over(group: Any, micro_group: int) -> Exchange:
+def check_whole(micro_group: Any) -> None:
+    if not isinstance(micro_group, Integral) or isinstance(micro_group, bool):
+        raise TypeError(
+            f"attach: micro_group must be a whole number of ranks; got {micro_group!r}. Use 1 for a row from each rank."
+        )
+
+
+def exchange_over(group: "dist.ProcessGroup", micro_group: int) -> Exchange:
     W = dist.get_world_size(group)
-    whole = isinstance(micro_group, Integral) and not isinstance(micro_group, bool)
-    if not whole or micro_group < 1 or W % micro_group:
-        raise ValueError(f"attach: micro_group must be a whole number that divides the {W} ranks; got {micro_group!r}. "
-                         f"Use one of {[m for m in range(1, W + 1) if W % m == 0]}.")  # fmt: skip
-    return Exchange(group, int(micro_group))
+    if micro_group < 1 or W % micro_group:
+        raise ValueError(
+            f"attach: micro_group must be a whole number that divides the {W} ranks; got {micro_group}. "
+            f"Use one of {[m for m in range(1, W + 1) if W % m == 0]}."
+        )
+    return Exchange(group, micro_group)
 
 
 def check_ddp(model: DistributedDataParallel, group: "dist.ProcessGroup | None") -> None:

@@ -73,7 +73,8 @@ class Handle:
         self._scale = 1.0  # what the scaler multiplied the rows by
         self._pending: list[Pending] = []  # more than one only where several passes share a step
         self._frozen: set[Tensor] = set()  # parameters that the next optimizer step must not move
-        self._left_zero: set[Tensor] = set()  # the same, decided before another pass of this step
+        self._waiting: set[Tensor] = set()  # parameters with an update of another pass of the same step
+        self._left_zero: set[Tensor] = set()  # of those, the ones not to move where their update is zero
         # Per optimizer, its steps since attach and those of them that moved something; unlike stats, not restored.
         self._progress = dict.fromkeys(optimizers, (0, 0))
         self._stepping: dict[Optimizer, bool] = {}
@@ -133,11 +134,13 @@ class Handle:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Counts, averages and the policy's own state; no process group in it. The same on every rank."""
-        policy = self.policy.state_dict() if hasattr(self.policy, "state_dict") else {}
+        """Counts, averages and the policy's own state as of the last optimizer step; no process group in it.
+
+        The same on every rank.
+        """
         return {
             "telemetry": self._telemetry.state_dict(),
-            "policy": policy,
+            "policy": self._settled_policy_state() or {},
             "rejected": list(self._rejected),
             "absent": list(self._absent),
         }
@@ -180,7 +183,8 @@ class Handle:
         Args:
             joined: whether the pass is that of other ranks; this one has no more data (DDP.join).
         """
-        if self.stale.updates_wait():
+        self._waiting = self.stale.waiting()
+        if self._waiting:
             self._left_zero |= self._frozen
         else:
             self._drop()
@@ -259,7 +263,8 @@ class Handle:
             self._count(pending)
             pending.outcomes, pending.policy_state = [], None
         if not outcome.stepped:
-            self._frozen.update(params)
+            self._frozen.update(p for p in params if p not in self._waiting)
+            self._left_zero |= self._waiting  # those of them that another rank's pass reached are zero now
 
     # ------------------------------------------------------------------------------------------ the step
 
@@ -329,6 +334,12 @@ class Handle:
             for i, (accepted, distance) in enumerate(pairs):
                 self._absent[i] += distance != distance
                 self._rejected[i] += distance == distance and not accepted
+
+    def _settled_policy_state(self) -> Any:
+        """From before the decisions that no optimizer step has followed yet."""
+        states = [pending.policy_state for pending in self._pending]
+        before = next((state for state in states if state is not None), None)
+        return self._policy_state() if before is None else before
 
     def _policy_state(self) -> Any:
         return self.policy.state_dict() if hasattr(self.policy, "state_dict") else None

@@ -63,9 +63,9 @@ class StaleGradients:
         self._updated.difference_update(params)
         self._arrived.update(params)
 
-    def updates_wait(self) -> bool:
-        """Whether an update of an earlier pass is still there, in parameters that this pass did not reach."""
-        return any(p.grad is not None for p in self._updated)
+    def waiting(self) -> set[Tensor]:
+        """Parameters that this pass did not reach on this rank, and that hold the update of an earlier one."""
+        return {p for p in self._updated if p.grad is not None}
 
     def found(self) -> Tensor | None:
         """At a decision: () float64, above 0 where an update was added to; None is 0. The gradients are updates from here on."""
