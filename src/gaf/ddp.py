@@ -18,6 +18,7 @@ from gaf.policies import GAF, averages
 
 Future = torch.futures.Future[Tensor]  # of the bucket, updated
 Groups = Sequence[dist.ProcessGroup]
+Aside = list[tuple[Tensor, Tensor]]
 
 
 class Filtered:
@@ -28,13 +29,15 @@ class Filtered:
         self.over = [exchange.group, *shards]
         self.waiting: list[tuple[Future, Tensor]] = []
         self.params: list[Tensor] = []
+        self.aside: Aside = []
 
     def take(self, bucket: GradBucket, first: bool, last: bool) -> Future:
         if first:
             self.handle.begin(joined=not in_backward())
             self.exchange.begin()
-            self.waiting, self.params = [], []
+            self.waiting, self.params, self.aside = [], [], []
         flat, future = bucket.buffer(), future_on(bucket.buffer())
+        self.aside += set_aside(bucket, self.handle)
         if isinstance(self.exchange, Pair):
             self.exchange.send(flat, *self._unchanged(bucket))
         else:
@@ -43,6 +46,7 @@ class Filtered:
         self.waiting.append((future, flat))
         if last:
             self.handle.settle(self.exchange, self.params, self.over)
+            put_back(self.aside)
             for one, update in self.waiting:
                 one.set_result(update)
             self.waiting, self.params = [], []  # DDP may free its buckets
@@ -58,11 +62,29 @@ class Filtered:
         pairs = [
             (p.grad, place_of(p, flat))
             for p, flat in zip(bucket.parameters(), bucket.gradients(), strict=True)
-            if p.grad is not None
+            if p.grad is not None and not self.handle.stale.waits(p)
         ]
         if any(grad.data_ptr() == place.data_ptr() for grad, place in pairs):
             return [], []
         return [grad.detach() for grad, _ in pairs], [place for _, place in pairs]
+
+
+def set_aside(bucket: GradBucket, handle: Handle) -> Aside:
+    """Takes updates of an earlier pass of the same step out of a bucket: DDP copies what a parameter holds, reached or not.
+
+    Returns:
+        Places in the bucket, and what is to lie there again after the decision.
+    """
+    pairs = zip(bucket.parameters(), bucket.gradients(), strict=True)
+    waiting = [(place, place.clone()) for p, place in pairs if handle.stale.waits(p)]
+    for place, _ in waiting:
+        place.zero_()
+    return waiting
+
+
+def put_back(aside: Aside) -> None:
+    for place, update in aside:
+        place.copy_(update)
 
 
 def place_of(p: Tensor, place: Tensor) -> Tensor:
@@ -81,7 +103,7 @@ class FilteredApart:
 
     def __init__(self, handle: Handle, exchange: Exchange) -> None:
         self.handle = handle
-        self.in_progress: list[tuple[Exchange, list[Any], Tensor, Future]] = []
+        self.in_progress: list[tuple[Exchange, list[Any], Tensor, Aside, Future]] = []
         self.number = 0
         self.make = partial(Exchange, exchange.group, exchange.micro_group)
 
@@ -90,15 +112,19 @@ class FilteredApart:
             self.handle.begin(joined=not in_backward())
             self.in_progress, self.number = [], 0
         self.number += 1
-        exchange, future = self.make(tag=self.number), future_on(bucket.buffer())
-        exchange.send(bucket.buffer())
-        self.in_progress.append((exchange, bucket.parameters(), bucket.buffer(), future))
+        flat, exchange = bucket.buffer(), self.make(tag=self.number)
+        aside, future = set_aside(bucket, self.handle), future_on(flat)
+        exchange.send(flat)
+        self.in_progress.append((exchange, bucket.parameters(), flat, aside, future))
         while len(self.in_progress) > (0 if last else 1):
             self._settle(*self.in_progress.pop(0))
         return future
 
-    def _settle(self, exchange: Exchange, params: list[Any], flat: Tensor, future: Future) -> None:
+    def _settle(
+        self, exchange: Exchange, params: list[Any], flat: Tensor, aside: Aside, future: Future
+    ) -> None:
         self.handle.settle(exchange, params, [exchange.group])
+        put_back(aside)
         future.set_result(flat)
 
 

@@ -91,6 +91,7 @@ class Replicas:
         self.handle, self.exchange, self.params = handle, exchange, params
         self.over = [exchange.group, *over]
         self.heard: set[nn.Parameter] = set()
+        self.reached: set[Tensor] = set()  # parameters whose gradient this pass has reduced
         self.due = -1  # the pass at whose end the decision is due
         self.listen()
 
@@ -106,7 +107,9 @@ class Replicas:
         """FSDP2 has reduced a gradient: have the rest done when the whole backward pass is over."""
         if self.due != torch._C._current_graph_task_id():
             self.due = torch._C._current_graph_task_id()
+            self.reached = set()
             torch.autograd.Variable._execution_engine.queue_callback(self._finish)
+        self.reached.add(p)
 
     @torch.no_grad()
     def _finish(self) -> None:
@@ -116,16 +119,17 @@ class Replicas:
         self.handle.begin()
         self.exchange.begin()
         for p in used:
-            if p.grad is None:
+            if p not in self.reached:
                 p.grad = torch.zeros_like(p)
-            self.exchange.send(p.grad.to_local().view(-1))  # type: ignore[attr-defined]
+            grad: Any = p.grad
+            self.exchange.send(grad.to_local().view(-1))
         self.handle.settle(self.exchange, used, self.over)
 
     def _used_somewhere(self) -> list[nn.Parameter]:
-        """Parameters that have a gradient on any replica; the others stay without one, and without a step."""
+        """Parameters that the pass has reached on any replica; the others stay as they are, and without a step."""
         params = [p for p in self.params if p.requires_grad]
         device = params[0].to_local().device  # type: ignore[attr-defined]
-        flags = torch.tensor([p.grad is not None for p in params], dtype=torch.uint8, device=device)
+        flags = torch.tensor([p in self.reached for p in params], dtype=torch.uint8, device=device)
         dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self.exchange.group)
         return [p for p, flag in zip(params, flags.tolist(), strict=True) if flag]
 

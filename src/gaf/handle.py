@@ -73,14 +73,16 @@ class Handle:
         self._scale = 1.0  # what the scaler multiplied the rows by
         self._pending: list[Pending] = []  # more than one only where several passes share a step
         self._frozen: set[Tensor] = set()  # parameters that the next optimizer step must not move
-        self._waiting: set[Tensor] = set()  # parameters with an update of another pass of the same step
-        self._left_zero: set[Tensor] = set()  # of those, the ones not to move where their update is zero
+        self._waiting: set[Tensor] = (
+            set()
+        )  # parameters with an update of another pass of the same step
+        self._left_zero: set[Tensor] = (
+            set()
+        )  # of those, the ones not to move where their update is zero
         # Per optimizer, its steps since attach and those of them that moved something; unlike stats, not restored.
         self._progress = dict.fromkeys(optimizers, (0, 0))
         self._stepping: dict[Optimizer, bool] = {}
-        self._moves = (
-            True  # whether the last pass's decision steps; with scope="group", any of them
-        )
+        self._moves = True  # whether the last pass's decision steps, or any of its groups'
         self.stale = StaleGradients(not averages(policy))
         self._undo: list[Callable[[], None]] = []
         for optimizer in optimizers:
@@ -147,14 +149,18 @@ class Handle:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes back what `state_dict` gave, also on another number of ranks; the counts per row then start anew."""
-        self._telemetry.load_state_dict(state["telemetry"])
         if hasattr(self.policy, "load_state_dict"):
             self.policy.load_state_dict(state["policy"])
+        self._telemetry.load_state_dict(state["telemetry"])
+        self._pending = []
         if len(state["rejected"]) == self._k:
             self._rejected, self._absent = list(state["rejected"]), list(state["absent"])
 
     def detach(self) -> None:
         """Leaves plain averaging behind, and frees the gated schedulers; attach again to filter again."""
+        for p in self._frozen:  # of a skip whose optimizer step is still to come
+            p.grad = None
+        self._frozen = set()
         while self._undo:
             self._undo.pop()()
 
@@ -216,10 +222,7 @@ class Handle:
         Raises:
             RuntimeError: on all ranks, where one of them began its backward pass on top of a part of the last update.
         """
-        factor = (
-            None if self.scaler is None else self.scaler._scale
-        )  # None before the first scaled loss
-        scale = partial.new_ones(1) if factor is None else factor.to(partial).reshape(1)
+        scale = self._loss_scale(partial)
         found = self.stale.found()
         stale = partial.new_zeros(1) if found is None else found.to(partial).reshape(1)
         known, ranks = torch.cat([partial.reshape(-1), scale, stale]), 1
@@ -231,6 +234,10 @@ class Handle:
             raise RuntimeError(CLEAR_FIRST)
         self._pending[-1].stale |= bool(known[-1] > 0)
         return known[:-2].view(partial.shape)
+
+    def _loss_scale(self, like: Tensor) -> Tensor:
+        factor = None if self.scaler is None else self.scaler._scale  # None before the first loss
+        return like.new_ones(1) if factor is None else factor.to(like).reshape(1)
 
     def judge(self, gram: Tensor, params: Sequence[Tensor]) -> tuple[list[float] | None, float]:
         """The decision. Returns the weights, or None and what to put in place of an update: an overflow is for the scaler to see."""
@@ -264,7 +271,9 @@ class Handle:
             pending.outcomes, pending.policy_state = [], None
         if not outcome.stepped:
             self._frozen.update(p for p in params if p not in self._waiting)
-            self._left_zero |= self._waiting  # those of them that another rank's pass reached are zero now
+            self._left_zero |= (
+                self._waiting
+            )  # those of them that another rank's pass reached are zero now
 
     # ------------------------------------------------------------------------------------------ the step
 

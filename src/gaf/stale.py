@@ -63,13 +63,20 @@ class StaleGradients:
         self._updated.difference_update(params)
         self._arrived.update(params)
 
+    def waits(self, p: Tensor) -> bool:
+        """Whether a parameter holds the update of an earlier pass, and this pass has not reached it on this rank."""
+        return p in self._updated and p.grad is not None
+
     def waiting(self) -> set[Tensor]:
-        """Parameters that this pass did not reach on this rank, and that hold the update of an earlier one."""
         return {p for p in self._updated if p.grad is not None}
 
     def found(self) -> Tensor | None:
-        """At a decision: () float64, above 0 where an update was added to; None is 0. The gradients are updates from here on."""
-        flags, self._flags = list(self._flags.values()), {}
+        """At a decision: () float64, above 0 where an update was added to; None is 0.
+
+        The gradients of the parameters that were reached are updates from here on.
+        """
+        flags = [flag for p, flag in self._flags.items() if p in self._arrived]
+        self._flags = {p: flag for p, flag in self._flags.items() if p not in self._arrived}
         in_part = self._cleared or (flags and any(p.grad is None for p in self._updated))
         self._updated |= self._arrived
         self._arrived = set()

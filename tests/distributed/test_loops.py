@@ -177,28 +177,86 @@ def head_loss(model: nn.Module, which: int, step: int) -> Tensor:
     return loss(lambda x: model(x, which), step)  # type: ignore[arg-type]
 
 
-def shared_step() -> None:
-    """Two synchronised passes over different heads, then one step: each head has its own decision."""
+def head_rows(model: Heads, which: int, step: int) -> Tensor:
+    """(W, n): each rank's gradient of one head, zeros elsewhere."""
+    return micro_gradients(
+        model, step, 2, lambda twin, step, rank: loss(lambda x: twin(x, which), step, rank)
+    )
+
+
+def shared_step(hybrid: bool, view: bool, scope: str) -> None:
+    """Two synchronised passes over different heads, then one step: each head has its own decision, on its own gradient."""
     torch.manual_seed(0)
-    model = Heads()
+    model, twin = Heads(), Heads()
     model.body.requires_grad_(False)
-    wrapped = DistributedDataParallel(model, find_unused_parameters=True)
+    twin.body.requires_grad_(False)
+    options: dict[str, Any] = {}
+    if hybrid:
+        mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard"))
+        options = {"group": mesh["replicate"]}
+        for head in model.heads:
+            fully_shard(head, mesh=mesh["shard"])
+        wrapped = fully_shard(model, mesh=mesh["shard"])
+    else:
+        wrapped = DistributedDataParallel(
+            model, find_unused_parameters=True, gradient_as_bucket_view=view
+        )
     optimizer = SGD(model.heads.parameters(), RATE, momentum=0.9, weight_decay=0.1)
-    handle = gaf.attach(wrapped, optimizer, gaf.GAF(2.0))
-    for step, taus in enumerate(((2.0, 2.0), (0.0, 2.0), (2.0, 0.0))):
+    handle = gaf.attach(wrapped, optimizer, gaf.GAF(2.0, scope=scope), **options)
+    for step, taus in enumerate(((2.0, 2.0), (0.0, 2.0), (2.0, 0.0), (2.0, 2.0))):
         optimizer.zero_grad()
-        before = [values(head) for head in model.heads]
+        before = [whole_values(head) for head in model.heads]
+        with torch.no_grad():
+            for p, value in zip(twin.parameters(), whole_values(model), strict=True):
+                p.copy_(value)
         for which, tau in enumerate(taus):
-            handle.policy = gaf.GAF(tau)
+            handle.policy = gaf.GAF(tau, scope=scope)
             head_loss(wrapped, which, step).backward()
+            right = gaf.aggregate(head_rows(twin, which, step), gaf.GAF(tau))[1]
+            assert handle.last is not None
+            if scope == "all":
+                torch.testing.assert_close(
+                    handle.last.distances, right.distances, rtol=0, atol=1e-6
+                )
         optimizer.step()
         for head, old, tau in zip(model.heads, before, taus, strict=True):
-            assert (difference(values(head), old) == 0) == (tau == 0.0)
-    assert (handle.stats()["steps"], handle.stats()["stepped"]) == (6, 4)
+            assert (difference(whole_values(head), old) == 0) == (tau == 0.0)
+    if scope == "all":
+        assert (handle.stats()["steps"], handle.stats()["stepped"]) == (8, 6)
+    handle.detach()
 
 
-def test_passes_over_different_parameters_may_share_a_step(world: World) -> None:
-    world(2).run(shared_step)
+def whole_values(model: nn.Module) -> list[Tensor]:
+    return [p.full_tensor() if hasattr(p, "full_tensor") else p for p in values(model)]
+
+
+@pytest.mark.parametrize(
+    ("hybrid", "view", "scope"),
+    [(False, False, "all"), (False, True, "all"), (True, False, "all"), (False, True, "group")],
+)
+def test_passes_over_different_parameters_may_share_a_step(
+    world: World, hybrid: bool, view: bool, scope: str
+) -> None:
+    world(2).run(shared_step, hybrid, view, scope)
+
+
+def detached_in_between() -> None:
+    """After the decision and before the step: the skip holds all the same."""
+    model = net(6, 8, 3)
+    wrapped, optimizer = DistributedDataParallel(model), momentum(model)
+    loss(wrapped, 0).backward()
+    optimizer.step()  # there is momentum now
+    optimizer.zero_grad()
+    handle = gaf.attach(wrapped, optimizer, gaf.GAF(0.0))
+    loss(wrapped, 1).backward()
+    before = values(model)
+    handle.detach()
+    optimizer.step()
+    assert difference(values(model), before) == 0
+
+
+def test_detaching_leaves_a_skip_in_place(world: World) -> None:
+    world(2).run(detached_in_between)
 
 
 def twice() -> None:
