@@ -294,9 +294,9 @@ def parameters(model: DistributedDataParallel) -> list[Tensor]:
         ValueError: where a trainable parameter would not be averaged, for it was frozen when the model was wrapped.
     """
     params = hook_of(model).params
-    ignored = model.parameters_to_ignore
+    averaged, ignored = set(params), model.parameters_to_ignore
     for name, p in model.module.named_parameters():
-        if p.requires_grad and name not in ignored and all(p is not q for q in params):
+        if p.requires_grad and name not in ignored and p not in averaged:
             raise_thawed(name)
     return params
 
