@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from gaf.combine import Policy
-from gaf.decision import Decision, Evidence
+from gaf.decision import Decision, Evidence, check_decision
 from gaf.gram import gram_of
 from gaf.policies import GAF, without_giants
 from gaf.sequential import Seen, Sequential, norm2_after, present, signal
@@ -113,6 +113,7 @@ class Streamed:
             tau_of(self.policy, self.norm2),
         )
         decision = self.policy.conclude(accepted, distances)
+        check_decision(decision, self.policy, len(self), accepted.device)
         self.policy.learn(Seen(accepted, distances, norms2, signals, gram=None))
         return decision, Evidence(norms2, signals.nanmean(), tau)
 
@@ -270,16 +271,7 @@ def together(
 def judged(policy: Policy, gram: Float64[Tensor, "k k"]) -> tuple[Decision, Evidence]:
     """What the policy says of a Gram matrix, and what else the matrix tells."""
     tau = tau_of(policy, gram)
-    decision = policy(gram)
-    if not isinstance(decision, Decision) or not all(
-        isinstance(part, Tensor) for part in vars(decision).values()
-    ):
-        raise TypeError(
-            f"policy {policy!r}: it must return a gaf.Decision of tensors; got {decision!r}. Use torch.tensor(...) for each."
-        )
-    if decision.weights.shape != (len(gram),):
-        raise ValueError(f"policy {policy!r}: a Decision must have one weight for each of the {len(gram)} rows; "
-                         f"got shape {tuple(decision.weights.shape)}.")  # fmt: skip
+    decision = check_decision(policy(gram), policy, len(gram), gram.device)
     ratio = getattr(policy, "max_norm_ratio", None)
     compared = gram if ratio is None else without_giants(gram, ratio)
     return decision, Evidence(compared.diagonal(), mean_off_diagonal(compared), tau)

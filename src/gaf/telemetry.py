@@ -58,6 +58,15 @@ class Outcome:
         return sum(map(math.isnan, self.distances))
 
     @property
+    def taken(self) -> int:
+        """Accepted rows that were present: `Mean` accepts absent ones too, and they count as absent."""
+        if not self.distances:
+            return sum(self.accepted)
+        return sum(
+            a and not math.isnan(d) for a, d in zip(self.accepted, self.distances, strict=True)
+        )
+
+    @property
     def compared(self) -> list[float]:
         """Distances of the rows that were compared with a running sum: all present ones but the start, whose own is 0."""
         return sorted(d for d in self.distances if not math.isnan(d))[1:]
@@ -97,7 +106,7 @@ class Recent:
         spread = math.sqrt(sum((n - mean) ** 2 for n in norms) / len(norms)) if norms else math.nan
         return cls(
             compared=len(outcome.compared),
-            accepted=max(sum(outcome.accepted) - 1, 0),
+            accepted=max(outcome.taken - 1, 0) if outcome.distances else 0,
             distance_sum=sum(outcome.compared),
             distance_min=min(outcome.compared, default=math.nan),
             dispersion=spread / mean if norms else math.nan,
@@ -123,7 +132,7 @@ class Telemetry:
 
     def record(self, outcome: Outcome, policy: Any, scale: float = 1.0) -> None:
         """Adds one step. policy: what decided, for the warnings. scale: what a GradScaler multiplied the rows by."""
-        k, accepted, absent = len(outcome.accepted), sum(outcome.accepted), outcome.absent
+        k, accepted, absent = len(outcome.accepted), outcome.taken, outcome.absent
         rejected = sum(
             not a and not math.isnan(d)
             for a, d in zip(outcome.accepted, outcome.distances, strict=False)
