@@ -182,5 +182,7 @@ def tau_for(share: float, k: int, rho: float, dimension: float) -> float:
 
 def noise_floor(chance: float, dimension: float) -> float:
     """The tau that a comparison of pure noise passes with this chance: 1 - z / sqrt(d_eff), z the normal quantile; whatever b."""
-    z = math.sqrt(2) * float(torch.erfinv(torch.tensor(1 - 2 * chance, dtype=torch.float64)))
+    z = math.sqrt(2) * float(
+        torch.erfinv(torch.tensor(1 - 2 * chance, dtype=torch.float64, device="cpu"))
+    )
     return min(max(1 - z / math.sqrt(dimension), 0.0), 2.0)

@@ -20,7 +20,7 @@ def reference(
         cosine = (
             torch.dot(total, g) / (total.norm() * g.norm())
             if total.norm() > 0
-            else torch.tensor(0.0)
+            else torch.tensor(0.0, device=g.device)
         )
         accepted.append(sound and bool((1 - cosine).clamp(0, 2) <= tau + 1e-12))
         if accepted[-1]:
