@@ -95,7 +95,7 @@ class Streamed:
         count, norm2 = self.count, self.norm2
         joins, distance = self.policy.visit(count, inner, norm2, own)
         shrink = self.policy.shrink(count)
-        self.sum.absorb(joins | self.policy.adds_absent, shrink)
+        self.sum.absorb(joins, shrink, counts=self.policy.adds_absent)
         self.accepted.append(joins)
         self.distances.append(distance)
         self.norms2.append(own)
@@ -125,7 +125,7 @@ class Streamed:
                              "Override __call__, not conclude: then the rows are kept.")  # fmt: skip
         total = [
             s if any(column) else None
-            for s, column in zip(self.sum.total, zip(*used, strict=True), strict=True)
+            for s, column in zip(self.sum.update, zip(*used, strict=True), strict=True)
         ]
         if self.policy.average == "mean":
             torch._foreach_mul_([t for t in total if t is not None], max(weights))
@@ -133,7 +133,7 @@ class Streamed:
 
     def combined(self, weights: Float64[Tensor, " k"]) -> list[Tensor]:
         """w^T G for weights that stay on the device, where every row has a gradient for every parameter; of no meaning after a skip."""
-        total = [s for s in self.sum.total if s is not None]
+        total = [s for s in self.sum.update if s is not None]
         if self.policy.average == "mean":
             torch._foreach_mul_(total, weights.max().to(total[0].dtype))
         return total

@@ -78,7 +78,8 @@ class Sequential:
     average: Literal["mean", "halving"] = "mean"
     # the rows may be added up as they come: nothing is decided later that needs them apart
     streams = True
-    adds_absent = False  # whether an absent row is added all the same, so that its NaN goes through
+    # whether an absent row is in the update all the same, so that its NaN goes through; others are not compared with it
+    adds_absent = False
 
     def visit(
         self,

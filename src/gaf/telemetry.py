@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gaf.arguments import ABOVE_0, real_number
 from gaf.decision import Decision, Evidence
 
 WINDOW = 100  # steps that the averages and the warning look back
@@ -179,6 +180,8 @@ class Telemetry:
             warnings.warn(f"gaf: {message}", stacklevel=frames_inside() + 1)
 
     def stats(self, b: float = 1) -> dict[str, float]:
+        """See `gaf.Accumulator.stats`."""
+        b = real_number("stats: b", b, ABOVE_0, math.inf, "It counts the samples in a micro-batch.")
         recent = self.recent
         norm2, signal = total(r.norm2 for r in recent), total(r.signal for r in recent)
         noise = max(norm2 - signal, 0.0)
@@ -210,6 +213,16 @@ class Telemetry:
         return {"totals": dict(self.totals), "warned": sorted(self.warned)} | lately
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes back what `state_dict` gave.
+
+        Raises:
+            ValueError: for what is no such state.
+        """
+        wanted = self.state_dict().keys()
+        if not isinstance(state, dict) or not wanted <= state.keys():
+            found = sorted(map(str, state)) if isinstance(state, dict) else repr(state)
+            raise ValueError(f"gaf: the state of the counts must hold {', '.join(sorted(wanted))}; got {found}. "
+                             "Load what state_dict() of an Accumulator or a Handle gave, whole.")  # fmt: skip
         self.totals = dict(state["totals"])
         self.recent = deque((Recent(*r) for r in state["recent"]), maxlen=WINDOW)
         self.none_for, self.all_for = state["none_for"], state["all_for"]
