@@ -54,6 +54,7 @@ class Body(nn.Module):
     def __init__(self, change: Callable[[Any, Tensor], Any]) -> None:
         super().__init__()
         self.linear = nn.Linear(4, 3)
+        self.extra = nn.Parameter(torch.ones(2))
         self.change = change
         self.register_buffer("none", None)
         self.register_buffer("spread", torch.zeros(1).expand(4))
@@ -107,6 +108,7 @@ CHANGES: dict[str, Callable[[Any, Tensor], Any]] = {
     "a new buffer": lambda m, x: m.register_buffer("late", x, persistent=False),
     "a new module": lambda m, x: setattr(m, "later", nn.Linear(2, 2)),
     "the data of a parameter": tie,
+    "the form of a parameter": lambda m, x: setattr(m.extra, "data", torch.zeros(5).double()),
     "requires_grad": lambda m, x: m.linear.bias.requires_grad_(False),
     "mode": lambda m, x: m.eval(),
     "hooks": lambda m, x: (m.register_forward_hook(print), m.linear.bias.register_hook(abs)),
@@ -133,7 +135,7 @@ def test_what_a_forward_pass_changes_is_put_back(name: str, fails: bool) -> None
             raise KeyboardInterrupt
         return cross_entropy(scores, y)
 
-    model.linear.bias.grad = torch.full((3,), 7.0)
+    model.linear.bias.grad, model.extra.grad = torch.full((3,), 7.0), torch.full((2,), -0.0)
     batches = data()
     before = everything(model)
     if fails:
@@ -143,6 +145,12 @@ def test_what_a_forward_pass_changes_is_put_back(name: str, fails: bool) -> None
         gaf.probe(model, loss_fn, batches, k=4, slices=2)
     assert everything(model) == before
     assert len(calls) == (4 if fails else 20)
+
+
+def test_memory_that_was_given_back_is_there_again_with_its_values() -> None:
+    model = Body(lambda m, x: m.extra.data.untyped_storage().resize_(0))
+    gaf.probe(model, cross_entropy, data(), k=4)
+    assert model.extra.tolist() == [1, 1]
 
 
 class Shifting(Body):

@@ -34,8 +34,9 @@ def untouched(*owners: Any) -> Iterator[None]:
     with ExitStack() as stack:
         stack.callback(keep_random_state())
         stack.callback(keep_modes(modules))
-        stack.callback(keep_values(tensors))
+        # after the values: a gradient must fit its tensor
         stack.callback(keep_leaves([t for t in tensors if t.is_leaf]))
+        stack.callback(keep_values(tensors))
         stack.callback(keep_contents(containers))
         stack.callback(torch.set_autocast_cache_enabled, torch.is_autocast_cache_enabled())
         torch.set_autocast_cache_enabled(False)
