@@ -125,6 +125,19 @@ def test_every_micro_gradient_is_accepted_rejected_or_absent(
         assert parts[2] == absent
 
 
+def test_layers_that_decide_for_themselves_count_each_micro_gradient_once() -> None:
+    """A micro-gradient is absent where it is so in every layer, and accepted where any layer takes it."""
+    model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
+    acc = gaf.Accumulator(SGD(model.parameters(), 0.0), gaf.GAF(0.6, scope="layer"), model=model)
+    first, second = model[0].weight, model[1].weight
+    for a, b in ((1.0, NAN), (0.0, 1.0), (1.0, 1.0), (NAN, 0.0), (1.0, -1.0)):
+        acc.backward(a * first.sum() + b * second.sum())
+    acc.step()
+    stats = acc.stats()
+    assert [stats[key] for key in ("accepted", "rejected", "absent")] == [4, 0, 1]
+    assert stats["acceptance"] == 1
+
+
 def test_steps_that_measured_nothing_do_not_raise_the_acceptance_of_others() -> None:
     """A policy put in between steps: what a plain all-reduce took was compared with nothing."""
     telemetry = Telemetry()

@@ -47,7 +47,7 @@ class Excess:
         Raises:
             ValueError: where there are not k of them, or an item has no number in [0, n); then nothing was added.
         """
-        held = [self._checked(items) for items in listed(members)]
+        held = [self._checked(items) for items in list_of(members)]
         if len(held) != len(values):
             raise ValueError(f"Audit: there must be members for each of the {len(values)} micro-gradients that were measured; got "
                              f"{len(held)}. Give an empty tensor for a micro-batch whose members are not known here.")  # fmt: skip
@@ -165,7 +165,7 @@ class Audit(Excess):
         self.add(members, judged(distances, distances))
 
 
-def listed(members: Any) -> list[Any]:
+def list_of(members: Any) -> list[Any]:
     """The members of each micro-batch."""
     try:
         return list(members)

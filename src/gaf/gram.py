@@ -6,6 +6,7 @@ and added in float64.
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -170,8 +171,7 @@ def quick_gram(rows: Float[Tensor, "k c"]) -> Float64[Tensor, "k k"]:
         dtype=torch.float64,
         device=rows.device if has_float64(rows.device) else "cpu",
     )
-    # autocast would multiply float32 rows in half precision; float64 ones, as on an accelerator, it leaves alone
-    with torch.autocast("cpu", enabled=False):
+    with no_autocast(rows.device.type):  # it would multiply float32 rows in half precision
         for chunk in rows.split(CHUNK if rows.device.type == "cpu" else DEVICE_CHUNK, dim=1):
             block = chunk.to(exact)
             total += (block @ block.T).to(total.device)
@@ -180,6 +180,14 @@ def quick_gram(rows: Float[Tensor, "k c"]) -> Float64[Tensor, "k k"]:
     ):
         return gram_of([[row] for row in rows])
     return total
+
+
+def no_autocast(*kinds: str) -> ExitStack:
+    """Context in which these kinds of devices compute in the precision of their tensors."""
+    stack = ExitStack()
+    for kind in filter(torch.amp.is_autocast_available, sorted({"cpu", *kinds})):
+        stack.enter_context(torch.autocast(kind, enabled=False))
+    return stack
 
 
 def full_precision() -> bool:

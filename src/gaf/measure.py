@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
-from gaf.gram import quick_gram
+from gaf.gram import no_autocast, quick_gram
 from gaf.shapes import Float64
 from gaf.untouched import untouched
 
@@ -66,10 +65,7 @@ def gradients(loss: Tensor, params: list[nn.Parameter]) -> Sequence[Tensor | Non
     trained = [p for p in params if p.requires_grad]  # a forward pass may freeze some
     if not trained:
         return [None] * len(params)
-    kinds = {"cpu", loss.device.type, *(p.device.type for p in params)}
-    with ExitStack() as stack:
-        for kind in filter(torch.amp.is_autocast_available, kinds):
-            stack.enter_context(torch.autocast(kind, enabled=False))
+    with no_autocast(loss.device.type, *(p.device.type for p in trained)):
         found = iter(torch.autograd.grad(loss, trained, allow_unused=True))
     return [next(found) if p.requires_grad else None for p in params]
 

@@ -30,7 +30,7 @@ def untouched(*owners: Any) -> Iterator[None]:
 
     Gradients are recorded inside, and autocast keeps no copies of weights.
     """
-    modules, containers, tensors = reached(owners)
+    modules, containers, tensors = parts_of(owners)
     with ExitStack() as stack:
         stack.callback(keep_random_state())
         stack.callback(keep_modes(modules))
@@ -48,7 +48,7 @@ def untouched(*owners: Any) -> Iterator[None]:
 Undo = Callable[[], object]
 
 
-def reached(owners: Iterable[Any]) -> tuple[list[nn.Module], list[Any], list[Tensor]]:
+def parts_of(owners: Iterable[Any]) -> tuple[list[nn.Module], list[Any], list[Tensor]]:
     """The modules among the owners and within them, their containers and tensors, each once."""
     modules, containers, tensors = {}, {}, {}
     waiting = [getattr(one, "__self__", one) for one in owners]  # a method's module
