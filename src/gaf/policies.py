@@ -276,7 +276,7 @@ def halving_weights(accepted: Bool[Tensor, " k"]) -> Float64[Tensor, " k"]:
 class Mean(Sequential):
     """Plain averaging, weights 1 / k: every row counts, and a NaN goes through, as under DistributedDataParallel.
 
-    Distances are those that `GAF(2.0)` would report.
+    Distances are those that `GAF(2.0)` would report. In statistics an absent row (zero, NaN or infinite) is absent, not accepted.
 
     >>> Mean()(torch.eye(4, dtype=torch.float64)).weights
     tensor([0.2500, 0.2500, 0.2500, 0.2500], dtype=torch.float64)
