@@ -51,8 +51,7 @@ class Accumulator:
         optimizer: any dense torch.optim optimizer, or several that share one decision.
         policy: `gaf.GAF(...)`, `gaf.Mean()`, or any callable from a Gram matrix to a Decision. With
             `GAF(start="first")` (the default), Mean and RandomSkip the micro-gradients are added up as they come:
-            one gradient-sized buffer more than plain accumulation, whatever k (Mean and RandomSkip on an accelerator: two).
-            Others keep all k.
+            one gradient-sized buffer more than plain accumulation, whatever k. Others keep all k.
         model: needed for bn="accepted"; also gives parameters their names in messages and in `leave_out`.
         scaler: a torch.amp.GradScaler. `backward` scales, `decide` unscales, `step` steps and updates it. An overflow
             makes the scale fall and nothing steps.

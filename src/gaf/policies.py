@@ -277,6 +277,7 @@ class Mean(Sequential):
     """Plain averaging, weights 1 / k: every row counts, and a NaN goes through, as under DistributedDataParallel.
 
     Distances are those that `GAF(2.0)` would report. In statistics an absent row (zero, NaN or infinite) is absent, not accepted.
+    Under `gaf.Accumulator` on an accelerator a second sum is held, of the present rows, for later ones to be compared with.
 
     >>> Mean()(torch.eye(4, dtype=torch.float64)).weights
     tensor([0.2500, 0.2500, 0.2500, 0.2500], dtype=torch.float64)
