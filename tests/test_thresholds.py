@@ -363,6 +363,11 @@ def test_an_older_state_with_the_variance_of_pairs_and_one_of_nothing_go_on_too(
         {"kind": "NoiseFloorTau", "state": [10.0, 1000.0, 0.0, 0.0, 10 * 100.0**2 / 25]}
     )
     assert now(threshold) == pytest.approx(1 - 1 / 5)
+    with pytest.raises(ValueError, match="NoiseFloorTau: the state must hold 5 numbers; it holds"):
+        threshold.load_state_dict({"kind": "NoiseFloorTau", "state": [0.0] * 6})
+    fresh = gaf.NoiseFloorTau(initial=0.9)
+    fresh.load_state_dict({"kind": "NoiseFloorTau", "state": None})
+    assert now(fresh) == pytest.approx(0.9)
     for kind, size in ((gaf.NoiseFloorTau, 5), (gaf.SignalTau, 2)):
         fresh = kind(initial=0.9)
         fresh.load_state_dict({"kind": kind.__name__, "state": [0.0] * size})
@@ -373,7 +378,9 @@ def test_an_older_state_with_the_variance_of_pairs_and_one_of_nothing_go_on_too(
 @pytest.mark.parametrize(
     ("state", "message"),
     [
-        ({"kind": "SignalTau", "state": [1.0], "version": 2}, "SignalTau: the state must hold 2 numbers; it holds 1"),
+        ({"kind": "SignalTau", "state": [1.0], "version": 2}, "SignalTau: the state must hold 2 numbers; it holds .1.0."),
+        ({"kind": "SignalTau", "state": [1.0, 2.0, 3.0]}, "SignalTau: the state must hold 2 numbers; it holds .1.0, 2.0, 3.0."),
+        ({"kind": "SignalTau", "state": 3.0}, "SignalTau: the state must hold 2 numbers; it holds 3.0. Load what"),
         ({"state": [1.0, 2.0]}, "SignalTau: the state must be of the same kind of threshold; it is of {'state'"),
         (None, "SignalTau: the state must be of the same kind of threshold; it is of None"),
     ],

@@ -12,6 +12,11 @@ def is_number(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
+def plain_number(value: Any) -> float:
+    """A number as Python's, which prints and compares alike wherever it came from."""
+    return value if type(value) in (int, float) else float(value)
+
+
 def whole_number(subject: str, value: Any, least: int | None, fix: str) -> int:
     """The value as an int.
 
@@ -48,7 +53,7 @@ def real_number(subject: str, value: Any, low: float, high: float, fix: str) -> 
         least = "above 0" if low == ABOVE_0 else f"of at least {low:g}"
         most = f" and at most {high:g}" if high < math.inf else ""
         raise ValueError(f"{subject} must be a number {least}{most}; got {value!r}. {fix}")
-    return value if type(value) in (int, float) else float(value)
+    return plain_number(value)
 
 
 def one_of(subject: str, value: Any, choices: tuple[str, ...]) -> None:

@@ -14,7 +14,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
-from gaf.arguments import is_number, one_of, whole_number
+from gaf.arguments import is_number, one_of, plain_number, whole_number
 from gaf.decision import Decision
 from gaf.gram import check_gram
 from gaf.sequential import Seen, Sequential, present, visit, walk
@@ -198,7 +198,7 @@ def checked_tau(tau: Any) -> float | Threshold:
     if not is_number(tau) or not 0 <= tau <= 2:
         raise ValueError(f"GAF: tau is a cosine distance and must lie in [0, 2], or be a threshold object or 'auto'; got {tau!r}. "
                          f"{way_to_tau(tau)}")  # fmt: skip
-    return tau if type(tau) in (int, float) else float(tau)
+    return plain_number(tau)
 
 
 def way_to_tau(given: Any) -> str:
@@ -215,7 +215,7 @@ def checked_ratio(ratio: Any) -> float:
         raise ValueError(
             f"GAF: max_norm_ratio must be None or a number of at least 1; got {ratio!r}. 10 lets ordinary rows pass."
         )
-    return ratio if type(ratio) in (int, float) else float(ratio)
+    return plain_number(ratio)
 
 
 def contents(state: Any) -> str:
@@ -322,7 +322,7 @@ class RandomSkip(Mean):
             raise ValueError(
                 f"RandomSkip: step_probability must lie in [0, 1]; got {p!r}. Give the share of steps that GAF took."
             )
-        self.step_probability = p if type(p) in (int, float) else float(p)
+        self.step_probability = plain_number(p)
         self.seed = whole_number("RandomSkip: seed", self.seed, None, "0 is the default.")
 
     def conclude(self, accepted: Bool[Tensor, " k"], distances: Float64[Tensor, " k"]) -> Decision:

@@ -45,6 +45,7 @@ class Threshold:
 
     # whether it learns from the rows' Gram matrix, so that they cannot stream by
     needs_gram: ClassVar[bool] = False
+    older_size: ClassVar[int] = 0  # of a state of the first version, where it was another
     _state: Tensor | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -97,17 +98,23 @@ class Threshold:
         if kind != name:
             raise ValueError(f"{name}: the state must be of the same kind of threshold; it is of {kind if kind else repr(state)}. "
                              "Build the policy as it was when it was saved.")  # fmt: skip
-        learned = self.first() if state.get("state") is None else list(state["state"])
-        if state.get("version", 1) < VERSION:
-            learned = self.from_first_version(learned)
-        if len(learned) != len(self.first()):
-            raise ValueError(f"{name}: the state must hold {len(self.first())} numbers; it holds {len(learned)}. "
-                             "Load what state_dict() gave, whole.")  # fmt: skip
-        vector = torch.tensor(learned, dtype=torch.float64, device="cpu")
+        vector = torch.tensor(self._numbers(state), dtype=torch.float64, device="cpu")
         if self._state is None:
             self._state = vector
         else:
             self._state.copy_(vector)  # a captured graph may hold it
+
+    def _numbers(self, state: dict[str, Any]) -> list[float]:
+        """What a saved state holds, as this version has it."""
+        numbers = state.get("state")
+        if numbers is None:
+            return self.first()
+        older = state.get("version", 1) < VERSION
+        size = self.older_size if older and self.older_size else len(self.first())
+        if not isinstance(numbers, list | tuple) or len(numbers) != size:
+            raise ValueError(f"{type(self).__name__}: the state must hold {size} numbers; it holds {numbers!r}. "
+                             "Load what state_dict() gave, whole.")  # fmt: skip
+        return self.from_first_version(list(numbers)) if older else list(numbers)
 
     def from_first_version(self, state: list[float]) -> list[float]:
         """The state that means the same, from one that was saved by the first version."""
@@ -188,6 +195,7 @@ class NoiseFloorTau(Threshold):
     window: float = WINDOW
     initial: float = 1.0
     needs_gram: ClassVar[bool] = True
+    older_size: ClassVar[int] = 5
 
     def first(self) -> list[float]:
         # weight of the steps, tr(Sigma) / b, K_12 and its square; weight of those with quadruples, tr(Sigma^2) / b^2
