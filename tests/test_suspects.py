@@ -156,7 +156,7 @@ def test_members_that_cannot_be_are_refused(members, message):
 
 
 def test_an_audit_of_nothing_and_a_state_of_another_size_are_refused():
-    with pytest.raises(ValueError, match="n must be at least 1; got 0"):
+    with pytest.raises(ValueError, match="n must be a whole number of at least 1; got 0"):
         gaf.Audit(0)
     with pytest.raises(ValueError, match="must be of 3 items; got 2"):
         gaf.Audit(3).load_state_dict(gaf.audit.Audit(2).state_dict())

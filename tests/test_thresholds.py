@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -250,6 +251,143 @@ def test_the_scale_of_the_rows_makes_no_difference():
         assert float(one.tau_on(gram.device)) == pytest.approx(
             float(two.tau_on(gram.device)), rel=1e-12
         )
+
+
+# Free of the rows' scale, and of those that are absent
+
+
+ALL: list[Callable[[], Any]] = [*KINDS, lambda: gaf.SignalTau(), lambda: "auto"]
+
+
+def taus_and_scales(
+    make: Callable[[], Any], scaler: torch.amp.GradScaler | None, stack: bool
+) -> tuple[list[float], list[float]]:
+    """tau of each step, and the scale that it had: in each step one row is zero, and in some another one overflows."""
+    p = nn.Parameter(torch.zeros(50))
+    policy: Any = gaf.GAF(make(), min_accepted=1)
+    watched = policy if stack else None
+    acc = gaf.Accumulator(
+        torch.optim.SGD([p], 0.0), Stacks(policy) if stack else policy, scaler=scaler
+    )
+    taus, scales = [], []
+    for step in range(24):
+        taus.append(float((watched or acc.policy).tau_on(torch.device("cpu"))))
+        scales.append(1.0 if scaler is None else scaler.get_scale())
+        noise = rows(6, 50, 3.0 if step < 12 else 1.0, step).float() * (1 + step % 3)
+        noise[step % 6] = math.inf if step in (4, 13, 14, 15) else 0.0
+        for row in noise:
+            acc.backward((p * row).sum())
+        acc.step()
+    return taus, scales
+
+
+@pytest.mark.parametrize("make", ALL)
+@pytest.mark.parametrize("stack", [False, True], ids=["streamed", "stacked"])
+def test_a_gradscaler_whose_scale_grows_and_falls_changes_no_tau(
+    make: Callable[[], Any], stack: bool
+):
+    """Scales are powers of two, so that scaled rows hold the same digits: bit for bit."""
+    plain, _ = taus_and_scales(make, None, stack)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=2)
+    scaled, scales = taus_and_scales(make, scaler, stack)
+    moves = [b / a for a, b in pairwise(scales)]
+    assert {0.5, 1.0, 2.0} == set(moves)
+    assert len(set(plain)) > 4
+    assert scaled == plain
+
+
+@pytest.mark.parametrize("make", ALL)
+@pytest.mark.parametrize("start", ["first", "best"])
+def test_each_steps_own_scale_makes_no_difference(make: Callable[[], Any], start: Any):
+    """As where the loss is divided by something else in each step; not in powers of two, so up to rounding."""
+    one, two = gaf.GAF(make(), start=start), gaf.GAF(make(), start=start)
+    for step in range(12):
+        gram = gaf.gram(rows(6, 30, 2.0, step))
+        gram[step % 6] = gram[:, step % 6] = 0.0
+        one(gram)
+        two(gram * 10.0 ** (2 * (step % 5) - 4))
+        now = float(one.tau_on(gram.device))
+        assert float(two.tau_on(gram.device)) == pytest.approx(now, rel=1e-9)
+
+
+@pytest.mark.parametrize("make", ALL)
+@pytest.mark.parametrize("bad", [0.0, math.nan, math.inf])
+@pytest.mark.parametrize("k", [2, 3, 5])
+def test_absent_rows_teach_nothing_and_hinder_nothing(make: Callable[[], Any], bad: float, k: int):
+    """k present rows among some that are absent, in every step: the same tau as from the k alone."""
+    alone, among = gaf.GAF(make()), gaf.GAF(make())
+    for step in range(8):
+        present = rows(k, 30, 2.0, step)
+        absent = torch.full((1, 30), bad, dtype=torch.float64)
+        place = step % (k + 1)
+        alone(gaf.gram(present))
+        among(gaf.gram(torch.cat([absent, present[:place], absent, present[place:]])))
+        tau = float(alone.tau_on(torch.device("cpu")))
+        assert float(among.tau_on(torch.device("cpu"))) == pytest.approx(tau, abs=1e-9)
+
+
+def test_steps_with_few_rows_do_not_thin_out_what_quadruples_have_shown():
+    """Pure noise of 64 coordinates, d_eff = 64, of which five and three rows in turn are present."""
+    threshold, generator = gaf.NoiseFloorTau(2.0, window=1e9), torch.Generator().manual_seed(0)
+    noise = torch.randn(2000, 5, 64, generator=generator, dtype=torch.float64)
+    noise[::2, 3:] = 0.0
+    for g in noise:
+        threshold.learn(bare(g @ g.T))
+    assert now(threshold) == pytest.approx(1 - 2 / 8, abs=0.014)
+
+
+OLDER = {  # what the first version saved: sums in the units of the rows, here those of a loss scale of 1024
+    "SignalTau": ([40.0 * 2**20, 100.0 * 2**20], 1 - 0.7 * 0.4),
+    "NoiseFloorTau": ([50.0, 5000.0, 50 * 100.0**2 / 400, 3.0, 7.0], 1 - 1.0 / 20),
+    "QuantileTau": ([0.83, 0.2], 0.83),
+    "MovingAverageTau": ([50.0, 41.0], 0.82 - 0.02),
+    "ScheduleTau": ([4.0], 0.7),
+}
+
+
+@pytest.mark.parametrize("make", KINDS)
+def test_the_state_of_an_older_run_goes_on_at_its_tau(make: Callable[[], Threshold]):
+    policy = gaf.GAF(make())
+    kind = type(policy.tau).__name__
+    state, tau = OLDER[kind]
+    policy.load_state_dict({"tau": {"kind": kind, "state": state}})
+    assert float(policy.tau_on(torch.device("cpu"))) == pytest.approx(tau)
+    for step in range(30):  # and it learns on: what it held does not outweigh all that follows
+        policy(gaf.gram(rows(6, 30, 5.0, step)))
+    assert float(policy.tau_on(torch.device("cpu"))) != pytest.approx(tau, abs=1e-3)
+
+
+def test_an_older_state_with_the_variance_of_pairs_and_one_of_nothing_go_on_too():
+    threshold = gaf.NoiseFloorTau(1.0)
+    threshold.load_state_dict(
+        {"kind": "NoiseFloorTau", "state": [10.0, 1000.0, 0.0, 0.0, 10 * 100.0**2 / 25]}
+    )
+    assert now(threshold) == pytest.approx(1 - 1 / 5)
+    with pytest.raises(ValueError, match="NoiseFloorTau: the state must hold 5 numbers; it holds"):
+        threshold.load_state_dict({"kind": "NoiseFloorTau", "state": [0.0] * 6})
+    fresh = gaf.NoiseFloorTau(initial=0.9)
+    fresh.load_state_dict({"kind": "NoiseFloorTau", "state": None})
+    assert now(fresh) == pytest.approx(0.9)
+    for kind, size in ((gaf.NoiseFloorTau, 5), (gaf.SignalTau, 2)):
+        fresh = kind(initial=0.9)
+        fresh.load_state_dict({"kind": kind.__name__, "state": [0.0] * size})
+        assert now(fresh) == pytest.approx(0.9)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        ({"kind": "SignalTau", "state": [1.0], "version": 2}, "SignalTau: the state must hold 2 numbers; it holds .1.0."),
+        ({"kind": "SignalTau", "state": [1.0, 2.0, 3.0]}, "SignalTau: the state must hold 2 numbers; it holds .1.0, 2.0, 3.0."),
+        ({"kind": "SignalTau", "state": 3.0}, "SignalTau: the state must hold 2 numbers; it holds 3.0. Load what"),
+        ({"state": [1.0, 2.0]}, "SignalTau: the state must be of the same kind of threshold; it is of {'state'"),
+        (None, "SignalTau: the state must be of the same kind of threshold; it is of None"),
+    ],
+)  # fmt: skip
+def test_a_state_of_another_form_is_refused(state: Any, message: str):
+    with pytest.raises(ValueError, match=message):
+        gaf.GAF(gaf.SignalTau()).load_state_dict({"tau": state})
 
 
 # In GAF

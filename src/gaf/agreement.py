@@ -91,13 +91,19 @@ def dimension_of(gram: Float64[Tensor, "r r"]) -> float:
     return float(noise) ** 2 / square if square > 0 else math.inf
 
 
-def noise_squared(gram: Float64[Tensor, "r r"]) -> Float64[Tensor, ""]:
+def noise_squared(
+    gram: Float64[Tensor, "k k"], r: Tensor | int | None = None
+) -> Float64[Tensor, ""]:
     """tr(Sigma^2) / b^2 from r >= 4 present rows: the mean of (K13 - K14 - K23 + K24)^2 / 4 over all quadruples of different rows.
 
     Unbiased, whatever g: (g_1 - g_2)'(g_3 - g_4) holds none of it, and each difference has covariance 2 Sigma / b. Multiplied out it
     needs only sums over pairs that share two, one or no index (Chen, Zhang and Zhong, J. Amer. Statist. Assoc. 105, 2010).
+
+    Args:
+        gram: (k, k).
+        r: (), how many rows are present, where the others are zeros; None for all k.
     """
-    r = len(gram)
+    r = len(gram) if r is None else r
     off = gram - gram.diagonal().diag()
     rows, total, squares = off.sum(1), off.sum(), off.square().sum()
     chains = rows.square().sum()
@@ -176,5 +182,7 @@ def tau_for(share: float, k: int, rho: float, dimension: float) -> float:
 
 def noise_floor(chance: float, dimension: float) -> float:
     """The tau that a comparison of pure noise passes with this chance: 1 - z / sqrt(d_eff), z the normal quantile; whatever b."""
-    z = math.sqrt(2) * float(torch.erfinv(torch.tensor(1 - 2 * chance, dtype=torch.float64)))
+    z = math.sqrt(2) * float(
+        torch.erfinv(torch.tensor(1 - 2 * chance, dtype=torch.float64, device="cpu"))
+    )
     return min(max(1 - z / math.sqrt(dimension), 0.0), 2.0)

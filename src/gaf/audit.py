@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gaf.arguments import whole_number
 from gaf.decision import Decision
 from gaf.shapes import Float64
 from gaf.telemetry import WINDOW, Outcome
@@ -28,11 +29,8 @@ class Excess:
     """
 
     def __init__(self, n: int) -> None:
-        if n < 1:
-            raise ValueError(
-                f"Audit: n must be at least 1; got {n}. It is the number of samples, or of shards."
-            )
-        self.sums, self.counts = torch.zeros(2, n, dtype=torch.float64).unbind()
+        n = whole_number("Audit: n", n, 1, "It is the number of samples, or of shards.")
+        self.sums, self.counts = torch.zeros(2, n, dtype=torch.float64, device="cpu").unbind()
         # of each step: sum and number of its values
         self._recent: deque[tuple[float, int]] = deque(maxlen=WINDOW)
 
@@ -45,35 +43,47 @@ class Excess:
             members: k integer tensors or lists of any length, or one tensor of k rows: the items in each micro-batch, as often as they
                 are in it. An empty one where they are not known here, as those of other ranks.
             values: k numbers; NaN says nothing.
+
+        Raises:
+            ValueError: where there are not k of them, or an item has no number in [0, n); then nothing was added.
         """
-        held = [torch.as_tensor(items) for items in members]
-        if len(members) != len(values):
+        held = [self._checked(items) for items in list_of(members)]
+        if len(held) != len(values):
             raise ValueError(f"Audit: there must be members for each of the {len(values)} micro-gradients that were measured; got "
-                             f"{len(members)}. Give an empty tensor for a micro-batch whose members are not known here.")  # fmt: skip
+                             f"{len(held)}. Give an empty tensor for a micro-batch whose members are not known here.")  # fmt: skip
         known = [value for value in values if not math.isnan(value)]
         self._recent.append((sum(known), len(known)))
         usual = sum(total for total, _ in self._recent) / max(
             sum(number for _, number in self._recent), 1
         )
-        for items, value in zip(held, values, strict=True):
-            if items.numel() and not math.isnan(value):
-                where = self._checked(items)
-                self.sums.index_add_(
-                    0, where, torch.full(where.shape, value - usual, dtype=torch.float64)
-                )
-                self.counts.index_add_(0, where, torch.ones(where.shape, dtype=torch.float64))
+        for where, value in zip(held, values, strict=True):
+            if len(where) and not math.isnan(value):
+                excess = torch.full(where.shape, value - usual, dtype=torch.float64, device="cpu")
+                self.sums.index_add_(0, where, excess)
+                self.counts.index_add_(0, where, torch.ones_like(excess))
 
-    def _checked(self, items: Tensor) -> Tensor:
-        where, n = items.detach().cpu().flatten(), len(self.sums)
-        if where.is_floating_point() or where.dtype == torch.bool:
+    def _checked(self, items: Any) -> Tensor:
+        """The items as indices, (m,) int64 on the CPU."""
+        n = len(self.sums)
+        try:
+            where = items if isinstance(items, Tensor) else torch.as_tensor(items, device="cpu")
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(
+                f"Audit: members must be whole numbers; got {items!r}. Give the items' numbers, from 0 on."
+            ) from error
+        where = where.detach().cpu().flatten()
+        if not len(where):
+            return where.long()
+        if where.dtype.is_floating_point or where.dtype.is_complex or where.dtype == torch.bool:
             raise ValueError(
                 f"Audit: members must be whole numbers; got {where.dtype}. Give the items' numbers, from 0 on."
             )
+        where = where.long()
         if where.min() < 0 or where.max() >= n:
             raise ValueError(
                 f"Audit: members must lie in [0, {n}); got {int(where.min())} to {int(where.max())}. Is n right?"
             )
-        return where.long()
+        return where
 
     def scores(self) -> Float64[Tensor, " n"]:
         """(n,) float64; NaN for an item that was never seen."""
@@ -92,6 +102,10 @@ class Excess:
         Raises:
             ValueError: where it is of another number of items.
         """
+        if not isinstance(state, dict) or not {"sums", "counts", "recent"} <= state.keys():
+            raise ValueError(
+                f"Audit: the state must hold sums, counts and recent; got {state!r}. Give what state_dict() gave."
+            )
         if len(state["sums"]) != len(self.sums):
             raise ValueError(
                 f"Audit: the state must be of {len(self.sums)} items; got {len(state['sums'])}. Give the n that was saved."
@@ -140,9 +154,24 @@ class Audit(Excess):
                 they are in it. An empty one where they are not known here: under `gaf.attach` each rank knows its own; add `sums`
                 and `counts` over the ranks at the end.
             decision: what was decided about these micro-batches, in the same order.
+
+        Raises:
+            TypeError, ValueError: as the class has it; then the step is not counted at all.
         """
-        distances = torch.as_tensor(decision.distances).tolist()
+        if not isinstance(decision, Decision | Outcome):
+            raise TypeError(f"Audit: decision must be a gaf.Decision or an Outcome; got {type(decision).__name__}. "
+                            "Give what acc.step() returned, or acc.outcome.")  # fmt: skip
+        distances = torch.as_tensor(decision.distances, device="cpu").tolist()
         self.add(members, judged(distances, distances))
+
+
+def list_of(members: Any) -> list[Any]:
+    """The members of each micro-batch."""
+    try:
+        return list(members)
+    except TypeError as error:
+        raise ValueError("Audit: members must be k integer tensors or lists, or one tensor of k rows; "
+                         f"got {members!r}. Give the items of each micro-batch.") from error  # fmt: skip
 
 
 def judged(values: Sequence[float], distances: Sequence[float]) -> list[float]:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from gaf.checks import check_policy
-from gaf.decision import Decision
+from gaf.decision import Decision, check_decision
 from gaf.gram import check_rows, gram
 from gaf.shapes import Float, Float64
 
@@ -24,7 +24,7 @@ def aggregate(rows: Float[Tensor, "k n"], policy: Policy) -> tuple[Float[Tensor,
         The update, (n,) in the rows' dtype, zeros where not stepped, and the Decision.
 
     Raises:
-        ValueError, TypeError: where `rows` is not such a matrix, or the policy no callable.
+        ValueError, TypeError: where `rows` is not such a matrix, the policy no callable, or what it returns no Decision about them.
 
     >>> from gaf import GAF
     >>> update, decision = aggregate(torch.tensor([[1.0, 0.0], [0.8, 0.6], [-1.0, 0.0]]), GAF(tau=0.5))
@@ -33,7 +33,8 @@ def aggregate(rows: Float[Tensor, "k n"], policy: Policy) -> tuple[Float[Tensor,
     """
     check_rows(rows)
     check_policy(policy, "aggregate")
-    decision = policy(gram(rows))
+    K = gram(rows)
+    decision = check_decision(policy(K), policy, len(rows), K.device)
     return combine(decision.weights, rows), decision
 
 

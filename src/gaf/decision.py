@@ -1,7 +1,9 @@
 """What a policy says about the k micro-gradients of one macro-batch, and what was measured of them."""
 
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from gaf.shapes import Bool, Float64
@@ -40,3 +42,40 @@ class Evidence:
     norms2: Float64[Tensor, " k"]
     signal: Float64[Tensor, ""]
     tau: Float64[Tensor, ""]
+
+
+def check_decision(decision: Any, policy: Any, k: int, device: torch.device) -> Decision:
+    """The decision that a policy took, if it is one about these rows. Looks at no value, and so waits for no device.
+
+    Args:
+        decision: what the policy returned.
+        policy: named in messages.
+        k: rows that it was asked about.
+        device: of the Gram matrix.
+
+    Raises:
+        TypeError: where it is no Decision of tensors.
+        ValueError: where a field has another shape, another kind of numbers, or lies on another device.
+    """
+    if not isinstance(decision, Decision) or not all(
+        isinstance(part, Tensor) for part in vars(decision).values()
+    ):
+        raise TypeError(
+            f"policy {policy!r}: it must return a gaf.Decision of tensors; got {decision!r}. Use torch.tensor(...) for each."
+        )
+    for name, part in vars(decision).items():
+        check_field(name, part, policy, () if name == "stepped" else (k,), device)
+    return decision
+
+
+def check_field(
+    name: str, part: Tensor, policy: Any, shape: tuple[int, ...], device: torch.device
+) -> None:
+    yes_or_no = name in ("accepted", "stepped")
+    kind = "bool" if yes_or_no else "float64"
+    sound = part.dtype == torch.bool if yes_or_no else part.is_floating_point()
+    if tuple(part.shape) != shape or not sound or part.device != device:
+        one = {"weights": "weight", "distances": "distance"}.get(name, name)
+        rows = f"for each of the {shape[0]} rows" if shape else "for all rows together, of shape ()"
+        raise ValueError(f"policy {policy!r}: a Decision must have, in {kind} and on the Gram matrix's device {device}, one {one} {rows}; "
+                         f"got shape {tuple(part.shape)} of {part.dtype} on {part.device}. See gaf.Decision for each field.")  # fmt: skip

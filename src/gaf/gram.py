@@ -6,6 +6,8 @@ and added in float64.
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,17 +53,39 @@ def gram(rows: Float[Tensor, "k n"]) -> Float64[Tensor, "k k"]:
 def check_rows(rows: Tensor) -> None:
     if not isinstance(rows, Tensor):
         raise TypeError(
-            f"rows must be a (k, n) tensor, one micro-gradient a row; got {type(rows).__name__}. Use torch.stack on a list."
+            f"rows must be a (k, n) tensor, one micro-gradient a row; got {type(rows).__name__}. {way_to_rows(rows)}"
         )
-    if (
-        rows.ndim != 2
-        or rows.shape[0] < 1
-        or rows.dtype not in (*HALF, torch.float32, torch.float64)
-    ):
+    real = rows.dtype in (*HALF, torch.float32, torch.float64) and rows.layout == torch.strided
+    if rows.ndim != 2 or rows.shape[0] < 1 or not real:
+        kind = rows.dtype if rows.layout == torch.strided else rows.layout
         raise ValueError(
             "rows must be a (k, n) matrix of float16, bfloat16, float32 or float64 with k >= 1, one micro-gradient a row; "
-            f"got shape {tuple(rows.shape)} of {rows.dtype}. Stack the flattened micro-gradients."
+            f"got shape {tuple(rows.shape)} of {kind}. {way_to_rows(rows)}"
         )
+
+
+def way_to_rows(given: Any) -> str:
+    """How to make rows of what is none."""
+    if not isinstance(given, Tensor):
+        numpy = type(given).__module__ == "numpy"
+        return "Use torch.from_numpy." if numpy else "Use torch.stack on a list."
+    if given.layout != torch.strided:
+        return "Use rows.to_dense()."
+    if given.is_complex():
+        return "Use torch.view_as_real(rows).flatten(1)."
+    return "Stack the flattened micro-gradients." if given.is_floating_point() else "Use rows.float()."  # fmt: skip
+
+
+def check_gram(gram: Tensor) -> None:
+    """TypeError or ValueError where a policy is given what is no Gram matrix."""
+    if not isinstance(gram, Tensor):
+        raise TypeError(
+            f"a policy's Gram matrix must be a tensor; got {type(gram).__name__}. Use gaf.gram(rows)."
+        )
+    square = gram.ndim == 2 and gram.shape[0] == gram.shape[1] > 0
+    if not square or not gram.is_floating_point():
+        raise ValueError("a policy's Gram matrix must be a (k, k) float64 tensor of inner products with k >= 1; "
+                         f"got shape {tuple(gram.shape)} of {gram.dtype}. Use gaf.gram(rows), or gaf.aggregate(rows, policy).")  # fmt: skip
 
 
 def gram_of(rows: Sequence[Row]) -> Float64[Tensor, "k k"]:
@@ -88,7 +112,7 @@ def inner_products(
     found = added([products(s, pairs, wide) for s in slices(rows)])
     if found.device.type == "cpu" and not wide and not in_range(found, pairs):
         return inner_products(rows, pairs, wide=True)
-    return found if found.numel() else torch.zeros(len(pairs), dtype=torch.float64)
+    return found if found.numel() else torch.zeros(len(pairs), dtype=torch.float64, device="cpu")
 
 
 def added(partial: list[list[Tensor]]) -> Float64[Tensor, " p"]:
@@ -96,7 +120,7 @@ def added(partial: list[list[Tensor]]) -> Float64[Tensor, " p"]:
     return (
         torch.stack([c.sum(dtype=torch.float64) for c in columns])
         if columns
-        else torch.zeros(0, dtype=torch.float64)
+        else torch.zeros(0, dtype=torch.float64, device="cpu")
     )
 
 
@@ -147,14 +171,23 @@ def quick_gram(rows: Float[Tensor, "k c"]) -> Float64[Tensor, "k k"]:
         dtype=torch.float64,
         device=rows.device if has_float64(rows.device) else "cpu",
     )
-    for chunk in rows.split(CHUNK if rows.device.type == "cpu" else DEVICE_CHUNK, dim=1):
-        block = chunk.to(exact)
-        total += (block @ block.T).to(total.device)
+    with no_autocast(rows.device.type):  # it would multiply float32 rows in half precision
+        for chunk in rows.split(CHUNK if rows.device.type == "cpu" else DEVICE_CHUNK, dim=1):
+            block = chunk.to(exact)
+            total += (block @ block.T).to(total.device)
     if rows.device.type == "cpu" and not in_range(
         total.diagonal(), [(i, i) for i in range(len(rows))]
     ):
         return gram_of([[row] for row in rows])
     return total
+
+
+def no_autocast(*kinds: str) -> ExitStack:
+    """Context in which these kinds of devices compute in the precision of their tensors."""
+    stack = ExitStack()
+    for kind in filter(torch.amp.is_autocast_available, sorted({"cpu", *kinds})):
+        stack.enter_context(torch.autocast(kind, enabled=False))
+    return stack
 
 
 def full_precision() -> bool:

@@ -6,15 +6,17 @@ at the running sum of the rows taken so far, so that they can decide while the r
 
 import copy
 import math
-import numbers
 import random
 from dataclasses import KW_ONLY, dataclass, field
+from functools import partial
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 
+from gaf.arguments import is_number, one_of, plain_number, whole_number
 from gaf.decision import Decision
+from gaf.gram import check_gram
 from gaf.sequential import Seen, Sequential, present, visit, walk
 from gaf.shapes import Bool, Float64, Int
 from gaf.thresholds import MovingAverageTau, Threshold
@@ -73,29 +75,15 @@ class GAF(Sequential):
     scope: Literal["all", "group", "layer"] = "all"
 
     def __post_init__(self) -> None:
-        if self.tau == "auto":
-            object.__setattr__(self, "tau", automatic())
-        if not isinstance(self.tau, Threshold) and (
-            not isinstance(self.tau, numbers.Real) or not 0 <= self.tau <= 2
-        ):
-            raise ValueError(f"GAF: tau is a cosine distance and must lie in [0, 2], or be a threshold object or 'auto'; got {self.tau!r}. "
-                             "The paper uses 0.97; 2 accepts everything.")  # fmt: skip
-        check_choice("start", self.start, ("first", "best", "worst"))
-        check_choice("average", self.average, ("mean", "halving"))
-        if (
-            not isinstance(self.min_accepted, int)
-            or isinstance(self.min_accepted, bool)
-            or self.min_accepted < 1
-        ):
-            raise ValueError(
-                f"GAF: min_accepted must be a whole number of at least 1; got {self.min_accepted}. The paper uses 2."
-            )
-        ratio = self.max_norm_ratio
-        if ratio is not None and (not isinstance(ratio, numbers.Real) or not ratio >= 1):
-            raise ValueError(
-                f"GAF: max_norm_ratio must be None or a number of at least 1; got {ratio!r}. 10 lets ordinary rows pass."
-            )
-        check_choice("scope", self.scope, ("all", "group", "layer"))
+        put = partial(object.__setattr__, self)
+        put("tau", checked_tau(self.tau))
+        one_of("GAF: start", self.start, ("first", "best", "worst"))
+        one_of("GAF: average", self.average, ("mean", "halving"))
+        one_of("GAF: scope", self.scope, ("all", "group", "layer"))
+        least = whole_number("GAF: min_accepted", self.min_accepted, 1, "The paper uses 2.")
+        put("min_accepted", least)
+        if self.max_norm_ratio is not None:
+            put("max_norm_ratio", checked_ratio(self.max_norm_ratio))
         if self.scope != "all" and isinstance(self.tau, Threshold):
             raise ValueError(f"GAF: with scope {self.scope!r} tau must be a number, for a threshold object follows one decision per step; "
                              f"got {self.tau!r}. Use scope='all'.")  # fmt: skip
@@ -134,11 +122,15 @@ class GAF(Sequential):
         return {"tau": self.tau.state_dict()} if isinstance(self.tau, Threshold) else {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes back what `state_dict` gave. The state of a run whose tau was a number holds nothing."""
+        """Takes back what `state_dict` gave. The state of a run whose tau was a number holds nothing.
+
+        Raises:
+            ValueError: for the state of another policy.
+        """
+        if not isinstance(state, dict) or state.keys() - {"tau"}:
+            raise ValueError(f"GAF: the state must be of a policy of the same kind; it holds {contents(state)}. "
+                             "Build the policy as it was when it was saved.")  # fmt: skip
         if isinstance(self.tau, Threshold) and state:
-            if "tau" not in state:
-                raise ValueError(f"GAF: the state must be of a policy of the same kind; it holds {sorted(state)}. "
-                                 "Build the policy as it was when it was saved.")  # fmt: skip
             self.tau.load_state_dict(state["tau"])
 
     def conclude(self, accepted: Bool[Tensor, " k"], distances: Float64[Tensor, " k"]) -> Decision:
@@ -147,6 +139,7 @@ class GAF(Sequential):
         )
 
     def __call__(self, gram: Float64[Tensor, "k k"]) -> Decision:
+        check_gram(gram)
         if self.max_norm_ratio is not None:
             gram = without_giants(gram, self.max_norm_ratio)
         if self.start == "first":
@@ -194,6 +187,40 @@ class GAF(Sequential):
             score = torch.where(left, score, -math.inf)
             left = left & (score == score.max())
         return left.int().argmax()
+
+
+def checked_tau(tau: Any) -> float | Threshold:
+    """What GAF takes as tau, as a number of Python's or a threshold object."""
+    if isinstance(tau, Threshold):
+        return tau
+    if isinstance(tau, str) and tau == "auto":
+        return automatic()
+    if not is_number(tau) or not 0 <= tau <= 2:
+        raise ValueError(f"GAF: tau is a cosine distance and must lie in [0, 2], or be a threshold object or 'auto'; got {tau!r}. "
+                         f"{way_to_tau(tau)}")  # fmt: skip
+    return plain_number(tau)
+
+
+def way_to_tau(given: Any) -> str:
+    """How to mend a tau that cannot be used."""
+    if isinstance(given, type) and issubclass(given, Threshold):
+        return f"Call it: gaf.{given.__name__}()."
+    if isinstance(given, Tensor):
+        return "Give tau.item()."
+    return "The paper uses 0.97; 2 accepts everything."
+
+
+def checked_ratio(ratio: Any) -> float:
+    if not is_number(ratio) or not ratio >= 1:
+        raise ValueError(
+            f"GAF: max_norm_ratio must be None or a number of at least 1; got {ratio!r}. 10 lets ordinary rows pass."
+        )
+    return plain_number(ratio)
+
+
+def contents(state: Any) -> str:
+    """What a saved state holds, in words."""
+    return (str(sorted(map(str, state))) if state else "nothing") if isinstance(state, dict) else f"{state!r}"  # fmt: skip
 
 
 def automatic() -> Threshold:
@@ -249,7 +276,8 @@ def halving_weights(accepted: Bool[Tensor, " k"]) -> Float64[Tensor, " k"]:
 class Mean(Sequential):
     """Plain averaging, weights 1 / k: every row counts, and a NaN goes through, as under DistributedDataParallel.
 
-    Distances are those that `GAF(2.0)` would report.
+    Distances are those that `GAF(2.0)` would report. In statistics an absent row (zero, NaN or infinite) is absent, not accepted.
+    Under `gaf.Accumulator` on an accelerator a second sum is held, of the present rows, for later ones to be compared with.
 
     >>> Mean()(torch.eye(4, dtype=torch.float64)).weights
     tensor([0.2500, 0.2500, 0.2500, 0.2500], dtype=torch.float64)
@@ -289,10 +317,13 @@ class RandomSkip(Mean):
     step: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
-        if not 0 <= self.step_probability <= 1:
+        p = self.step_probability
+        if not is_number(p) or not 0 <= p <= 1:
             raise ValueError(
-                f"RandomSkip: step_probability must lie in [0, 1]; got {self.step_probability}. Give the share of steps that GAF took."
+                f"RandomSkip: step_probability must lie in [0, 1]; got {p!r}. Give the share of steps that GAF took."
             )
+        self.step_probability = plain_number(p)
+        self.seed = whole_number("RandomSkip: seed", self.seed, None, "0 is the default.")
 
     def conclude(self, accepted: Bool[Tensor, " k"], distances: Float64[Tensor, " k"]) -> Decision:
         weights = self.planned(self.step, len(distances))
@@ -309,7 +340,15 @@ class RandomSkip(Mean):
         return {"step": self.step}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.step = state["step"]
+        """Takes back what `state_dict` gave.
+
+        Raises:
+            ValueError: for the state of another policy.
+        """
+        if not isinstance(state, dict) or state.keys() != {"step"}:
+            raise ValueError(f"RandomSkip: the state must be of a RandomSkip, a number of steps; it holds {contents(state)}. "
+                             "Build the policy as it was when it was saved.")  # fmt: skip
+        self.step = whole_number("RandomSkip: the state's step", state["step"], 0, "Load what state_dict() gave.")  # fmt: skip
 
 
 def averages(policy: Any) -> bool:
@@ -326,10 +365,3 @@ def skipped(decision: Decision) -> Decision:
         torch.zeros_like(d.stepped),
         d.distances,
     )
-
-
-def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(
-            f"GAF: {name} must be one of {', '.join(map(repr, choices))}; got {value!r}."
-        )

@@ -4,8 +4,9 @@ model, micro-batches -> rows, a slice of the coordinates at a time -> K per laye
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -14,13 +15,28 @@ import torch
 from torch import Tensor, nn
 
 from gaf.agreement import Noise, cosines_of, noise_floor, noise_of, predicted_acceptance, tau_for
-from gaf.measure import Losses, check_model, layer_grams, loss_on, same_size, untouched
+from gaf.arguments import is_number, real_number, whole_number
+from gaf.measure import (
+    Losses,
+    check_callable,
+    check_model,
+    iterator_of,
+    layer_grams,
+    loss_on,
+    same_size,
+)
 from gaf.sequential import norm2_after, present, visit
 from gaf.shapes import Float64
+from gaf.untouched import untouched
 
 ROWS = 128
 DRAWS = 2000  # macro-batches made of the measured rows
 HALF, CHANCE = 0.5, 0.05
+SAMPLES = (
+    "It counts the samples in a micro-batch; leave it out where their first tensor has as many."
+)
+MORE = "Give more micro-batches, or lower k."
+USED_UP = "An iterator gives its micro-batches once: make a new one, or give a DataLoader."
 
 
 @dataclass(frozen=True)
@@ -64,9 +80,13 @@ class Probe:
         return len(self.gram)
 
     def distances(self, layer: str | None = None) -> Float64[Tensor, " p"]:
-        """Cosine distances in [0, 2] of all pairs of rows, of the whole gradient or of one layer."""
-        gram = self.gram if layer is None else self.layers[layer]
-        i, j = torch.triu_indices(len(gram), len(gram), 1)
+        """Cosine distances in [0, 2] of all pairs of rows, of the whole gradient or of one layer.
+
+        Raises:
+            ValueError: where there is no such layer.
+        """
+        gram = self.gram if layer is None else self._layer(layer)
+        i, j = torch.triu_indices(len(gram), len(gram), 1, device=gram.device)
         distances = (1 - cosines_of(gram)[i, j]).clamp(0, 2)
         return distances[~distances.isnan()]
 
@@ -76,17 +96,28 @@ class Probe:
         return noise_of(self.gram[: len(self) // 2, : len(self) // 2], self.b)
 
     def noise_in(self, layer: str) -> Noise:
-        """B and d_eff of one layer, from all rows."""
-        return noise_of(self.layers[layer], self.b)
+        """B and d_eff of one layer, from all rows.
+
+        Raises:
+            ValueError: where there is no such layer.
+        """
+        return noise_of(self._layer(layer), self.b)
+
+    def _layer(self, name: str) -> Float64[Tensor, "r r"]:
+        if name not in self.layers:
+            near = get_close_matches(str(name), self.layers, 3, 0.0)
+            raise ValueError(f"Probe: layer must be the name of one of the {len(self.layers)} modules in probe.layers; got {name!r}. "
+                             f"Near it are {', '.join(map(repr, near))}.")  # fmt: skip
+        return self.layers[name]
 
     def predicted(self, tau: float, m: int = 1) -> float:
         """Expected share of compared rows that GAF(tau) accepts, from B and d_eff alone; for micro-batches of b * m samples."""
-        check_merging(m, "predicted")
+        m, tau = checked_merging(m, "predicted"), checked_tau(tau, "predicted")
         return predicted_acceptance(tau, self.k, self.noise.rho / m, self.noise.dimension)
 
     def measured(self, tau: float) -> Acceptance:
         """What GAF(tau) does with macro-batches of k rows, drawn from the second half of the rows, which no prediction has seen."""
-        half = len(self) // 2
+        half, tau = len(self) // 2, checked_tau(tau, "measured")
         return acceptance(self.gram[half:, half:], self.k, tau)
 
     def merged(self, m: int) -> "Probe":
@@ -97,10 +128,11 @@ class Probe:
         Raises:
             ValueError: where m is below 1, or fewer rows would be left than k and the two halves need.
         """
-        check_merging(m, "merged")
+        m = checked_merging(m, "merged")
         left = len(self) // m
         check_enough(left, self.k, f"merged({m}): {len(self)} rows merged {m} at a time must leave")
-        average = torch.eye(left, dtype=torch.float64).repeat_interleave(m, 1) / m
+        one = torch.eye(left, dtype=torch.float64, device=self.gram.device)
+        average = one.repeat_interleave(m, 1) / m
         smaller = {
             name: average @ gram[: left * m, : left * m] @ average.T
             for name, gram in self.layers.items()
@@ -126,11 +158,11 @@ class Probe:
             ValueError: where share or chance is not in (0, 1), m is below 1, or too few rows are left of those merged.
         """
         for name, value in (("share", share), ("chance", chance)):
-            if not 0 < value < 1:
+            if not is_number(value) or not 0 < value < 1:
                 raise ValueError(
-                    f"recommend: {name} must lie in (0, 1); got {value}. The default is {HALF if name == 'share' else CHANCE}."
+                    f"recommend: {name} must lie in (0, 1); got {value!r}. The default is {HALF if name == 'share' else CHANCE}."
                 )
-        check_merging(m, "recommend")
+        m = checked_merging(m, "recommend")
         noise = self.noise
         floor, wanted = (
             noise_floor(chance, noise.dimension),
@@ -167,9 +199,7 @@ class Probe:
 def facts(probe: Probe) -> list[tuple[str, str]]:
     """What was measured, in words."""
     noise, distances = probe.noise, probe.distances()
-    low, middle, high = distances.quantile(
-        torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
-    ).tolist()
+    low, middle, high = distances.quantile(distances.new_tensor([0.1, 0.5, 0.9])).tolist()
     gone = f", {probe.absent} absent (zero, NaN or infinite)" if probe.absent else ""
     return [
         ("micro-gradients", f"{len(probe)} of b = {probe.b} samples{gone}"),
@@ -198,11 +228,13 @@ def number(value: float) -> str:
 
 def acceptance(gram: Float64[Tensor, "r r"], k: int, tau: float, draws: int = DRAWS) -> Acceptance:
     """What GAF(tau) does with so many macro-batches of k of the r rows, always the same ones."""
-    generator = torch.Generator().manual_seed(0)
-    chosen = torch.rand(draws, len(gram), generator=generator).argsort(1)[:, :k]
+    generator = torch.Generator("cpu").manual_seed(0)
+    numbers = torch.rand(draws, len(gram), generator=generator, dtype=torch.float32, device="cpu")
+    chosen = numbers.argsort(1)[:, :k].to(gram.device)
     own = gram.diagonal()[chosen]
     pairs = gram[chosen[:, :, None], chosen[:, None, :]]
-    inner, norm2, count = pairs[:, 0], own[:, 0], torch.ones(draws, dtype=torch.int64)
+    inner, norm2 = pairs[:, 0], own[:, 0]
+    count = torch.ones(draws, dtype=torch.int64, device=gram.device)
     for i in range(1, k):
         joins, _ = visit(count, inner[:, i], norm2, own[:, i], tau)
         norm2 = torch.where(
@@ -227,13 +259,19 @@ def probe(
 ) -> Probe:
     """Measures the micro-gradients of a model as it is, and changes nothing.
 
-    No weights, gradients (p.grad), buffers such as BatchNorm's statistics, modes (train or eval) or random state of torch are
-    other afterwards than before, also where an exception ends it. The model is measured in the mode that it is in: call
-    model.train() first, as training does. The micro-batches are drawn from the iterable, which may move its own state on.
+    Whatever forward passes and `loss_fn` change of the model is put back bit for bit, also where an exception ends it: weights,
+    gradients (p.grad), requires_grad, buffers, modes (train or eval), hooks, and all other attributes of its modules with what lists
+    and dictionaries hold; and so for `loss_fn` where it is a module. So is random state: torch's on the CPU and on CUDA devices,
+    Python's `random`, and numpy's global one. The model is measured in the mode that it is in: call model.train() first, as training
+    does. The micro-batches are drawn from the iterable, which may move its own state on.
+
+    What is measured are the gradients that training has: where `probe` is called under autocast, forward passes and losses are under
+    it, backward passes are not, and K is exact.
 
     Half of the rows give B and d_eff, and so the predictions; the other half is what acceptance is measured on.
 
-    The rows are held in main memory, in the parameters' dtype: rows * n numbers, n / slices at a time. Time: `slices` forward and
+    The rows are held in main memory, in the gradients' dtype: rows * n numbers, n / slices at a time; beside them a copy of the model
+    where it is. Time: `slices` forward and
     backward passes for each row, and r^2 n operations for K.
 
     Args:
@@ -249,7 +287,8 @@ def probe(
             and multiplies the time by it.
 
     Raises:
-        TypeError: where the model is a data-parallel one, or the loss no scalar tensor.
+        TypeError: where the model is none, a data-parallel one or not yet initialised, micro_batches gives no pairs or mappings, or the
+            loss is no scalar tensor that depends on the parameters.
         ValueError: where micro-batches are too few or differ in size, k, rows or slices is out of its range, or nothing can be learned.
 
     >>> _ = torch.manual_seed(0)
@@ -259,22 +298,26 @@ def probe(
     (64, 10, ['weight', 'bias'])
     """
     check_model(model)
-    for name, value, least in (("k", k, 2), ("rows", rows, 2 * k), ("slices", slices, 1)):
-        if not isinstance(value, int) or value < least:
-            raise ValueError(
-                f"probe: {name} must be a whole number of at least {least}; got {value!r}."
-            )
-    with untouched(model):
-        taken = list(islice(micro_batches, rows))
-    size = same_size(taken) if b is None else b
+    check_callable(loss_fn)
+    k = whole_number("probe: k", k, 2, "8 is usual.")
+    rows = whole_number("probe: rows", rows, 2 * k, f"{ROWS} is the default.")
+    slices = whole_number("probe: slices", slices, 1, "1 is fastest.")
+    with untouched(model, loss_fn):
+        taken = list(islice(iterator_of(micro_batches), rows))
+    size = same_size(taken) if b is None else whole_number("probe: b", b, 1, SAMPLES)
     losses = [partial(loss_on, model, loss_fn, one) for one in taken]
-    return of_losses(model, losses, size, k, slices)
+    return of_losses(model, losses, size, k, slices, [loss_fn])
 
 
-def of_losses(model: nn.Module, losses: Losses, b: int, k: int, slices: int = 1) -> Probe:
-    """The same from functions that compute a micro-batch's loss; each is called once for each of the slices."""
-    check_enough(len(losses), k, "probe: micro_batches must give")
-    layers = layer_grams(model, losses, slices)
+def of_losses(
+    model: nn.Module, losses: Losses, b: int, k: int, slices: int = 1, others: Sequence[Any] = ()
+) -> Probe:
+    """The same from functions that compute a micro-batch's loss; each is called once for each of the slices.
+
+    What else the losses change than the model is put back too, for modules among the `others`.
+    """
+    check_enough(len(losses), k, "probe: micro_batches must give", MORE if losses else USED_UP)
+    layers = layer_grams(model, losses, slices, others)
     gram = torch.stack(list(layers.values())).sum(0)
     sound = present(gram.diagonal())
     absent = int((~sound).sum())
@@ -292,15 +335,17 @@ def of_losses(model: nn.Module, losses: Losses, b: int, k: int, slices: int = 1)
     )
 
 
-def check_merging(m: int, call: str) -> None:
-    if not isinstance(m, int) or m < 1:
-        raise ValueError(
-            f"{call}: m must be a whole number of at least 1; got {m!r}. It counts the rows that are merged into one."
-        )
+def checked_merging(m: int, call: str) -> int:
+    return whole_number(f"{call}: m", m, 1, "It counts the rows that are merged into one.")
 
 
-def check_enough(seen: int, k: int, subject: str) -> None:
+def checked_tau(tau: float, call: str) -> float:
+    return real_number(f"{call}: tau", tau, 0, 2, "It is a cosine distance.")
+
+
+def check_enough(seen: int, k: int, subject: str, fix: str = MORE) -> None:
     least = max(2 * k, 8)
     if seen < least:
-        raise ValueError(f"{subject} at least {least}, k = {k} for each of two halves and 4 at the least; got {seen}. "
-                         "Give more micro-batches, or lower k.")  # fmt: skip
+        raise ValueError(
+            f"{subject} at least {least}, k = {k} for each of two halves and 4 at the least; got {seen}. {fix}"
+        )

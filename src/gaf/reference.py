@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from gaf.arguments import one_of, real_number, whole_number
+from gaf.gram import check_rows
 from gaf.shapes import Float, Float64
 
 
@@ -10,6 +12,10 @@ def reference(
     rows: Float[Tensor, "k n"], tau: float, average: str = "mean", min_accepted: int = 2
 ) -> tuple[Float64[Tensor, " n"] | None, list[bool]]:
     """Algorithm 1 of arXiv 2412.18052 (start="first"). Returns the update, None for a skip, and which rows were accepted."""
+    check_rows(rows)
+    tau = real_number("reference: tau", tau, 0, 2, "The paper uses 0.97.")
+    one_of("reference: average", average, ("mean", "halving"))
+    min_accepted = whole_number("reference: min_accepted", min_accepted, 1, "The paper uses 2.")
     total, accepted = None, []
     for g in rows.double():
         sound = bool(g.isfinite().all() and g.norm() > 0)
@@ -20,7 +26,7 @@ def reference(
         cosine = (
             torch.dot(total, g) / (total.norm() * g.norm())
             if total.norm() > 0
-            else torch.tensor(0.0)
+            else torch.tensor(0.0, device=g.device)
         )
         accepted.append(sound and bool((1 - cosine).clamp(0, 2) <= tau + 1e-12))
         if accepted[-1]:

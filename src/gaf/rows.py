@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from gaf.combine import Policy
-from gaf.decision import Decision, Evidence
+from gaf.decision import Decision, Evidence, check_decision
 from gaf.gram import gram_of
 from gaf.policies import GAF, without_giants
 from gaf.sequential import Seen, Sequential, norm2_after, present, signal
@@ -95,7 +95,7 @@ class Streamed:
         count, norm2 = self.count, self.norm2
         joins, distance = self.policy.visit(count, inner, norm2, own)
         shrink = self.policy.shrink(count)
-        self.sum.absorb(joins | self.policy.adds_absent, shrink)
+        self.sum.absorb(joins, shrink, counts=self.policy.adds_absent)
         self.accepted.append(joins)
         self.distances.append(distance)
         self.norms2.append(own)
@@ -113,6 +113,7 @@ class Streamed:
             tau_of(self.policy, self.norm2),
         )
         decision = self.policy.conclude(accepted, distances)
+        check_decision(decision, self.policy, len(self), accepted.device)
         self.policy.learn(Seen(accepted, distances, norms2, signals, gram=None))
         return decision, Evidence(norms2, signals.nanmean(), tau)
 
@@ -124,7 +125,7 @@ class Streamed:
                              "Override __call__, not conclude: then the rows are kept.")  # fmt: skip
         total = [
             s if any(column) else None
-            for s, column in zip(self.sum.total, zip(*used, strict=True), strict=True)
+            for s, column in zip(self.sum.update, zip(*used, strict=True), strict=True)
         ]
         if self.policy.average == "mean":
             torch._foreach_mul_([t for t in total if t is not None], max(weights))
@@ -132,7 +133,7 @@ class Streamed:
 
     def combined(self, weights: Float64[Tensor, " k"]) -> list[Tensor]:
         """w^T G for weights that stay on the device, where every row has a gradient for every parameter; of no meaning after a skip."""
-        total = [s for s in self.sum.total if s is not None]
+        total = [s for s in self.sum.update if s is not None]
         if self.policy.average == "mean":
             torch._foreach_mul_(total, weights.max().to(total[0].dtype))
         return total
@@ -270,16 +271,7 @@ def together(
 def judged(policy: Policy, gram: Float64[Tensor, "k k"]) -> tuple[Decision, Evidence]:
     """What the policy says of a Gram matrix, and what else the matrix tells."""
     tau = tau_of(policy, gram)
-    decision = policy(gram)
-    if not isinstance(decision, Decision) or not all(
-        isinstance(part, Tensor) for part in vars(decision).values()
-    ):
-        raise TypeError(
-            f"policy {policy!r}: it must return a gaf.Decision of tensors; got {decision!r}. Use torch.tensor(...) for each."
-        )
-    if decision.weights.shape != (len(gram),):
-        raise ValueError(f"policy {policy!r}: a Decision must have one weight for each of the {len(gram)} rows; "
-                         f"got shape {tuple(decision.weights.shape)}.")  # fmt: skip
+    decision = check_decision(policy(gram), policy, len(gram), gram.device)
     ratio = getattr(policy, "max_norm_ratio", None)
     compared = gram if ratio is None else without_giants(gram, ratio)
     return decision, Evidence(compared.diagonal(), mean_off_diagonal(compared), tau)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from gaf.decision import Decision
+from gaf.gram import check_gram
 from gaf.shapes import Bool, Float64, Int
 
 # a distance equal to tau is accepted; rounding in float64 must not turn such a tie into a rejection
@@ -77,7 +78,8 @@ class Sequential:
     average: Literal["mean", "halving"] = "mean"
     # the rows may be added up as they come: nothing is decided later that needs them apart
     streams = True
-    adds_absent = False  # whether an absent row is added all the same, so that its NaN goes through
+    # whether an absent row is in the update all the same, so that its NaN goes through; others are not compared with it
+    adds_absent = False
 
     def visit(
         self,
@@ -103,6 +105,7 @@ class Sequential:
 
     def __call__(self, gram: Float64[Tensor, "k k"]) -> Decision:
         """Decides from the Gram matrix, (k, k) float64; a diagonal entry of zero, NaN or infinity marks an absent row."""
+        check_gram(gram)
         k = len(gram)
         accepted, distances, signals = walk(
             self, gram, torch.arange(k, device=gram.device).expand(1, k)

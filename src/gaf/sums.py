@@ -31,6 +31,14 @@ class SumOnCpu:
         self.total: Buffers = [None] * len(voters)
         self.candidate: Buffers = [None] * len(voters)
         self.inner = self.own = 0.0
+        # the sum of all rows, once one is absent that counts all the same; and then the current one
+        self.all_rows: Buffers | None = None
+        self.row: list[tuple[int, Tensor]] = []
+
+    @property
+    def update(self) -> Buffers:
+        """The sum that the update is made of."""
+        return self.total if self.all_rows is None else self.all_rows
 
     def take(self, j: int, grad: Tensor) -> None:
         """Parameter j's gradient: adds its share to <s, g> and |g|^2, and makes its part of the candidate."""
@@ -42,6 +50,8 @@ class SumOnCpu:
             # NaN where it is not finite: the row counts as absent
             self.own += 0.0 * quick_products(None, grad)[1]
         self.candidate[j] = wide(grad) if total is None else self._with(total, grad, j)
+        if self.all_rows is not None:
+            self.row.append((j, grad))
 
     def _with(self, total: Tensor, grad: Tensor, j: int) -> Tensor:
         """s + g, in the spare buffer where there is one that fits."""
@@ -58,8 +68,12 @@ class SumOnCpu:
         self.inner = self.own = 0.0
         return found[0], found[1]
 
-    def absorb(self, joins: Bool[Tensor, ""], shrink: Float64[Tensor, ""]) -> None:
-        """s <- shrink (s + g) where the row joins, else s stays."""
+    def absorb(
+        self, joins: Bool[Tensor, ""], shrink: Float64[Tensor, ""], counts: bool = False
+    ) -> None:
+        """s <- shrink (s + g) where the row joins, else s stays. counts: in the update it is in any case, see `Sequential`."""
+        if counts and not (joins and self.all_rows is None):
+            self._count()
         if not joins:
             return self.drop()
         for j, candidate in enumerate(self.candidate):
@@ -71,8 +85,20 @@ class SumOnCpu:
             torch._foreach_mul_([t for t in self.total if t is not None], float(shrink))
         return None
 
+    def _count(self) -> None:
+        """Adds the row to the sum of all rows. The first absent one leaves the candidate to it: s + g."""
+        if self.all_rows is None:
+            pairs = zip(self.total, self.candidate, strict=True)
+            self.all_rows = [s.clone() if c is None and s is not None else c for s, c in pairs]
+            self.candidate = [None] * len(self.voters)
+        for j, grad in self.row:
+            before = self.all_rows[j]
+            self.all_rows[j] = wide(grad).clone() if before is None else before.add_(grad)
+        self.row = []
+
     def drop(self) -> None:
         """Forgets the row."""
+        self.row = []
         self.spare = [
             s if c is None else c for s, c in zip(self.spare, self.candidate, strict=True)
         ]
@@ -105,6 +131,12 @@ class SumOnDevice:
         self.spare: Buffers = [None] * len(voters)
         self.total: Buffers = [None] * len(voters)
         self.row: Buffers = [None] * len(voters)
+        self.all_rows: Buffers | None = None  # their sum, where absent ones count too
+
+    @property
+    def update(self) -> Buffers:
+        """The sum that the update is made of."""
+        return self.total if self.all_rows is None else self.all_rows
 
     def take(self, j: int, grad: Tensor) -> None:
         self.row[j] = grad
@@ -115,17 +147,16 @@ class SumOnDevice:
         ).to(self.device)
         return found[0], found[1] + norm2_of_rest(self.row, self.voters)
 
-    def absorb(self, joins: Bool[Tensor, ""], shrink: Float64[Tensor, ""]) -> None:
+    def absorb(
+        self, joins: Bool[Tensor, ""], shrink: Float64[Tensor, ""], counts: bool = False
+    ) -> None:
+        if counts:
+            whole = self.all_rows or [None] * len(self.row)
+            pairs = zip(whole, self.row, strict=True)
+            copies = [g.clone() if s is None and g is not None else g for s, g in pairs]
+            self.all_rows = add(whole, copies)
         row = [None if g is None else g.masked_fill_(~joins.to(g.device), 0) for g in self.row]
-        pairs = [
-            (s, g) for s, g in zip(self.total, row, strict=True) if s is not None and g is not None
-        ]
-        if pairs:
-            torch._foreach_add_([s for s, _ in pairs], [g for _, g in pairs])
-        self.total = [
-            wide(g) if s is None and g is not None else s
-            for s, g in zip(self.total, row, strict=True)
-        ]
+        self.total = add(self.total, row)
         if self.halving:
             for total in self.total:
                 if total is not None:
@@ -134,6 +165,14 @@ class SumOnDevice:
 
     def drop(self) -> None:
         self.row = [None] * len(self.voters)
+
+
+def add(total: Buffers, row: Buffers) -> Buffers:
+    """total + row, in the memory of total; a part that it lacks is taken over from the row."""
+    pairs = [(s, g) for s, g in zip(total, row, strict=True) if s is not None and g is not None]
+    if pairs:
+        torch._foreach_add_([s for s, _ in pairs], [g for _, g in pairs])
+    return [wide(g) if s is None and g is not None else s for s, g in zip(total, row, strict=True)]
 
 
 def voting(row: Sequence[Tensor | None], voters: Sequence[bool]) -> Buffers:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gaf.arguments import ABOVE_0, real_number
 from gaf.decision import Decision, Evidence
 
 WINDOW = 100  # steps that the averages and the warning look back
@@ -58,6 +59,15 @@ class Outcome:
         return sum(map(math.isnan, self.distances))
 
     @property
+    def taken(self) -> int:
+        """Accepted rows that were present: `Mean` accepts absent ones too, and they count as absent."""
+        if not self.distances:
+            return sum(self.accepted)
+        return sum(
+            a and not math.isnan(d) for a, d in zip(self.accepted, self.distances, strict=True)
+        )
+
+    @property
     def compared(self) -> list[float]:
         """Distances of the rows that were compared with a running sum: all present ones but the start, whose own is 0."""
         return sorted(d for d in self.distances if not math.isnan(d))[1:]
@@ -97,7 +107,7 @@ class Recent:
         spread = math.sqrt(sum((n - mean) ** 2 for n in norms) / len(norms)) if norms else math.nan
         return cls(
             compared=len(outcome.compared),
-            accepted=max(sum(outcome.accepted) - 1, 0),
+            accepted=max(outcome.taken - 1, 0) if outcome.distances else 0,
             distance_sum=sum(outcome.compared),
             distance_min=min(outcome.compared, default=math.nan),
             dispersion=spread / mean if norms else math.nan,
@@ -123,7 +133,7 @@ class Telemetry:
 
     def record(self, outcome: Outcome, policy: Any, scale: float = 1.0) -> None:
         """Adds one step. policy: what decided, for the warnings. scale: what a GradScaler multiplied the rows by."""
-        k, accepted, absent = len(outcome.accepted), sum(outcome.accepted), outcome.absent
+        k, accepted, absent = len(outcome.accepted), outcome.taken, outcome.absent
         rejected = sum(
             not a and not math.isnan(d)
             for a, d in zip(outcome.accepted, outcome.distances, strict=False)
@@ -170,6 +180,8 @@ class Telemetry:
             warnings.warn(f"gaf: {message}", stacklevel=frames_inside() + 1)
 
     def stats(self, b: float = 1) -> dict[str, float]:
+        """See `gaf.Accumulator.stats`."""
+        b = real_number("stats: b", b, ABOVE_0, math.inf, "It counts the samples in a micro-batch.")
         recent = self.recent
         norm2, signal = total(r.norm2 for r in recent), total(r.signal for r in recent)
         noise = max(norm2 - signal, 0.0)
@@ -201,6 +213,16 @@ class Telemetry:
         return {"totals": dict(self.totals), "warned": sorted(self.warned)} | lately
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes back what `state_dict` gave.
+
+        Raises:
+            ValueError: for what is no such state.
+        """
+        wanted = self.state_dict().keys()
+        if not isinstance(state, dict) or not wanted <= state.keys():
+            found = sorted(map(str, state)) if isinstance(state, dict) else repr(state)
+            raise ValueError(f"gaf: the state of the counts must hold {', '.join(sorted(wanted))}; got {found}. "
+                             "Load what state_dict() of an Accumulator or a Handle gave, whole.")  # fmt: skip
         self.totals = dict(state["totals"])
         self.recent = deque((Recent(*r) for r in state["recent"]), maxlen=WINDOW)
         self.none_for, self.all_for = state["none_for"], state["all_for"]

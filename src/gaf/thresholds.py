@@ -9,23 +9,27 @@ and two that are noise alone have a cosine of mean 0 and variance 1 / d_eff, d_e
 takes the place of a number, `gaf.GAF(tau=gaf.SignalTau())`. It looks at the decisions of earlier steps only, at numbers that every
 rank has anyway: it costs no communication, is the same on all ranks, never asks the host for anything, and its state is one small
 vector on the rows' device, changed in place so that a captured CUDA graph may hold it.
+
+tau is of angles, and so is what they learn: each step's inner products count in units of that step's own mean |g_i|^2. A loss scale
+that a GradScaler moves, or a step of huge gradients, makes no difference to it.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from itertools import pairwise
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
 
 from gaf.agreement import noise_squared
+from gaf.arguments import ABOVE_0, is_number, real_number
 from gaf.sequential import Seen, present
 from gaf.shapes import Float64
 
 WINDOW = 50.0  # steps that averages look back
-ABOVE_0 = math.ulp(0)
+VERSION = 2  # of a state; in the first, inner products counted in the units of the rows
 RANGES = {  # of the arguments, whichever kind has them
     "kappa": (0, math.inf), "z": (0, math.inf), "p": (0, 1), "half_life": (ABOVE_0, math.inf), "margin": (-1, 1), "cap": (0, 2),
     "rate": (ABOVE_0, math.inf), "window": (1, math.inf), "initial": (0, 2), "tau": (0, 2),
@@ -41,13 +45,14 @@ class Threshold:
 
     # whether it learns from the rows' Gram matrix, so that they cannot stream by
     needs_gram: ClassVar[bool] = False
+    older_size: ClassVar[int] = 0  # of a state of the first version, where it was another
     _state: Tensor | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         for one in fields(self):
             value = getattr(self, one.name)
             if one.name in RANGES and not (value is None and one.default is None):
-                check(self, one.name, value)
+                setattr(self, one.name, checked_number(self, one.name, value))
 
     def first(self) -> list[float]:
         raise NotImplementedError
@@ -71,7 +76,7 @@ class Threshold:
     def state_on(self, device: torch.device) -> Float64[Tensor, " m"]:
         """What was learned, (m,): the one tensor that a step changes, in its place."""
         if self._state is None:
-            self._state = torch.tensor(self.first(), dtype=torch.float64)
+            self._state = torch.tensor(self.first(), dtype=torch.float64, device=device)
         if self._state.device != device:
             self._state = self._state.to(device)
         return self._state
@@ -80,24 +85,40 @@ class Threshold:
         return {
             "kind": type(self).__name__,
             "state": None if self._state is None else self._state.tolist(),
+            "version": VERSION,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes back what `state_dict` gave.
+        """Takes back what `state_dict` gave, also that of a version before, at the same tau.
 
         Raises:
             ValueError: for the state of another kind.
         """
-        if state["kind"] != type(self).__name__:
-            raise ValueError(f"{type(self).__name__}: the state must be of the same kind of threshold; it is of {state['kind']}. "
+        name, kind = type(self).__name__, state.get("kind") if isinstance(state, dict) else None
+        if kind != name:
+            raise ValueError(f"{name}: the state must be of the same kind of threshold; it is of {kind if kind else repr(state)}. "
                              "Build the policy as it was when it was saved.")  # fmt: skip
-        learned = torch.tensor(
-            self.first() if state["state"] is None else state["state"], dtype=torch.float64
-        )
+        vector = torch.tensor(self._numbers(state), dtype=torch.float64, device="cpu")
         if self._state is None:
-            self._state = learned
+            self._state = vector
         else:
-            self._state.copy_(learned)  # a captured graph may hold it
+            self._state.copy_(vector)  # a captured graph may hold it
+
+    def _numbers(self, state: dict[str, Any]) -> list[float]:
+        """What a saved state holds, as this version has it."""
+        numbers = state.get("state")
+        if numbers is None:
+            return self.first()
+        older = state.get("version", 1) < VERSION
+        size = self.older_size if older and self.older_size else len(self.first())
+        if not isinstance(numbers, list | tuple) or len(numbers) != size:
+            raise ValueError(f"{type(self).__name__}: the state must hold {size} numbers; it holds {numbers!r}. "
+                             "Load what state_dict() gave, whole.")  # fmt: skip
+        return self.from_first_version(list(numbers)) if older else list(numbers)
+
+    def from_first_version(self, state: list[float]) -> list[float]:
+        """The state that means the same, from one that was saved by the first version."""
+        return state
 
 
 def faded(total: Tensor, value: Tensor, window: float) -> Tensor:
@@ -116,7 +137,7 @@ class SignalTau(Threshold):
 
         tau = 1 - kappa E[cos]        E[cos] = b / (b + B) = |g|^2 / E|g_i|^2
 
-    both terms as averages over the last steps (a ratio of means). It needs no b. As memorising sets in B grows, and tau with it.
+    a ratio of means over the rows of a step, averaged over the last steps. It needs no b. As memorising sets in B grows, and tau with it.
 
     Args:
         kappa: share of the expected cosine that is asked for, at least 0. Higher filters more; 1 rejects about half.
@@ -132,15 +153,19 @@ class SignalTau(Threshold):
     initial: float = 1.0
 
     def first(self) -> list[float]:
-        return [0.0, 0.0]  # |g|^2 and E|g_i|^2
+        return [0.0, 0.0]  # the expected cosine, weight of the steps
 
     def rule(self, state: Float64[Tensor, " m"]) -> Float64[Tensor, ""]:
-        signal, norm2 = state
-        return torch.where(norm2 > 0, 1 - self.kappa * (signal / norm2).clamp(0, 1), self.initial)
+        cosine, steps = state
+        return torch.where(steps > 0, 1 - self.kappa * (cosine / steps).clamp(0, 1), self.initial)
 
     def after(self, state: Float64[Tensor, " m"], seen: Seen) -> Float64[Tensor, " m"]:
-        signal, norm2 = seen.signals.nanmean(), mean_norm2(seen)
-        return faded(state, torch.stack([signal, norm2 + 0 * signal]), self.window)  # both or none
+        cosine = seen.signals.nanmean() / mean_norm2(seen)
+        return faded(state, torch.stack([cosine, 1 + 0 * cosine]), self.window)  # both or none
+
+    def from_first_version(self, state: list[float]) -> list[float]:
+        signal, norm2 = state  # as much weight as many steps have
+        return [self.window * signal / norm2, self.window] if norm2 > 0 else self.first()
 
 
 @dataclass(eq=False)
@@ -152,6 +177,8 @@ class NoiseFloorTau(Threshold):
         tr(Sigma) / b      mean diagonal - mean off-diagonal of K
         tr(Sigma^2) / b^2  mean of (K_13 - K_14 - K_23 + K_24)^2 / 4 over quadruples of rows; with less than four the variance
                            over steps of K_12, which holds 2 g' Sigma g / b too
+
+    all over the present rows of a step, in units of their mean |g_i|^2, and averaged over the last steps.
 
     Rows that share a signal well above the floor pass; as soon as nothing but noise is left, none does. Keeps all k rows.
 
@@ -168,16 +195,16 @@ class NoiseFloorTau(Threshold):
     window: float = WINDOW
     initial: float = 1.0
     needs_gram: ClassVar[bool] = True
+    older_size: ClassVar[int] = 5
 
     def first(self) -> list[float]:
-        # weight of the steps, tr(Sigma) / b, tr(Sigma^2) / b^2 from quadruples; K_12 and its square
-        return [0.0] * 5
+        # weight of the steps, tr(Sigma) / b, K_12 and its square; weight of those with quadruples, tr(Sigma^2) / b^2
+        return [0.0] * 6
 
     def rule(self, state: Float64[Tensor, " m"]) -> Float64[Tensor, ""]:
-        steps, trace, quadruples, inner, square = state
-        square_trace = torch.where(
-            quadruples != 0, quadruples / steps, square / steps - (inner / steps) ** 2
-        )
+        steps, trace, inner, square, full, quadruples = state
+        variance = square / steps - (inner / steps) ** 2
+        square_trace = torch.where(full > 0, quadruples / full, variance)
         floor = (square_trace.clamp_min(0).sqrt() / (trace / steps)).clamp(0, 1)  # 1 / sqrt(d_eff)
         return torch.where(
             (steps > 0) & (trace > 0) & (square_trace > 0), 1 - self.z * floor, self.initial
@@ -185,16 +212,23 @@ class NoiseFloorTau(Threshold):
 
     def after(self, state: Float64[Tensor, " m"], seen: Seen) -> Float64[Tensor, " m"]:
         assert seen.gram is not None
-        K, k = seen.gram, len(seen.gram)
-        inner = (K.sum() - K.diagonal().sum()) / max(k * (k - 1), 1)
-        first = K[0, min(1, k - 1)]
-        quadruples = noise_squared(K) if k >= 4 else torch.zeros_like(inner)
-        known = torch.stack(
-            [torch.ones_like(inner), K.diagonal().mean() - inner, quadruples, first, first**2]
-        )
-        return faded(
-            state, torch.where(present(seen.norms2).all() & (k > 1), known, math.nan), self.window
-        )
+        sound = present(seen.norms2)
+        K = torch.where(sound & sound[:, None], seen.gram, 0.0) / mean_norm2(seen)
+        r, place = sound.sum(), sound.cumsum(0)
+        inner = (K.sum() - K.diagonal().sum()) / (r * (r - 1))
+        one, two = sound & (place == 1), sound & (place == 2)
+        first = torch.where(one & two[:, None], K, 0.0).sum()  # of the first two that are present
+        full = r >= 4
+        quadruples = torch.where(full, noise_squared(K, r), 0.0)
+        known = [torch.ones_like(inner), K.diagonal().sum() / r - inner, first, first**2, full.double(), quadruples]  # fmt: skip
+        return faded(state, torch.where(r > 1, torch.stack(known), math.nan), self.window)
+
+    def from_first_version(self, state: list[float]) -> list[float]:
+        steps, trace, quadruples, inner, square = state
+        if not (steps > 0 and trace > 0):
+            return self.first()
+        unit, full = trace / steps, steps if quadruples else 0.0
+        return [steps, steps, inner / unit, square / unit**2, full, quadruples / unit**2]
 
 
 @dataclass(eq=False)
@@ -279,7 +313,7 @@ class ScheduleTau(Threshold):
     """tau over the steps: straight lines between points, constant before the first and after the last. Every decision is one step.
 
     Args:
-        points: (step, tau) pairs with rising steps of at least 0 and tau in [0, 2].
+        points: (step, tau) pairs, or a dictionary {step: tau}, with rising steps of at least 0 and tau in [0, 2].
 
     Raises:
         ValueError: where the points are not such.
@@ -287,23 +321,21 @@ class ScheduleTau(Threshold):
     >>> tau = ScheduleTau([(0, 1.0), (1000, 0.8)])
     """
 
-    points: Sequence[tuple[float, float]]
+    points: Sequence[tuple[float, float]] | Mapping[float, float]
 
     def __post_init__(self) -> None:
-        self.points = [(float(step), float(tau)) for step, tau in self.points]
-        steps = [step for step, _ in self.points]
-        if not steps or min(steps) < 0 or any(a >= b for a, b in pairwise(steps)):
-            raise ValueError(f"ScheduleTau: points must be (step, tau) pairs whose steps rise from 0 or more; got {self.points}. "
-                             "[(0, 1.0), (1000, 0.8)] goes from 1 to 0.8 in a thousand steps.")  # fmt: skip
-        for _, tau in self.points:
-            check(self, "tau", tau)
+        self.points = [
+            (float(step), float(checked_number(self, "tau", tau)))
+            for step, tau in pairs_of(self.points)
+        ]
 
     def first(self) -> list[float]:
         return [0.0]
 
     def rule(self, state: Float64[Tensor, " m"]) -> Float64[Tensor, ""]:
-        tau = torch.full_like(state[0], self.points[0][1])
-        for (start, a), (end, b) in pairwise(self.points):
+        points = cast(list[tuple[float, float]], self.points)
+        tau = torch.full_like(state[0], points[0][1])
+        for (start, a), (end, b) in pairwise(points):
             tau = tau + (b - a) * ((state[0] - start) / (end - start)).clamp(0, 1)
         return tau
 
@@ -311,16 +343,21 @@ class ScheduleTau(Threshold):
         return state + 1
 
 
-def check(threshold: Threshold, name: str, value: Any) -> None:
-    low, high = RANGES[name]
-    if (
-        not isinstance(value, int | float)
-        or isinstance(value, bool)
-        or not low <= value <= high
-        or value == math.inf
-    ):
-        least = "above 0" if low == ABOVE_0 else f"of at least {low:g}"
-        most = f" and at most {high:g}" if high < math.inf else ""
-        raise ValueError(
-            f"{type(threshold).__name__}: {name} must be a number {least}{most}; got {value!r}. Leave it out for the default."
-        )
+def pairs_of(points: Any) -> list[tuple[float, Any]]:
+    """The (step, tau) pairs of a ScheduleTau, whose steps are numbers that rise."""
+    try:
+        pairs = [
+            (step, tau) for step, tau in (points.items() if isinstance(points, Mapping) else points)
+        ]
+    except (TypeError, ValueError):  # nothing to go through, or no pairs
+        pairs = []
+    numbers = all(is_number(step) and 0 <= step < math.inf for step, _ in pairs)
+    if not pairs or not numbers or any(a >= b for (a, _), (b, _) in pairwise(pairs)):
+        raise ValueError(f"ScheduleTau: points must be (step, tau) pairs whose steps rise from 0 or more; got {points!r}. "
+                         "[(0, 1.0), (1000, 0.8)] goes from 1 to 0.8 in a thousand steps.")  # fmt: skip
+    return pairs
+
+
+def checked_number(threshold: Threshold, name: str, value: Any) -> float:
+    subject = f"{type(threshold).__name__}: {name}"
+    return real_number(subject, value, *RANGES[name], "Leave it out for the default.")
