@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim import SGD
+from torch.utils.checkpoint import checkpoint
 
 import gaf
 from gaf.batchnorm import BatchNormStatistics
@@ -115,6 +116,33 @@ def test_statistics_that_are_no_batch_norms_are_refused() -> None:
         nn.Linear(5, 5), nn.InstanceNorm1d(5), nn.BatchNorm1d(5, track_running_stats=False)
     )
     made(without, 0.5)
+
+
+class Checkpointed(nn.Module):
+    """Runs its first layers again in the backward pass: two passes a micro-batch, as without GAF."""
+
+    def __init__(self, model: nn.Sequential) -> None:
+        super().__init__()
+        self.first, self.last = model[:3], model[3:]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(checkpoint(self.first, x, use_reentrant=False))
+
+
+@pytest.mark.parametrize("form", [nn.DataParallel, torch.fx.symbolic_trace, Checkpointed])
+def test_other_forms_of_a_model_keep_the_statistics_of_accepted_micro_batches(
+    form: Callable,
+) -> None:
+    model, saw = net(), net()
+    run, plain = form(model), form(saw)
+    for tau in (2.0, 0.0):
+        acc = gaf.Accumulator(SGD(run.parameters(), 0.0), gaf.GAF(tau), model=run, bn="accepted")
+        for x, y in batches():
+            acc.backward(cross_entropy(run(x), y))
+            if tau:
+                cross_entropy(plain(x), y).backward()
+        acc.step()
+        torch.testing.assert_close(list(run.buffers()), list(plain.buffers()), rtol=1e-5, atol=1e-6)
 
 
 # ----------------------------------------------------------------------------------------- what is written in between

@@ -1,5 +1,6 @@
 """gaf.Accumulator under what shards, wraps, compiles or takes gradients: it works, or says at once what to do instead."""
 
+import copy
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -205,6 +206,26 @@ def test_an_optimizer_that_has_the_hooks_of_the_one_inside_works() -> None:
         optimizer.step()
     acc.step()
     torch.testing.assert_close(p.detach(), 1 - ROWS.mean(0))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_fabric_sets_up_works_under_the_models_names() -> None:
+    fabric = pytest.importorskip("lightning.fabric").Fabric(accelerator="cpu", devices=1)
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 1))
+    plain = copy.deepcopy(model)
+    setup, optimizer = fabric.setup(model, SGD(model.parameters(), 0.1))
+    rows = torch.randn(3, 8, 4)
+    for net, stepper in ((setup, optimizer), (plain, SGD(plain.parameters(), 0.1))):
+        acc = gaf.Accumulator(
+            stepper, gaf.GAF(2.0), model=net, bn="accepted", leave_out=lambda name, p: name.startswith("0.")
+        )  # fmt: skip
+        for x in rows:
+            acc.backward(net(x).square().mean())
+        with pytest.raises(RuntimeError, match="must not be called while micro-gradients wait"):
+            stepper.step()
+        assert acc.step().stepped
+    for a, b in zip(model.state_dict().values(), plain.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b)
 
 
 # ----------------------------------------------------------------------------------------- names are the bare model's

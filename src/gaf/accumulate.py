@@ -175,11 +175,11 @@ class Accumulator:
             for hook in hooks:
                 hook.remove()
         missing = [p.requires_grad and not g for p, g in zip(self._params, rows.got, strict=True)]
-        if self._missing is None or (any(missing) and missing != self._missing):
+        if not taken or self._missing is None or (any(missing) and missing != self._missing):
             check_reentrant(loss)
-        if not taken:
-            raise_untouched(self._names)
-        self._missing = missing
+            if not taken:
+                raise_untouched(self._names)
+            self._missing = missing
         with torch.no_grad():
             rows.add()
 
