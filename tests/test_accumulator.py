@@ -757,15 +757,14 @@ def test_the_mean_of_large_float16_gradients_is_finite() -> None:
     assert p.grad.tolist() == [40_000, 0]
 
 
-def test_bfloat16_micro_gradients_are_added_as_plain_accumulation_adds_them() -> None:
-    """In bfloat16: one gradient-sized buffer more is the promise, and a float32 sum would be two."""
-    p, plain = vector(1, torch.bfloat16), torch.tensor([0.0], dtype=torch.bfloat16)
-    acc = gaf.Accumulator(SGD([p], 1e-4), gaf.GAF(2.0))
+@pytest.mark.parametrize("wrap", [lambda p: p, stacked], ids=["streamed", "stacked"])
+def test_half_precision_micro_gradients_are_added_up_in_float32(wrap: Callable) -> None:
+    """In bfloat16 256 + 1 is 256: fifteen rows would leave no trace."""
+    p = vector(1, torch.bfloat16)
+    acc = gaf.Accumulator(SGD([p], 1e-4), wrap(gaf.GAF(2.0)))
     feed(acc, p, [[256.0]] + [[1.0]] * 15)
-    for value in [256.0] + [1.0] * 15:
-        plain += value
     acc.decide()
-    assert p.grad.item() == (plain / 16).item()
+    assert p.grad.item() == torch.tensor(271 / 16).bfloat16().item()
 
 
 def test_the_model_may_change_its_dtype_between_macro_batches() -> None:

@@ -2,8 +2,9 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from sys import getrefcount
 from typing import Any, Literal
-from weakref import finalize, ref
+from weakref import WeakKeyDictionary, WeakSet, finalize, ref
 
 import torch
 from torch import Tensor, nn
@@ -13,20 +14,26 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from gaf.batchnorm import BatchNormStatistics
 from gaf.checks import (
+    check_loss,
     check_model,
     check_optimizers,
     check_parameters,
     check_policy,
     check_reentrant,
     check_scope,
+    check_state,
+    check_types,
+    check_voters,
     claim_scaler,
     layers_of,
     names_of,
+    raise_untouched,
     raise_unusable,
 )
 from gaf.combine import Policy
 from gaf.decision import Decision
 from gaf.gate import gate
+from gaf.placed import Placed
 from gaf.policies import own, skipped
 from gaf.rows import Layered, Stacked, Streamed, rows_for
 from gaf.telemetry import Outcome, Telemetry
@@ -44,21 +51,26 @@ class Accumulator:
         decision = acc.step()
 
     Do not divide the loss by k. After a skip, parameters and optimizer state are bitwise what they were. BatchNorm
-    statistics, random state and the position in the data are not taken back. Micro-gradients that stream add up in the
-    precision that they have, as in plain accumulation (float16 in float32); those that are kept, in float32 or wider.
+    statistics, random state and the position in the data are not taken back. Micro-gradients add up in float32 or wider:
+    float16 and bfloat16 rows in float32, so that a buffer takes twice a gradient's memory there.
+
+    An optimizer has one Accumulator whose micro-gradients wait: making a new one drops what waits in an older one, such
+    as one that was interrupted. A micro-batch that raises does not count, and the macro-batch goes on without it.
 
     Args:
         optimizer: any dense torch.optim optimizer, or several that share one decision.
         policy: `gaf.GAF(...)`, `gaf.Mean()`, or any callable from a Gram matrix to a Decision. With
             `GAF(start="first")` (the default), Mean and RandomSkip the micro-gradients are added up as they come:
             one gradient-sized buffer more than plain accumulation, whatever k. Others keep all k.
-        model: needed for bn="accepted"; also gives parameters their names in messages and in `leave_out`.
+        model: needed for bn="accepted"; also gives parameters their names in messages, in `layers` and in `leave_out`.
         scaler: a torch.amp.GradScaler. `backward` scales, `decide` unscales, `step` steps and updates it. An overflow
             makes the scale fall and nothing steps.
         bn: "all": BatchNorm's running statistics move with every micro-batch, as in the released code;
-            "accepted": only with accepted ones; run other forward passes of the model in evaluation mode then.
+            "accepted": only with accepted ones. Then each forward pass in training mode is followed by its backward(), and
+            other forward passes are in evaluation mode.
         leave_out: called with (name, parameter); where it is true, the parameter does not take part in the decision.
-            It is still updated, with the same weights.
+            It is still updated, with the same weights. Names are the model's without those of wrappers (torch.compile,
+            nn.DataParallel). It must be true for some parameter, and not for all.
 
     Raises:
         TypeError, ValueError: where an argument cannot be used; the message says what to use instead.
@@ -76,6 +88,7 @@ class Accumulator:
     ) -> None:
         self.optimizers = check_optimizers(optimizer, "Accumulator")
         self.policy = own(check_policy(policy, "Accumulator"))
+        check_types(model, scaler, leave_out)
         check_scope(policy, model, bn, leave_out)
         self.scaler = scaler if scaler is not None and scaler.is_enabled() else None
         self.last: Decision | None = None  # of the last step
@@ -85,7 +98,6 @@ class Accumulator:
         self._model, self._leave_out = model, leave_out
         self._names = names_of(self.optimizers, model)
         check_model(model, bn, self._names)
-        self._bn = BatchNormStatistics(model) if model is not None and bn == "accepted" else None
         self._params: list[nn.Parameter] = []
         self._spare: list[Tensor | None] = []  # buffers of the last macro-batch
         # which trainable parameters got no gradient when the graph was last looked at
@@ -95,10 +107,13 @@ class Accumulator:
         self._telemetry = Telemetry()
         # steps decided and steps taken by this object; unlike stats, not restored
         self._progress = (0, 0)
-        self._placed = False  # whether decide() has put an update into p.grad
+        self._placed = Placed(self.optimizers)  # what decide() has put into p.grad
         self._stepping = False  # whether an optimizer's step is this object's own
+        self._left_out = False  # whether leave_out was ever true
         check_parameters(self._names, self._parameters())
+        self._bn = BatchNormStatistics(model) if model is not None and bn == "accepted" else None
         for one in self.optimizers:
+            take_over(one, self)
             finalize(self, one.register_step_pre_hook(partial(refuse_step, ref(self))).remove)
 
     def backward(self, loss: Tensor, *, retain_graph: bool = False) -> None:
@@ -109,16 +124,20 @@ class Accumulator:
             retain_graph: as for torch's backward.
 
         Raises:
-            RuntimeError: between `decide()` and `step()`; where a parameter already holds a gradient from elsewhere; for
-                reentrant checkpointing.
-            TypeError: for a sparse gradient.
+            RuntimeError: between `decide()` and `step()`; where a parameter already holds a gradient from elsewhere, where none
+                gets one, or a hook takes one; for reentrant checkpointing; with bn="accepted" for a loss that is not of the
+                last forward pass.
+            TypeError, ValueError: for what is no loss of one number; for a sparse gradient.
         """
         if self._decided is not None:
             raise RuntimeError(
                 "Accumulator: backward() came after decide(); call step() first, it ends the macro-batch."
             )
+        check_loss(loss)
         if self.scaler is not None:
             claim_scaler(self.scaler, self)
+        if self._bn is not None:
+            self._bn.check(loss)
         rows = self._rows if self._rows is not None else self._begin()
         self._check_clean()
         try:
@@ -140,9 +159,7 @@ class Accumulator:
 
         def take(j: int, p: Tensor) -> None:  # autograd runs hooks without recording
             grad, p.grad = p.grad, None
-            if grad is None:
-                return
-            if j in taken or grad.layout != torch.strided:
+            if grad is None or j in taken or grad.layout != torch.strided:
                 raise_unusable(self._names[self._params[j]], grad)
             taken.add(j)
             rows.take(j, unshared(grad))
@@ -158,8 +175,10 @@ class Accumulator:
             for hook in hooks:
                 hook.remove()
         missing = [p.requires_grad and not g for p, g in zip(self._params, rows.got, strict=True)]
-        if self._missing is None or (any(missing) and missing != self._missing):
+        if not taken or self._missing is None or (any(missing) and missing != self._missing):
             check_reentrant(loss)
+            if not taken:
+                raise_untouched(self._names)
             self._missing = missing
         with torch.no_grad():
             rows.add()
@@ -191,40 +210,63 @@ class Accumulator:
         if isinstance(rows, Layered):
             self.layers = dict(zip(self._parts(), rows.decisions, strict=True))
         outcome = Outcome.fetch(decision, evidence)
-        overflow = self.scaler is not None and any(
-            n != n or n == float("inf") for n in outcome.norms2
+        scale = 1.0 if self.scaler is None else self.scaler.get_scale()
+        # a scale of 0 is what overflows in a row have left: nothing can be unscaled
+        overflow = self.scaler is not None and (
+            scale == 0 or any(n != n or n == float("inf") for n in outcome.norms2)
         )
-        if overflow and outcome.stepped:
-            decision = skipped(decision)
-            outcome = Outcome.fetch(decision, evidence)
+        if overflow:
+            decision, outcome = self._not_stepped(decision, outcome)
         if outcome.stepped:
             for p, grad in zip(self._params, rows.update(outcome.weights), strict=True):
-                p.grad = None if grad is None else grad.to(p.dtype)
-        self._placed = any(map(has_gradients, self.optimizers))
+                p.grad = None if grad is None else grad.to(grad_dtype(p) or grad.dtype)
         self._spare = rows.spare
         self._rows = None
         self._unscale(overflow)
-        self._settle(outcome)
+        self._placed.note()
+        self._settle(outcome, scale)
         return decision
+
+    def _not_stepped(self, decision: Decision, outcome: Outcome) -> tuple[Decision, Outcome]:
+        """The same evidence, no step, in any layer."""
+        self.layers = {name: skipped(one) for name, one in self.layers.items()}
+        return skipped(decision), outcome.skipped()
 
     def step(self) -> Decision:
         """Steps the optimizer, or leaves it exactly as it was; then clears the gradients and ends the macro-batch.
 
+        An exception ends the macro-batch too. `stats`, `last`, `outcome`, `layers` and gated schedulers then show a step that was
+        not taken; what the policy and BatchNorm took from the decision stays, and so does what the optimizer had done by then.
+
         Raises:
-            RuntimeError: where no backward() came before; where the update is gone that decide() left.
+            RuntimeError: where no backward() came before; where the update, or a part of it, is gone that decide() left.
         """
-        decision = self.decide()
-        gone = self._placed and not any(map(has_gradients, self.optimizers))
-        if self.outcome is not None and self.outcome.stepped and not gone:
-            self._step()
+        self.last = self.decide()
+        try:
+            if self.outcome is not None and self.outcome.stepped:
+                self._placed.check(self._names)
+                self._step()
+        except BaseException:
+            self._take_back()
+            raise
+        finally:
+            self._end()
+        return self.last
+
+    def _take_back(self) -> None:
+        """The step that was decided is not taken: what has been counted of it is a skip."""
+        assert self.last is not None
+        assert self.outcome is not None
+        self._telemetry.take_back(self.outcome)
+        self._progress = (self._progress[0], self._progress[1] - self.outcome.stepped)
+        self.last, self.outcome = self._not_stepped(self.last, self.outcome)
+
+    def _end(self) -> None:
+        """Ends the macro-batch after its decision."""
+        self._clear()
+        self._decided = None
         if self.scaler is not None:
             self.scaler.update()
-        self._clear()
-        self.last, self._decided = decision, None
-        if gone:
-            raise RuntimeError("Accumulator: the update that decide() put into p.grad must still be there; it was gone, and no step was "
-                               "taken. Leave out zero_grad(): step() clears the gradients itself.")  # fmt: skip
-        return decision
 
     def _step(self) -> None:
         self._stepping = True
@@ -252,6 +294,15 @@ class Accumulator:
             self._bn.begin()
         self._rows = None
         self._clear()
+
+    def _give_way(self) -> None:
+        """Another Accumulator was made for the optimizer: what waits in this one, interrupted and kept by a traceback, is dropped."""
+        if self._decided is not None:
+            self.last = self._decided
+            self._take_back()
+            self._end()
+        elif self._rows is not None:
+            self.discard()
 
     @property
     def waiting(self) -> bool:
@@ -299,11 +350,13 @@ class Accumulator:
 
         Raises:
             RuntimeError: where micro-gradients wait for their step().
+            ValueError: for what is no such state, or that of another policy; nothing is taken then.
         """
         self._check_idle("load_state_dict()")
-        self._telemetry.load_state_dict(state["telemetry"])
+        check_state(state)
         if hasattr(self.policy, "load_state_dict"):
             self.policy.load_state_dict(state["policy"])
+        self._telemetry.load_state_dict(state["telemetry"])
 
     def _check_idle(self, call: str) -> None:
         if self.waiting:
@@ -330,13 +383,10 @@ class Accumulator:
         self._params = params
         self._check_clean()
         voters = [self._leave_out is None or not self._leave_out(self._names[p], p) for p in params]
-        if all(voters) and self._leave_out is not None and self._model is None:
-            raise ValueError("Accumulator: leave_out must be true for at least one parameter; it is for none, and without model= it "
-                             f"is given names such as {self._names[params[0]]!r}. Pass model= for the model's own names.")  # fmt: skip
-        if not any(voters):
-            raise ValueError(
-                "Accumulator: leave_out must leave at least one parameter to decide on; it is true for all of them."
-            )
+        self._left_out = self._left_out or not all(voters)
+        check_voters(
+            voters, params, self._names, self._leave_out is None or self._left_out, self._model
+        )
         self._rows = self._holder(voters, params[0].device)
         self._spare = [None] * len(params)
         return self._rows
@@ -384,18 +434,30 @@ class Accumulator:
                 )
                 if probe is None:
                     continue
-                probe.grad = torch.full_like(probe, float("inf") if overflow else 0.0)
+                probe.grad = torch.full_like(
+                    probe, float("inf") if overflow else 0.0, dtype=grad_dtype(probe)
+                )
                 self.scaler.unscale_(optimizer)
                 probe.grad = None
 
-    def _settle(self, outcome: Outcome) -> None:
+    def _settle(self, outcome: Outcome, scale: float) -> None:
         self.outcome = outcome
         self._progress = (self._progress[0] + 1, self._progress[1] + outcome.stepped)
-        scale = 1.0 if self.scaler is None else self.scaler.get_scale()
         self._telemetry.record(outcome, self.policy, scale=scale)
         if self._bn is not None:
             self._bn.settle(outcome.accepted)
             self._bn.begin()
+
+
+_users: WeakKeyDictionary[Optimizer, "WeakSet[Accumulator]"] = WeakKeyDictionary()
+
+
+def take_over(optimizer: Optimizer, user: Accumulator) -> None:
+    """Makes `user` the one whose micro-gradients wait: what waits in an older Accumulator of the optimizer is dropped."""
+    users = _users.setdefault(optimizer, WeakSet())
+    for older in users:
+        older._give_way()
+    users.add(user)
 
 
 def refuse_step(user: "ref[Accumulator]", optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -407,9 +469,28 @@ def refuse_step(user: "ref[Accumulator]", optimizer: Optimizer, args: Any, kwarg
 
 
 def unshared(grad: Tensor) -> Tensor:
-    """A gradient that may be written over: autograd can hand out one whose memory another tensor has too."""
+    """A gradient that may be written over: autograd can hand out one whose memory another tensor has too, and a hook can keep it."""
+    kept = getrefcount(grad) > ALONE
     shared = torch._C._storage_Use_Count(grad.untyped_storage()._cdata) > 2
-    return grad.clone() if shared else grad
+    return grad.clone() if kept or shared else grad
+
+
+def references(grad: Tensor) -> int:
+    return getrefcount(grad)
+
+
+def references_to_one_alone() -> int:
+    """What `unshared` counts for a tensor that its caller alone holds: how many that is, depends on the version of Python."""
+    grad = torch.empty(0, device="cpu")
+    return references(grad)
+
+
+ALONE = references_to_one_alone()
+
+
+def grad_dtype(p: Tensor) -> torch.dtype | None:
+    """What p.grad must have; None for any."""
+    return getattr(p, "grad_dtype", p.dtype)
 
 
 def has_gradients(optimizer: Optimizer) -> bool:

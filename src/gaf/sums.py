@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gaf.gram import has_float64, inner_products, quick_products
+from gaf.gram import HALF, has_float64, inner_products, quick_products
 from gaf.shapes import Bool, Float64
 
 Buffers = list[Tensor | None]  # one per parameter
@@ -64,7 +64,7 @@ class SumOnCpu:
 
     def measure(self) -> tuple[Float64[Tensor, ""], Float64[Tensor, ""]]:
         """<s, g> and |g|^2 of the row that was taken."""
-        found = torch.tensor([self.inner, self.own], dtype=torch.float64)
+        found = torch.tensor([self.inner, self.own], dtype=torch.float64, device=self.device)
         self.inner = self.own = 0.0
         return found[0], found[1]
 
@@ -107,8 +107,8 @@ class SumOnCpu:
 
 
 def wide(grad: Tensor) -> Tensor:
-    """float16 is added up in float32: its sums leave its range where their mean does not."""
-    return grad.float() if grad.dtype == torch.float16 else grad
+    """Half precision is added up in float32: float16's sums leave its range where their mean does not, and bfloat16's lose rows."""
+    return grad.float() if grad.dtype in HALF else grad
 
 
 def alike(a: Tensor, b: Tensor) -> bool:

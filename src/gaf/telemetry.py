@@ -54,6 +54,15 @@ class Outcome:
         """The same where no row was looked at, as in a plain all-reduce: nothing is known of distances and norms."""
         return replace(self, distances=[], norms2=[])
 
+    def skipped(self) -> "Outcome":
+        """The same evidence, no step."""
+        return replace(
+            self,
+            stepped=False,
+            accepted=[False] * len(self.accepted),
+            weights=[0.0] * len(self.weights),
+        )
+
     @property
     def absent(self) -> int:
         return sum(map(math.isnan, self.distances))
@@ -102,6 +111,9 @@ class Recent:
 
     @classmethod
     def of(cls, outcome: Outcome, scale: float) -> "Recent":
+        scale = (
+            scale or math.nan
+        )  # 0, where overflows have eaten it up: then nothing is known of norms
         norms = [math.sqrt(n) / scale for n in outcome.norms2 if 0 < n < math.inf]
         mean = sum(norms) / len(norms) if norms else math.nan
         spread = math.sqrt(sum((n - mean) ** 2 for n in norms) / len(norms)) if norms else math.nan
@@ -146,6 +158,17 @@ class Telemetry:
         self.recent.append(Recent.of(outcome, scale))
         if not math.isnan(outcome.tau):
             self._warn(outcome, self.recent[-1], policy)
+
+    def take_back(self, outcome: Outcome) -> None:
+        """The last step recorded turned out not to be taken: its accepted rows count as rejected."""
+        accepted = sum(outcome.accepted)
+        for key, change in (
+            ("stepped", outcome.stepped),
+            ("accepted", accepted),
+            ("rejected", -accepted),
+        ):
+            self.totals[key] -= int(change)
+        self.recent[-1] = replace(self.recent[-1], accepted=0)
 
     def _warn(self, outcome: Outcome, step: Recent, policy: Any) -> None:
         if len(outcome.accepted) == 1 and outcome.stepped:
