@@ -94,7 +94,7 @@ def object_of(tensor: Tensor, size: int, group: Any = None) -> Any:
 
 
 def spawned(options: Options, part: Callable[[Options], Iterator[Line]]) -> Iterator[Line]:
-    """Two ranks. Rank 0's lines, and what failed elsewhere, go out by their own standard output, so that none is lost where a process hangs."""
+    """Rank 0's lines, and what failed elsewhere, go out by their own standard output: none is lost where a process hangs."""
     store = dist.TCPStore(HOST, 0, is_master=True, wait_for_workers=False)  # at any free port
     torch.multiprocessing.spawn(of_rank, (options, part, store.port), nprocs=2)
     yield from ()

@@ -60,6 +60,7 @@ class GAFCallback(pl.Callback):
         self.options = options
         self.decider: Accumulator | Handle | None = None
         self._one: OneDevice | None = None
+        self._logged = 0  # steps, when metrics were logged last
         # Lightning restores callbacks before there is an optimizer
         self._loaded: dict[str, Any] | None = None
 
@@ -84,10 +85,11 @@ class GAFCallback(pl.Callback):
             self._one = OneDevice(trainer, pl_module, self.decider)
         for config in trainer.lr_scheduler_configs:
             if is_per_step(config):
-                gate(config.scheduler, Progress(self.decider))
+                gate(config.scheduler, Progress(self.decider, config.scheduler))
         if self._loaded is not None:
             self.decider.load_state_dict(self._loaded)
             self._loaded = None
+        self._logged = self.decider._telemetry.totals["steps"]
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._one is not None:
@@ -99,11 +101,15 @@ class GAFCallback(pl.Callback):
                           f"{type(pl_module).__name__} must call optimizer.step(closure) of the optimizer that it is given.",
                           stacklevel=2)  # fmt: skip
 
-    def on_before_optimizer_step(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any, **kwargs: Any
     ) -> None:
-        if self.decider is not None:
-            pl_module.log_dict(metrics(self.decider, self.b))
+        if self.decider is None or self._logged == (
+            steps := self.decider._telemetry.totals["steps"]
+        ):
+            return
+        self._logged = steps
+        pl_module.log_dict(metrics(self.decider, self.b))
 
     def state_dict(self) -> dict[str, Any]:
         if self.decider is None:
@@ -201,11 +207,16 @@ class Progress:
     """What a gate asks. Lightning moves a scheduler after every batch that ends a macro-batch, also where no step came of it:
     where nothing was decided, there was no skip, and the scheduler moves as it would without a filter."""
 
-    def __init__(self, decider: Accumulator | Handle) -> None:
-        self.decider, self.seen, self.idle = decider, -1, 0
+    def __init__(self, decider: Accumulator | Handle, scheduler: LRScheduler) -> None:
+        self.steps: Callable[[], tuple[int, int]] = (
+            decider._progress_of(scheduler)
+            if isinstance(decider, Handle)
+            else lambda: decider._progress
+        )
+        self.seen, self.idle = -1, 0
 
     def __call__(self) -> tuple[int, int]:
-        decided, taken = self.decider._progress
+        decided, taken = self.steps()
         self.idle += decided == self.seen
         self.seen = decided
         return decided + self.idle, taken + self.idle
