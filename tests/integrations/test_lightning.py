@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import gaf
 
 pl = pytest.importorskip("lightning.pytorch")
+from lightning.fabric import Fabric  # noqa: E402
 from lightning.pytorch.callbacks import ModelCheckpoint  # noqa: E402
 from lightning.pytorch.loggers import CSVLogger  # noqa: E402
 from lightning.pytorch.plugins import MixedPrecision, Precision  # noqa: E402
@@ -657,6 +658,27 @@ def test_numpy_numbers_are_numbers():
     callback = GAFCallback(gaf.GAF(tau=2), b=np.int64(20))
     fitted([callback], epochs=1)
     assert callback.b == 20.0
+
+
+def test_fabrics_model_and_optimizer_are_taken_as_the_bare_ones():
+    """In one process; `acc.backward` takes the place of `fabric.backward`."""
+    ends = []
+    for wrap in (True, False):
+        model = nn.Sequential(network(), nn.BatchNorm1d(5))
+        optimizer = SGD(model.parameters())
+        if wrap:
+            made = Fabric(accelerator="cpu", devices=1).setup(model, optimizer)
+        wrapped, stepped = made if wrap else (model, optimizer)
+        acc = gaf.Accumulator(stepped, gaf.GAF(tau=TAU), model=wrapped, bn="accepted")
+        for i, (x, y) in enumerate(
+            zip(*(part.split(BATCH) for part in samples(SAMPLES)), strict=True)
+        ):
+            acc.backward(cross_entropy(wrapped(x), y))
+            if i % K == K - 1:
+                acc.step()
+        ends.append((flat(model), model[1].running_mean, acc.stats()))
+    assert torch.equal(ends[0][0], ends[1][0]) and torch.equal(ends[0][1], ends[1][1])
+    assert ends[0][2] == ends[1][2] and 0 < ends[0][2]["stepped"] < ends[0][2]["steps"]
 
 
 # ---------------------------------------------------------------------------------------------- two ranks
