@@ -782,3 +782,28 @@ def bn_on_a_rank() -> None:
 @pytest.mark.distributed
 def test_an_option_of_one_device_is_refused_among_ranks(pair):
     pair.run(bn_on_a_rank)
+
+
+def overflowing_on_a_rank(policy: Any) -> tuple[int, int, float]:
+    """float16 with a scale that is too large at first: Lightning's own schedule would move with every batch."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**20)
+    plugins = [MixedPrecision("16-mixed", "cpu", scaler=scaler), LightningEnvironment()]
+    run = trainer(
+        [GAFCallback(policy)],
+        k=1,
+        devices=2,
+        epochs=1,
+        strategy="ddp",
+        plugins=plugins,
+        limit_train_batches=20,
+    )
+    run.fit(Module())
+    return run.lr_scheduler_configs[0].scheduler.last_epoch, run.global_step, scaler.get_scale()
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("policy", [gaf.GAF(tau=2), gaf.Mean()], ids=["GAF", "Mean"])
+def test_a_schedule_stands_still_on_overflows_among_ranks(pair, policy):
+    (moved, steps, scale), other = pair.run(overflowing_on_a_rank, policy)
+    assert (moved, steps, scale) == other
+    assert steps == 20 and 0 < math.log2(2.0**20 / scale) == steps - moved < 20

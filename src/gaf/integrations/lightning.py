@@ -59,6 +59,7 @@ class GAFCallback(pl.Callback):
         self.policy, self.b = check_policy(policy, "GAFCallback"), check_b(b, "GAFCallback")
         self.options = options
         self.decider: Accumulator | Handle | None = None
+        self._steps: Steps | None = None
         self._one: OneDevice | None = None
         self._logged = 0  # steps, when metrics were logged last
         # Lightning restores callbacks before there is an optimizer
@@ -78,14 +79,15 @@ class GAFCallback(pl.Callback):
                 scaler=scaler,
                 **self.options,
             )
+            self._steps = Steps(trainer.strategy)
         else:
             self.decider = Accumulator(
                 trainer.optimizers, self.policy, model=pl_module, scaler=scaler, **self.options
             )
-            self._one = OneDevice(trainer, pl_module, self.decider)
+            self._steps = self._one = OneDevice(trainer, pl_module, self.decider)
         for config in trainer.lr_scheduler_configs:
             if is_per_step(config):
-                gate(config.scheduler, Progress(self.decider, config.scheduler))
+                gate(config.scheduler, Progress(self.decider, self._steps, config.scheduler))
         if self._loaded is not None:
             self.decider.load_state_dict(self._loaded)
             self._loaded = None
@@ -128,38 +130,59 @@ class GAFCallback(pl.Callback):
         self._release()
 
     def _release(self) -> None:
-        if self._one is not None:
-            self._one.restore()
-        elif isinstance(self.decider, Handle):
+        if self._steps is not None:
+            self._steps.restore()
+        if isinstance(self.decider, Handle):
             self.decider.detach()
 
 
-class OneDevice:
-    """Stands in for a strategy's backward pass and optimizer step, until `restore`.
+class Steps:
+    """Stands in for a strategy's optimizer step, and counts, until `restore`.
 
     Attributes:
-        rows: micro-gradients seen.
+        asked: steps that there was something to decide on for; a module may clear gradients without asking for one.
     """
 
-    def __init__(self, trainer: pl.Trainer, module: pl.LightningModule, acc: Accumulator) -> None:
-        self.trainer, self.module, self.acc, self.rows = trainer, module, acc, 0
-        self._before = acc.state_dict()
+    def __init__(self, strategy: Any) -> None:
+        self.asked, self._step = 0, strategy.optimizer_step
         self._replaced: list[Any] = []
-        self._replace(trainer.strategy, backward=self.backward, optimizer_step=self.optimizer_step)
-        optimizers: list[Any] = [*trainer.optimizers, *trainer.strategy._lightning_optimizers]
-        for one in optimizers:
-            self._replace(one, zero_grad=partial(self.zero_grad, one.zero_grad))
+        self._replace(strategy, optimizer_step=self.optimizer_step)
 
     def _replace(self, thing: Any, **methods: Any) -> None:
         vars(thing).update(methods)
         self._replaced += [(thing, name) for name in methods]
 
     def restore(self) -> None:
-        """Gives Lightning's own methods back. Micro-gradients that wait are dropped."""
-        self._before = self.settled()
+        """Gives Lightning's own methods back."""
         while self._replaced:
             thing, name = self._replaced.pop()
             vars(thing).pop(name, None)
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> Any:
+        self.asked += 1
+        return self._step(*args, **kwargs)
+
+
+class OneDevice(Steps):
+    """Stands in for the backward pass too: the Accumulator's.
+
+    Attributes:
+        rows: micro-gradients seen.
+    """
+
+    def __init__(self, trainer: pl.Trainer, module: pl.LightningModule, acc: Accumulator) -> None:
+        super().__init__(trainer.strategy)
+        self.trainer, self.module, self.acc, self.rows = trainer, module, acc, 0
+        self._before = acc.state_dict()
+        self._replace(trainer.strategy, backward=self.backward)
+        optimizers: list[Any] = [*trainer.optimizers, *trainer.strategy._lightning_optimizers]
+        for one in optimizers:
+            self._replace(one, zero_grad=partial(self.zero_grad, one.zero_grad))
+
+    def restore(self) -> None:
+        """Micro-gradients that wait are dropped."""
+        self._before = self.settled()
+        super().restore()
         self.acc._decided = None  # where an exception came between decision and step
         self.acc.discard()
 
@@ -197,6 +220,7 @@ class OneDevice:
         result, precision = closure(), self.trainer.precision_plugin
         if not self.acc.waiting:  # every training_step gave None: Lightning steps without gradients
             return precision.optimizer_step(optimizer, model=self.module, closure=lambda: result)
+        self.asked += 1
         self.acc.decide()
         precision._after_closure(self.module, optimizer)
         self.acc.step()
@@ -204,21 +228,21 @@ class OneDevice:
 
 
 class Progress:
-    """What a gate asks. Lightning moves a scheduler after every batch that ends a macro-batch, also where no step came of it:
-    where nothing was decided, there was no skip, and the scheduler moves as it would without a filter."""
+    """What a gate asks. Lightning moves a scheduler after every batch that ends a macro-batch, also where no step was asked for:
+    there was no skip then, and the scheduler moves as it would without a filter."""
 
-    def __init__(self, decider: Accumulator | Handle, scheduler: LRScheduler) -> None:
-        self.steps: Callable[[], tuple[int, int]] = (
+    def __init__(self, decider: Accumulator | Handle, steps: Steps, scheduler: LRScheduler) -> None:
+        self.steps, self.seen, self.idle = steps, -1, 0
+        self.progress: Callable[[], tuple[int, int]] = (
             decider._progress_of(scheduler)
             if isinstance(decider, Handle)
             else lambda: decider._progress
         )
-        self.seen, self.idle = -1, 0
 
     def __call__(self) -> tuple[int, int]:
-        decided, taken = self.steps()
-        self.idle += decided == self.seen
-        self.seen = decided
+        self.idle += self.steps.asked == self.seen
+        self.seen = self.steps.asked
+        decided, taken = self.progress()
         return decided + self.idle, taken + self.idle
 
 
