@@ -23,12 +23,9 @@ def digits() -> tuple[TensorDataset, torch.Tensor, torch.Tensor]:
     """1,200 pictures of which 480 carry another digit's label, and 597 clean ones to test on."""
     x, y = (torch.tensor(part) for part in load_digits(return_X_y=True))
     x, rng = (x / 16).float(), torch.Generator().manual_seed(0)
-    order = torch.randperm(len(x), generator=rng)
-    train, test = order[:1200], order[1200:]
-    wrong = torch.arange(1200) < 480
-    labels = torch.where(
-        wrong, (y[train] + torch.randint(1, 10, (1200,), generator=rng)) % 10, y[train]
-    )
+    train, test = torch.randperm(len(x), generator=rng).split(1200)
+    others = (y[train] + torch.randint(1, 10, (1200,), generator=rng)) % 10
+    labels = torch.where(torch.arange(1200) < 480, others, y[train])
     return TensorDataset(x[train], labels), x[test], y[test]
 
 

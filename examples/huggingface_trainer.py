@@ -10,7 +10,6 @@ import tempfile
 import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from transformers import Trainer, TrainingArguments, set_seed
 
 import gaf
@@ -26,27 +25,19 @@ class Net(nn.Module):
 
     def forward(self, pixels: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
         logits = self.layers(pixels)
-        return {"logits": logits} | (
-            {} if labels is None else {"loss": cross_entropy(logits, labels)}
-        )
+        loss = {} if labels is None else {"loss": nn.functional.cross_entropy(logits, labels)}
+        return {"logits": logits} | loss
 
 
 def digits() -> tuple[list[dict[str, Tensor]], Tensor, Tensor]:
     """1,200 pictures of which 480 carry another digit's label, and 597 clean ones to test on."""
     x, y = (torch.tensor(part) for part in load_digits(return_X_y=True))
     x, rng = (x / 16).float(), torch.Generator().manual_seed(0)
-    order = torch.randperm(len(x), generator=rng)
-    train, test = order[:1200], order[1200:]
-    labels = torch.where(
-        torch.arange(1200) < 480,
-        (y[train] + torch.randint(1, 10, (1200,), generator=rng)) % 10,
-        y[train],
-    )
-    return (
-        [{"pixels": p, "labels": label} for p, label in zip(x[train], labels, strict=True)],
-        x[test],
-        y[test],
-    )
+    train, test = torch.randperm(len(x), generator=rng).split(1200)
+    others = (y[train] + torch.randint(1, 10, (1200,), generator=rng)) % 10
+    labels = torch.where(torch.arange(1200) < 480, others, y[train])
+    pairs = zip(x[train], labels, strict=True)
+    return [{"pixels": pixels, "labels": label} for pixels, label in pairs], x[test], y[test]
 
 
 def train(policy: gaf.GAF | None) -> None:
@@ -60,14 +51,8 @@ def train(policy: gaf.GAF | None) -> None:
         trainer = Trainer(**parts) if policy is None else GAFTrainer(**parts, gaf_policy=policy)
         trainer.train()
     accuracy = (trainer.model(test_x)["logits"].argmax(1) == test_y).float().mean().item()
-    told = {
-        key: round(value, 3)
-        for log in trainer.state.log_history
-        for key, value in log.items()
-        if key.startswith("gaf/")
-    }
-    if trainer.is_world_process_zero():
-        print(f"{'averaging' if policy is None else 'GAF'}: accuracy {accuracy:.3f}", told)
+    told = {k: round(v, 3) for k, v in trainer.state.log_history[-2].items() if "gaf/" in k}
+    trainer.accelerator.print(f"{'GAF' if policy else 'averaging'}: accuracy {accuracy:.3f}", told)
 
 
 if __name__ == "__main__":

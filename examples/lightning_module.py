@@ -6,8 +6,7 @@ pip install gaf lightning scikit-learn; python examples/lightning_module.py
 import lightning.pytorch as pl
 import torch
 from sklearn.datasets import load_digits
-from torch import nn
-from torch.nn.functional import cross_entropy
+from torch import nn, optim
 from torch.utils.data import DataLoader, TensorDataset
 
 import gaf
@@ -20,12 +19,9 @@ def digits() -> tuple[TensorDataset, torch.Tensor, torch.Tensor]:
     """1,200 pictures of which 480 carry another digit's label, and 597 clean ones to test on."""
     x, y = (torch.tensor(part) for part in load_digits(return_X_y=True))
     x, rng = (x / 16).float(), torch.Generator().manual_seed(0)
-    order = torch.randperm(len(x), generator=rng)
-    train, test = order[:1200], order[1200:]
-    wrong = torch.arange(1200) < 480
-    labels = torch.where(
-        wrong, (y[train] + torch.randint(1, 10, (1200,), generator=rng)) % 10, y[train]
-    )
+    train, test = torch.randperm(len(x), generator=rng).split(1200)
+    others = (y[train] + torch.randint(1, 10, (1200,), generator=rng)) % 10
+    labels = torch.where(torch.arange(1200) < 480, others, y[train])
     return TensorDataset(x[train], labels), x[test], y[test]
 
 
@@ -35,36 +31,23 @@ class Digits(pl.LightningModule):
         self.net = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 10))
 
     def training_step(self, batch: list[torch.Tensor], index: int) -> torch.Tensor:
-        return cross_entropy(self.net(batch[0]), batch[1])
+        return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
 
-    def configure_optimizers(self) -> dict[str, object]:
-        optimizer = torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
-        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.999)
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
-        }
+    def configure_optimizers(self) -> tuple[list[object], list[object]]:
+        sgd = optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+        return [sgd], [{"scheduler": optim.lr_scheduler.StepLR(sgd, 1, 0.999), "interval": "step"}]
 
 
 def train(policy: gaf.GAF | None) -> None:
     pl.seed_everything(0)
     data, test_x, test_y = digits()
     callbacks = [] if policy is None else [GAFCallback(policy, b=B)]
-    shown = {
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-    }
-    model = Digits()
+    shown = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+    options = dict.fromkeys(shown, False) | {"accelerator": "cpu", "devices": 1}
     trainer = pl.Trainer(
-        accelerator="cpu",
-        devices=1,
-        max_epochs=EPOCHS,
-        accumulate_grad_batches=K,
-        callbacks=callbacks,
-        **shown,
+        max_epochs=EPOCHS, accumulate_grad_batches=K, callbacks=callbacks, **options
     )
+    model = Digits()
     trainer.fit(model, DataLoader(data, batch_size=B, shuffle=True))
     accuracy = (model.net(test_x).argmax(1) == test_y).float().mean().item()
     told = {key: round(value.item(), 3) for key, value in trainer.callback_metrics.items()}

@@ -26,6 +26,7 @@ LONG = (
     "test_parallel",
     "test_demo",
     "test_train",
+    "test_gpu_benchmark",
 )
 
 

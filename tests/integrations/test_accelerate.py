@@ -330,6 +330,117 @@ def test_a_loop_that_goes_past_it_is_told():
         loop.accelerator.backward(mean_loss(loop.model, samples(BATCH)))
 
 
+@pytest.mark.parametrize(("options", "message"), [
+    ({"create_graph": True}, r"got create_graph. .* For a gradient penalty take torch.autograd.grad\(..., create_graph=True\)"),
+    ({"gradient": torch.ones(())}, r"got gradient. Give a scalar loss: \(loss \* gradient\).sum\(\)."),
+    ({"inputs": [torch.ones(2)]}, r"got inputs. Freeze the parameters that are to get no gradient with requires_grad_\(False\)."),
+    ({"learning_rate": 0.1}, r"got learning_rate. An optimizer that steps in the backward pass \(LOMO\) .* use another."),
+    ({"scale_wrt_gas": True}, r"got scale_wrt_gas. Leave it out."),
+])  # fmt: skip
+def test_other_options_of_backward_are_refused_and_leave_no_trace(options, message):
+    loop, plain = Loop(gaf.GAF(2.0)), Loop()
+    with pytest.raises(TypeError, match=f"accelerate.attach: in one process .* at most; {message}"):
+        loop.accelerator.backward(mean_loss(loop.model, samples(BATCH)), **options)
+    close(loop.run(stop=K).model, plain.run(stop=K).model)
+
+
+def test_options_of_backward_that_change_nothing_are_taken_and_a_graph_can_be_kept():
+    loop = Loop(gaf.GAF(2.0), k=2)
+    loss = mean_loss(loop.model, samples(BATCH))
+    for retain_graph in (True, None):
+        with loop.accelerator.accumulate(loop.model):
+            loop.accelerator.backward(
+                loss, retain_graph=retain_graph, create_graph=False, inputs=None
+            )
+            loop.optimizer.step()
+    assert loop.handle.last.distances.tolist() == pytest.approx([0, 0], abs=1e-6)
+    assert loop.handle.stats()["accepted"] == 2
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("loss", [1.0, [torch.ones(())], {"loss": torch.ones(())}, None])
+def test_a_loss_that_is_no_tensor_is_refused(loss):
+    loop = Loop(gaf.GAF(2.0))
+    message = f"accelerator.backward must be given the loss as a tensor; got {type(loss).__name__}. Give it one scalar."
+    with pytest.raises(TypeError, match=message):
+        loop.accelerator.backward(loss)
+
+
+def test_a_second_loss_after_the_decision_is_refused_also_after_a_skip():
+    """A skip leaves p.grad empty: the second loss would be a macro-batch of its own, and be stepped on."""
+    loop = Loop(gaf.GAF(0.0)).run(stop=K - 1)
+    batch = list(loop.loader)[K - 1]
+    message = r"a macro-batch must end with optimizer.step\(\); .* once more after the decision. Add up the losses"
+    with loop.accelerator.accumulate(loop.model):
+        loop.accelerator.backward(mean_loss(loop.model, batch))
+        with pytest.raises(RuntimeError, match=message):
+            loop.accelerator.backward(mean_loss(loop.model, batch))
+    assert loop.handle.stats()["steps"] == 1
+
+
+def test_a_step_on_gradients_from_elsewhere_is_refused_also_later():
+    loop = Loop(gaf.GAF(2.0)).run(stop=K)
+    mean_loss(loop.model, samples(BATCH)).backward()
+    with pytest.raises(
+        RuntimeError, match=r"every loss must go through accelerator.backward\(loss\)"
+    ):
+        loop.optimizer.step()
+    loop.optimizer.zero_grad()
+    loop.optimizer.step()  # on nothing
+    assert loop.run(K, 2 * K).handle.stats()["stepped"] == 2
+
+
+def dropped(policy: Any) -> Loop:
+    """A loop that clears the gradients of its second macro-batch, and takes no step there."""
+    loop = Loop(policy)
+    for number, batch in enumerate(list(loop.loader)[: 4 * K]):
+        if number == 2 * K - 1:
+            with loop.accelerator.accumulate(loop.model):
+                loop.optimizer.zero_grad()
+        else:
+            loop.micro(batch)
+    return loop
+
+
+def test_gradients_that_are_cleared_before_a_step_count_for_nothing():
+    loop = dropped(gaf.GAF(2.0))
+    close(loop.model, dropped(None).model)
+    assert loop.handle.stats()["micro_gradients"] == 3 * K
+
+
+def test_detached_within_a_macro_batch_it_is_accelerate_again():
+    loop, plain = Loop(gaf.GAF(TAU)).run(stop=2), Loop()
+    loop.handle.detach()
+    batches = list(loop.loader)
+    for each in (loop, plain):
+        each.accelerator.step = 0
+        for batch in batches[:K]:
+            each.micro(batch)
+    assert same(loop.state(), plain.state())
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"policy": 0.97}, r"policy must be a callable .* got 0.97. Use gaf.GAF\(tau=0.97\)"),
+    ({"accelerator": None}, r"the first argument must be accelerate's Accelerator; got NoneType. Call attach"),
+    ({"model": None}, r"the model must be a module, as accelerator.prepare gave it; got NoneType. Call attach"),
+    ({"optimizer": None}, r"the optimizer must be what accelerator.prepare gave, or a list of such; got NoneType. Call attach"),
+    ({"micro_group": 2}, r"where micro-batches are the rows, .* got 'micro_group', which gaf.attach has. Leave it out, or start several"),
+    ({"tau": 0.9}, r"an option must be one of gaf.Accumulator's in one process \(bn, leave_out\) .* got 'tau'. Leave it out."),
+])  # fmt: skip
+def test_a_wrong_argument_is_refused(changes, message):
+    loop = Loop()
+    given = {
+        "accelerator": loop.accelerator,
+        "model": loop.model,
+        "optimizer": loop.optimizer,
+        "policy": gaf.GAF(),
+    }
+    with pytest.raises(TypeError, match=f"accelerate.attach: {message}"):
+        attach(**(given | changes))
+    assert same(loop.run(stop=K).state(), Loop().run(stop=K).state())
+
+
 # ------------------------------------------------------------------------------------------ two ranks
 
 
@@ -432,3 +543,14 @@ def sync_each_batch() -> None:
 
 def test_sync_each_batch_is_refused_on_ranks(pair: Ranks):
     pair.run(sync_each_batch)
+
+
+def bn_on_a_rank() -> None:
+    loop = Loop()
+    message = r"where ranks are the rows, .* got 'bn', which gaf.Accumulator has. Leave it out"
+    with pytest.raises(TypeError, match=f"accelerate.attach: {message}"):
+        attach(loop.accelerator, loop.model, loop.optimizer, gaf.GAF(), bn="accepted")
+
+
+def test_an_option_of_one_process_is_refused_on_ranks(pair: Ranks):
+    pair.run(bn_on_a_rank)

@@ -7,6 +7,7 @@ import warnings
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from oracle import alike, network, samples
@@ -18,9 +19,10 @@ from torch.utils.data import DataLoader, TensorDataset
 import gaf
 
 pl = pytest.importorskip("lightning.pytorch")
+from lightning.fabric import Fabric  # noqa: E402
 from lightning.pytorch.callbacks import ModelCheckpoint  # noqa: E402
 from lightning.pytorch.loggers import CSVLogger  # noqa: E402
-from lightning.pytorch.plugins import MixedPrecision  # noqa: E402
+from lightning.pytorch.plugins import MixedPrecision, Precision  # noqa: E402
 from lightning.pytorch.plugins.environments import LightningEnvironment  # noqa: E402
 from lightning.pytorch.strategies import SingleDeviceStrategy  # noqa: E402
 
@@ -174,7 +176,16 @@ def test_weights_are_those_of_a_loop_written_by_hand(options):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"gradient_clip_val": 0.2}, {"precision": "bf16-mixed"}, {"k": 1}], ids=str
+    "options",
+    [
+        {},
+        {"gradient_clip_val": 0.2},
+        {"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"},
+        {"precision": "bf16-mixed"},
+        {"precision": "64-true"},
+        {"k": 1},
+    ],
+    ids=str,
 )
 @pytest.mark.filterwarnings("ignore:gaf:UserWarning")  # k = 1: one row has nothing to agree with
 def test_a_tau_that_accepts_all_is_lightning_itself(options):
@@ -182,8 +193,237 @@ def test_a_tau_that_accepts_all_is_lightning_itself(options):
     callback = GAFCallback(gaf.GAF(tau=2))
     filtered, _ = fitted([callback], limit_train_batches=7 * K, **options)
     plain, _ = fitted(limit_train_batches=7 * K, **options)
+    assert flat(plain).isfinite().all() and not near(flat(plain), flat(network()))
     assert near(flat(filtered), flat(plain))
     assert callback.decider.stats()["stepped"] == (7 * K // options.get("k", K)) * 2
+
+
+class ClosureAlone(Module):
+    """As Lightning's documentation has it: every second optimizer_step is the closure alone."""
+
+    def optimizer_step(
+        self, epoch: int, index: int, optimizer: Any, optimizer_closure: Any = None
+    ) -> None:
+        if index // self.trainer.accumulate_grad_batches % 2:
+            optimizer.step(closure=optimizer_closure)
+        else:
+            optimizer_closure()
+
+
+class Late(ClosureAlone):
+    """Steps after the closure, by Lightning's own way."""
+
+    def optimizer_step(
+        self, epoch: int, index: int, optimizer: Any, optimizer_closure: Any = None
+    ) -> None:
+        optimizer_closure()
+        if index // self.trainer.accumulate_grad_batches % 2:
+            super(ClosureAlone, self).optimizer_step(epoch, index, optimizer, lambda: None)
+
+
+class ClearedByHand(ClosureAlone):
+    """Gradients are cleared in a hook, by the wrapper that `self.optimizers()` gives, and not by Lightning."""
+
+    def optimizer_zero_grad(self, epoch: int, index: int, optimizer: Any) -> None:
+        pass
+
+    def on_train_batch_start(self, batch: Any, index: int) -> None:
+        if index % self.trainer.accumulate_grad_batches == 0:
+            self.optimizers().zero_grad(set_to_none=index % 3 == 0)
+
+
+class ClearedRaw(ClearedByHand):
+    def on_train_batch_start(self, batch: Any, index: int) -> None:
+        if index % self.trainer.accumulate_grad_batches == 0:
+            self.trainer.optimizers[0].zero_grad()
+
+
+@pytest.mark.parametrize("kind", [ClosureAlone, Late, ClearedByHand, ClearedRaw])
+@pytest.mark.parametrize("k", [1, 4])
+@pytest.mark.filterwarnings("ignore:gaf:UserWarning", "ignore:Detected call of `lr_scheduler")
+def test_gradients_that_are_cleared_before_a_step_count_for_nothing(kind, k):
+    """Weights and learning rate are Lightning's, which moves the schedule after every macro-batch."""
+    callback = GAFCallback(gaf.GAF(tau=2))
+    options = {"k": k, "limit_train_batches": 6 * 4}
+    (filtered, run), (plain, expected) = (
+        fitted([callback], kind(), **options),
+        fitted(module=kind(), **options),
+    )
+    assert near(flat(filtered), flat(plain)) and not near(flat(plain), flat(network()))
+    assert run.optimizers[0].param_groups[0]["lr"] == expected.optimizers[0].param_groups[0]["lr"]
+    assert callback.decider.stats()["stepped"] == 2 * (6 * 4 // k) // 2
+
+
+class Gathers(ClosureAlone):
+    def optimizer_zero_grad(self, epoch: int, index: int, optimizer: Any) -> None:
+        if index % 2 == 0:
+            optimizer.zero_grad()
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler")
+def test_a_module_that_accumulates_by_itself_is_told():
+    """Lightning would add its micro-gradients up undivided, where an update here is their mean."""
+    message = r"a macro-batch must be accumulate_grad_batches = 1 micro-batches; .* of Gathers gathers more. Set the Trainer's"
+    with pytest.raises(RuntimeError, match=f"GAFCallback: {message}"):
+        fitted([GAFCallback(gaf.GAF(tau=2))], Gathers(), k=1)
+
+
+class Sharpness(Module):
+    """A step of its own, past the optimizer that Lightning gives."""
+
+    def optimizer_step(
+        self, epoch: int, index: int, optimizer: Any, optimizer_closure: Any = None
+    ) -> None:
+        optimizer_closure()
+        for p in self.parameters():
+            p.data -= 0.1 * (0 if p.grad is None else p.grad)
+
+
+def test_a_module_that_never_steps_its_optimizer_is_warned_of():
+    with pytest.warns(
+        UserWarning, match=r"60 micro-gradients came .* optimizer_step\(\) of Sharpness must call"
+    ):
+        fitted([GAFCallback(gaf.GAF(tau=2))], Sharpness(), k=1, epochs=1)
+
+
+class Extra(Module):
+    def optimizer_step(
+        self, epoch: int, index: int, optimizer: Any, optimizer_closure: Any = None
+    ) -> None:
+        optimizer.step(closure=optimizer_closure, step_index=3)
+
+
+def test_more_than_a_closure_for_the_step_is_refused():
+    with pytest.raises(
+        TypeError, match=r"optimizer.step must be given a closure alone; got step_index. Leave"
+    ):
+        fitted([GAFCallback(gaf.GAF(tau=2))], Extra())
+
+
+class Sometimes(Module):
+    def training_step(self, batch: Any, index: int) -> Tensor | None:
+        return super().training_step(batch, index) if self.speaks(index) else None
+
+    def speaks(self, index: int) -> bool:
+        return index % 8 not in (0, 3, 7)
+
+
+@pytest.mark.parametrize("tau", [TAU, 2.0])
+def test_micro_batches_without_a_loss_are_no_rows(tau):
+    """Also the first and the last of a macro-batch; the update is the mean over the rows that there are."""
+    callback, module, net = GAFCallback(gaf.GAF(tau=tau)), Sometimes(), network()
+    fitted([callback], module, epochs=1)
+    optimizer = SGD(net.parameters())
+    x, y = (part.split(BATCH) for part in samples(SAMPLES))
+    for start in range(0, len(x), K):
+        rows = [
+            gradient(net, x[i], y[i], False)
+            for i in range(start, min(start + K, len(x)))
+            if module.speaks(i)
+        ]
+        update, _ = gaf.reference(torch.stack(rows), tau)
+        if update is not None:
+            put(net, update)
+            optimizer.step()
+            for group in optimizer.param_groups:
+                group["lr"] *= 0.97
+    assert near(flat(module), flat(net))
+    assert callback.decider.stats()["micro_gradients"] == sum(map(module.speaks, range(len(x))))
+
+
+class Never(Module):
+    def training_step(self, batch: Any, index: int) -> None:
+        return None
+
+
+@pytest.mark.parametrize("k", [1, 4])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_without_any_loss_nothing_happens_that_lightning_would_not_do(k, precision):
+    callback, options = GAFCallback(gaf.GAF(tau=2)), {"k": k, "precision": precision}
+    (module, run), (_, plain) = (
+        fitted([callback], Never(), **options),
+        fitted(module=Never(), **options),
+    )
+    assert torch.equal(flat(module), flat(network())) and callback.decider.stats()["steps"] == 0
+    assert run.global_step == plain.global_step
+    assert (
+        run.lr_scheduler_configs[0].scheduler.last_epoch
+        == plain.lr_scheduler_configs[0].scheduler.last_epoch
+    )
+
+
+def test_fit_again_goes_on_as_lightning_does():
+    ends = []
+    for callbacks in ([GAFCallback(gaf.GAF(tau=2))], []):
+        module, run = fitted(callbacks, epochs=1, limit_train_batches=7 * K)
+        run.fit_loop.max_epochs = 2
+        run.fit(module)
+        ends.append(flat(module))
+        if callbacks:
+            assert callbacks[0].decider.stats()["steps"] == 7  # counted anew
+    assert near(*ends)
+
+
+class Keeps(Module):
+    """One optimizer for every fit, and an exception in one of its first steps."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        self.where, self.optimizer = where, SGD(self.net.parameters())
+
+    def configure_optimizers(self) -> Any:
+        return self.optimizer
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        self.fail("before the step")
+
+    def training_step(self, batch: Any, index: int) -> Tensor:
+        if index == K + 3:
+            self.fail("in a macro-batch")
+        return super().training_step(batch, index)
+
+    def fail(self, where: str) -> None:
+        if self.where == where:
+            self.where = ""
+            raise ZeroDivisionError
+
+
+@pytest.mark.parametrize("where", ["in a macro-batch", "before the step"])
+def test_after_an_exception_the_same_optimizer_fits_again(where):
+    ends = []
+    for policy in (gaf.GAF(tau=2), None):
+        module = Keeps(where)
+        kept = None if policy is None else GAFCallback(policy)
+        callbacks = [] if policy is None else [kept]
+        with pytest.raises(ZeroDivisionError) as caught:
+            fitted(callbacks, module)
+        assert "zero_grad" not in vars(module.optimizer)
+        module.optimizer.step()  # nobody stands in the way, though `kept` and `caught` live on
+        module.net.load_state_dict(network().state_dict())
+        module.optimizer.state.clear()
+        fitted([] if policy is None else [GAFCallback(policy)], module, limit_train_batches=7 * K)
+        ends.append(flat(module))
+        assert caught.value is not None
+    assert near(*ends)
+
+
+def test_a_run_resumed_in_the_middle_of_an_epoch_is_lightnings(tmp_path):
+    ends = []
+    for folder, policy in (("filtered", gaf.GAF(tau=2)), ("plain", None)):
+        keep = ModelCheckpoint(
+            tmp_path / folder, every_n_train_steps=3, save_top_k=-1, monitor=None, filename="{step}"
+        )
+        made = [[] if policy is None else [GAFCallback(policy)] for _ in range(2)]
+        fitted([*made[0], keep], epochs=1, limit_train_batches=7 * K)
+        module, run = fitted(
+            made[1],
+            epochs=1,
+            limit_train_batches=7 * K,
+            ckpt_path=tmp_path / folder / "step=3.ckpt",
+        )
+        ends.append(flat(module))
+        assert run.global_step == 7
+    assert near(*ends)
 
 
 def in_float16(callbacks: Any, scale: float) -> tuple[Tensor, torch.amp.GradScaler, Any]:
@@ -330,19 +570,115 @@ class Seldom(Module):
         return found
 
 
+class NotTorchs:
+    def __init__(self, optimizer: Any) -> None:
+        self.optimizer = optimizer
+
+    def step(self, *args: Any) -> None: ...
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class Scheduled(Module):
+    def configure_optimizers(self) -> Any:
+        optimizer = SGD(self.net.parameters())
+        return [optimizer], [{"scheduler": NotTorchs(optimizer), "interval": "step"}]
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        scheduler.step()
+
+
+class Fixed(Module):
+    def configure_optimizers(self) -> None:
+        return None
+
+
 class Elsewhere(SingleDeviceStrategy):
     pass
 
 
-@pytest.mark.parametrize(("module", "strategy", "message"), [
-    (ByHand, "auto", r"the module must use automatic optimization; automatic_optimization is False. There use gaf.Accumulator"),
-    (Own, "auto", r"on one device the backward pass is the Accumulator's; Own has a backward\(\) of its own. Leave it out."),
-    (Seldom, "auto", r"a scheduler with interval='step' must have frequency 1, .* got 3. Put the frequency into the scheduler."),
-    (Module, Elsewhere("cpu"), r"the strategy must be lightning.pytorch's DDP or a single device; got test_lightning.Elsewhere. Use"),
+class OwnPrecision(Precision):
+    def optimizer_step(self, optimizer: Any, model: Any, closure: Any, **kwargs: Any) -> Any:
+        return optimizer.step(closure)
+
+
+@pytest.mark.parametrize(("module", "options", "message"), [
+    (ByHand, {}, r"the module must use automatic optimization; automatic_optimization is False. There use gaf.Accumulator"),
+    (Own, {}, r"on one device the backward pass is the Accumulator's; Own has a backward\(\) of its own. Leave it out."),
+    (Seldom, {}, r"a scheduler with interval='step' must have frequency 1, .* got 3. Put the frequency into the scheduler."),
+    (Scheduled, {}, r"a scheduler with interval='step' must be a torch.* so that it can stand still .* got test_lightning.NotTorchs."),
+    (Fixed, {}, r"configure_optimizers must return an optimizer; got None, so there is no step to decide on."),
+    (Module, {"strategy": Elsewhere("cpu")},
+     r"the strategy must be lightning.pytorch's DDP or a single device; got test_lightning.Elsewhere. Use"),
+    (Module, {"plugins": [OwnPrecision()]}, r".* the precision plugin test_lightning.OwnPrecision has its own. Use one of Lightning's"),
 ])  # fmt: skip
-def test_what_would_go_past_the_decision_is_refused(module, strategy, message):
+def test_what_would_go_past_the_decision_is_refused(module, options, message):
     with pytest.raises((TypeError, ValueError), match=f"GAFCallback: {message}"):
-        fitted([GAFCallback(gaf.GAF(tau=TAU))], module(), strategy=strategy, k=1)
+        fitted([GAFCallback(gaf.GAF(tau=TAU))], module(), k=1, **options)
+
+
+def test_several_callbacks_are_refused():
+    with pytest.raises(ValueError, match="GAFCallback: there must be one; the Trainer has several"):
+        fitted([GAFCallback(gaf.GAF(tau=TAU)), Again(gaf.GAF(tau=TAU))])
+
+
+class Again(GAFCallback):
+    pass
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("make", [GAFCallback, GAFDDPStrategy])
+@pytest.mark.parametrize(("given", "options", "message"), [
+    (0.97, {}, r"policy must be a callable .* got 0.97. Use gaf.GAF\(tau=0.97\)"),
+    (gaf.GAF, {}, r"policy must be a callable .* got <class 'gaf.policies.GAF'>"),
+    (gaf.GAF(), {"b": 0}, r"b must be a number of samples per row, above 0; got 0."),
+    (gaf.GAF(), {"b": "20"}, r"b must be a number of samples per row, above 0; got '20'."),
+])  # fmt: skip
+def test_a_wrong_argument_is_refused_when_it_is_given(make, given, options, message):
+    with pytest.raises((TypeError, ValueError), match=f"GAFCallback: {message}"):
+        make(given, **options)
+
+
+def test_an_unknown_option_is_refused_when_it_is_given():
+    message = r"must be one of gaf.Accumulator's in one process \(bn, leave_out\) .* got 'tau'. Leave it out."
+    with pytest.raises(TypeError, match=f"GAFCallback: an option {message}"):
+        GAFCallback(gaf.GAF(), tau=0.9)
+
+
+def test_an_option_of_ranks_is_refused_on_one_device():
+    message = r"where micro-batches are the rows, .* got 'micro_group', which gaf.attach has. Leave it out, or start several"
+    with pytest.raises(TypeError, match=f"GAFCallback: {message}"):
+        fitted([GAFCallback(gaf.GAF(), micro_group=2)])
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_numpy_numbers_are_numbers():
+    callback = GAFCallback(gaf.GAF(tau=2), b=np.int64(20))
+    fitted([callback], epochs=1)
+    assert callback.b == 20.0
+
+
+def test_fabrics_model_and_optimizer_are_taken_as_the_bare_ones():
+    """In one process; `acc.backward` takes the place of `fabric.backward`."""
+    ends = []
+    for wrap in (True, False):
+        model = nn.Sequential(network(), nn.BatchNorm1d(5))
+        optimizer = SGD(model.parameters())
+        if wrap:
+            made = Fabric(accelerator="cpu", devices=1).setup(model, optimizer)
+        wrapped, stepped = made if wrap else (model, optimizer)
+        acc = gaf.Accumulator(stepped, gaf.GAF(tau=TAU), model=wrapped, bn="accepted")
+        for i, (x, y) in enumerate(
+            zip(*(part.split(BATCH) for part in samples(SAMPLES)), strict=True)
+        ):
+            acc.backward(cross_entropy(wrapped(x), y))
+            if i % K == K - 1:
+                acc.step()
+        ends.append((flat(model), model[1].running_mean, acc.stats()))
+    assert torch.equal(ends[0][0], ends[1][0]) and torch.equal(ends[0][1], ends[1][1])
+    assert ends[0][2] == ends[1][2] and 0 < ends[0][2]["stepped"] < ends[0][2]["steps"]
 
 
 # ---------------------------------------------------------------------------------------------- two ranks
@@ -356,7 +692,7 @@ def on_a_rank(
     if way == "strategy":
         strategy = GAFDDPStrategy(policy)
         callback = strategy.callback
-    callbacks = [callback] if way == "callback" and callback is not None else []
+    callbacks = [callback] if way != "strategy" and callback is not None else []
     keep = [ModelCheckpoint(save, save_last=True)] if save else []
     options = {
         "k": 2,
@@ -365,7 +701,7 @@ def on_a_rank(
         "plugins": [LightningEnvironment()],
     } | options
     run = trainer([*callbacks, *keep], **options)
-    module = Module()
+    module = {"closure": ClosureAlone}.get(way, Module)()
     # Lightning would shuffle in its own sampler; rank r takes every second sample, from r on
     rank = torch.distributed.get_rank()
     x, y = samples(SAMPLES)
@@ -426,3 +762,48 @@ def test_ranks_resume_to_the_same_weights_bit_for_bit(pair, tmp_path):
     )
     assert torch.equal(resumed["weights"], whole["weights"])
     assert alike(resumed["stats"], whole["stats"])
+
+
+@pytest.mark.distributed
+def test_ranks_whose_gradients_are_cleared_before_a_step_are_lightnings(pair):
+    filtered, plain = (ranks_of(pair, policy, "closure") for policy in (gaf.GAF(tau=2), None))
+    assert near(filtered["weights"], plain["weights"])
+    assert not near(filtered["weights"], flat(network()))
+
+
+def bn_on_a_rank() -> None:
+    callbacks = [GAFCallback(gaf.GAF(), bn="accepted")]
+    run = trainer(callbacks, devices=2, strategy="ddp", plugins=[LightningEnvironment()])
+    message = r"where ranks are the rows, .* got 'bn', which gaf.Accumulator has. Leave it out, or train on one device."
+    with pytest.raises(TypeError, match=f"GAFCallback: {message}"):
+        run.fit(Module())
+
+
+@pytest.mark.distributed
+def test_an_option_of_one_device_is_refused_among_ranks(pair):
+    pair.run(bn_on_a_rank)
+
+
+def overflowing_on_a_rank(policy: Any) -> tuple[int, int, float]:
+    """float16 with a scale that is too large at first: Lightning's own schedule would move with every batch."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**20)
+    plugins = [MixedPrecision("16-mixed", "cpu", scaler=scaler), LightningEnvironment()]
+    run = trainer(
+        [GAFCallback(policy)],
+        k=1,
+        devices=2,
+        epochs=1,
+        strategy="ddp",
+        plugins=plugins,
+        limit_train_batches=20,
+    )
+    run.fit(Module())
+    return run.lr_scheduler_configs[0].scheduler.last_epoch, run.global_step, scaler.get_scale()
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("policy", [gaf.GAF(tau=2), gaf.Mean()], ids=["GAF", "Mean"])
+def test_a_schedule_stands_still_on_overflows_among_ranks(pair, policy):
+    (moved, steps, scale), other = pair.run(overflowing_on_a_rank, policy)
+    assert (moved, steps, scale) == other
+    assert steps == 20 and 0 < math.log2(2.0**20 / scale) == steps - moved < 20

@@ -352,6 +352,83 @@ def test_one_row_is_warned_of(tmp_path):
         trainer(tmp_path, gaf.GAF(TAU), k=1, steps=1)[0].train()
 
 
+@pytest.mark.parametrize(
+    "options", [{"max_grad_norm": 0.0}, {"max_grad_norm": 0.01}, {"bf16": True}], ids=str
+)
+def test_all_rows_are_what_the_trainer_does_under_its_options(tmp_path, options):
+    models = []
+    for policy in (gaf.GAF(2.0), None):
+        made, _ = trainer(tmp_path, policy, **options)
+        made.train()
+        models.append(made.model)
+    close(*models)
+
+
+def test_another_number_of_micro_batches_in_the_next_training_is_the_trainers(tmp_path):
+    models = []
+    for policy in (gaf.GAF(2.0), None):
+        made, _ = trainer(tmp_path, policy, steps=4)
+        made.train()
+        made.args.gradient_accumulation_steps = 2
+        made.train()
+        models.append(made.model)
+        if policy is not None:
+            assert made.gaf.stats()["steps"] == 8 and made.gaf.stats()["micro_gradients"] == 16
+    close(*models)
+
+
+class Breaks(TrainerCallback):
+    """Once, within a macro-batch or between decision and step."""
+
+    def __init__(self, where: str) -> None:
+        self.where = where
+
+    def on_substep_end(self, *args: Any, **kwargs: Any) -> None:
+        self.fail("in a macro-batch")
+
+    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        self.fail("before the step")
+
+    def fail(self, where: str) -> None:
+        if self.where == where:
+            self.where = ""
+            raise ZeroDivisionError
+
+
+@pytest.mark.parametrize("where", ["in a macro-batch", "before the step"])
+def test_after_an_exception_the_same_trainer_trains_again(tmp_path, where):
+    models = []
+    for policy in (gaf.GAF(2.0), None):
+        made, _ = trainer(tmp_path, policy, steps=4)
+        made.add_callback(Breaks(where))
+        with pytest.raises(ZeroDivisionError) as caught:
+            made.train()
+        made.train()
+        assert caught.value is not None
+        models.append(made.model)
+    close(*models)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(("policy", "options", "message"), [
+    (0.97, None, r"policy must be a callable .* got 0.97. Use gaf.GAF\(tau=0.97\)"),
+    (gaf.GAF(), 0.9, r"options must be a dictionary of names and values; got 0.9."),
+    (gaf.GAF(), {"tau": 0.9}, r"an option must be one of gaf.Accumulator's .* got 'tau'. Leave it out."),
+    (gaf.GAF(), {"micro_group": 2}, r"where micro-batches are the rows, .* got 'micro_group', which gaf.attach has. Leave it out"),
+])  # fmt: skip
+def test_a_wrong_argument_is_refused_when_it_is_given(tmp_path, policy, options, message):
+    AcceleratorState._reset_state(True)
+    args = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    with pytest.raises(TypeError, match=f"GAFTrainer: {message}"):
+        GAFTrainer(
+            model=Model(),
+            args=args,
+            train_dataset=rows_of(4),
+            gaf_policy=policy,
+            gaf_options=options,
+        )
+
+
 # ------------------------------------------------------------------------------------------ two ranks
 
 

@@ -4,11 +4,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import DistributedType
 from transformers import Trainer, TrainerCallback
 
+from gaf.checks import check_policy
 from gaf.combine import Policy
 from gaf.handle import Handle
 from gaf.integrations.accelerate import MicroBatches, attach
+from gaf.integrations.options import check_names, check_options
 from gaf.integrations.trackers import metrics
 
 if TYPE_CHECKING:
@@ -41,6 +44,7 @@ class GAFMixin(Base):
         gaf: what decides, from the start of training on: `.last`, `.stats()`.
 
     Raises:
+        TypeError: for a wrong policy, and for an option of the other kind of rows.
         TypeError, ValueError, RuntimeError: when training starts, where filtering cannot work (see
             `gaf.integrations.accelerate.attach`).
     """
@@ -52,9 +56,14 @@ class GAFMixin(Base):
         gaf_options: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
+        options = {} if gaf_options is None else gaf_options
+        check_policy(gaf_policy, "GAFTrainer")
+        check_names(options, "GAFTrainer")  # at once: a Trainer takes its time to be made
         super().__init__(*args, **kwargs)
+        alone = self.accelerator.distributed_type == DistributedType.NO
+        check_options(options, "GAFTrainer", ranks=not alone)
         self.gaf: MicroBatches | Handle | None = None
-        self.gaf_policy, self.gaf_options = gaf_policy, gaf_options or {}
+        self.gaf_policy, self.gaf_options = gaf_policy, options
         self._gaf_checkpoint: Path | None = None
         self.add_callback(Attach(self))
 
