@@ -7,7 +7,7 @@ that only led through the model to another one (a GAN's generator step), counts 
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 from weakref import ref
@@ -337,7 +337,7 @@ class Handle:
 
     def _count(self, pending: Pending) -> None:
         for outcome, scale in pending.outcomes:
-            counted = as_skip(outcome) if pending.overflow else outcome
+            counted = outcome.skipped() if pending.overflow else outcome
             self._telemetry.record(counted, self.policy, scale=scale)
             pairs = zip(counted.accepted, counted.distances, strict=False)
             for i, (accepted, distance) in enumerate(pairs):
@@ -365,11 +365,6 @@ class Handle:
                 )
             optimizer = next(iter(self._progress))
         return lambda: self._progress[optimizer]
-
-
-def as_skip(outcome: Outcome) -> Outcome:
-    k = len(outcome.accepted)
-    return replace(outcome, stepped=False, accepted=[False] * k, weights=[0.0] * k)
 
 
 def parameters_of(optimizer: Optimizer) -> list[Tensor]:
