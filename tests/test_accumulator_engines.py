@@ -434,7 +434,7 @@ def trained(policy: Any, **options: Any) -> list[Any]:
         (gaf.GAF(0.9), {"bn": "accepted"}),
         (gaf.GAF(0.9), {"leave_out": lambda name, p: name.endswith("bias")}),
     ],
-    ids=str,
+    ids=["mean", "halving", "plain", "best", "layer", "scaler", "skip", "bn", "leave_out"],
 )
 def test_a_default_device_changes_nothing(policy: Any, options: dict[str, Any]) -> None:
     """Under "meta" whatever is made without a device has no value."""
