@@ -176,6 +176,7 @@ def test_an_optimizer_without_hooks_of_its_own_is_refused_with_the_one_to_pass(
         check_optimizers(Wrapper(SGD([vector()], 0.1)), subject)
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit")
 def test_post_local_sgd_is_refused_with_the_one_to_pass() -> None:
     from torch.distributed.algorithms.model_averaging.averagers import ModelAverager
     from torch.distributed.optim import PostLocalSGDOptimizer

@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import StepLR
 
 import gaf
 from gaf.accumulate import unshared
+from gaf.placed import Placed
 
 ROWS = torch.tensor([[1.0, 2.0, -3.0], [1.0, 2.0, -2.0]])
 
@@ -182,6 +183,15 @@ def test_an_update_in_the_layout_or_size_that_it_has_is_looked_at() -> None:
     acc.step()
     for p, r in zip(params, rows, strict=True):
         torch.testing.assert_close(p.detach(), -r)
+
+
+def test_zeros_are_looked_for_at_one_edited_update_in_a_hundred_on_an_accelerator() -> None:
+    """A look waits for the device; the meta device stands in for one."""
+    placed = Placed([SGD([nn.Parameter(torch.zeros(3, device="meta"))], 0.1)])
+    placed.optimizers[0].param_groups[0]["params"][0].grad = torch.zeros(3, device="meta")
+    placed.note()
+    looks = [placed._may_look(placed.parts[0]) for _ in range(201)]
+    assert [i for i, look in enumerate(looks) if look] == [0, 100, 200]
 
 
 def test_what_decide_notes_keeps_no_gradient() -> None:

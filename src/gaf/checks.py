@@ -44,7 +44,7 @@ def check_optimizers(optimizer: Optimizer | Sequence[Optimizer], subject: str) -
             )
         if not hasattr(one, "_optimizer_step_pre_hooks"):
             raise TypeError(f"{subject}: the optimizer must have the step hooks of torch.optim.Optimizer; {kind} wraps another one and has "
-                            f"none. Pass {inside(one)}.")  # fmt: skip
+                            f"none. Pass {what_to_pass(one)}.")  # fmt: skip
     params = [p for one in optimizers for group in one.param_groups for p in group["params"]]
     if not params or len(set(params)) != len(params):
         raise ValueError(f"{subject}: the optimizers must hold parameters, each of them once; got {len(params)} entries with "
@@ -52,7 +52,7 @@ def check_optimizers(optimizer: Optimizer | Sequence[Optimizer], subject: str) -
     return optimizers
 
 
-def inside(optimizer: Optimizer) -> str:
+def what_to_pass(optimizer: Optimizer) -> str:
     """What to pass in place of an optimizer that wraps another."""
     found = [(name, one) for name, one in vars(optimizer).items() if isinstance(one, Optimizer)]
     if type(optimizer).__module__.partition(".")[0] == "accelerate":
@@ -72,21 +72,21 @@ def claim_scaler(scaler: GradScaler, user: Any) -> None:
 def check_types(model: Any, scaler: Any, leave_out: Any) -> None:
     if model is not None and not isinstance(model, nn.Module):
         raise TypeError(
-            f"Accumulator: model must be a torch.nn.Module or None; got {shown(model)}. Pass the model that is trained."
+            f"Accumulator: model must be a torch.nn.Module or None; got {text_of(model)}. Pass the model that is trained."
         )
     if scaler is not None and not isinstance(scaler, GradScaler):
         raise TypeError(
-            f"Accumulator: scaler must be a torch.amp.GradScaler or None; got {shown(scaler)}. Use torch.amp.GradScaler(device)."
+            f"Accumulator: scaler must be a torch.amp.GradScaler or None; got {text_of(scaler)}. Use torch.amp.GradScaler(device)."
         )
     if leave_out is not None and (isinstance(leave_out, type) or not callable(leave_out)):
         raise TypeError("Accumulator: leave_out must be a function of a parameter's name and the parameter, or None; got "
-                        f"{shown(leave_out)}. Use such as lambda name, p: name.startswith('embed').")  # fmt: skip
+                        f"{text_of(leave_out)}. Use such as lambda name, p: name.startswith('embed').")  # fmt: skip
 
 
 def check_loss(loss: Any) -> None:
     if not isinstance(loss, Tensor):
-        raise TypeError(f"Accumulator: backward() needs the loss of one micro-batch, a tensor of one number; got {shown(loss)}. Pass what "
-                        "the loss function returns, not its .item(), and several losses added up or one by one.")  # fmt: skip
+        raise TypeError(f"Accumulator: backward() needs the loss of one micro-batch, a tensor of one number; got {text_of(loss)}. Pass "
+                        "what the loss function returns, not its .item(), and several losses added up or one by one.")  # fmt: skip
     if loss.numel() != 1 or not loss.dtype.is_floating_point:
         raise ValueError("Accumulator: the loss must be one real number, the mean over its micro-batch; got shape "
                          f"{tuple(loss.shape)} of {loss.dtype}. Use reduction='mean', or .mean().")  # fmt: skip
@@ -95,7 +95,7 @@ def check_loss(loss: Any) -> None:
                            "grad. Compute it outside of torch.no_grad(), from outputs that are not detached.")  # fmt: skip
 
 
-def shown(value: Any) -> str:
+def text_of(value: Any) -> str:
     """A value's type, and the value where it is short."""
     text = repr(value)
     return type(value).__name__ + (f" {text}" if len(text) < 40 else "")
@@ -197,16 +197,16 @@ def check_scope(policy: Any, model: nn.Module | None, bn: str, leave_out: Any) -
 
 def check_state(state: Any) -> None:
     if not isinstance(state, dict) or not state.keys() >= {"telemetry", "policy"}:
-        found = sorted(state) if isinstance(state, dict) else shown(state)
+        found = sorted(state) if isinstance(state, dict) else text_of(state)
         raise ValueError("Accumulator: load_state_dict() takes what an Accumulator's state_dict() gave, with 'telemetry' and 'policy'; got "
                          f"{found}. Save acc.state_dict() under a key of its own.")  # fmt: skip
 
 
 def check_voters(
-    voters: list[bool], params: list[nn.Parameter], names: Names, told: bool, model: Any
+    voters: list[bool], params: list[nn.Parameter], names: Names, matched: bool, model: Any
 ) -> None:
-    """Args: told: whether leave_out was true for some parameter, now or before, or there is none."""
-    if not told:
+    """Args: matched: whether leave_out was true for some parameter, now or before, or there is none."""
+    if not matched:
         fix = (
             "Leave it out, or match such a name"
             if model is not None

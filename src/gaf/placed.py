@@ -7,10 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-SOME, EACH = (
-    16,
-    32,
-)  # gradients, and coordinates of each, that are looked at first: at least so many where there are
+SOME = 16  # gradients of an optimizer that are looked at first, at least, where there are so many
+EACH = 32  # coordinates of each
 RARELY = 100  # a look at an accelerator's memory waits for it: only at every so many updates
 
 
@@ -32,7 +30,7 @@ class Placed:
 
     @torch.no_grad()
     def check(self, names: dict[nn.Parameter, str]) -> None:
-        """Raises RuntimeError where the update, or a part of it, is no more what it was."""
+        """Raises RuntimeError where the update, or a part of it, is no longer there."""
         gone = [p for part in self.parts for p in part.params if p.grad is None]
         if gone:
             whole = len(gone) == sum(len(part.params) for part in self.parts)
