@@ -444,6 +444,8 @@ def test_after_an_exception_the_same_optimizer_fits_again(where):
         with pytest.raises(ZeroDivisionError) as caught:
             fitted(callbacks, module)
         assert "zero_grad" not in vars(module.optimizer)
+        if where == "before the step" and kept is not None:
+            assert kept.decider.stats()["stepped"] == 0
         module.optimizer.step()  # nobody stands in the way, though `kept` and `caught` live on
         module.net.load_state_dict(network().state_dict())
         module.optimizer.state.clear()
