@@ -114,6 +114,7 @@ def of_rank(
 
 
 def ddp(options: Options) -> Iterator[Line]:
+    torch.backends.cudnn.deterministic = True  # also in the processes that were started
     world = dist.get_world_size()
     name = f"DDP, world {world}, {dist.get_backend()}"
     for layout, view in itertools.product(LAYOUTS, (False, True)):

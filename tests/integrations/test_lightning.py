@@ -364,6 +364,52 @@ def test_fit_again_goes_on_as_lightning_does():
     assert near(*ends)
 
 
+class Normed(Module):
+    """Whose statistics a validation must not move."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(network(), nn.BatchNorm1d(5))
+
+    def validation_step(self, batch: Any, index: int) -> None:
+        self.net(batch[0])
+
+
+@pytest.mark.parametrize("bn", ["all", "accepted"])
+def test_validation_before_and_within_an_epoch_changes_nothing(bn):
+    ends = []
+    for validation in (None, DataLoader(TensorDataset(*samples(3 * BATCH)), batch_size=BATCH)):
+        module, callback = Normed(), GAFCallback(gaf.GAF(tau=TAU), bn=bn)
+        run = trainer([callback], num_sanity_val_steps=2, val_check_interval=K + 3)
+        run.fit(module, val_dataloaders=validation)
+        ends.append((flat(module), module.net[1].running_mean, callback.decider.stats()))
+    assert torch.equal(ends[0][0], ends[1][0]) and torch.equal(ends[0][1], ends[1][1])
+    assert str(ends[0][2]) == str(ends[1][2]) and ends[0][2]["steps"] == 16
+
+
+class ByEpoch(Module):
+    """Schedulers that follow no steps: skips do not hold them back."""
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self.make(self.net.parameters())
+        plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, factor=0.5)
+        configs = [{"scheduler": StepLR(optimizer, 1, 0.5), "interval": "epoch"},
+                   {"scheduler": plateau, "interval": "step", "monitor": "flat", "strict": False}]  # fmt: skip
+        return [optimizer], configs
+
+    def training_step(self, batch: Any, index: int) -> Tensor:
+        self.log("flat", 1.0)
+        return super().training_step(batch, index)
+
+
+def test_schedulers_that_follow_no_steps_are_lightnings():
+    rates = []
+    for callbacks in ([GAFCallback(gaf.GAF(tau=0.0))], []):
+        _, run = fitted(callbacks, ByEpoch(), limit_train_batches=2 * K)
+        rates.append(run.optimizers[0].param_groups[0]["lr"])
+    assert rates[0] == rates[1] < 0.1 / 4
+
+
 class Keeps(Module):
     """One optimizer for every fit, and an exception in one of its first steps."""
 
@@ -398,6 +444,8 @@ def test_after_an_exception_the_same_optimizer_fits_again(where):
         with pytest.raises(ZeroDivisionError) as caught:
             fitted(callbacks, module)
         assert "zero_grad" not in vars(module.optimizer)
+        if where == "before the step" and kept is not None:
+            assert kept.decider.stats()["stepped"] == 0
         module.optimizer.step()  # nobody stands in the way, though `kept` and `caught` live on
         module.net.load_state_dict(network().state_dict())
         module.optimizer.state.clear()

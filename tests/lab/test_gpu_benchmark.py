@@ -88,7 +88,7 @@ def test_numpy_may_be_missing_too(gpu, tmp_path, monkeypatch):
 
 
 def test_all_parts_together_take_less_than_six_minutes(gpu):
-    assert sum(seconds for _, _, seconds, _ in gpu.PARTS.values()) <= 355
+    assert sum(seconds for _, _, seconds, _ in gpu.PARTS.values()) <= 340
 
 
 def test_a_part_that_hangs_or_breaks_costs_itself_alone(gpu, tmp_path, monkeypatch, capsys):

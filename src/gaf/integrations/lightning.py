@@ -180,11 +180,10 @@ class OneDevice(Steps):
             self._replace(one, zero_grad=partial(self.zero_grad, one.zero_grad))
 
     def restore(self) -> None:
-        """Micro-gradients that wait are dropped."""
+        """Gives Lightning's own methods back. Micro-gradients that wait are dropped."""
         self._before = self.settled()
         super().restore()
-        self.acc._decided = None  # where an exception came between decision and step
-        self.acc.discard()
+        self.acc._give_way()  # a step that an exception kept from being taken does not count
 
     def settled(self) -> dict[str, Any]:
         """The state after the last step."""
