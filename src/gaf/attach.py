@@ -12,6 +12,7 @@ from torch.amp import GradScaler
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
 from gaf.attach_checks import (
@@ -26,7 +27,7 @@ from gaf.attach_checks import (
 from gaf.checks import check_optimizers, check_policy
 from gaf.combine import Policy
 from gaf.exchange import Exchange
-from gaf.handle import Handle
+from gaf.handle import Handle, parameters_of
 
 
 def attach(
@@ -92,7 +93,11 @@ def attach(
     params = engine.parameters(model)
     claim(model, params)
     handle = Handle(optimizers, policy, scaler, exchange.k, params, check)
-    engine.install(model, handle, exchange, [] if spread is None else [spread])
+    try:
+        engine.install(model, handle, exchange, [] if spread is None else [spread])
+    except BaseException:
+        handle.detach()
+        raise
     own(model, params, handle)
     return handle
 
@@ -135,6 +140,9 @@ def engine_of(
     if isinstance(model, nn.Module) and isinstance(model, FSDPModule):
         from gaf import fsdp
 
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # a root stays whole after an evaluation
         return fsdp, ranks_of(model, policy, group)
     if isinstance(model, FullyShardedDataParallel):
         raise TypeError("attach: FullyShardedDataParallel (FSDP1) cannot be filtered; it reduces before anyone can look. "
@@ -156,7 +164,8 @@ def ranks_of(
     if mesh.ndim != 1:
         raise TypeError(f"attach: fully_shard must be given the shard dimension of the mesh alone; the parameters are on {mesh}. "
                         'Use fully_shard(model, mesh=mesh["shard"]) and gaf.attach(..., group=mesh["replicate"].get_group()): '
-                        "FSDP2's own all-reduce over the replicas would come before the decision.")  # fmt: skip
+                        "FSDP2's own all-reduce over the replicas would come before the decision. FSDP2 over a tensor-parallel model is "
+                        "not supported; DistributedDataParallel with shards= is.")  # fmt: skip
     apart = getattr(policy, "scope", "all") == "group"
     if apart == (group is not None):
         raise TypeError('attach: an FSDP2 model needs either the replicas to compare, group=mesh["replicate"].get_group(), or '
@@ -208,6 +217,20 @@ def nothing() -> None:
 def own(model: nn.Module, params: Sequence[Tensor], handle: Handle) -> None:
     for p in params:
         _owners[p] = (ref(model), ref(handle))
+    handle.on_detach(register_optimizer_step_pre_hook(partial(refuse_stranger, ref(handle))).remove)
+
+
+def refuse_stranger(handle: "ref[Handle]", optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    """Before every step of any optimizer: one that attach was not given would move an attached model's parameters past a skip."""
+    mine = handle()
+    if mine is None or mine.knows(optimizer) or mine.stepping:  # or called by one that it knows
+        return
+    if not mine.stale.params.isdisjoint(parameters_of(optimizer)):
+        raise RuntimeError(
+            f"attach: every optimizer that steps on the model's parameters must be given to attach; a {type(optimizer).__name__} "
+            "that was not is about to. Give attach the optimizer whose step() the loop calls, or all of them as a list; after "
+            "making a new one, call handle.detach() and attach again."
+        )
 
 
 def exchange_over(group: "dist.ProcessGroup", micro_group: int) -> Exchange:

@@ -30,7 +30,8 @@ def check_optimizers(optimizer: Optimizer | Sequence[Optimizer], subject: str) -
     for one in optimizers:
         if not isinstance(one, Optimizer):
             raise TypeError(
-                f"{subject}: optimizer must be a torch.optim.Optimizer or a sequence of them; got {type(one).__name__}."
+                f"{subject}: optimizer must be a torch.optim.Optimizer or a list of them; got {type(one).__name__}. "
+                "Pass the optimizer that the loop steps."
             )
         kind = type(one).__name__
         closure = inspect.signature(type(one).step).parameters.get("closure")

@@ -47,6 +47,7 @@ class Filtered:
         if last:
             self.handle.settle(self.exchange, self.params, self.over)
             put_back(self.aside)
+            self.handle.end()
             for one, update in self.waiting:
                 one.set_result(update)
             self.waiting, self.params = [], []  # DDP may free its buckets
@@ -83,8 +84,9 @@ def set_aside(bucket: GradBucket, handle: Handle) -> Aside:
 
 
 def put_back(aside: Aside) -> None:
+    """Adds: where a place held zeros, another rank's pass may have put an update there."""
     for place, update in aside:
-        place.copy_(update)
+        place.add_(update)
 
 
 def place_of(p: Tensor, place: Tensor) -> Tensor:
@@ -118,6 +120,8 @@ class FilteredApart:
         self.in_progress.append((exchange, bucket.parameters(), flat, aside, future))
         while len(self.in_progress) > (0 if last else 1):
             self._settle(*self.in_progress.pop(0))
+        if last:
+            self.handle.end()
         return future
 
     def _settle(
@@ -129,35 +133,36 @@ class FilteredApart:
 
 
 class Averaged:
-    """Plain averaging, bit for bit as without a hook: multiplied by 1/W, then added up."""
+    """Plain averaging, bit for bit as without a hook: multiplied by 1/W, then added up. A skip sends nothing.
 
-    def __init__(self, handle: Handle | None, group: dist.ProcessGroup, joins: bool) -> None:
-        """joins: whether ranks that have joined do not count (DDP.join(divide_by_initial_world_size=False))."""
-        self.handle, self.group, self.joins = handle, group, joins
-        self.params: list[Any] = []
-        self.count = dist.get_world_size(group)
+    Args:
+        params: all that the model's buckets hold.
+
+    Attributes:
+        ranks: to divide by.
+    """
+
+    def __init__(
+        self, handle: Handle | None, group: dist.ProcessGroup, params: list[Tensor]
+    ) -> None:
+        self.handle, self.group, self.params = handle, group, params
+        self.ranks = dist.get_world_size(group)
+        self.steps = True
 
     # Collectives have futures of another class.
     def take(self, bucket: GradBucket, first: bool, last: bool) -> Any:
-        if first and self.joins:
-            self.count = active_ranks(bucket.buffer(), self.group)
-        if self.handle is not None:
-            if first:
-                self.handle.begin(joined=not in_backward())
-                self.params = []
-            self.params += bucket.parameters()
-            if last:
-                self.handle.averaged(self.params)
-        flat = bucket.buffer().mul_(1 / self.count)
-        work = dist.all_reduce(flat, group=self.group, async_op=True)
+        flat = bucket.buffer()
+        if first and self.handle is not None:
+            self.handle.begin(joined=not in_backward())
+            self.steps = self.handle.averaged(self.params)
+        if last and self.handle is not None:
+            self.handle.end()
+        if not self.steps:
+            future = future_on(flat)
+            future.set_result(flat.zero_())
+            return future
+        work = dist.all_reduce(flat.mul_(1 / self.ranks), group=self.group, async_op=True)
         return work.get_future().then(lambda future: future.value()[0])
-
-
-def active_ranks(like: Tensor, group: dist.ProcessGroup) -> int:
-    """Ranks that are in a backward pass: all but those that have joined."""
-    here = like.new_tensor([float(in_backward())], dtype=torch.float32)
-    dist.all_reduce(here, group=group)
-    return int(here)
 
 
 def in_backward() -> bool:
@@ -183,7 +188,6 @@ class Hook:
         self.exchange: Exchange
         self.shards: Groups = []
         self.policy: Policy | None = None
-        self.joins = False
         self.way: Way | None = None
 
     # DDP knows one annotation, not Averaged's.
@@ -194,7 +198,7 @@ class Hook:
             )
         first, last = self.place(bucket)
         if first:
-            self.prepare()
+            self.prepare(bucket.buffer())
         assert self.way is not None
         return self.way.take(bucket, first, last)
 
@@ -213,19 +217,34 @@ class Hook:
             self.seen = set()
         return first, last
 
-    def prepare(self) -> None:
+    def prepare(self, like: Tensor) -> None:
         """Chooses the way of a step anew where the policy is another, and watches parameters that were thawed."""
         if self.unwatched:
             self.watch()
+        ranks = self.consult_joined(like)
         policy = None if self.handle is None else self.handle.policy
-        joins = leaves_joined_out(self.model())
-        if self.way is None or policy is not self.policy or joins != self.joins:
-            self.policy, self.joins = policy, joins
+        if self.way is None or policy is not self.policy:
+            self.policy = policy
             self.way = self.choose(policy)
+        if isinstance(self.way, Averaged):
+            self.way.ranks = ranks
+
+    def consult_joined(self, like: Tensor) -> int:
+        """How many ranks DDP averages over. Under DDP.join, ranks that have joined hear what became of the last decision."""
+        model, W = self.model(), dist.get_world_size(self.group)
+        if model is None or not model._join_config.enable:
+            return W
+        dropped = in_backward() and self.handle is not None and self.handle.dropped()
+        here = like.new_tensor([float(in_backward()), float(dropped)], dtype=torch.float32)
+        dist.all_reduce(here, group=self.group)
+        active, dropped_by = here.tolist()
+        if self.handle is not None and not in_backward():
+            self.handle.follow(dropped_by > 0)
+        return W if model._divide_by_initial_world_size else int(active)
 
     def choose(self, policy: Policy | None) -> Way:
         if self.handle is None or policy is None or averages(policy):
-            return Averaged(self.handle, self.group, self.joins)
+            return Averaged(self.handle, self.group, self.params)
         if getattr(policy, "scope", "all") == "group":
             return FilteredApart(self.handle, self.exchange)
         pair = type(policy) is GAF and policy.min_accepted == 2
@@ -250,13 +269,6 @@ class Hook:
 
 def arrive(handle: Handle, p: Tensor, grads: Any) -> None:
     handle.arrive(p)
-
-
-def leaves_joined_out(model: DistributedDataParallel | None) -> bool:
-    """Whether a pass is under DDP.join(divide_by_initial_world_size=False)."""
-    config = getattr(model, "_join_config", None)
-    initial = getattr(model, "_divide_by_initial_world_size", True)
-    return config is not None and config.enable and not initial
 
 
 def bucketed(model: DistributedDataParallel) -> list[Tensor]:

@@ -64,7 +64,7 @@ def watch(model: nn.Module, handle: Handle, begins: Callable[[], None] = lambda:
 
     def surveying(state: Any, grad: Tensor) -> Any:
         if not state._state_ctx.post_backward_final_callback_queued:
-            handle.stale.survey()
+            handle.survey()
             begins()
         return type(state)._pre_backward(state, grad)
 
@@ -115,7 +115,7 @@ class Replicas:
     def _finish(self) -> None:
         self.due = -1
         used = self._used_somewhere()
-        self.handle.stale.replace(used)
+        self.handle.stale.reach(used)
         self.handle.begin()
         self.exchange.begin()
         for p in used:
@@ -124,6 +124,7 @@ class Replicas:
             grad: Any = p.grad
             self.exchange.send(grad.to_local().view(-1))
         self.handle.settle(self.exchange, used, self.over)
+        self.handle.end()
 
     def _used_somewhere(self) -> list[nn.Parameter]:
         """Parameters that the pass has reached on any replica; the others stay as they are, and without a step."""
@@ -150,10 +151,11 @@ class GroupwiseShards:
                 handle.on_detach(partial(module.set_custom_reduce_scatter, DefaultReduceScatter()))
 
     def _settle(self, params: list[nn.Parameter], exchange: Exchange) -> None:
-        self.handle.stale.replace(params)
+        self.handle.stale.reach(params)
         if self.current != torch._C._current_graph_task_id():
             self.current = torch._C._current_graph_task_id()
             self.handle.begin()
+            torch.autograd.Variable._execution_engine.queue_callback(self.handle.end)
         self.handle.settle(exchange, params, [exchange.group])
 
 

@@ -36,7 +36,7 @@ class Gate:
 
 class Gated:
     def step(self, *args: Any, **kwargs: Any) -> None:
-        own = _gates.get(self)
+        own = None if getattr(self, "_is_initial", False) else _gates.get(self)
         if own is None or own.passes(type(self).__name__):
             super().step(*args, **kwargs)  # type: ignore[misc]
 
@@ -61,7 +61,7 @@ def gate(scheduler: LRScheduler, progress: Callable[[], tuple[int, int]]) -> LRS
         )
     if not isinstance(scheduler, LRScheduler):
         raise TypeError(f"gate: the scheduler must be a torch.optim.lr_scheduler.LRScheduler; got {type(scheduler).__name__}. "
-                        "Call its step() only where `acc.step().stepped`.")  # fmt: skip
+                        "Call its step() only after a step that was taken.")  # fmt: skip
     if not isinstance(scheduler, Gated):
         kind = type(scheduler)
         scheduler.__class__ = type(

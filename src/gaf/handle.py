@@ -6,9 +6,10 @@ A decision belongs to the optimizer step that follows it. A decision that no ste
 that only led through the model to another one (a GAN's generator step), counts nowhere.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
+from inspect import Signature, signature
 from typing import Any
 from weakref import ref
 
@@ -26,7 +27,7 @@ from gaf.exchange import Exchange, add_in_rank_order
 from gaf.gate import gate, ungate
 from gaf.policies import Mean, averages, own, skipped
 from gaf.rows import judged
-from gaf.stale import CLEAR_FIRST, IN_PART, StaleGradients, local
+from gaf.stale import CLEAR_FIRST, IN_PART, StaleGradients, is_set
 from gaf.telemetry import Outcome, Telemetry
 
 
@@ -59,31 +60,34 @@ class Handle:
         params: Sequence[Tensor],
         check: Callable[[Policy], None] = lambda policy: None,
     ) -> None:
-        """params: the model's. check: raises where the engine cannot use a policy."""
+        """params: those that are decided on. check: raises where the engine cannot use a policy."""
         self._check = check
         self._policy: Policy = own(policy)
         self.scaler = scaler if scaler is not None and scaler.is_enabled() else None
         self.last: Decision | None = None
         self.outcome: Outcome | None = None
         self._k = k
-        self._params = set(params)
         self._outside: dict[Tensor, str] = {}  # frozen parameters that the engine would not average
         self._telemetry = Telemetry()
         self._rejected, self._absent = [0] * k, [0] * k
         self._scale = 1.0  # what the scaler multiplied the rows by
         self._pending: list[Pending] = []  # more than one only where several passes share a step
+        self._dropped = False  # whether this pass has dropped decisions that no step had followed
+        self._skipped: list[Tensor] = []  # parameters that this pass's decisions skip
         self._frozen: set[Tensor] = set()  # parameters that the next optimizer step must not move
-        self._waiting: set[Tensor] = (
-            set()
-        )  # parameters with an update of another pass of the same step
-        self._left_zero: set[Tensor] = (
-            set()
-        )  # of those, the ones not to move where their update is zero
+        # Those that it must not move where their gradient is zero: an earlier pass of this step skipped them, and this rank
+        # cannot see whether another rank's later pass has reached them.
+        self._frozen_at_zero: set[Tensor] = set()
         # Per optimizer, its steps since attach and those of them that moved something; unlike stats, not restored.
         self._progress = dict.fromkeys(optimizers, (0, 0))
-        self._stepping: dict[Optimizer, bool] = {}
+        self._depth: dict[
+            Optimizer, int
+        ] = {}  # of steps in progress: a step() may call its base class's
+        self._stepped: set[Optimizer] = (
+            set()
+        )  # optimizers that have stepped since the last decision
         self._moves = True  # whether the last pass's decision steps, or any of its groups'
-        self.stale = StaleGradients(not averages(policy))
+        self.stale = StaleGradients(set(params), not averages(policy))
         self._undo: list[Callable[[], None]] = []
         for optimizer in optimizers:
             self._undo.append(optimizer.register_step_pre_hook(self._before_step).remove)
@@ -113,8 +117,13 @@ class Handle:
         Raises:
             TypeError: for ReduceLROnPlateau, and for what is no torch scheduler.
             ValueError: where the scheduler drives none of the handle's optimizers.
-            RuntimeError: from the scheduler's step(), where it turns out to be stepped less often (per epoch).
+            RuntimeError: after detach; from the scheduler's step(), where it turns out to be stepped less often (per epoch).
         """
+        if not self.attached:
+            raise RuntimeError(
+                "gate: the handle must be attached, for it follows the steps of its optimizers; it was detached. "
+                "Attach again, and gate by the new handle."
+            )
         progress = self._progress_of(scheduler)
         gate(scheduler, progress)
         self._undo.append(partial(ungate, ref(scheduler), progress))
@@ -130,6 +139,7 @@ class Handle:
         Args:
             b: samples per row. With 1, `noise_scale` counts micro-batches.
         """
+        self._count_joined()
         return self._telemetry.stats(b) | {
             "rejected_per_row": list(self._rejected),
             "absent_per_row": list(self._absent),
@@ -140,6 +150,7 @@ class Handle:
 
         The same on every rank.
         """
+        self._count_joined()
         return {
             "telemetry": self._telemetry.state_dict(),
             "policy": self._settled_policy_state() or {},
@@ -148,21 +159,35 @@ class Handle:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes back what `state_dict` gave, also on another number of ranks; the counts per row then start anew."""
+        """Takes back what `state_dict` gave, also on another number of ranks; the counts per row then start anew.
+
+        Raises:
+            ValueError: for what is no such state, or that of another policy; nothing is taken then.
+        """
+        check_state(state)
+        before = self._policy_state()
         if hasattr(self.policy, "load_state_dict"):
             self.policy.load_state_dict(state["policy"])
-        self._telemetry.load_state_dict(state["telemetry"])
-        self._pending = []
+        try:
+            self._telemetry.load_state_dict(state["telemetry"])
+        except Exception:
+            if before is not None:
+                self.policy.load_state_dict(before)  # type: ignore[attr-defined]
+            raise
         if len(state["rejected"]) == self._k:
             self._rejected, self._absent = list(state["rejected"]), list(state["absent"])
+        self._pending = []
 
     def detach(self) -> None:
-        """Leaves plain averaging behind, and frees the gated schedulers; attach again to filter again."""
-        for p in self._frozen:  # of a skip whose optimizer step is still to come
-            p.grad = None
-        self._frozen = set()
+        """Leaves plain averaging behind, and frees the gated schedulers; attach again to filter again.
+
+        A skip whose optimizer step is still to come holds.
+        """
+        self._freeze([p for p in self.stale.params if p in self._frozen | self._frozen_at_zero])
         while self._undo:
             self._undo.pop()()
+        self._progress, self.stale, self._outside = {}, StaleGradients(set(), False), {}
+        self._depth, self._stepped, self._skipped = {}, set(), []
 
     @property
     def attached(self) -> bool:
@@ -179,23 +204,81 @@ class Handle:
 
     def arrive(self, p: Tensor) -> None:
         """A backward pass is about to add to a parameter's gradient: a skip decided before is over for it."""
+        self._open()
         self._frozen.discard(p)
-        self._left_zero.discard(p)
+        self._frozen_at_zero.discard(p)
         self.stale.look(p)
 
+    def survey(self) -> None:
+        """A backward pass begins, which may add to gradients or not."""
+        self.stale.survey()
+        self._keep_or_drop()
+
     def begin(self, joined: bool = False) -> None:
-        """A new pass's first decision is due. The one before counts no more, unless its update still waits for a step.
+        """A pass's first decision is due.
 
         Args:
             joined: whether the pass is that of other ranks; this one has no more data (DDP.join).
         """
-        self._waiting = self.stale.waiting()
-        if self._waiting:
-            self._left_zero |= self._frozen
+        if joined:
+            self.stale.open()
         else:
-            self._drop()
-        self._frozen, self._moves = set(), False
+            self._open()
+        self._depth.clear()  # of a step that an exception ended
+        self._moves, self._skipped = False, []
         self._pending.append(Pending(self._policy_state(), joined))
+
+    def end(self) -> None:
+        """The pass's last decision is taken."""
+        waiting = {p for p in self._skipped if self.stale.waits(p)}
+        self._frozen.update(p for p in self._skipped if p not in waiting)
+        self._frozen_at_zero |= waiting
+        self.stale.close()
+        self._stepped = set()
+        pending = self._pending[-1]
+        if pending.overflow:  # no step will follow
+            self._count(pending)
+            self._pending.pop()
+
+    def dropped(self) -> bool:
+        """Whether this pass, which has begun, has dropped decisions that no step had followed: for ranks that have joined."""
+        self._open()
+        return self._dropped
+
+    def follow(self, dropped: bool) -> None:
+        """On a rank that has joined: the others have dropped the last decision, or stepped on it."""
+        if dropped:
+            self._drop()
+        else:
+            self._count_joined()
+
+    def _count_joined(self) -> None:
+        """Decisions of passes after this rank had joined: the others have stepped on them."""
+        for pending in [one for one in self._pending if one.joined]:
+            self._count(pending)
+            self._pending.remove(pending)
+
+    def _open(self) -> None:
+        if self.stale.open():
+            self._keep_or_drop()
+
+    def _keep_or_drop(self) -> None:
+        """Decisions that no step has followed count no more, unless their update still waits for one.
+
+        It does where several passes over different parameters share a step. Gradients are the same on all ranks here, and so
+        is the answer. A skip leaves zeros, which only None tells from cleared gradients.
+        """
+        self._count_joined()
+        skip = any(not outcome.stepped for one in self._pending for outcome, _ in one.outcomes)
+        waits = bool(self._pending) and self.stale.holds_any()
+        self._dropped = False
+        if waits and (skip or self.stale.holds_update()):
+            self._frozen_at_zero |= self._frozen
+        else:
+            self._dropped = bool(self._pending)
+            self._drop()
+            self._frozen_at_zero = set()
+        self._frozen = set()
 
     def settle(
         self, exchange: Exchange, params: Sequence[Tensor], over: "Sequence[dist.ProcessGroup]"
@@ -223,7 +306,7 @@ class Handle:
             RuntimeError: on all ranks, where one of them began its backward pass on top of a part of the last update.
         """
         scale = self._loss_scale(partial)
-        found = self.stale.found()
+        found = self.stale.found(self._all_stepped())
         stale = partial.new_zeros(1) if found is None else found.to(partial).reshape(1)
         known, ranks = torch.cat([partial.reshape(-1), scale, stale]), 1
         for group in over:
@@ -251,48 +334,54 @@ class Handle:
             return outcome.weights, 0.0
         return None, float("inf") if overflow else 0.0
 
-    def averaged(self, params: Sequence[Tensor]) -> None:
-        """A step whose average an all-reduce has made already: Mean and its kin."""
+    def averaged(self, params: Sequence[Tensor]) -> bool:
+        """Whether to step, of a policy that looks at no row: Mean and its kin."""
         assert isinstance(self.policy, Mean)
         ones = torch.ones(self._k, dtype=torch.bool, device="cpu")
         unknown = torch.full((self._k,), torch.nan, dtype=torch.float64, device="cpu")
-        self.stale.found()
         decision = self.policy.conclude(ones, unknown)
         outcome = Outcome.fetch(decision, Evidence(unknown, unknown[0], unknown[0]))
         self._decide(decision, outcome.unmeasured(), params)
+        return outcome.stepped
 
     def _decide(self, decision: Decision, outcome: Outcome, params: Sequence[Tensor]) -> None:
         self.last, self.outcome = decision, outcome
         self._moves = self._moves or outcome.stepped
-        pending = self._pending[-1]
-        pending.outcomes.append((outcome, self._scale))
-        if pending.joined:
-            self._count(pending)
-            pending.outcomes, pending.policy_state = [], None
+        self._pending[-1].outcomes.append((outcome, self._scale))
         if not outcome.stepped:
-            self._frozen.update(p for p in params if p not in self._waiting)
-            self._left_zero |= (
-                self._waiting
-            )  # those of them that another rank's pass reached are zero now
+            self._skipped += params
+
+    def _all_stepped(self) -> list[list[Tensor]]:
+        """The optimizers' parameters, where several have all stepped on the last update; else none."""
+        if len(self._progress) < 2 or self._stepped != self._progress.keys():
+            return []
+        return [parameters_of(optimizer) for optimizer in self._progress]
 
     # ------------------------------------------------------------------------------------------ the step
 
     def _before_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        closure = kwargs.get("closure") or next((a for a in args[1:] if callable(a)), None)
-        if closure is None:
-            self._skip_frozen(optimizer)
+        """Before a step of an optimizer, or within one: where a subclass calls its base class's, both report."""
+        self._depth[optimizer] = self._depth.get(optimizer, 0) + 1
+        if self._depth[optimizer] > 1:
             return None
+        call = signature_of_step(type(optimizer)).bind(*args, **kwargs)
+        name = closure_in(call.arguments)
+        if name is None:
+            self._skip(optimizer)
+            return None
+        closure = call.arguments[name]
 
-        def filtered() -> Any:
-            loss = closure()
-            self._skip_frozen(optimizer)
+        def filtered(*args: Any, **kwargs: Any) -> Any:
+            loss = closure(*args, **kwargs)
+            self._skip(optimizer)
             return loss
 
-        return (args[0],), {**kwargs, "closure": filtered}
+        call.arguments[name] = filtered
+        return call.args, call.kwargs
 
-    def _skip_frozen(self, optimizer: Optimizer) -> None:
+    def _skip(self, optimizer: Optimizer) -> None:
         """A skip: without gradients every dense optimizer leaves its parameters and its state alone.
 
         Raises:
@@ -300,38 +389,50 @@ class Handle:
             ValueError: where a parameter was thawed that the engine does not average.
         """
         if any(pending.stale for pending in self._pending):
+            self._depth.clear()
             raise RuntimeError(CLEAR_FIRST)
         for p, name in self._outside.items():
             if p.requires_grad and p.grad is not None:
+                self._depth.clear()
                 raise_thawed(name)
-        self._stepping[optimizer] = True
-        if self._frozen or self._left_zero:
-            own = [p for p in parameters_of(optimizer) if p in self._params]
-            for p in own:
-                if p in self._frozen or (p in self._left_zero and is_zero(p.grad)):
-                    p.grad = None
-                    self.stale.forget(p)
-            self._frozen.difference_update(own)
-            self._left_zero.difference_update(own)
-            self._stepping[optimizer] = any(p.grad is not None for p in own)
+        if self._frozen or self._frozen_at_zero:
+            self._freeze(parameters_of(optimizer))
+
+    def _freeze(self, params: Sequence[Tensor]) -> None:
+        for p in params:
+            at_zero = p in self._frozen_at_zero and p.grad is not None and not bool(is_set(p))
+            if p in self._frozen or at_zero:
+                p.grad = None
+        self._frozen.difference_update(params)
+        self._frozen_at_zero.difference_update(params)
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """The step is done: its decision counts."""
-        overflow = fused_overflow(optimizer) if self.scaler is not None else False
-        moved = self._stepping.pop(optimizer, False) and not overflow
+        self._depth[optimizer] = self._depth.get(optimizer, 1) - 1
+        if self._depth[optimizer] > 0:
+            return
+        overflow = self.scaler is not None and fused_overflow(optimizer)
+        moved = not overflow and any(p.grad is not None for p in parameters_of(optimizer))
         steps, taken = self._progress[optimizer]
         self._progress[optimizer] = (steps + 1, taken + moved)
+        self._stepped.add(optimizer)
         for pending in self._pending:
             pending.overflow |= overflow
             self._count(pending)
         self._pending = []
 
+    @property
+    def stepping(self) -> bool:
+        """Whether a step of one of the optimizers is in progress."""
+        return any(self._depth.values())
+
+    def knows(self, optimizer: Optimizer) -> bool:
+        return optimizer in self._progress
+
     def _drop(self) -> None:
-        """No optimizer step followed these decisions. After an overflow that is how a GradScaler skips; else they never were."""
+        """No optimizer step followed these decisions: they never were."""
         for pending in reversed(self._pending):
-            if pending.overflow:
-                self._count(pending)
-            elif pending.policy_state is not None:
+            if pending.policy_state is not None:
                 self.policy.load_state_dict(pending.policy_state)  # type: ignore[attr-defined]
         self._pending = []
 
@@ -357,14 +458,16 @@ class Handle:
         """Steps of the scheduler's optimizer, and those of them that moved something."""
         optimizer = getattr(scheduler, "optimizer", None)
         if optimizer not in self._progress:
-            if len(self._progress) > 1:
+            own = {p for one in self._progress for p in parameters_of(one)}
+            theirs = parameters_of(optimizer) if isinstance(optimizer, Optimizer) else []
+            if len(self._progress) > 1 or not own.intersection(theirs):
                 raise ValueError(
                     "gate: the scheduler must drive one of the optimizers that were given to attach; "
                     f"its optimizer, a {type(optimizer).__name__}, is none of them. "
                     "Build the scheduler on one of those."
                 )
             optimizer = next(iter(self._progress))
-        return lambda: self._progress[optimizer]
+        return lambda: self._progress.get(optimizer, (0, 0))
 
 
 def parameters_of(optimizer: Optimizer) -> list[Tensor]:
@@ -378,8 +481,28 @@ def raise_thawed(name: str) -> None:
     )
 
 
-def is_zero(grad: Tensor | None) -> bool:
-    return grad is not None and not bool(local(grad).any())
+@cache
+def signature_of_step(kind: type[Optimizer]) -> Signature:
+    return signature(kind.step)
+
+
+def closure_in(arguments: Mapping[str, Any]) -> str | None:
+    """The name of the argument of step() that evaluates the loss again: `closure`, or else the first that can be called."""
+    if "closure" in arguments:
+        return "closure" if callable(arguments["closure"]) else None
+    others = [name for name, value in arguments.items() if name != "self" and callable(value)]
+    return others[0] if others else None
+
+
+def check_state(state: Any) -> None:
+    wanted = ("telemetry", "policy", "rejected", "absent")
+    sound = isinstance(state, dict) and all(name in state for name in wanted)
+    if not sound or not all(isinstance(state[name], list) for name in ("rejected", "absent")):
+        found = sorted(map(str, state)) if isinstance(state, dict) else repr(state)
+        raise ValueError(
+            f"Handle: the state must hold {', '.join(wanted)}, the last two as lists; got {found}. "
+            "Load what handle.state_dict() gave, whole."
+        )
 
 
 def fused_overflow(optimizer: Optimizer) -> bool:

@@ -1,16 +1,16 @@
-"""Notices a backward pass that adds to gradients which still hold the last update.
+"""Which gradients hold an update when a backward pass begins, and which of them the pass has added to.
 
-Such a mixture is no micro-gradient. It is an error where part of the gradients was cleared and part was not, and
-wherever an optimizer steps on it. A pass that no step follows may leave it behind: a GAN's generator step adds to the
-discriminator's gradients, which are cleared before they are used.
+An update that a new gradient was added to is no micro-gradient: an optimizer must not step on the mixture. A pass that
+no step follows may leave one behind, as a GAN's generator step does in the discriminator, which is cleared before its
+own pass.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-IN_PART = 1e6  # of a rank where some gradients were cleared and others were not; 1 where none was
+IN_PART = 1e6  # of a rank where one optimizer was cleared and another was not; 1 where none was
 CLEAR_FIRST = (
     "attach: the gradients must be cleared before a backward pass that synchronises; the last update was still there "
     "and would mix with the new micro-gradients. Call optimizer.zero_grad() first, for every optimizer, or accumulate "
@@ -19,87 +19,85 @@ CLEAR_FIRST = (
 
 
 class StaleGradients:
-    """Which gradients of a model hold an update, and which of them a backward pass has added to.
+    """One pass after the other. A pass here is all that one decision is about: accumulation belongs to it.
 
     A gradient that is None was cleared. One that is a tensor may have been filled with zeros: it is looked at, on its
     device, without waiting for the answer.
 
     Args:
+        params: those that are decided on.
         active: whether a mixture matters. Plain averaging adds up to the same with it.
     """
 
-    def __init__(self, active: bool) -> None:
-        self.active = active
-        self._updated: set[Tensor] = (
-            set()
-        )  # parameters whose gradient is an update, unless cleared since
-        self._arrived: set[Tensor] = set()  # parameters with a gradient of this step's
-        self._flags: dict[
-            Tensor, Tensor
-        ] = {}  # of those that were added to: whether an update was there
-        self._pass = -1
-        self._cleared = False  # whether this pass found a gradient that was cleared
+    def __init__(self, params: set[Tensor], active: bool) -> None:
+        self.params, self.active = params, active
+        self._decided = False  # whether there was a decision, whose update gradients may hold
+        self._open = False  # whether a pass has begun
+        self._updated: set[Tensor] = set()  # parameters with a gradient when the pass began
+        self._arrived: set[Tensor] = set()  # parameters that the pass has reached on this rank
+        self._flags: dict[Tensor, Tensor] = {}  # of those with an update: whether it was one
+
+    def open(self) -> bool:
+        """Begins a pass, if none has begun. Returns whether it did."""
+        if self._open:
+            return False
+        self._open = True
+        self._updated = {p for p in self.params if p.grad is not None} if self._decided else set()
+        self._arrived, self._flags = set(), {}
+        return True
 
     def look(self, p: Tensor) -> None:
         """Looks at a parameter's gradient just before a backward pass adds to it."""
-        self._begin_pass()
         if p.grad is None:
-            self._cleared = self._cleared or p in self._updated
             self._flags.pop(p, None)
-        elif self.active and (p in self._updated or p in self._flags):
-            here = is_set(p.grad)
-            self._flags[p] = here & self._flags[p] if p in self._flags else here
-        self._updated.discard(p)
+        elif p in self._flags:
+            self._flags[p] = self._flags[p] & is_set(p)
+        elif self.active and p in self._updated and p not in self._arrived:
+            self._flags[p] = is_set(p)
         self._arrived.add(p)
 
     def survey(self) -> None:
-        """Looks at all gradients at the start of a pass, which may add to them or not; the last such look counts."""
-        self._cleared = any(p.grad is None for p in self._updated)
-        holding = [p for p in self._updated if p.grad is not None]
-        self._flags = {p: is_set(p.grad) for p in holding} if self.active else {}
+        """Looks at all gradients at the start of a backward pass that may add to them or not."""
+        self._open = False
+        self.open()
+        self._flags = {p: is_set(p) for p in self._updated} if self.active else {}
 
-    def replace(self, params: Iterable[Tensor]) -> None:
-        """After a survey: these parameters have gradients of this step's."""
-        self._updated.difference_update(params)
+    def reach(self, params: Iterable[Tensor]) -> None:
+        """After a survey: the pass has added to these."""
         self._arrived.update(params)
 
+    def holds_update(self) -> bool:
+        """Whether any gradient still has a coordinate of an update. Waits for the device."""
+        return any(bool(is_set(p)) for p in self._updated if p.grad is not None)
+
+    def holds_any(self) -> bool:
+        return bool(self._updated)
+
     def waits(self, p: Tensor) -> bool:
-        """Whether a parameter holds the update of an earlier pass, and this pass has not reached it on this rank."""
-        return p in self._updated and p.grad is not None
+        """Whether a parameter has an earlier pass's gradient, which this one has not reached on this rank."""
+        return p in self._updated and p not in self._arrived and p.grad is not None
 
-    def waiting(self) -> set[Tensor]:
-        return {p for p in self._updated if p.grad is not None}
+    def found(self, optimizers: Sequence[Sequence[Tensor]] = ()) -> Tensor | None:
+        """() float64, above 0 where an update was added to; None is 0.
 
-    def found(self) -> Tensor | None:
-        """At a decision: () float64, above 0 where an update was added to; None is 0.
-
-        The gradients of the parameters that were reached are updates from here on.
+        Args:
+            optimizers: the parameters of each, where all of them have stepped on the last update: then one that was
+                cleared and one that was not is a mistake for certain.
         """
         flags = [flag for p, flag in self._flags.items() if p in self._arrived]
-        self._flags = {p: flag for p, flag in self._flags.items() if p not in self._arrived}
-        in_part = self._cleared or (flags and any(p.grad is None for p in self._updated))
-        self._updated |= self._arrived
-        self._arrived = set()
         if not flags:
             return None
-        return (IN_PART if in_part else 1.0) * torch.stack(flags).any().double()
+        cleared = [all(p not in self._updated for p in params) for params in optimizers]
+        weight = IN_PART if any(cleared) else 1.0
+        return weight * torch.stack(flags).any().double()
 
-    def forget(self, p: Tensor) -> None:
-        """A gradient was taken away by a skip."""
-        self._updated.discard(p)
-
-    def _begin_pass(self) -> None:
-        current = torch._C._current_graph_task_id()
-        if current != self._pass:
-            self._pass, self._cleared = current, False
+    def close(self) -> None:
+        """The pass's last decision is taken: gradients are updates from here on."""
+        self._open, self._decided, self._flags = False, True, {}
 
 
-def is_set(grad: Tensor | None) -> Tensor:
-    """(): whether any coordinate is not zero."""
-    assert grad is not None
-    return (local(grad) != 0).any()
-
-
-def local(grad: Tensor) -> Tensor:
-    """This rank's shard, of a DTensor."""
-    return getattr(grad, "_local_tensor", grad)
+def is_set(p: Tensor) -> Tensor:
+    """(): whether any coordinate of a parameter's gradient is not zero; of this rank's shard, for a DTensor."""
+    assert p.grad is not None
+    grad: Tensor = getattr(p.grad, "_local_tensor", p.grad)
+    return (grad != 0).any()
