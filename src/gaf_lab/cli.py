@@ -3,7 +3,6 @@
 import dataclasses
 import os
 import shlex
-import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -42,21 +41,21 @@ class Demo:
 def demo(words: Words, console: Console) -> int:
     options = tyro.cli(Demo, prog="gaf demo", args=words)
     from gaf_lab import demo as job
-    from gaf_lab import records, report
+    from gaf_lab import report
+    from gaf_lab.locks import own_folder
 
     if options.seeds < 1:
         raise ConfigError(f"seeds must be at least 1; got {options.seeds}.")
-    records.make_folder(options.out)
-    for old in options.out.glob("*/records.jsonl"):
-        shutil.rmtree(old.parent)
-    started = time.perf_counter()
     base = dataclasses.replace(DEMO, passes=options.passes)
-    runs = job.demo(options.out, console, options.seeds, base)
-    if not runs:
-        console.print("No run was finished; there is nothing to report.")
-        return 1
-    console.print(report.table(runs))
-    page = report.write(runs, options.out, title="GAF demo: label noise on MNIST-5k")
+    started = time.perf_counter()
+    with own_folder(options.out, f"gaf demo {shlex.join(words)}"):
+        job.clear(options.out)
+        runs = job.demo(options.out, console, options.seeds, base)
+        if not runs:
+            console.print("No run was finished; there is nothing to report.")
+            return 1
+        console.print(report.table(runs))
+        page = report.write(runs, options.out, title="GAF demo: label noise on MNIST-5k")
     say(console, f"{len(runs)} runs in {time.perf_counter() - started:.0f} s. Page: {page}")
     return 0
 
@@ -123,7 +122,7 @@ def train(words: Words, console: Console) -> int:
     except KeyboardInterrupt:
         say(
             console,
-            f"\nStopped. Go on with: {start}{shlex.join(w for w in words if w != '--resume')} --resume",
+            f"\nStopped. Go on with: {start}{shlex.join(words_to_go_on(words, options.out))}",
         )
         return 130
     finally:
@@ -132,6 +131,14 @@ def train(words: Words, console: Console) -> int:
             board.close()
     say(console, f"Records: {options.out / 'records.jsonl'}. Page: gaf report {options.out}")
     return 0
+
+
+def words_to_go_on(words: Words, out: Path) -> Words:
+    """What goes on with a run that was stopped; or begins it, where it was stopped while it read its data."""
+    from gaf_lab import records
+
+    begun = (out / records.FILE).is_file()
+    return [*(word for word in words if word != "--resume"), *(["--resume"] if begun else [])]
 
 
 def parsed_train(words: Words) -> Train:
@@ -159,13 +166,14 @@ def of_rank_0(parse: Callable[[Words], Train], words: Words) -> Train | int:
 def look_before(options: Train, ranks: int) -> tuple[bool, str | None]:
     """Refuses what cannot run before anything is made. Whether to resume; and where the run is complete, its steps."""
     from gaf_lab import parallel, trackers
-    from gaf_lab.train import completed, prepare_folder, restarted
+    from gaf_lab.locks import check_free
+    from gaf_lab.train import look_into, restarted
 
     parallel.check(options.config, ranks)
     trackers.check(told_to(options))
+    check_free(options.out)
     resume = options.resume or restarted(options.out)
-    prepare_folder(options.out, resume)
-    done = completed(options.config, options.out) if resume else None
+    done = look_into(options.config, options.out, resume)
     return resume, None if done is None else f"{done.evals[-1]['step']:,}"
 
 
@@ -230,6 +238,7 @@ class Paper:
 def paper(words: Words, console: Console) -> int:
     options: Any = tyro.cli(Paper, prog="gaf paper", args=words)
     from gaf_lab import paper as plans
+    from gaf_lab.locks import own_folder
     from gaf_lab.reproduce import described, reproduce
 
     if options.list or not options.ids:
@@ -251,10 +260,11 @@ def paper(words: Words, console: Console) -> int:
         "command": "gaf paper " + shlex.join(words),
     }
     try:
-        page, swept = reproduce(
-            names, options.scale, options.out, console, reading=options.reading, seeds=options.seeds, data_folder=options.data,
-            workers=options.workers or os.cpu_count() or 1, **how,
-        )  # fmt: skip
+        with own_folder(options.out, f"gaf paper {shlex.join(words)}"):
+            page, swept = reproduce(
+                names, options.scale, options.out, console, reading=options.reading, seeds=options.seeds, data_folder=options.data,
+                workers=options.workers or os.cpu_count() or 1, **how,
+            )  # fmt: skip
     except KeyboardInterrupt:
         say(console, f"\nStopped. Go on with: gaf paper {shlex.join(words)}")
         return 130
@@ -387,15 +397,20 @@ class Audit:
 
 def audit(words: Words, console: Console) -> int:
     options = tyro.cli(Audit, prog="gaf audit", args=words, default=Audit(base_config(words)))
-    from gaf_lab import audit as job
-    from gaf_lab import bench as file
-    from gaf_lab import records
-    from gaf_lab.console import labelled, trained
-    from gaf_lab.train import pick_device
+    from gaf_lab.locks import own_folder
 
     if options.seeds < 1:
         raise ConfigError(f"seeds must be at least 1; got {options.seeds}.")
-    records.make_folder(options.out)
+    with own_folder(options.out, f"gaf audit {shlex.join(words)}"):
+        return run_audit(options, words, console)
+
+
+def run_audit(options: Audit, words: Words, console: Console) -> int:
+    from gaf_lab import audit as job
+    from gaf_lab import bench as file
+    from gaf_lab.console import labelled, trained
+    from gaf_lab.train import pick_device
+
     found = []
     with console.status("audit") as status:
         for seed in range(options.config.seed, options.config.seed + options.seeds):
@@ -446,13 +461,18 @@ class Probe:
 
 def probe(words: Words, console: Console) -> int:
     options = tyro.cli(Probe, prog="gaf probe", args=words, default=Probe(base_config(words)))
+    from gaf_lab.locks import own_folder
+
+    with own_folder(options.out, f"gaf probe {shlex.join(words)}"):
+        return run_probe(options, words, console)
+
+
+def run_probe(options: Probe, words: Words, console: Console) -> int:
     from gaf_lab import bench as file
     from gaf_lab import probe as job
-    from gaf_lab import records
     from gaf_lab.console import labelled, trained
     from gaf_lab.train import pick_device
 
-    records.make_folder(options.out)
     config = options.config
     sizes = (options.rows, options.slices, options.share, options.chance)
     with console.status(
@@ -788,6 +808,9 @@ def command(words: Words, console: Console) -> int:
         return 2
     try:
         return COMMANDS[words[0]][0](words[1:], console)
+    except KeyboardInterrupt:
+        say(Console(stderr=True), f"\ngaf {words[0]}: stopped.")
+        return 130
     except BrokenPipeError:  # the reader of our output, such as head, has gone
         return 1
     except mendable() as error:
