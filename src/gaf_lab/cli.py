@@ -15,7 +15,16 @@ import tyro
 from rich.console import Console
 from tyro.conf import OmitArgPrefixes, Positional
 
-from gaf_lab.config import ConfigError, ModelName, TrainConfig, check_tau, from_toml, nearest
+from gaf_lab.config import (
+    MOST_SEEDS,
+    ConfigError,
+    ModelName,
+    TrainConfig,
+    check_count,
+    check_tau,
+    from_toml,
+    nearest,
+)
 from gaf_lab.presets import DEMO
 
 Words = list[str]
@@ -44,8 +53,7 @@ def demo(words: Words, console: Console) -> int:
     from gaf_lab import report
     from gaf_lab.locks import own_folder
 
-    if options.seeds < 1:
-        raise ConfigError(f"seeds must be at least 1; got {options.seeds}.")
+    check_count("seeds", options.seeds, 1, MOST_SEEDS)
     base = dataclasses.replace(DEMO, passes=options.passes)
     started = time.perf_counter()
     with own_folder(options.out, f"gaf demo {shlex.join(words)}"):
@@ -399,8 +407,7 @@ def audit(words: Words, console: Console) -> int:
     options = tyro.cli(Audit, prog="gaf audit", args=words, default=Audit(base_config(words)))
     from gaf_lab.locks import own_folder
 
-    if options.seeds < 1:
-        raise ConfigError(f"seeds must be at least 1; got {options.seeds}.")
+    check_count("seeds", options.seeds, 1, MOST_SEEDS)
     with own_folder(options.out, f"gaf audit {shlex.join(words)}"):
         return run_audit(options, words, console)
 

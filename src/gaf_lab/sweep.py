@@ -22,7 +22,7 @@ from typing import Any, Literal, Protocol
 from rich.console import Console
 
 from gaf_lab import checkpoint, records
-from gaf_lab.config import ConfigError, TrainConfig
+from gaf_lab.config import PICTURES, ConfigError, TrainConfig, check_count
 from gaf_lab.console import percent, progress
 from gaf_lab.locks import FolderBusy, file_lock, own_folder
 from gaf_lab.plan import folder_name
@@ -34,10 +34,7 @@ EngineName = Literal["local", "together", "ray"]
 INDEX = "sweep.jsonl"
 # how often a run is begun or gone on with before the death of its process counts as a failure
 TRIES = 3
-PICTURES = {
-    "digits": 1438, "mnist5k": 4000, "fashion-mnist": 60_000, "cifar10": 50_000, "cifar100": 50_000, "cifar100n": 50_000,
-    "cifar100n-coarse": 50_000, "noise": 50_000, "imagenet": 1_281_167,
-}  # fmt: skip
+MOST_WORKERS = 512  # a process with torch is some 300 MB
 
 
 @dataclass(frozen=True)
@@ -152,8 +149,8 @@ def sweep(
         ConfigError: where a run that is to be replayed is neither planned nor finished, or `out` or the engine cannot be used.
         KeyboardInterrupt: after the processes have been stopped; calling this again goes on.
     """
-    if workers < 1:
-        raise ConfigError(f"workers must be at least 1; got {workers}.")
+    if engine != "ray":
+        check_count("workers", workers, 1, MOST_WORKERS, "One for each core is usual.")
     records.make_folder(out)
     if engine == "ray":
         out, data_folder = out.resolve(), data_folder and data_folder.resolve()

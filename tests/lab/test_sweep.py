@@ -20,13 +20,12 @@ from rich.console import Console
 from test_train import assert_same, final_state
 
 from gaf_lab import checkpoint, cli, records, sweep_local
-from gaf_lab.config import ConfigError, TrainConfig
+from gaf_lab.config import PICTURES, ConfigError, TrainConfig
 from gaf_lab.data import load
 from gaf_lab.locks import LOCK
 from gaf_lab.plan import folder_name, follow, from_file
 from gaf_lab.sweep import (
     INDEX,
-    PICTURES,
     Board,
     Ended,
     Sweeping,
