@@ -44,6 +44,7 @@ MOST_STEPS = 10**9
 LEAST_PASSES = 1e-6
 MOST_PIXELS = 4096
 MOST_SEEDS, MOST_RUNS = 1000, 100_000
+MOST_WORKERS = 512  # a process with torch is some 300 MB
 
 
 class ConfigError(ValueError):
@@ -401,6 +402,10 @@ def check_count(name: str, value: int, least: int, most: int, fix: str = "") -> 
         raise ConfigError(f"{name} must be at least {least}; got {value}.{fix and ' ' + fix}")
     if value > most:
         raise ConfigError(f"{name} must be at most {most:,}; got {value:,}.{fix and ' ' + fix}")
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:160]
 
 
 def nearest(word: str, known: Any) -> str:

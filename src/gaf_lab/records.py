@@ -19,8 +19,10 @@ without. `rows`: for each step since the line before, how many rows were accepte
 does not exist is null.
 """
 
+import contextlib
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,6 +77,28 @@ def make_folder(folder: Path) -> None:
         raise ConfigError(
             f"output folder {folder}: must be writable; {seen}. Give another one with --out."
         ) from None
+
+
+def make_file(path: Path) -> None:
+    """Makes the folder of an output file, and tries whether the file can be written there; ConfigError where not."""
+    if path.is_dir():
+        raise ConfigError(
+            f"output file {path}: must be a file; it is a folder. Give a file's name in it with --out."
+        )
+    make_folder(path.parent)
+
+
+@contextlib.contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Where to write a file that takes its place once it is whole; what goes wrong before leaves what was there."""
+    part = path.with_name(
+        f".part-{path.name}"
+    )  # the ending stays: it names the format of a picture
+    try:
+        yield part
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def append(folder: Path, line: dict[str, Any]) -> None:

@@ -22,7 +22,7 @@ from typing import Any, Literal, Protocol
 from rich.console import Console
 
 from gaf_lab import checkpoint, records
-from gaf_lab.config import PICTURES, ConfigError, TrainConfig, check_count
+from gaf_lab.config import MOST_WORKERS, PICTURES, ConfigError, TrainConfig, check_count
 from gaf_lab.console import percent, progress
 from gaf_lab.locks import FolderBusy, file_lock, own_folder
 from gaf_lab.plan import folder_name
@@ -34,7 +34,6 @@ EngineName = Literal["local", "together", "ray"]
 INDEX = "sweep.jsonl"
 # how often a run is begun or gone on with before the death of its process counts as a failure
 TRIES = 3
-MOST_WORKERS = 512  # a process with torch is some 300 MB
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, MultiStepLR, ReduceLROnPlateau
 
 import gaf
+from gaf.rows import streams
 from gaf_lab import checkpoint, engine, environment, models, parallel, records
 from gaf_lab.config import ConfigError, TrainConfig
 from gaf_lab.controls import RandomSubset, ReplaySkip
@@ -126,6 +127,7 @@ class Training:
         self.average = averaged(self.model, config.ema) if config.ema else None
         self.stopping = EarlyStopping(config.early_stopping) if config.early_stopping else None
         policy, rate = group.led(lambda: (make_policy(config), learning_rate(config)))
+        group.led(lambda: check_rows(config, policy, self.model, self.device))
         make = partial(make_optimizer, config, rate)
         self.optimizer = make(list(self.model.parameters()))
         self.scheduler = make_scheduler(config, self.optimizer, self.problem.steps)
@@ -480,11 +482,21 @@ def begin_records(
     """Writes the header and, where checkpoints are kept, the first one; or cuts off what was written after the checkpoint `state`,
     for it will be written again."""
     if state is not None:
-        os.truncate(folder / records.FILE, state["records_size"])
+        go_back(folder / records.FILE, state["records_size"])
         return
     records.append(folder, header(config, folder, device, command, group))
     if first is not None:
         checkpoint.save(folder, first())
+
+
+def go_back(path: Path, size: int) -> None:
+    """Cuts the records off where the checkpoint was written."""
+    if path.stat().st_size < size:
+        raise checkpoint.CheckpointError(
+            f"{path}: must hold the {size:,} bytes that the checkpoint goes on from; it has {path.stat().st_size:,}. "
+            "It was cut off or replaced: put it back, or start again in another folder."
+        )
+    os.truncate(path, size)
 
 
 def last_good(path: Path) -> str:
@@ -627,6 +639,14 @@ def make_policy(config: TrainConfig) -> Any:
     if config.policy == "random-subset":
         return RandomSubset(recorded_rows(config), config.seed)
     return gaf.Mean()
+
+
+def check_rows(config: TrainConfig, policy: Any, model: nn.Module, device: torch.device) -> None:
+    """ConfigError where the k micro-gradients, which all but a streaming policy holds side by side, do not fit into memory."""
+    if device.type == "cpu" and not streams(policy):
+        n = sum(p.numel() for p in model.parameters())
+        what = f"k = {config.k:,} micro-gradients of {n:,} numbers, held side by side"
+        environment.check_memory(what, config.k * n * 4, "Lower k, or leave start at 'first'.")
 
 
 def make_tau(config: TrainConfig) -> Any:
