@@ -14,6 +14,8 @@ from typing import Any, Literal
 
 import tyro
 from rich.console import Console
+from rich.style import Style
+from rich.text import Text
 from tyro.conf import OmitArgPrefixes, Positional
 
 from gaf_lab import records
@@ -42,6 +44,12 @@ LIGHTER = "Lower --b, --k, --rows or --size, or take a smaller --model."
 def say(console: Console, text: str) -> None:
     """A line as it is: where it is too long a terminal breaks it, and a pipe gets it whole."""
     console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def show_file(console: Console, what: str, path: Path) -> None:
+    """A line with a file's path, which a terminal opens at a click."""
+    link = Style(link=path.resolve().as_uri())
+    console.print(Text.assemble(f"{what} ", (str(path), link)), soft_wrap=True)
 
 
 @dataclass
@@ -400,11 +408,11 @@ def beside(place: Path) -> Path:
 
 @dataclass
 class Audit:
-    """Ranks training samples by how the filter treats micro-batches that hold them: finds wrong labels, beside the usual way, the loss."""
+    """Ranks training samples by how likely their labels are wrong, the most suspect first, with a sheet of their pictures."""
 
     config: OmitArgPrefixes[TrainConfig]
     out: Path = Path("runs/audit")
-    """Folder for samples.csv, audit.png and audit.jsonl."""
+    """Folder for samples.csv, suspects.png, audit.png and audit.jsonl."""
     preset: str | None = None
     """A config by name; `gaf presets` lists them."""
     toml: Path | None = None
@@ -412,7 +420,7 @@ class Audit:
     data: Path | None = None
     """Folder with the data set's archive or its unpacked folder; without it, it is downloaded."""
     seeds: int = 1
-    """Paired seeds, from the config's own on, at least 1. samples.csv and the figure are the first one's."""
+    """Paired seeds, from the config's own on, at least 1. samples.csv and the pictures are the first one's."""
 
 
 def audit(words: Words, console: Console) -> int:
@@ -444,12 +452,14 @@ def run_audit(options: Audit, words: Words, console: Console) -> int:
     lines = [one.line() for one in found]
     job.write_samples(found[0], options.out / "samples.csv")
     job.draw(found[0], options.out / "audit.png")
+    job.draw_suspects(found[0], options.out / "suspects.png")
     conditions = {"command": "gaf audit " + shlex.join(words), "config": options.config.plain()}
     file.write(found, options.out / "audit.jsonl", conditions, pick_device(options.config.device))
     say(console, f"{labelled(options.config)}; {trained(options.config)}")
     console.print(job.table(lines))
     say(console, job.verdict(lines))
     say(console, f"Samples: {options.out / 'samples.csv'}. Figure: {options.out / 'audit.png'}")
+    show_file(console, f"The {job.SUSPECTS} first as pictures:", options.out / "suspects.png")
     return 0
 
 
