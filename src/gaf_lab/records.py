@@ -128,16 +128,22 @@ def read(folder: Path) -> Run:
         raise ValueError(
             f"{folder}: must hold a run, that is a file {FILE}; it does not. Give the folder that `gaf train --out` wrote."
         )
-    lines = path.read_text().splitlines()
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     parsed: list[dict[str, Any]] = []
     for number, text in enumerate(lines, 1):
         try:
-            parsed.append(json.loads(text))
+            line = json.loads(text)
         except json.JSONDecodeError as error:
             if number < len(lines):
                 raise ValueError(
                     f"{path}: line {number} must be JSON; it is not ({error.msg}). Was the file edited?"
                 ) from None
+            continue
+        if not isinstance(line, dict) or "kind" not in line:
+            raise ValueError(
+                f"{path}: line {number} must be a record with a kind; it is not. Was the file edited?"
+            )
+        parsed.append(line)
     if not parsed or parsed[0].get("kind") != "run":
         raise ValueError(
             f"{path}: the first line must be a header of kind 'run'; it is not. Was the file edited?"

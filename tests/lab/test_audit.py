@@ -204,7 +204,7 @@ def test_a_class_that_no_sample_has_as_its_label_is_nobodys():
 
 @pytest.mark.parametrize(("rate", "most"), [(0.4, 1.0), (0.1, 1.0), (0.0, 0.01)])
 def test_about_as_many_are_marked_as_are_wrong_and_these_are_mostly_wrong(rate, most):
-    config = dataclasses.replace(SMALL, passes=8.0, noise_rate=rate)
+    config = dataclasses.replace(SMALL, b=16, passes=6.0, noise_rate=rate)
     found = audit.audit(config, None, lambda *at: None)
     line = found.line()
     assert line["issues"]["count"] <= most * line["samples"]
@@ -247,14 +247,14 @@ def test_the_first_sentence_names_the_best_and_what_the_file_is_ranked_by():
     )
 
 
-@pytest.mark.parametrize("changes", [{}, {"dataset": "noise", "limit": 40, "noise": "none"}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"dataset": "noise", "limit": 40, "noise": "none", "b": 4}]
+)
 def test_the_sheet_has_a_picture_for_each_suspect_with_both_labels(tmp_path, monkeypatch, changes):
     """Of one channel and of three; also where there are fewer samples than places."""
     kept = []
     monkeypatch.setattr(audit, "canvas", lambda *size: kept.append(canvas(*size)) or kept[-1])
-    found = audit.audit(
-        dataclasses.replace(SMALL, passes=1.0, b=4, **changes), None, lambda *at: None
-    )
+    found = audit.audit(dataclasses.replace(SMALL, passes=1.0, **changes), None, lambda *at: None)
     audit.draw_suspects(found, tmp_path / "suspects.png")
     shown = [ax for ax in kept[0].axes if ax.images]
     assert len(shown) == min(audit.SUSPECTS, len(found.flipped))
