@@ -389,7 +389,7 @@ def train(
         "keep_checkpoints": keep_checkpoints,
     }
     with contextlib.ExitStack() as held:
-        group.led(lambda: claim(folder, resume, command, held))
+        group.led(lambda: claim(config, folder, resume, command, group, held))
         return finished(
             train_in_turns(config, folder, listener, **options, command=command, group=group)
         )
@@ -444,19 +444,31 @@ def train_in_turns(
     return group.led(lambda: records.read(folder))
 
 
-def claim(folder: Path, resume: bool, command: str | None, held: contextlib.ExitStack) -> None:
-    """Keeps other runs out of the folder for as long as `held` is open."""
+def claim(
+    config: TrainConfig,
+    folder: Path,
+    resume: bool,
+    command: str | None,
+    group: Group,
+    held: contextlib.ExitStack,
+) -> None:
+    """Keeps other runs out of the folder for as long as `held` is open; leaves none behind for what cannot run."""
+    check_config(config, group)
     check_free(folder)
     prepare_folder(folder, resume)
     held.enter_context(own_folder(folder, command))
+
+
+def check_config(config: TrainConfig, group: Group) -> None:
+    parallel.check(config, group.world)
+    engine.check(config, group.world)
 
 
 def before(
     config: TrainConfig, folder: Path, resume: bool, group: Group
 ) -> tuple[dict[str, Any] | None, records.Run | None]:
     """Looks whether the config can run in the folder; gives the checkpoint to go on from, and the run, where it is finished."""
-    parallel.check(config, group.world)
-    engine.check(config, group.world)
+    check_config(config, group)
     done = look_into(config, folder, resume)
     if unbegun(folder):
         (folder / records.FILE).unlink()
