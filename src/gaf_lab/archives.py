@@ -14,12 +14,10 @@ import io
 import os
 import pickle
 import re
-import sys
 import tarfile
 import time
 import zlib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +28,8 @@ import requests
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+from gaf_lab.locks import file_lock
 
 DEBIAN_FASHION = Path("/usr/share/datasets/fashion-mnist")  # of the package dataset-fashion-mnist
 CHUNK = 1 << 14  # bytes; what a cut-off download can lose
@@ -406,7 +406,8 @@ def fetch(source: Source) -> Path:
     folder = cache()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with _alone(folder / f"{source.file}.lock"):
+        # the ranks of one run want the same file at once: one fetches, the others wait and find it
+        with file_lock(folder / f"{source.file}.lock"):
             downloader = Resumable(folder / f"{source.file}.part")
             return Path(
                 pooch.retrieve(
@@ -417,17 +418,6 @@ def fetch(source: Source) -> Path:
         raise DataError(
             f"{source.file}: must be downloaded, and could not be ({error}). {_remedy(source, folder)}"
         ) from None
-
-
-@contextmanager
-def _alone(lock: Path) -> Iterator[None]:
-    """The ranks of one run want the same file at once: one fetches, the others wait and find it."""
-    with lock.open("w") as file:
-        if sys.platform != "win32":
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 class Resumable:

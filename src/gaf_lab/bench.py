@@ -20,7 +20,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import gaf
-from gaf_lab import environment, models
+from gaf_lab import environment, models, records
 from gaf_lab.config import ModelName
 
 MICRO_BATCHES = tuple[Tensor, Tensor]
@@ -221,4 +221,5 @@ def write(
         "commit": environment.commit(),
     }
     lines = [{"kind": "conditions", **conditions, **where}, *(m.line() for m in found)]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with records.whole(path) as part:
+        part.write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from gaf_lab import records
-from gaf_lab.config import LATER, TrainConfig
+from gaf_lab.config import LATER, TrainConfig, first_line
 
 FILE = "checkpoint.pt"
 
@@ -97,7 +97,3 @@ def differing(folder: Path, found: str, config: TrainConfig) -> str:
     return ", ".join(
         f"{name}: {there.get(name)!r} there, {here.get(name)!r} here" for name in names
     )
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:160]

@@ -1,9 +1,9 @@
 """The command `gaf`. Each command's options are the fields of its dataclass below."""
 
 import dataclasses
+import math
 import os
 import shlex
-import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -14,17 +14,42 @@ from typing import Any, Literal
 
 import tyro
 from rich.console import Console
+from rich.style import Style
+from rich.text import Text
 from tyro.conf import OmitArgPrefixes, Positional
 
-from gaf_lab.config import ConfigError, ModelName, TrainConfig, check_tau, from_toml, nearest
+from gaf_lab import records
+from gaf_lab.config import (
+    MOST_SEEDS,
+    MOST_WORKERS,
+    ConfigError,
+    ModelName,
+    TrainConfig,
+    check_count,
+    check_tau,
+    first_line,
+    from_toml,
+    nearest,
+)
 from gaf_lab.presets import DEMO
 
 Words = list[str]
+Command = Callable[[Words, Console], int]
+
+# beyond these nothing comes of it but waiting
+MOST_ROUNDS, MOST_BATCH, MOST_MICRO_BATCHES, MOST_PROCESSES = 100_000, 100_000, 1024, 256
+LIGHTER = "Lower --b, --k, --rows or --size, or take a smaller --model."
 
 
 def say(console: Console, text: str) -> None:
     """A line as it is: where it is too long a terminal breaks it, and a pipe gets it whole."""
     console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def show_file(console: Console, what: str, path: Path) -> None:
+    """A line with a file's path, which a terminal opens at a click."""
+    link = Style(link=path.resolve().as_uri())
+    console.print(Text.assemble(f"{what} ", (str(path), link)), soft_wrap=True)
 
 
 @dataclass
@@ -42,21 +67,20 @@ class Demo:
 def demo(words: Words, console: Console) -> int:
     options = tyro.cli(Demo, prog="gaf demo", args=words)
     from gaf_lab import demo as job
-    from gaf_lab import records, report
+    from gaf_lab import report
+    from gaf_lab.locks import own_folder
 
-    if options.seeds < 1:
-        raise ConfigError(f"seeds must be at least 1; got {options.seeds}.")
-    records.make_folder(options.out)
-    for old in options.out.glob("*/records.jsonl"):
-        shutil.rmtree(old.parent)
-    started = time.perf_counter()
+    check_count("seeds", options.seeds, 1, MOST_SEEDS)
     base = dataclasses.replace(DEMO, passes=options.passes)
-    runs = job.demo(options.out, console, options.seeds, base)
-    if not runs:
-        console.print("No run was finished; there is nothing to report.")
-        return 1
-    console.print(report.table(runs))
-    page = report.write(runs, options.out, title="GAF demo: label noise on MNIST-5k")
+    started = time.perf_counter()
+    with own_folder(options.out, f"gaf demo {shlex.join(words)}"):
+        job.clear(options.out)
+        runs = job.demo(options.out, console, options.seeds, base)
+        if not runs:
+            console.print("No run was finished; there is nothing to report.")
+            return 1
+        console.print(report.table(runs))
+        page = report.write(runs, options.out, title="GAF demo: label noise on MNIST-5k")
     say(console, f"{len(runs)} runs in {time.perf_counter() - started:.0f} s. Page: {page}")
     return 0
 
@@ -123,7 +147,7 @@ def train(words: Words, console: Console) -> int:
     except KeyboardInterrupt:
         say(
             console,
-            f"\nStopped. Go on with: {start}{shlex.join(w for w in words if w != '--resume')} --resume",
+            f"\nStopped. Go on with: {start}{shlex.join(words_to_go_on(words, options.out))}",
         )
         return 130
     finally:
@@ -132,6 +156,12 @@ def train(words: Words, console: Console) -> int:
             board.close()
     say(console, f"Records: {options.out / 'records.jsonl'}. Page: gaf report {options.out}")
     return 0
+
+
+def words_to_go_on(words: Words, out: Path) -> Words:
+    """What goes on with a run that was stopped; or begins it, where it was stopped while it read its data."""
+    begun = (out / records.FILE).is_file()
+    return [*(word for word in words if word != "--resume"), *(["--resume"] if begun else [])]
 
 
 def parsed_train(words: Words) -> Train:
@@ -159,13 +189,14 @@ def of_rank_0(parse: Callable[[Words], Train], words: Words) -> Train | int:
 def look_before(options: Train, ranks: int) -> tuple[bool, str | None]:
     """Refuses what cannot run before anything is made. Whether to resume; and where the run is complete, its steps."""
     from gaf_lab import parallel, trackers
-    from gaf_lab.train import completed, prepare_folder, restarted
+    from gaf_lab.locks import check_free
+    from gaf_lab.train import look_into, restarted
 
     parallel.check(options.config, ranks)
     trackers.check(told_to(options))
+    check_free(options.out)
     resume = options.resume or restarted(options.out)
-    prepare_folder(options.out, resume)
-    done = completed(options.config, options.out) if resume else None
+    done = look_into(options.config, options.out, resume)
     return resume, None if done is None else f"{done.evals[-1]['step']:,}"
 
 
@@ -186,10 +217,16 @@ def base_config(words: Words) -> TrainConfig:
     """The config before the command line's own options: defaults, preset, TOML file."""
     from gaf_lab.presets import preset
 
+    if asks_for_help(words):  # a wrong file or name must not stand before it
+        return TrainConfig()
     given = {name: value_of(words, name) for name in ("--preset", "--toml", "--tau")}
     check_tau(given["--tau"])  # before the parser, which would say that it is no float
     base = preset(given["--preset"]) if given["--preset"] is not None else TrainConfig()
     return from_toml(Path(given["--toml"]), base) if given["--toml"] is not None else base
+
+
+def asks_for_help(words: Words) -> bool:
+    return "-h" in words or "--help" in words
 
 
 def value_of(words: Words, option: str) -> str | None:
@@ -230,6 +267,7 @@ class Paper:
 def paper(words: Words, console: Console) -> int:
     options: Any = tyro.cli(Paper, prog="gaf paper", args=words)
     from gaf_lab import paper as plans
+    from gaf_lab.locks import own_folder
     from gaf_lab.reproduce import described, reproduce
 
     if options.list or not options.ids:
@@ -240,6 +278,8 @@ def paper(words: Words, console: Console) -> int:
             table.add_row(item.id, item.title, item.claim, str(count))
         console.print(table)
         return 0
+    workers = options.workers if options.workers is not None else os.cpu_count() or 1
+    check_count("workers", workers, 1, MOST_WORKERS, "One for each core is usual.")
     names = (
         list(plans.ITEMS)
         if options.ids == ("all",)
@@ -251,10 +291,11 @@ def paper(words: Words, console: Console) -> int:
         "command": "gaf paper " + shlex.join(words),
     }
     try:
-        page, swept = reproduce(
-            names, options.scale, options.out, console, reading=options.reading, seeds=options.seeds, data_folder=options.data,
-            workers=options.workers or os.cpu_count() or 1, **how,
-        )  # fmt: skip
+        with own_folder(options.out, f"gaf paper {shlex.join(words)}"):
+            page, swept = reproduce(
+                names, options.scale, options.out, console, reading=options.reading, seeds=options.seeds, data_folder=options.data,
+                workers=workers, **how,
+            )  # fmt: skip
     except KeyboardInterrupt:
         say(console, f"\nStopped. Go on with: gaf paper {shlex.join(words)}")
         return 130
@@ -342,7 +383,6 @@ class Report:
 
 def report(words: Words, console: Console) -> int:
     options = tyro.cli(Report, prog="gaf report", args=words)
-    from gaf_lab import records
     from gaf_lab import report as page
 
     if not options.runs:
@@ -361,20 +401,18 @@ def report(words: Words, console: Console) -> int:
 
 def beside(place: Path) -> Path:
     """Where the report of a place goes: into the folder, that of a run's records, or for a pack into runs/ under its name."""
-    from gaf_lab.records import FILE
-
     if place.is_dir():
         return place
-    return place.parent if place.name == FILE else Path("runs") / place.stem
+    return place.parent if place.name == records.FILE else Path("runs") / place.stem
 
 
 @dataclass
 class Audit:
-    """Ranks training samples by how the filter treats micro-batches that hold them: finds wrong labels, beside the usual way, the loss."""
+    """Ranks training samples by how likely their labels are wrong, the most suspect first, with a sheet of their pictures."""
 
     config: OmitArgPrefixes[TrainConfig]
     out: Path = Path("runs/audit")
-    """Folder for samples.csv, audit.png and audit.jsonl."""
+    """Folder for samples.csv, suspects.png, audit.png and audit.jsonl."""
     preset: str | None = None
     """A config by name; `gaf presets` lists them."""
     toml: Path | None = None
@@ -382,20 +420,24 @@ class Audit:
     data: Path | None = None
     """Folder with the data set's archive or its unpacked folder; without it, it is downloaded."""
     seeds: int = 1
-    """Paired seeds, from the config's own on, at least 1. samples.csv and the figure are the first one's."""
+    """Paired seeds, from the config's own on, at least 1. samples.csv and the pictures are the first one's."""
 
 
 def audit(words: Words, console: Console) -> int:
     options = tyro.cli(Audit, prog="gaf audit", args=words, default=Audit(base_config(words)))
+    from gaf_lab.locks import own_folder
+
+    check_count("seeds", options.seeds, 1, MOST_SEEDS)
+    with own_folder(options.out, f"gaf audit {shlex.join(words)}"):
+        return run_audit(options, words, console)
+
+
+def run_audit(options: Audit, words: Words, console: Console) -> int:
     from gaf_lab import audit as job
     from gaf_lab import bench as file
-    from gaf_lab import records
     from gaf_lab.console import labelled, trained
     from gaf_lab.train import pick_device
 
-    if options.seeds < 1:
-        raise ConfigError(f"seeds must be at least 1; got {options.seeds}.")
-    records.make_folder(options.out)
     found = []
     with console.status("audit") as status:
         for seed in range(options.config.seed, options.config.seed + options.seeds):
@@ -410,12 +452,14 @@ def audit(words: Words, console: Console) -> int:
     lines = [one.line() for one in found]
     job.write_samples(found[0], options.out / "samples.csv")
     job.draw(found[0], options.out / "audit.png")
+    job.draw_suspects(found[0], options.out / "suspects.png")
     conditions = {"command": "gaf audit " + shlex.join(words), "config": options.config.plain()}
     file.write(found, options.out / "audit.jsonl", conditions, pick_device(options.config.device))
     say(console, f"{labelled(options.config)}; {trained(options.config)}")
     console.print(job.table(lines))
     say(console, job.verdict(lines))
     say(console, f"Samples: {options.out / 'samples.csv'}. Figure: {options.out / 'audit.png'}")
+    show_file(console, f"The {job.SUSPECTS} first as pictures:", options.out / "suspects.png")
     return 0
 
 
@@ -446,13 +490,18 @@ class Probe:
 
 def probe(words: Words, console: Console) -> int:
     options = tyro.cli(Probe, prog="gaf probe", args=words, default=Probe(base_config(words)))
+    from gaf_lab.locks import own_folder
+
+    with own_folder(options.out, f"gaf probe {shlex.join(words)}"):
+        return run_probe(options, words, console)
+
+
+def run_probe(options: Probe, words: Words, console: Console) -> int:
     from gaf_lab import bench as file
     from gaf_lab import probe as job
-    from gaf_lab import records
     from gaf_lab.console import labelled, trained
     from gaf_lab.train import pick_device
 
-    records.make_folder(options.out)
     config = options.config
     sizes = (options.rows, options.slices, options.share, options.chance)
     with console.status(
@@ -474,6 +523,7 @@ def probe(words: Words, console: Console) -> int:
     file.write(found, options.out / "probe.jsonl", conditions, pick_device(config.device))
     job.draw(lines, options.out / "probe.png")
     say(console, f"Figures: {options.out / 'probe.jsonl'}, {options.out / 'probe.png'}")
+    say(console, job.recommendation(lines))
     return 0
 
 
@@ -595,25 +645,45 @@ class BenchCPU:
 
 
 def bench(words: Words, console: Console) -> int:
-    kinds = {
-        "accumulate": bench_accumulate,
-        "ddp": bench_ddp,
-        "train": bench_train,
-        "cpu": bench_cpu,
+    kinds: dict[str, tuple[Command, type]] = {
+        "accumulate": (bench_accumulate, BenchAccumulate),
+        "ddp": (bench_ddp, BenchDDP),
+        "train": (bench_train, BenchTrain),
+        "cpu": (bench_cpu, BenchCPU),
     }
+    if words[:1] in (["-h"], ["--help"]):
+        say(console, "usage: gaf bench WHAT [OPTIONS]; gaf bench WHAT --help\n")
+        for kind, (_, options) in kinds.items():
+            say(console, f"  {kind:10} {options.__doc__}")
+        return 0
     if not words or words[0] not in kinds:
-        raise ConfigError(f"bench must be told what to measure; got {' '.join(words[:1])!r}. "
+        word = " ".join(words[:1])
+        raise ConfigError(f"bench must be told what to measure; got {word!r}.{nearest(word, kinds)} "
                           f"There is: {', '.join(f'gaf bench {kind}' for kind in kinds)}.")  # fmt: skip
-    return kinds[words[0]](words[1:], console)
+    return kinds[words[0]][0](words[1:], console)
+
+
+def check_bench(options: Any, least_k: int, most_k: int) -> None:
+    """Refuses sizes that nothing can be measured at, or that nobody waits for, before anything is measured."""
+    for k in options.k:
+        check_count("k", k, least_k, most_k)
+    if not options.k:
+        raise ConfigError("k must name at least one number; got none. Give --k 2 4.")
+    check_count("b", options.b, 2, MOST_BATCH, "BatchNorm needs two samples.")
+    check_rounds(options)
+
+
+def check_rounds(options: Any) -> None:
+    check_count("rounds", options.rounds, 2, MOST_ROUNDS, "A spread needs two.")
+    if options.out is not None:
+        records.make_file(options.out)
 
 
 def bench_accumulate(words: Words, console: Console) -> int:
     options: Any = tyro.cli(BenchAccumulate, prog="gaf bench accumulate", args=words)
+    check_bench(options, 1, MOST_MICRO_BATCHES)
     from gaf_lab import bench as job
-    from gaf_lab import records
 
-    if options.out is not None:
-        records.make_folder(options.out.parent)
     with console.status(
         f"{options.model}, b = {options.b}, k = {options.k}: {options.rounds} rounds"
     ):
@@ -636,12 +706,10 @@ def bench_ddp(words: Words, console: Console) -> int:
     options: Any = tyro.cli(BenchDDP, prog="gaf bench ddp", args=words)
     if options.predict or options.against is not None:
         return bench_predict(options, console)
+    check_bench(options, 2, MOST_PROCESSES)
     from gaf_lab import bench as file
     from gaf_lab import bench_ddp as job
-    from gaf_lab import records
 
-    if options.out is not None:
-        records.make_folder(options.out.parent)
     wanted = job.Options(options.model, options.stem, options.b, options.rounds)
     with console.status(
         f"{options.model}, b = {options.b}, k = {options.k}: {options.rounds} rounds"
@@ -656,13 +724,11 @@ def bench_ddp(words: Words, console: Console) -> int:
 
 def bench_train(words: Words, console: Console) -> int:
     options: Any = tyro.cli(BenchTrain, prog="gaf bench train", args=words)
+    check_rounds(options)
     from gaf_lab import bench as file
     from gaf_lab import bench_train as job
-    from gaf_lab import records
     from gaf_lab.train import pick_device
 
-    if options.out is not None:
-        records.make_folder(options.out.parent)
     given = {name: value for name, value in vars(options).items() if name not in ("data", "out")}
     wanted = job.Options(data_folder=options.data, **given)
     with console.status(
@@ -680,12 +746,12 @@ def bench_train(words: Words, console: Console) -> int:
 
 def bench_cpu(words: Words, console: Console) -> int:
     options: Any = tyro.cli(BenchCPU, prog="gaf bench cpu", args=words)
+    check_rounds(options)
+    if not options.models:
+        raise ConfigError("models must name at least one; got none. Leave it out for all.")
     from gaf_lab import bench as file
     from gaf_lab import bench_cpu as job
-    from gaf_lab import records
 
-    if options.out is not None:
-        records.make_folder(options.out.parent)
     with console.status(f"{', '.join(options.models)}: {options.rounds} rounds"):
         found = job.run(options.models, options.rounds, options.compile)
     console.print(job.table(found))
@@ -697,9 +763,20 @@ def bench_cpu(words: Words, console: Console) -> int:
     return 0
 
 
+def check_network(options: BenchDDP) -> None:
+    for name in ("latency_us", "bandwidth_gbit", "memory_gb", "gflops", "parameters", "bytes"):
+        value = getattr(options, name)
+        holds = value is None or (0 < value < math.inf) or (value == 0 and name == "latency_us")
+        if not holds:
+            raise ConfigError(
+                f"{name} must be above 0 and finite; got {value}. Leave it out for a usual value."
+            )
+
+
 def bench_predict(options: BenchDDP, console: Console) -> int:
     from gaf_lab import predict
 
+    check_network(options)
     gbit, told = options.bandwidth_gbit, "as given"
     points: list[dict[str, Any]] = []
     if options.against is not None:
@@ -726,7 +803,13 @@ def bench_predict(options: BenchDDP, console: Console) -> int:
     return 0
 
 
+@dataclass
+class Presets:
+    """Lists the configs that have a name."""
+
+
 def presets(words: Words, console: Console) -> int:
+    tyro.cli(Presets, prog="gaf presets", args=words)
     from gaf_lab.presets import PRESETS
 
     for name, c in PRESETS.items():
@@ -739,7 +822,7 @@ def presets(words: Words, console: Console) -> int:
     return 0
 
 
-COMMANDS = {
+COMMANDS: dict[str, tuple[Command, str | None]] = {
     "demo": (demo, Demo.__doc__),
     "train": (train, Train.__doc__),
     "sweep": (sweep, Sweep.__doc__),
@@ -752,7 +835,7 @@ COMMANDS = {
         bench,
         "What a step costs: gaf bench train, accumulate, ddp; gaf bench cpu: which settings are fast on a CPU.",
     ),
-    "presets": (presets, "Lists the configs that have a name."),
+    "presets": (presets, Presets.__doc__),
 }
 
 
@@ -772,29 +855,64 @@ def main(words: Words | None = None) -> int:
 
 
 def command(words: Words, console: Console) -> int:
+    if words[:1] == ["help"]:
+        words = [*words[1:], "--help"]
     if not words or words[0] in ("-h", "--help"):
-        say(
-            console,
-            "gaf: gradient agreement filtering\n\nusage: gaf COMMAND [OPTIONS]; gaf COMMAND --help\n",
-        )
-        for name, (_, text) in COMMANDS.items():
-            say(console, f"  {name:8} {text}")
+        return overview(console)
+    if words[0] in ("-V", "--version", "version"):
+        import gaf
+
+        say(console, f"gaf {gaf.__version__}")
         return 0
     if words[0] not in COMMANDS:
+        known = [*COMMANDS, "help", "--help", "--version"]
         say(
             Console(stderr=True),
-            f"gaf: unknown command {words[0]!r}.{nearest(words[0], COMMANDS)} There are: {', '.join(COMMANDS)}.",
+            f"gaf: unknown command {words[0]!r}.{nearest(words[0], known)} There are: {', '.join(COMMANDS)}.",
         )
         return 2
     try:
         return COMMANDS[words[0]][0](words[1:], console)
+    except KeyboardInterrupt:
+        say(Console(stderr=True), f"\ngaf {words[0]}: stopped.")
+        return 130
     except BrokenPipeError:  # the reader of our output, such as head, has gone
         return 1
     except mendable() as error:
-        Console(stderr=True, soft_wrap=True).print(
-            f"gaf {words[0]}: {error}", style="red", markup=False, highlight=False
+        return refuse(words[0], str(error))
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        return refuse(
+            words[0], f"the machine must have more memory; {first_line(error)}. {LIGHTER}"
         )
-        return 2
+
+
+def refuse(name: str, message: str) -> int:
+    """Says what a user can mend; the exit code that goes with it."""
+    Console(stderr=True, soft_wrap=True).print(
+        f"gaf {name}: {message}", style="red", markup=False, highlight=False
+    )
+    return 2
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether the machine or the accelerator had no more; torch has a type for the accelerator's alone."""
+    return isinstance(error, MemoryError) or any(
+        words in str(error).lower()
+        for words in ("out of memory", "allocate memory", "not enough memory")
+    )
+
+
+def overview(console: Console) -> int:
+    say(
+        console,
+        "gaf: gradient agreement filtering\n\n"
+        "usage: gaf COMMAND [OPTIONS]; gaf COMMAND --help; gaf --version\n",
+    )
+    for name, (_, text) in COMMANDS.items():
+        say(console, f"  {name:8} {text}")
+    return 0
 
 
 def mendable() -> tuple[type[Exception], ...]:

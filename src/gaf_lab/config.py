@@ -1,6 +1,7 @@
 """What one training run is: a frozen, typed config. The command line and TOML files are both derived from it."""
 
 import dataclasses
+import datetime
 import difflib
 import hashlib
 import json
@@ -8,7 +9,7 @@ import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, get_origin
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -33,6 +34,17 @@ ModelName = Literal[
 ]
 ThresholdName = Literal["fixed", "auto", "signal", "noise-floor", "quantile", "moving-average"]
 PolicyName = Literal["mean", "gaf", "random-skip", "replay-skip", "random-subset", "scaled-lr"]
+
+# training pictures of each data set
+PICTURES = {
+    "digits": 1438, "mnist5k": 4000, "fashion-mnist": 60_000, "cifar10": 50_000, "cifar100": 50_000, "cifar100n": 50_000,
+    "cifar100n-coarse": 50_000, "noise": 50_000, "imagenet": 1_281_167,
+}  # fmt: skip
+MOST_STEPS = 10**9
+LEAST_PASSES = 1e-6
+MOST_PIXELS = 4096
+MOST_SEEDS, MOST_RUNS = 1000, 100_000
+MOST_WORKERS = 512  # a process with torch is some 300 MB
 
 
 class ConfigError(ValueError):
@@ -165,30 +177,30 @@ class TrainConfig:
     def __post_init__(self) -> None:
         check_tau(self.tau)
         for field in dataclasses.fields(self):
-            check_type(field.name, field.type, getattr(self, field.name))
+            check_type(field, getattr(self, field.name))
         rules = {
             "noise_rate": (0 <= self.noise_rate < 1, "must lie in [0, 1)", "It is the share of labels that are flipped."),
             "heldout": (0 <= self.heldout < 1, "must lie in [0, 1)", "0.1 keeps a tenth."),
             "k": (self.k >= 1, "must be at least 1", "It is the number of micro-batches per step."),
             "b": (self.b >= 1, "must be at least 1", "It is the number of samples per micro-batch."),
-            "passes": (0 < self.passes < math.inf, "must be above 0", "It is the length of the run."),
-            "eval_every": (0 < self.eval_every < math.inf, "must be above 0", "It is in passes."),
+            "passes": (0 < self.passes < math.inf, "must be above 0 and finite", "It is the length of the run."),
+            "eval_every": (LEAST_PASSES <= self.eval_every < math.inf, f"must be at least {LEAST_PASSES:g} and finite", "It is in passes."),
             "probe": (self.probe >= 1, "must be at least 1", "5000 is usual."),
             "limit": (self.limit >= 0, "must be at least 0", "0 uses all pictures."),
-            "size": (self.size >= 16, "must be at least 16", "224 is usual."),
+            "size": (16 <= self.size <= MOST_PIXELS, f"must lie in [16, {MOST_PIXELS}]", "224 is usual."),
             "label_smoothing": (0 <= self.label_smoothing < 1 and (not self.label_smoothing or self.loss == "cross-entropy"),
                                 "must lie in [0, 1), and goes with cross-entropy alone", "Set it to 0, or loss to 'cross-entropy'."),
             "gce_q": (0 < self.gce_q <= 1, "must lie in (0, 1]", "0.7 is usual."),
             "elr_beta": (0 <= self.elr_beta < 1, "must lie in [0, 1)", "0.7 is usual."),
-            "elr_lambda": (0 <= self.elr_lambda < math.inf, "must be at least 0", "3 is usual."),
-            "mixup": (0 <= self.mixup < math.inf, "must be at least 0", "1 is usual."),
-            "sam": (0 <= self.sam < math.inf, "must be at least 0", "0.05 is usual."),
+            "elr_lambda": (0 <= self.elr_lambda < math.inf, "must be at least 0 and finite", "3 is usual."),
+            "mixup": (0 <= self.mixup < math.inf, "must be at least 0 and finite", "1 is usual."),
+            "sam": (0 <= self.sam < math.inf, "must be at least 0 and finite", "0.05 is usual."),
             "ema": (0 <= self.ema < 1, "must lie in [0, 1)", "0.99 is usual."),
             "early_stopping": (self.early_stopping >= 0 and (self.heldout > 0 or not self.early_stopping),
                                "must be at least 0, and needs heldout above 0", "It counts evaluations on held-out labels."),
-            "lr": (0 < self.lr < math.inf, "must be above 0", "0.05 suits the demo."),
+            "lr": (0 < self.lr < math.inf, "must be above 0 and finite", "0.05 suits the demo."),
             "momentum": (0 <= self.momentum < 1, "must lie in [0, 1)", "0.9 is usual."),
-            "weight_decay": (0 <= self.weight_decay < math.inf, "must be at least 0", "5e-4 is usual."),
+            "weight_decay": (0 <= self.weight_decay < math.inf, "must be at least 0 and finite", "5e-4 is usual."),
             "gamma": (0 < self.gamma < 1, "must lie in (0, 1)", "0.1 is usual."),
             "milestones": (all(0 < m < 1 for m in self.milestones), "must lie in (0, 1)", "They are shares of the run."),
             "patience": (self.patience >= 0, "must be at least 0", "It counts looks at the loss."),
@@ -202,6 +214,8 @@ class TrainConfig:
             "scope": (self.scope == "all" or (self.bn == "all" and self.threshold == "fixed"),
                       "'group' and 'layer' go with bn 'all' and a fixed threshold alone: each part accepts other micro-batches",
                       "Set bn 'all' and threshold 'fixed', or scope 'all'."),
+            "threshold_by": (self.threshold_by is None or math.isfinite(self.threshold_by), "must be finite",
+                             "Leave it out for the threshold's own default."),
             "half_life": (self.half_life >= 0 and (not self.half_life or self.threshold == "quantile"),
                           "must be at least 0, and goes with threshold 'quantile' alone", "It counts steps; 0 is never."),
             "replay": (self.replay is not None or self.policy not in REPLAYING, f"must be set for policy {self.policy!r}",
@@ -217,6 +231,7 @@ class TrainConfig:
             raise ConfigError(
                 f"noise 'human' needs a data set with human labels; got {self.dataset!r}. Use cifar100n or cifar100n-coarse."
             )
+        check_length(self)
 
     @property
     def arm(self) -> str:
@@ -300,18 +315,97 @@ def check_tau(tau: Any) -> None:
         )
 
 
-def check_type(name: str, kind: Any, value: Any) -> None:
-    choices = get_args(kind)
-    if choices and all(isinstance(c, str) for c in choices) and value not in choices:
+# what a field takes, and how TOML calls it
+KINDS: dict[Any, tuple[Any, str]] = {
+    int: (int, "an integer"),
+    float: ((int, float), "a float"),
+    bool: (bool, "a boolean"),
+    str: (str, "a string"),
+    Path: (Path, "a path, in TOML a string"),
+    tuple: (tuple, "an array of floats"),
+}
+
+
+def check_type(field: "dataclasses.Field[Any]", value: Any) -> None:
+    choices = get_args(field.type)
+    if choices and all(isinstance(c, str) for c in choices):
+        if value not in choices:
+            raise ConfigError(
+                f"{field.name} must be one of {', '.join(choices)}; got {shown(value)}.{nearest(str(value), choices)}"
+            )
+        return
+    if value is None and type(None) in choices:
+        return
+    known = [kind for kind in (field.type, get_origin(field.type), *choices) if kind in KINDS]
+    types, words = KINDS[known[0]]
+    if not of_type(value, types):
+        raise ConfigError(f"{field.name} must be {words}; got {toml_kind(value)}{example(field)}")
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise ConfigError(f"{field.name} must fit into 64 bits; got {value:.3g}{example(field)}")
+
+
+def of_type(value: Any, types: Any) -> bool:
+    if isinstance(value, bool) and types is not bool:
+        return False
+    if types is tuple and isinstance(value, tuple):
+        return all(of_type(one, (int, float)) for one in value)
+    return isinstance(value, types)
+
+
+def example(field: "dataclasses.Field[Any]") -> str:
+    """How a field is written, by its default; a bare full stop where it has none."""
+    known = field.default is not None and field.default != ""
+    return f". It is written as in {field.name} = {toml(field.default)}." if known else "."
+
+
+def toml(value: Any) -> str:
+    """A value as a TOML file has it, cut off where it is long."""
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def toml_kind(value: Any) -> str:
+    """A value, and what TOML calls its kind, which is nothing for a value that TOML does not know."""
+    names = {bool: "a boolean", int: "an integer", float: "a float", str: "a string", list: "an array", tuple: "an array",
+             dict: "a table"}  # fmt: skip
+    if type(value) in names:
+        return f"{names[type(value)]}, {toml(value)}"
+    return (
+        f"a date or time, {value}"
+        if isinstance(value, datetime.date | datetime.time)
+        else repr(value)
+    )
+
+
+def shown(value: Any) -> str:
+    return repr(value) if isinstance(value, str) else toml_kind(value)
+
+
+def check_length(config: TrainConfig) -> None:
+    """ConfigError where a step would hold more samples than the run, or the run more steps than anyone waits for."""
+    drawn = max(config.passes, 1) * PICTURES[config.dataset]
+    if config.k * config.b > drawn:
         raise ConfigError(
-            f"{name} must be one of {', '.join(choices)}; got {value!r}.{nearest(str(value), choices)}"
+            f"k and b must not make a step hold more samples than the whole run, {drawn:,.0f}; got k = {config.k:,} and "
+            f"b = {config.b:,}. Lower them."
         )
-    expected: Any = {int: int, float: (int, float), bool: bool, tuple[float, ...]: tuple}.get(kind)
-    wrong_bool = isinstance(value, bool) and kind is not bool
-    if expected is not None and (wrong_bool or not isinstance(value, expected)):
+    steps = drawn / (config.k * config.b)
+    if steps >= MOST_STEPS:
         raise ConfigError(
-            f"{name} must be of type {getattr(kind, '__name__', kind)}; got {value!r}."
+            f"passes must need fewer than {MOST_STEPS:,} steps; got {config.passes:g}, which need {steps:.2g}. Lower passes."
         )
+
+
+def check_count(name: str, value: int, least: int, most: int, fix: str = "") -> None:
+    """ConfigError where a number of things is too small, or absurd."""
+    if value < least:
+        raise ConfigError(f"{name} must be at least {least}; got {value}.{fix and ' ' + fix}")
+    if value > most:
+        raise ConfigError(f"{name} must be at most {most:,}; got {value:,}.{fix and ' ' + fix}")
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:160]
 
 
 def nearest(word: str, known: Any) -> str:
@@ -330,15 +424,12 @@ def from_dict(values: dict[str, Any], base: TrainConfig, source: str) -> TrainCo
             )
     converted = dict(values)
     if isinstance(converted.get("milestones"), list):
-        converted["milestones"] = tuple(float(m) for m in converted["milestones"])
-    if converted.get("replay") is not None:
+        converted["milestones"] = tuple(converted["milestones"])
+    if isinstance(converted.get("replay"), str):
         converted["replay"] = Path(converted["replay"])
     for name, value in converted.items():
-        if (
-            isinstance(value, int)
-            and not isinstance(value, bool)
-            and isinstance(getattr(base, name), float)
-        ):
+        whole = isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
+        if whole and isinstance(getattr(base, name), float):
             converted[name] = float(value)
     try:
         return dataclasses.replace(base, **converted)
@@ -347,12 +438,24 @@ def from_dict(values: dict[str, Any], base: TrainConfig, source: str) -> TrainCo
 
 
 def from_toml(path: Path, base: TrainConfig) -> TrainConfig:
-    if not path.is_file():
-        raise ConfigError(
-            f"config file {path}: must exist; it does not. Write one with keys as in `gaf train --help`."
-        )
+    source = f"config file {path}"
+    values = read_toml(path, source, "Write one with keys as in `gaf train --help`.")
+    return from_dict(values, base, source)
+
+
+def read_toml(path: Path, source: str, fix: str) -> dict[str, Any]:
+    """The tables of a TOML file. source: what messages call it; fix: what one does where there is none."""
+    if path.is_dir():
+        raise ConfigError(f"{source}: must be a file; it is a folder. {fix}")
+    if not path.exists():
+        raise ConfigError(f"{source}: must exist; it does not. {fix}")
     try:
-        values = tomllib.loads(path.read_text())
+        return tomllib.loads(path.read_bytes().decode())
+    except OSError as error:
+        raise ConfigError(f"{source}: must be readable; it is not ({error.strerror}).") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{source}: must be UTF-8, as TOML is; byte {error.start + 1} is not. Save it as UTF-8."
+        ) from None
     except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"config file {path}: must be TOML; {error}.") from None
-    return from_dict(values, base, f"config file {path}")
+        raise ConfigError(f"{source}: must be TOML; {error}.") from None

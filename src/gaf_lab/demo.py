@@ -5,12 +5,14 @@ One process with one thread for each core: the network is small, and a second th
 
 import dataclasses
 import os
+import re
+import shutil
 from pathlib import Path
 
 from rich.console import Console
 
 from gaf_lab import records, sweep
-from gaf_lab.config import TrainConfig
+from gaf_lab.config import ConfigError, TrainConfig
 from gaf_lab.presets import DEMO
 
 
@@ -24,6 +26,25 @@ def arms(seed: int, base: TrainConfig) -> dict[str, TrainConfig]:
             seeded, policy="random-subset", replay=Path(f"gaf-{seed}")
         ),
     }
+
+
+def clear(folder: Path) -> None:
+    """Removes the runs of an earlier demo from the folder, and leaves everything else.
+
+    Raises:
+        ConfigError: where another run stands in the place of a demo's.
+    """
+    for file in folder.glob(f"*/{records.FILE}"):
+        if not re.fullmatch(r"(gaf|averaging|random-subset)-\d+", file.parent.name):
+            continue
+        with file.open(errors="replace") as lines:
+            header = lines.readline()
+        if header and '"command": "gaf demo' not in header:
+            raise ConfigError(
+                f"output folder {folder}: must hold no runs but a demo's under a demo's names; {file.parent.name} is another "
+                "run. Give another folder with --out."
+            )
+        shutil.rmtree(file.parent)
 
 
 def demo(

@@ -1,5 +1,6 @@
 """Under what a run ran: versions, machine, commit."""
 
+import contextlib
 import os
 import platform
 import subprocess
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 
 import gaf
+from gaf_lab.config import ConfigError
 
 
 def versions() -> dict[str, str]:
@@ -25,6 +27,23 @@ def machine(device: torch.device) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
     }
     return facts | ({"gpu": torch.cuda.get_device_name(device)} if device.type == "cuda" else {})
+
+
+def memory() -> int:
+    """Bytes of main memory that this process may use at most: the machine's, or its container's."""
+    sizes = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):  # ValueError: "max", where there is none
+            sizes.append(int(Path(limit).read_text()))
+    return min(sizes)
+
+
+def check_memory(what: str, size: int, fix: str) -> None:
+    """ConfigError where so many bytes do not fit into main memory."""
+    if size > memory():
+        raise ConfigError(
+            f"{what}: must fit into memory, {memory() / 1e9:,.0f} GB; needs {size / 1e9:,.0f} GB. {fix}"
+        )
 
 
 def cpu_name() -> str:

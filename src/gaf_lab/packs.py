@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from gaf_lab.records import Run, plain
+from gaf_lab.records import Run, plain, whole
 
 SHARED = ("config", "versions", "machine", "commit", "command")
 DIGITS = 5
@@ -28,7 +28,8 @@ def write(runs: Sequence[Run], path: Path) -> None:
     first = {key: common([run.header.get(key) for run in runs]) for key in SHARED}
     lines = [{"kind": "pack", **first}, *(packed(run, first) for run in runs)]
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(line, allow_nan=False) + "\n" for line in lines))
+    with whole(path) as part:
+        part.write_text("".join(json.dumps(line, allow_nan=False) + "\n" for line in lines))
 
 
 def read(path: Path) -> list[Run]:

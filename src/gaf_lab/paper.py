@@ -13,7 +13,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gaf_lab import presets
-from gaf_lab.config import ConfigError, PolicyName, TrainConfig, nearest
+from gaf_lab.config import (
+    MOST_SEEDS,
+    ConfigError,
+    PolicyName,
+    TrainConfig,
+    check_count,
+    nearest,
+)
 from gaf_lab.plan import follow
 
 Scale = Literal["smoke", "small", "full"]
@@ -119,10 +126,8 @@ def plan(
         ConfigError: for an unknown figure, or seeds below 1.
     """
     item(name)
-    if seeds is not None and seeds < 1:
-        raise ConfigError(
-            f"seeds must be at least 1; got {seeds}. Three is the least that tells a difference."
-        )
+    if seeds is not None:
+        check_count("seeds", seeds, 1, MOST_SEEDS, "Three is the least that tells a difference.")
     points, arms = (small if scale == "small" else partial(full, reading=reading))(name)
     configs = [
         config

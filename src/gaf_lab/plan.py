@@ -18,19 +18,24 @@ replay = "GAF"               # the arm of this name, at the same seed and point 
 
 import dataclasses
 import itertools
+import math
 import re
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from gaf_lab.config import ConfigError, TrainConfig, from_dict, nearest
+from gaf_lab.config import (
+    MOST_RUNS,
+    MOST_SEEDS,
+    ConfigError,
+    TrainConfig,
+    check_count,
+    from_dict,
+    nearest,
+    read_toml,
+    toml,
+)
 from gaf_lab.presets import PRESETS
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 Configs = list[TrainConfig]
 Table = dict[str, Any]
@@ -70,8 +75,8 @@ def find(
     Raises:
         ConfigError: for a name that is none of these, and for a file that is no plan.
     """
-    if seeds is not None and seeds < 1:
-        raise ConfigError(f"seeds must be at least 1; got {seeds}.")
+    if seeds is not None:
+        check_count("seeds", seeds, 1, MOST_SEEDS)
     path = Path(name)
     if path.is_file() or path.suffix == ".toml":
         return from_file(path, None if seeds is None else range(seeds))
@@ -89,14 +94,13 @@ def find(
 def from_file(path: Path, seeds: Sequence[int] | None = None) -> Configs:
     """The configs of a TOML file, seed by seed, point by point of the grid, arm by arm. seeds: in place of the file's."""
     source = f"sweep file {path}"
-    if not path.is_file():
-        raise ConfigError(f"{source}: must exist; it does not. docs/sweeps.md has the format.")
-    try:
-        parts = tomllib.loads(path.read_text())
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{source}: must be TOML; {error}.") from None
+    parts = read_toml(path, source, "docs/sweeps.md has the format.")
     check(parts, source)
     base, arms = parts.get("base", {}), parts.get("arms", [{}])
+    count = len(seeds or parts.get("seeds", [0])) * len(arms) * size(parts.get("grid", {}))
+    check_count(
+        f"{source}: the number of runs", count, 1, MOST_RUNS, "Take values out of the grid."
+    )
     return [
         config
         for seed in seeds or parts.get("seeds", [0])
@@ -111,9 +115,13 @@ def check(parts: Table, source: str) -> None:
     def require(holds: bool, name: str, requirement: str, seen: Any) -> None:
         if not holds:
             raise ConfigError(
-                f"{source}: {name} must be {requirement}; got {seen!r}. docs/sweeps.md has an example."
+                f"{source}: {name} must be {requirement}; got {toml(seen)}. docs/sweeps.md has an example."
             )
 
+    if not parts:
+        raise ConfigError(
+            f"{source}: must have a table [base], [grid] or [[arms]]; it is empty. docs/sweeps.md has an example."
+        )
     for name, value in parts.items():
         if name not in PARTS:
             raise ConfigError(
@@ -151,6 +159,11 @@ def check(parts: Table, source: str) -> None:
         raise ConfigError(
             f"{source}: seed must stand in the list of seeds, above the tables; it stands in one. Write seeds = [0, 1, 2]."
         )
+
+
+def size(grid: Table) -> int:
+    """How many combinations there are."""
+    return math.prod(len(values) for values in grid.values())
 
 
 def points(grid: dict[str, list[Any]]) -> list[Table]:

@@ -4,16 +4,20 @@ A probe's line says all that table and figure show:
 
     {"kind": "probe", "after", "steps_taken", "k", "b", "m", "rows", "absent",
      "distance_mean", "distance_expected", "distance": [10%, 50%, 90%], "noise_scale", "noise_low", "noise_high", "dimension",
-     "tau", "predicted", "measured", "measured_steps", "reason", "bins": [...], "curve": [[tau, predicted, measured, measured steps], ...],
+     "tau", "tau_interval", "predicted", "measured", "measured_interval", "measured_steps", "reason", "bins": [...],
+     "curve": [[tau, predicted, measured, measured steps], ...],
      "layers": [{"name", "distance": [10%, 50%, 90%], "noise_scale", "dimension"}, ...]}
 
 after, steps_taken: steps of training before it, and those that moved the weights. m: how many measured micro-gradients were
 merged into one, b being the samples in it then; noise_scale, dimension and all that is predicted are from m = 1. distance_expected:
-B / (b + B). bins: pairs by cosine distance, 100 bins over [0, 2]. measured: on micro-gradients that nothing was predicted from.
+B / (b + B). tau_interval, measured_interval: [low, high] of 95%, by leaving out an eighth of the rows at a time; null where m is not 1
+and where the rows are too few. bins: pairs by cosine distance, 100 bins over [0, 2]. measured: on micro-gradients that nothing was
+predicted from.
 """
 
 import copy
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -27,8 +31,8 @@ from torch import Tensor
 
 from gaf.agreement import expected_cosine
 from gaf.probe import Probe, Recommendation, number, of_losses
-from gaf_lab import records
-from gaf_lab.config import ConfigError, TrainConfig
+from gaf_lab import environment, records
+from gaf_lab.config import MOST_STEPS, ConfigError, TrainConfig
 from gaf_lab.figures import DPI, INK, SOFT, canvas, plain
 from gaf_lab.train import Training
 
@@ -40,6 +44,12 @@ QUANTILES = (0.1, 0.5, 0.9)
 TAUS = [round(0.2 + 0.025 * i, 3) for i in range(41)]  # 0.2 to 1.2
 MULTIPLES = (1, 2, 4, 8)
 CLOSE = 0.1  # a prediction within ten points is taken to hold
+WIDE = 0.2  # a tau that is not known to within that much is not recommended
+PARTS, STUDENT = (
+    8,
+    2.365,
+)  # of each half of the rows; 97.5% of Student's t with 7 degrees of freedom
+MOST_SLICES = 1000
 SHADES = {1: "#1559c9", 2: "#12a08a", 4: "#e0561b", 8: "#8c1d4f"}
 
 
@@ -52,6 +62,8 @@ class Looked:
     m: int
     probe: Probe
     advice: Recommendation
+    tau_interval: list[float] | None
+    measured_interval: list[float] | None
 
     def line(self) -> dict[str, Any]:
         return self._line
@@ -66,7 +78,8 @@ class Looked:
             "absent": merged.absent, "distance_mean": float(distances.mean()),
             "distance_expected": 1 - expected_cosine(noise.rho / self.m, 1),
             "distance": spread(distances), "noise_scale": noise.scale, "noise_low": noise.low, "noise_high": noise.high,
-            "dimension": noise.dimension, "tau": self.advice.tau, "predicted": self.advice.predicted, "measured": self.advice.measured.rows,
+            "dimension": noise.dimension, "tau": self.advice.tau, "tau_interval": self.tau_interval, "predicted": self.advice.predicted,
+            "measured": self.advice.measured.rows, "measured_interval": self.measured_interval,
             "measured_steps": self.advice.measured.steps, "reason": self.advice.reason,
             "bins": torch.histc(distances, BINS, 0, 2).int().tolist(), "curve": [[t, p, a.rows, a.steps] for t, p, a in curve],
             "layers": [layer(merged, name) for name in merged.layers] if self.m == 1 else [],
@@ -123,18 +136,70 @@ def look(
         Diverged: where the training before the probe does.
         ValueError: where too few micro-gradients can be used.
     """
-    check(config, after, rows, slices)
+    check(config, after, rows, slices, share, chance)
     training = Training(dataclasses.replace(config, engine="plain"), data_folder)
+    check_room(training, rows, slices)
     for steps in sorted(set(after)):
         while training.step < steps:
             training.macro_batch()
         found = probed(training, rows, slices)
         taken = int(training.accumulator.stats()["stepped"])
         for m in multiples(found):
-            yield Looked(steps, taken, m, found, found.recommend(share, chance, m))
+            advice = found.recommend(share, chance, m)
+            ends = intervals(found, advice.tau, share, chance) if m == 1 else (None, None)
+            yield Looked(steps, taken, m, found, advice, *ends)
 
 
-def check(config: TrainConfig, after: Sequence[int], rows: int, slices: int) -> None:
+def intervals(
+    probe: Probe, tau: float, share: float, chance: float
+) -> tuple[list[float] | None, list[float] | None]:
+    """95% intervals of the recommended tau, and of what `tau` accepts of the other half: the jackknife over an eighth of each half.
+
+    None where fewer rows would be left than the halves need.
+    """
+    half = len(probe) // 2
+    if half < 2 * PARTS or half - half // PARTS - 1 < probe.k:
+        return None, None
+    less = [without(probe, part) for part in range(PARTS)]
+    taus = [one.recommend(share, chance).tau for one in less]
+    return interval(tau, taus, 2), interval(
+        probe.measured(tau).rows, [one.measured(tau).rows for one in less], 1
+    )
+
+
+def without(probe: Probe, part: int) -> Probe:
+    """The probe without every eighth row of each half."""
+    half = len(probe) // 2
+    left = torch.tensor(
+        [i for i in range(len(probe)) if (i if i < half else i - half) % PARTS != part]
+    )
+    return Probe(probe.b, probe.k, probe.gram[left][:, left], {}, probe.absent)
+
+
+def interval(value: float, less: Sequence[float], highest: float) -> list[float]:
+    """From a value, and what it is without each of the parts; within [0, highest]."""
+    mean = sum(less) / len(less)
+    error = math.sqrt((len(less) - 1) / len(less) * sum((one - mean) ** 2 for one in less))
+    return [max(0.0, value - STUDENT * error), min(highest, value + STUDENT * error)]
+
+
+def check_room(training: Training, rows: int, slices: int) -> None:
+    """ConfigError where the rows, or their Gram matrices, do not fit into memory."""
+    sizes = [p.numel() for p in training.model.parameters()]
+    what = f"rows = {rows:,} micro-gradients of {sum(sizes):,} numbers, in {slices:,} slices"
+    slice_ = max(sum(sizes) // slices, *sizes)  # a parameter stays whole
+    size = rows * slice_ * 4 + rows * rows * 8 * (len(sizes) + 1)
+    environment.check_memory(what, size, "Lower rows, or raise slices.")
+
+
+def check(
+    config: TrainConfig,
+    after: Sequence[int],
+    rows: int,
+    slices: int,
+    share: float = 0.5,
+    chance: float = 0.05,
+) -> None:
     rules = {
         "k": (
             config.k,
@@ -150,8 +215,8 @@ def check(config: TrainConfig, after: Sequence[int], rows: int, slices: int) -> 
         ),
         "after": (
             list(after),
-            bool(after) and min(after) >= 0,
-            "must name steps of training, at least 0",
+            bool(after) and min(after) >= 0 and max(after) < MOST_STEPS,
+            f"must name steps of training, at least 0 and fewer than {MOST_STEPS:,}",
             "0 is the initial weights.",
         ),
         "rows": (
@@ -160,7 +225,14 @@ def check(config: TrainConfig, after: Sequence[int], rows: int, slices: int) -> 
             "must be at least 8 and twice k",
             "128 is usual.",
         ),
-        "slices": (slices, slices >= 1, "must be at least 1", "1 is fastest."),
+        "slices": (
+            slices,
+            1 <= slices <= MOST_SLICES,
+            f"must lie in [1, {MOST_SLICES}]",
+            "1 is fastest.",
+        ),
+        "share": (share, 0 < share < 1, "must lie in (0, 1)", "The default is 0.5."),
+        "chance": (chance, 0 < chance < 1, "must lie in (0, 1)", "The default is 0.05."),
     }
     for name, (value, holds, requirement, fix) in rules.items():
         if not holds:
@@ -275,8 +347,48 @@ def verdicts(lines: Sequence[dict[str, Any]]) -> Iterator[str]:
             else ""
         )
         yield (f"After {line['after']:,} steps: tau = {line['tau']:.3f}. {line['reason']} Measured on "
-               f"{line['rows'] - line['rows'] // 2} other micro-gradients: {100 * line['measured']:.1f}%, {100 * gap:.1f} points away; "
+               f"{others(line)} other micro-gradients: {100 * line['measured']:.1f}%, {100 * gap:.1f} points away; "
                f"{holds}.{gone}")  # fmt: skip
+
+
+def recommendation(lines: Sequence[dict[str, Any]]) -> str:
+    """One line: the tau to take, with n and its interval, from the state that was trained furthest; or why none can be told."""
+    line = [line for line in lines if line["m"] == 1][-1]
+    seen = (
+        f"{line['rows']} micro-gradients of b = {line['b']} after {line['after']:,} steps, one seed"
+    )
+    why = doubt(line)
+    if why:
+        return f"No tau is recommended, from {seen}: {why}"
+    (low, high), (least, most) = line["tau_interval"], line["measured_interval"]
+    return (f"Recommended: --tau {line['tau']:.3f} (95% interval {low:.3f} to {high:.3f}), from {seen}. Of those compared it should accept "
+            f"{100 * line['predicted']:.0f}%; of {others(line)} others it accepted {100 * line['measured']:.0f}% "
+            f"({100 * least:.0f} to {100 * most:.0f}%). How accurate the training gets is not measured.")  # fmt: skip
+
+
+def doubt(line: dict[str, Any]) -> str:
+    """Why nothing can be recommended, and what to do; empty where something can."""
+    if line["noise_scale"] is None or line["noise_high"] is None:
+        low = (
+            ""
+            if line["noise_low"] is None
+            else f" (B may be anything from {number(line['noise_low'])} samples up)"
+        )
+        return f"no common direction can be told from noise{low}. Raise --b or --rows, or look --after more steps."
+    if line["tau_interval"] is None:
+        return f"they are too few for an interval. Raise --rows to {max(4 * PARTS, 4 * line['k'])} or more."
+    (low, high), (least, most) = line["tau_interval"], line["measured_interval"]
+    if high - low > WIDE:
+        return f"it may lie anywhere from {low:.2f} to {high:.2f}. Raise --rows."
+    if not least - CLOSE <= line["predicted"] <= most + CLOSE:
+        return (f"of {others(line)} others tau = {line['tau']:.3f} accepted {100 * least:.0f} to {100 * most:.0f}%, and "
+                f"{100 * line['predicted']:.0f}% were predicted. Raise --rows.")  # fmt: skip
+    return ""
+
+
+def others(line: dict[str, Any]) -> int:
+    """Micro-gradients that nothing was predicted from."""
+    return int(line["rows"]) - int(line["rows"]) // 2
 
 
 def draw(lines: Sequence[dict[str, Any]], path: Path) -> None:
@@ -299,7 +411,8 @@ def draw(lines: Sequence[dict[str, Any]], path: Path) -> None:
         histogram(row[0], group)
         curves(row[1], group)
         by_layer(row[2], group[0])
-    figure.savefig(path, dpi=DPI)
+    with records.whole(path) as part:
+        figure.savefig(part, dpi=DPI)
 
 
 def when(line: dict[str, Any]) -> str:

@@ -19,8 +19,10 @@ without. `rows`: for each step since the line before, how many rows were accepte
 does not exist is null.
 """
 
+import contextlib
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,6 +79,28 @@ def make_folder(folder: Path) -> None:
         ) from None
 
 
+def make_file(path: Path) -> None:
+    """Makes the folder of an output file, and tries whether the file can be written there; ConfigError where not."""
+    if path.is_dir():
+        raise ConfigError(
+            f"output file {path}: must be a file; it is a folder. Give a file's name in it with --out."
+        )
+    make_folder(path.parent)
+
+
+@contextlib.contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Where to write a file that takes its place once it is whole; what goes wrong before leaves what was there."""
+    part = path.with_name(
+        f".part-{path.name}"
+    )  # the ending stays: it names the format of a picture
+    try:
+        yield part
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
 def append(folder: Path, line: dict[str, Any]) -> None:
     with (folder / FILE).open("a") as file:
         file.write(json.dumps(plain(line), allow_nan=False) + "\n")
@@ -104,16 +128,22 @@ def read(folder: Path) -> Run:
         raise ValueError(
             f"{folder}: must hold a run, that is a file {FILE}; it does not. Give the folder that `gaf train --out` wrote."
         )
-    lines = path.read_text().splitlines()
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     parsed: list[dict[str, Any]] = []
     for number, text in enumerate(lines, 1):
         try:
-            parsed.append(json.loads(text))
+            line = json.loads(text)
         except json.JSONDecodeError as error:
             if number < len(lines):
                 raise ValueError(
                     f"{path}: line {number} must be JSON; it is not ({error.msg}). Was the file edited?"
                 ) from None
+            continue
+        if not isinstance(line, dict) or "kind" not in line:
+            raise ValueError(
+                f"{path}: line {number} must be a record with a kind; it is not. Was the file edited?"
+            )
+        parsed.append(line)
     if not parsed or parsed[0].get("kind") != "run":
         raise ValueError(
             f"{path}: the first line must be a header of kind 'run'; it is not. Was the file edited?"

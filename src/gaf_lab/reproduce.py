@@ -11,9 +11,9 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from gaf_lab import archives, imagenet, models, paper, paper_page
-from gaf_lab.config import TrainConfig
+from gaf_lab.config import PICTURES, TrainConfig
 from gaf_lab.paper import Configs, Item, Reading, Scale
-from gaf_lab.sweep import PICTURES, Swept, jobs, sweep
+from gaf_lab.sweep import Swept, jobs, sweep
 
 TIMED = 32  # samples in the batch that is timed, at most
 START = 1.0  # seconds of a run beside its steps and evaluations: data, network, records

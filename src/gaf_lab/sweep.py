@@ -10,11 +10,10 @@ its folder, which the kernel gives back when that process dies. `sweep.jsonl` ha
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import time
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -23,8 +22,9 @@ from typing import Any, Literal, Protocol
 from rich.console import Console
 
 from gaf_lab import checkpoint, records
-from gaf_lab.config import ConfigError, TrainConfig
+from gaf_lab.config import MOST_WORKERS, PICTURES, ConfigError, TrainConfig, check_count
 from gaf_lab.console import percent, progress
+from gaf_lab.locks import FolderBusy, file_lock, own_folder
 from gaf_lab.plan import folder_name
 from gaf_lab.train import Listener, Turns, completed, train_in_turns
 from gaf_lab.train import finished as all_of
@@ -32,13 +32,8 @@ from gaf_lab.train import finished as all_of
 EngineName = Literal["local", "together", "ray"]
 
 INDEX = "sweep.jsonl"
-LOCK = "lock"
 # how often a run is begun or gone on with before the death of its process counts as a failure
 TRIES = 3
-PICTURES = {
-    "digits": 1438, "mnist5k": 4000, "fashion-mnist": 60_000, "cifar10": 50_000, "cifar100": 50_000, "cifar100n": 50_000,
-    "cifar100n-coarse": 50_000, "noise": 50_000, "imagenet": 1_281_167,
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -153,8 +148,8 @@ def sweep(
         ConfigError: where a run that is to be replayed is neither planned nor finished, or `out` or the engine cannot be used.
         KeyboardInterrupt: after the processes have been stopped; calling this again goes on.
     """
-    if workers < 1:
-        raise ConfigError(f"workers must be at least 1; got {workers}.")
+    if engine != "ray":
+        check_count("workers", workers, 1, MOST_WORKERS, "One for each core is usual.")
     records.make_folder(out)
     if engine == "ray":
         out, data_folder = out.resolve(), data_folder and data_folder.resolve()
@@ -260,12 +255,11 @@ def work(job: Job, listener: Listener) -> Ended:
 def working(job: Job, listener: Listener) -> Turns[Ended]:
     """`work`, giving way to other runs of this process while the device is at work."""
     try:
-        job.folder.mkdir(parents=True, exist_ok=True)
-        with held(job.folder / LOCK, wait=False) as ours:
-            if not ours:
-                return Ended("busy")
+        with own_folder(job.folder, job.command):
             run = job.finished or (yield from trained(job, listener))
             index(job.folder.parent, [run])
+    except FolderBusy:
+        return Ended("busy")
     except Exception as error:
         return Ended("failed", f"{type(error).__name__}: {error}")
     return Ended("finished")
@@ -284,22 +278,10 @@ def trained(job: Job, listener: Listener) -> Turns[records.Run]:
     )
 
 
-@contextlib.contextmanager
-def held(path: Path, wait: bool) -> Iterator[bool]:
-    """Holds the lock on a file, which the kernel takes back from a process that dies. False where another one has it."""
-    with path.open("a") as file:
-        ours = True
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            ours = False
-        yield ours
-
-
 def index(out: Path, runs: Iterable[records.Run]) -> None:
     """Adds a line to the index for each finished run that has none; a line that was cut off is written again."""
     path = out / INDEX
-    with held(path, wait=True), path.open("rb+") as file:
+    with file_lock(path), path.open("rb+") as file:
         content = file.read()
         whole = content[: content.rfind(b"\n") + 1]
         new = [

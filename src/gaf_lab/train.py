@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, MultiStepLR, ReduceLROnPlateau
 
 import gaf
+from gaf.rows import streams
 from gaf_lab import checkpoint, engine, environment, models, parallel, records
 from gaf_lab.config import ConfigError, TrainConfig
 from gaf_lab.controls import RandomSubset, ReplaySkip
@@ -30,6 +31,7 @@ from gaf_lab.engine import AHEAD, OnDevice
 from gaf_lab.evaluate import evaluate
 from gaf_lab.groups import PerBucket
 from gaf_lab.imagenet import lost
+from gaf_lab.locks import check_free, own_folder
 from gaf_lab.parallel import Group
 from gaf_lab.problem import Problem, build
 from gaf_lab.sampling import key
@@ -125,6 +127,7 @@ class Training:
         self.average = averaged(self.model, config.ema) if config.ema else None
         self.stopping = EarlyStopping(config.early_stopping) if config.early_stopping else None
         policy, rate = group.led(lambda: (make_policy(config), learning_rate(config)))
+        group.led(lambda: check_rows(config, policy, self.model, self.device))
         make = partial(make_optimizer, config, rate)
         self.optimizer = make(list(self.model.parameters()))
         self.scheduler = make_scheduler(config, self.optimizer, self.problem.steps)
@@ -385,9 +388,11 @@ def train(
         "resume": resume,
         "keep_checkpoints": keep_checkpoints,
     }
-    return finished(
-        train_in_turns(config, folder, listener, **options, command=command, group=group)
-    )
+    with contextlib.ExitStack() as held:
+        group.led(lambda: claim(config, folder, resume, command, group, held))
+        return finished(
+            train_in_turns(config, folder, listener, **options, command=command, group=group)
+        )
 
 
 def train_in_turns(
@@ -402,14 +407,18 @@ def train_in_turns(
     command: str | None = None,
     group: Group = ALONE,
 ) -> Turns[records.Run]:
-    """`train`, giving way to other runs while the device is at work on steps that were launched; see `gaf_lab.together`."""
+    """`train`, giving way to other runs while the device is at work on steps that were launched; see `gaf_lab.together`.
+
+    Whoever calls this keeps other runs out of the folder (`gaf_lab.locks.own_folder`).
+    """
     state, done = group.led(lambda: before(config, folder, resume, group))
     if done is not None:
         return done
     training = Training(config, data_folder, group)
     if state is not None:
         training.load_state_dict(state)
-    group.led(lambda: begin_records(config, folder, training.device, command, state, group))
+    first = partial(training.state_dict, folder) if keep_checkpoints else None
+    group.led(lambda: begin_records(config, folder, training.device, command, state, group, first))
     status = "interrupted"
     try:
         status = yield from training.run_in_turns(folder, listener, steps, keep_checkpoints)
@@ -435,15 +444,42 @@ def train_in_turns(
     return group.led(lambda: records.read(folder))
 
 
+def claim(
+    config: TrainConfig,
+    folder: Path,
+    resume: bool,
+    command: str | None,
+    group: Group,
+    held: contextlib.ExitStack,
+) -> None:
+    """Keeps other runs out of the folder for as long as `held` is open; leaves none behind for what cannot run."""
+    check_config(config, group)
+    check_free(folder)
+    prepare_folder(folder, resume)
+    held.enter_context(own_folder(folder, command))
+
+
+def check_config(config: TrainConfig, group: Group) -> None:
+    parallel.check(config, group.world)
+    engine.check(config, group.world)
+
+
 def before(
     config: TrainConfig, folder: Path, resume: bool, group: Group
 ) -> tuple[dict[str, Any] | None, records.Run | None]:
     """Looks whether the config can run in the folder; gives the checkpoint to go on from, and the run, where it is finished."""
-    parallel.check(config, group.world)
-    engine.check(config, group.world)
-    prepare_folder(folder, resume)
-    done = completed(config, folder) if resume else None
+    check_config(config, group)
+    done = look_into(config, folder, resume)
+    if unbegun(folder):
+        (folder / records.FILE).unlink()
+        return None, None
     return (checkpoint.load(folder, config) if resume and done is None else None), done
+
+
+def look_into(config: TrainConfig, folder: Path, resume: bool) -> records.Run | None:
+    """Refuses a folder that the config cannot run in; gives the run in it, where that is finished: there is nothing to do."""
+    prepare_folder(folder, resume)
+    return completed(config, folder) if resume and not unbegun(folder) else None
 
 
 def begin_records(
@@ -453,12 +489,26 @@ def begin_records(
     command: str | None,
     state: dict[str, Any] | None,
     group: Group,
+    first: Callable[[], dict[str, Any]] | None,
 ) -> None:
-    """Writes the header; or cuts off what was written after the checkpoint, for it will be written again."""
+    """Writes the header and, where checkpoints are kept, the first one; or cuts off what was written after the checkpoint `state`,
+    for it will be written again."""
     if state is not None:
-        os.truncate(folder / records.FILE, state["records_size"])
-    else:
-        records.append(folder, header(config, folder, device, command, group))
+        go_back(folder / records.FILE, state["records_size"])
+        return
+    records.append(folder, header(config, folder, device, command, group))
+    if first is not None:
+        checkpoint.save(folder, first())
+
+
+def go_back(path: Path, size: int) -> None:
+    """Cuts the records off where the checkpoint was written."""
+    if path.stat().st_size < size:
+        raise checkpoint.CheckpointError(
+            f"{path}: must hold the {size:,} bytes that the checkpoint goes on from; it has {path.stat().st_size:,}. "
+            "It was cut off or replaced: put it back, or start again in another folder."
+        )
+    os.truncate(path, size)
 
 
 def last_good(path: Path) -> str:
@@ -468,13 +518,22 @@ def last_good(path: Path) -> str:
 
 
 def prepare_folder(folder: Path, resume: bool) -> None:
-    if resume:
+    if resume and not unbegun(folder):
         checkpoint.find(folder)
     records.make_folder(folder)
-    if not resume and (folder / records.FILE).exists():
+    if not resume and (folder / records.FILE).exists() and not unbegun(folder):
         raise ConfigError(
             f"output folder {folder}: must not hold a run yet; it does. Go on with --resume, or give another --out."
         )
+
+
+def unbegun(folder: Path) -> bool:
+    """Whether the run in `folder` was stopped before its first checkpoint and evaluation: it begins anew, and nothing is lost."""
+    path = folder / records.FILE
+    if not path.is_file() or (folder / checkpoint.FILE).is_file():
+        return False
+    text = path.read_text(errors="replace")
+    return (not text or text.startswith('{"kind": "run"')) and '{"kind": "eval"' not in text
 
 
 def restarted(folder: Path) -> bool:
@@ -592,6 +651,14 @@ def make_policy(config: TrainConfig) -> Any:
     if config.policy == "random-subset":
         return RandomSubset(recorded_rows(config), config.seed)
     return gaf.Mean()
+
+
+def check_rows(config: TrainConfig, policy: Any, model: nn.Module, device: torch.device) -> None:
+    """ConfigError where the k micro-gradients, which all but a streaming policy holds side by side, do not fit into memory."""
+    if device.type == "cpu" and not streams(policy):
+        n = sum(p.numel() for p in model.parameters())
+        what = f"k = {config.k:,} micro-gradients of {n:,} numbers, held side by side"
+        environment.check_memory(what, config.k * n * 4, "Lower k, or leave start at 'first'.")
 
 
 def make_tau(config: TrainConfig) -> Any:

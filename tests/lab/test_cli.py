@@ -8,6 +8,7 @@ import sys
 import pytest
 from rich.console import Console
 
+import gaf
 from gaf_lab import cli, records
 from gaf_lab.console import TITLES, WIDTHS, ConsoleListener
 from gaf_lab.presets import PRESETS
@@ -262,6 +263,144 @@ def test_help_names_every_command(run):
     code, out, _ = run("--help")
     assert code == 0
     assert all(name in out for name in cli.COMMANDS)
+
+
+SUBCOMMANDS = [
+    *([name] for name in cli.COMMANDS),
+    *(["bench", kind] for kind in ("accumulate", "ddp", "train", "cpu")),
+]
+
+
+@pytest.mark.parametrize("words", SUBCOMMANDS, ids=" ".join)
+@pytest.mark.parametrize(
+    "asks", [lambda w: [*w, "--help"], lambda w: [*w, "-h"], lambda w: ["help", *w]]
+)
+def test_every_command_answers_help_with_its_own_usage(run, words, asks):
+    code, out, err = run(*asks(words))
+    assert (code, err) == (0, "")
+    assert f"usage: gaf {' '.join(words)}" in out
+    kind = cli.COMMANDS[words[0]][1] if len(words) == 1 and words != ["bench"] else ""
+    assert " ".join(kind.split())[:40] in " ".join(out.split())
+
+
+def test_help_answers_whatever_else_stands_there(run):
+    assert run("train", "--toml", "/nowhere.toml", "--help")[0] == 0
+    assert run("train", "--preset", "typo", "-h")[0] == 0
+
+
+@pytest.mark.parametrize("words", [["help"], ["--help"], ["-h"], []])
+def test_help_is_the_same_however_it_is_asked_for(run, words):
+    code, out, _ = run(*words)
+    assert code == 0
+    assert out == run("--help")[1]
+
+
+@pytest.mark.parametrize("words", [["--version"], ["-V"], ["version"]])
+def test_the_version_is_the_packages(run, words):
+    assert run(*words) == (0, f"gaf {gaf.__version__}\n", "")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["help", "trian"], "unknown command 'trian'. Did you mean 'train'?"),
+        (["--verison"], "unknown command '--verison'. Did you mean '--version'?"),
+        (
+            ["bench", "acumulate"],
+            "got 'acumulate'. Did you mean 'accumulate'? There is: gaf bench accumulate",
+        ),
+        (["presets", "extra"], "Unrecognized options: extra"),
+        (["bench", "ddp", "--round", "3"], "--rounds INT"),
+        (["probe", "--row", "3"], "--rows INT"),
+    ],
+)
+def test_an_unknown_word_is_answered_with_the_nearest(run, words, message):
+    code, _, err = run(*words)
+    assert code == 2
+    assert message in err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["train", "--k", 99_999_999], "k and b must not make a step hold more samples than the whole run"),
+        (["train", "--preset", "cifar100-gaf", "--k", 99_999_999], "got k = 99,999,999 and b = 100. Lower them."),
+        (["train", "--lr", "inf"], "lr must be above 0 and finite; got inf"),
+        (["train", "--b", 0], "b must be at least 1; got 0"),
+        (["train", "--passes", "1e9", "--k", 1, "--b", 1], "passes must need fewer than 1,000,000,000 steps"),
+        (["train", "--dataset", "cifar100", "--k", 200_000, "--b", 20, "--start", "best"], "k and b must"),
+        (["train", "--dataset", "digits", "--k", 50_000, "--b", 1, "--start", "best", "--passes", 50],
+         "k = 50,000 micro-gradients of 301,066 numbers, held side by side: must fit into memory"),
+        (["train", "--steps", -1], "steps must be at least 1; got -1"),
+        (["demo", "--seeds", 10**8], "seeds must be at most 1,000; got 100,000,000."),
+        (["demo", "--passes", "nan"], "passes must be above 0 and finite; got nan"),
+        (["demo", "--passes", "1e9", "--seeds", 1], "passes must need fewer than 1,000,000,000 steps"),
+        (["audit", "--seeds", 10**8], "seeds must be at most 1,000"),
+        (["sweep", "demo-gaf", "--seeds", 10**8], "seeds must be at most 1,000"),
+        (["sweep", "demo-gaf", "--workers", 10**8], "workers must be at most 512; got 100,000,000."),
+        (["paper", "fig6", "--workers", 0], "workers must be at least 1; got 0."),
+        (["paper", "fig6", "--workers", -3], "workers must be at least 1; got -3."),
+        (["paper", "fig6", "--seeds", 10**8], "seeds must be at most 1,000"),
+        (["bench", "accumulate", "--k", 0], "k must be at least 1; got 0."),
+        (["bench", "accumulate", "--b", 0], "b must be at least 2; got 0. BatchNorm needs two samples."),
+        (["bench", "accumulate", "--rounds", 0], "rounds must be at least 2; got 0."),
+        (["bench", "accumulate", "--k"], "k must name at least one number; got none."),
+        (["bench", "ddp", "--k", 99_999_999], "k must be at most 256; got 99,999,999."),
+        (["bench", "ddp", "--rounds", 10**9], "rounds must be at most 100,000"),
+        (["bench", "ddp", "--predict", "--bandwidth-gbit", 0], "bandwidth_gbit must be above 0 and finite; got 0.0"),
+        (["bench", "ddp", "--predict", "--latency-us", "nan"], "latency_us must be above 0 and finite; got nan"),
+        (["bench", "ddp", "--predict", "--gflops", "inf"], "gflops must be above 0 and finite; got inf"),
+        (["bench", "ddp", "--predict", "--parameters", -1], "parameters must be above 0 and finite; got -1"),
+        (["bench", "cpu", "--rounds", 1], "rounds must be at least 2; got 1."),
+        (["bench", "cpu", "--models"], "models must name at least one; got none."),
+        (["bench", "train", "--k", 99_999_999], "k and b must not make a step hold more"),
+    ],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
+)  # fmt: skip
+def test_absurd_sizes_are_refused_before_anything_runs(run, tmp_path, monkeypatch, words, message):
+    monkeypatch.chdir(tmp_path)  # the default folders are here
+    monkeypatch.setattr("gaf_lab.train.Training.macro_batch", None)
+    code, _, err = run(*words)
+    assert code == 2
+    assert message in err
+
+
+def test_what_does_not_fit_into_memory_after_all_becomes_one_message(run, monkeypatch):
+    def fill(*_):
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to "
+                           "allocate 131072000000 bytes.\nException raised from")  # fmt: skip
+
+    monkeypatch.setitem(cli.COMMANDS, "data", (fill, ""))
+    code, _, err = run("data")
+    assert code == 2
+    assert "gaf data: the machine must have more memory; [enforce fail" in err
+    assert "Lower --b, --k, --rows or --size" in err
+    monkeypatch.setitem(cli.COMMANDS, "data", (lambda *_: [][0], ""))
+    with pytest.raises(IndexError):  # our own mistakes stay visible
+        run("data")
+
+
+@pytest.mark.parametrize("kind", ["accumulate", "ddp", "train", "cpu"])
+def test_a_bench_refuses_a_folder_as_its_file_before_it_measures(run, tmp_path, kind):
+    code, _, err = run("bench", kind, "--out", tmp_path)
+    assert code == 2
+    assert f"output file {tmp_path}: must be a file; it is a folder. Give a file's name" in err
+
+
+def test_a_file_is_replaced_as_a_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "samples.csv"
+    with records.whole(path) as part:
+        part.write_text("first")
+
+    def fail():
+        with records.whole(path) as part:
+            part.write_text("sec")
+            raise OSError("full")
+
+    with pytest.raises(OSError, match="full"):
+        fail()
+    assert path.read_text() == "first"
+    assert [file.name for file in tmp_path.iterdir()] == ["samples.csv"]
 
 
 def test_bench_compares_all_ways_and_writes_its_figures(run, tmp_path):

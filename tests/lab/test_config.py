@@ -15,6 +15,7 @@ from gaf_lab import records
 from gaf_lab.cli import parsed_train
 from gaf_lab.config import ConfigError, TrainConfig, from_dict, from_toml, label_noise
 from gaf_lab.paper import every_arm
+from gaf_lab.plan import from_file
 from gaf_lab.presets import PRESETS, preset
 from gaf_lab.train import learning_rate, make_policy
 
@@ -57,8 +58,35 @@ def test_every_field_has_a_docstring():
         ("dataset", "cifar-100", "dataset must be one of .*Did you mean 'cifar100'"),
         ("model", "resnet-18", "model must be one of .*Did you mean 'resnet18'"),
         ("policy", "gaff", "policy must be one of .*Did you mean 'gaf'"),
-        ("k", 2.5, "k must be of type int; got 2.5"),
-        ("augment", 1, "augment must be of type bool; got 1"),
+        ("k", 2.5, "k must be an integer; got a float, 2.5. It is written as in k = 8."),
+        ("k", True, "k must be an integer; got a boolean, true"),
+        ("k", 2**70, r"k must fit into 64 bits; got 1.18e\+21"),
+        (
+            "augment",
+            1,
+            "augment must be a boolean; got an integer, 1. It is written as in augment = false.",
+        ),
+        ("label", 3, "label must be a string; got an integer, 3."),
+        (
+            "milestones",
+            (0.5, "a"),
+            r'milestones must be an array of floats; got an array, \[0.5, "a"\]',
+        ),
+        ("threshold_by", "high", 'threshold_by must be a float; got a string, "high"'),
+        ("replay", "runs/a", 'replay must be a path, in TOML a string; got a string, "runs/a"'),
+        (
+            "k",
+            99_999_999,
+            r"k and b must not make a step hold more samples than the whole run, 160,000; got k = 99,999,999 and b = 20",
+        ),
+        ("b", 99_999_999, r"k and b must not make a step hold more samples than the whole run"),
+        (
+            "passes",
+            1e12,
+            r"passes must need fewer than 1,000,000,000 steps; got 1e\+12, which need 2.5e\+13. Lower passes.",
+        ),
+        ("eval_every", 1e-300, "eval_every must be at least 1e-06 and finite; got 1e-300"),
+        ("size", 10**6, r"size must lie in \[16, 4096\]; got 1000000"),
         ("policy", "replay-skip", "replay must be set for policy 'replay-skip'"),
         ("noise", "human", "noise 'human' needs a data set with human labels; got 'mnist5k'"),
     ],
@@ -66,6 +94,80 @@ def test_every_field_has_a_docstring():
 def test_a_bad_value_is_refused_with_its_name_and_the_fix(field, value, message):
     with pytest.raises(ConfigError, match=message):
         dataclasses.replace(TrainConfig(), **{field: value})
+
+
+FLOATS = [
+    field.name
+    for field in dataclasses.fields(TrainConfig)
+    if field.type in (float, float | None, tuple[float, ...])
+]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("name", FLOATS)
+def test_no_field_takes_what_is_no_number(name, value):
+    given = (value,) if name == "milestones" else value
+    with pytest.raises(ConfigError, match=rf"^{name} (must|needs) .*; got .*{value}.*\. "):
+        dataclasses.replace(TrainConfig(), **{name: given})
+
+
+@pytest.mark.parametrize(
+    "field", dataclasses.fields(TrainConfig), ids=[f.name for f in dataclasses.fields(TrainConfig)]
+)
+@pytest.mark.parametrize("text", ["[1, [2]]", '"?"', "{a = 1}", "1979-05-27", "true"])
+def test_a_wrong_type_is_told_in_the_words_of_toml(tmp_path, field, text):
+    """Never in Python's: no field takes a mixed array, a table or a date."""
+    path = tmp_path / "run.toml"
+    path.write_text(f"{field.name} = {text}\n")
+    if (text == "true" and field.type is bool) or (
+        text == '"?"' and field.type in (str, Path | None)
+    ):
+        assert from_toml(path, TrainConfig()) is not None
+        return
+    with pytest.raises(
+        ConfigError, match=rf"^config file {path}: {field.name} must be .*; got "
+    ) as error:
+        from_toml(path, TrainConfig())
+    for word in (
+        "'str'",
+        "class",
+        "list",
+        "dict",
+        "tuple",
+        "bool ",
+        "int ",
+        "NoneType",
+        "datetime",
+    ):
+        assert word not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"label = '\xff'", "must be UTF-8, as TOML is; byte 10 is not. Save it as UTF-8."),
+        (b"k = 3 4", "must be TOML; "),
+        (None, "must be a file; it is a folder."),
+    ],
+)
+@pytest.mark.parametrize("read", [lambda path: from_toml(path, TrainConfig()), from_file])
+def test_a_file_that_is_no_toml_is_named(tmp_path, read, content, message):
+    path = tmp_path / "run.toml"
+    path.mkdir() if content is None else path.write_bytes(content)
+    with pytest.raises(ConfigError, match=rf"^(config|sweep) file {path}: {message}"):
+        read(path)
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    path = tmp_path / "run.toml"
+    path.write_text("k = 3")
+
+    def refuse(self):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    with pytest.raises(ConfigError, match=r"must be readable; it is not \(Permission denied\)"):
+        from_toml(path, TrainConfig())
 
 
 def test_what_never_counts_accepted_rows_may_ask_for_any_number():

@@ -7,12 +7,15 @@ import subprocess
 import sys
 import time
 
-from fakes import hear_ctrl_c
+import pytest
+from fakes import Silent, hear_ctrl_c
 from rich.console import Console
 
 from gaf_lab import records
-from gaf_lab.demo import arms, demo
+from gaf_lab.config import ConfigError
+from gaf_lab.demo import arms, clear, demo
 from gaf_lab.presets import DEMO
+from gaf_lab.train import train
 
 TINY = dataclasses.replace(DEMO, passes=2.0, eval_every=1.0)
 
@@ -62,3 +65,17 @@ def finished(folder):
         run = records.read(file.parent)
         if run.end and run.end["status"] == "finished":
             yield run
+
+
+def test_a_demo_removes_the_runs_of_an_earlier_one_and_no_other(tmp_path):
+    demo(tmp_path, Console(quiet=True), seeds=1, base=TINY)
+    mine = dataclasses.replace(TINY, dataset="digits")
+    train(mine, tmp_path / "mine", Silent(), command="gaf train --out mine")
+    clear(tmp_path)
+    assert [file.parent.name for file in tmp_path.glob("*/records.jsonl")] == ["mine"]
+    train(mine, tmp_path / "gaf-0", Silent(), command="gaf train --out gaf-0")
+    with pytest.raises(
+        ConfigError, match="a demo's under a demo's names; gaf-0 is another run. Give"
+    ):
+        clear(tmp_path)
+    assert records.read(tmp_path / "gaf-0").end["status"] == "finished"

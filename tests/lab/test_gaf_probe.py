@@ -2,11 +2,14 @@
 
 import io
 import json
+import statistics
 
 import pytest
 import torch
 from rich.console import Console
 
+import gaf
+from gaf.probe import Probe
 from gaf_lab import cli, probe
 from gaf_lab.config import ConfigError, TrainConfig
 from gaf_lab.train import Training
@@ -97,7 +100,7 @@ def line(**changes):
     found = {
         "after": 0, "m": 1, "b": 10, "k": 8, "rows": 128, "absent": 0, "distance_mean": 0.9, "distance_expected": 0.9, "tau": 0.8,
         "noise_scale": None, "noise_low": 4157.0, "noise_high": None, "dimension": None, "predicted": 0.1, "measured": 0.1,
-        "measured_steps": 0.5, "reason": "Because.",
+        "measured_steps": 0.5, "reason": "Because.", "tau_interval": [0.77, 0.83], "measured_interval": [0.05, 0.15],
     }  # fmt: skip
     return found | changes
 
@@ -116,15 +119,91 @@ def test_what_is_infinite_has_a_sign():
     assert "∞ (4,157-∞)" in screen.getvalue()
 
 
+def test_it_ends_with_one_recommendation_in_one_line(run, tmp_path):
+    _, out, _ = run("--dataset", "digits", "--k", 4, "--b", 16, "--after", 0, 10, "--out", tmp_path)
+    _, lines = lines_of(tmp_path)
+    last = [line for line in lines if line["m"] == 1][-1]
+    (low, high), (least, most) = last["tau_interval"], last["measured_interval"]
+    assert low < last["tau"] < high < low + 0.2
+    assert 0 <= least <= last["measured"] <= most <= 1
+    assert out.splitlines()[-1] == (
+        f"Recommended: --tau {last['tau']:.3f} (95% interval {low:.3f} to {high:.3f}), from 128 micro-gradients of b = 16 after 10 steps, "
+        f"one seed. Of those compared it should accept {100 * last['predicted']:.0f}%; of 64 others it accepted "
+        f"{100 * last['measured']:.0f}% ({100 * least:.0f} to {100 * most:.0f}%). How accurate the training gets is not measured."
+    )
+    assert "Recommended" not in " ".join(out.splitlines()[:-1])
+
+
+def test_where_nothing_can_be_learned_nothing_is_recommended(run, tmp_path):
+    """White noise with random labels, averaged over micro-batches of 2: its gradients have no direction in common."""
+    sizes = ("--limit", 400, "--model", "mlp", "--k", 4, "--b", 2, "--after", 0, "--rows", 64)
+    _, out, _ = run("--dataset", "noise", "--noise", "none", *sizes, "--out", tmp_path)
+    assert out.splitlines()[-1].startswith(
+        "No tau is recommended, from 64 micro-gradients of b = 2 after 0 steps, one seed: no common direction can be told from noise"
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"noise_scale": None, "noise_high": None}, "(B may be anything from 4,157 samples up). Raise --b or --rows, or look --after"),
+        ({"tau_interval": None}, "they are too few for an interval. Raise --rows to 32 or more."),
+        ({"tau_interval": [0.6, 0.9]}, "it may lie anywhere from 0.60 to 0.90. Raise --rows."),
+        ({"predicted": 0.4}, "of 64 others tau = 0.800 accepted 5 to 15%, and 40% were predicted. Raise --rows."),
+    ],
+)  # fmt: skip
+def test_what_the_numbers_do_not_bear_out_is_not_recommended(changes, why):
+    known = {"noise_scale": 5000.0, "noise_low": 4157.0, "noise_high": 6000.0}
+    assert probe.recommendation([line(**known)]).startswith("Recommended: --tau 0.800 (95%")
+    said = probe.recommendation([line(**known | changes)])
+    assert said.startswith("No tau is recommended, from 128 micro-gradients of b = 10 after 0")
+    assert said.endswith(why) or why in said
+
+
+def test_the_interval_of_a_mean_is_students():
+    """For a mean over equal parts the jackknife is the textbook's interval: mean +- t s / sqrt(n)."""
+    values = [0.1, 0.5, 0.3, 0.9, 0.7, 0.2, 0.4, 0.6]
+    less = [(sum(values) - one) / 7 for one in values]
+    mean, half = sum(values) / 8, 2.365 * statistics.stdev(values) / 8**0.5
+    assert probe.interval(mean, less, 2) == pytest.approx([mean - half, mean + half])
+    assert probe.interval(0.01, [0.0, 0.1] * 4, 1)[0] == 0
+
+
+def test_an_interval_leaves_out_an_eighth_of_each_half_and_needs_enough_rows():
+    rows = torch.randn(40, 30, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    whole = Probe(4, 4, gaf.gram(rows), {}, 0)
+    left = [i for i in range(40) if i % 20 not in (0, 8, 16)]
+    assert probe.without(whole, 0).gram.equal(whole.gram[left][:, left])
+    assert probe.intervals(Probe(4, 4, gaf.gram(rows[:30]), {}, 0), 0.9, 0.5, 0.05) == (None, None)
+    assert probe.intervals(Probe(4, 19, gaf.gram(rows), {}, 0), 0.9, 0.5, 0.05) == (None, None)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (("--k", 1), "k must be at least 2 for a probe; got 1"),
         (("--sam", 0.1), "sam must be 0 for a probe; got 0.1"),
         (("--rows", 12), "rows must be at least 8 and twice k; got 12"),
-        (("--after", -1), "after must name steps of training, at least 0; got [-1]"),
-        (("--slices", 0), "slices must be at least 1; got 0"),
-        (("--share", 1.5), "recommend: share must lie in (0, 1); got 1.5"),
+        (
+            ("--after", -1),
+            "after must name steps of training, at least 0 and fewer than 1,000,000,000; got [-1]",
+        ),
+        (("--slices", 0), "slices must lie in [1, 1000]; got 0"),
+        (("--share", 1.5), "share must lie in (0, 1); got 1.5. The default is 0.5."),
+        (("--chance", "nan"), "chance must lie in (0, 1); got nan. The default is 0.05."),
+        (("--slices", 10**9), "slices must lie in [1, 1000]; got 1000000000"),
+        (
+            ("--after", 10**12),
+            "after must name steps of training, at least 0 and fewer than 1,000,000,000; got [10000",
+        ),
+        (
+            ("--rows", 10**9),
+            "rows = 1,000,000,000 micro-gradients of 301,066 numbers, in 1 slices: must fit into memory",
+        ),
+        (
+            ("--rows", 10**6, "--slices", 1000),
+            "rows = 1,000,000 micro-gradients of 301,066 numbers, in 1,000 slices: must fit into memory",
+        ),
         (("--toml", "/nowhere.toml"), "config file /nowhere.toml: must exist"),
         (("--out", "/dev/null/probe"), "output folder /dev/null/probe: must be writable"),
     ],

@@ -395,13 +395,19 @@ def test_kill_minus_9_of_a_worker_brings_the_run_back_and_to_the_same_end(
     process = torchrun(
         WORLD, *words_of(config), "--out", tmp_path / "cut", options=["--max-restarts", "2"]
     )
-    before = []
-    # before the first checkpoint, and after it; a follower, and rank 0
-    for file, victim in ((records.FILE, 1), (checkpoint.FILE, 0)):
-        path = tmp_path / "cut" / file
+    before, kept = [], tmp_path / "cut" / checkpoint.FILE
+
+    def begun():
+        return (tmp_path / "cut" / records.FILE).exists()
+
+    def evaluated():
+        return kept.exists() and torch.load(kept, weights_only=True)["step"] > 0
+
+    # before the first evaluation, and after it; a follower, and rank 0
+    for far_enough, victim in ((begun, 1), (evaluated, 0)):
         wait_until(
-            lambda path=path, old=before: (
-                path.exists()
+            lambda far_enough=far_enough, old=before: (
+                far_enough()
                 and len(children(process.pid)) == WORLD
                 and children(process.pid) != old
             )

@@ -66,7 +66,7 @@ def test_a_file_is_every_seed_times_every_point_times_every_arm_and_the_nearest_
     }
     assert {c.tau for c in configs if c.policy == "mean"} == {0.5}
     assert {c.seed for c in plan(FILE, range(2))} == {0, 1}
-    assert plan("") == [TrainConfig()]
+    assert plan("[base]") == [TrainConfig()]
 
 
 def test_an_arm_follows_the_arm_that_it_names_at_its_own_seed_and_point_through_chains_too(plan):
@@ -93,10 +93,15 @@ def test_a_folders_name_has_arm_seed_and_hash_and_the_hash_does_not_change_where
     ("text", "message"),
     [
         ("seeds = [0", "plan.toml: must be TOML"),
+        ("", r"plan.toml: must have a table \[base\], \[grid\] or \[\[arms\]\]; it is empty"),
+        ("# nothing", "it is empty. docs/sweeps.md has an example."),
+        ("[base]\nk = '8'", 'plan.toml: k must be an integer; got a string, "8". It is written as in k = 8.'),
+        ("[grid]\n" + "\n".join(f"{name} = [{', '.join(['0.1'] * 300)}]" for name in ("tau", "lr", "heldout")),
+         "plan.toml: the number of runs must be at most 100,000; got 27,000,000. Take values out of the grid."),
         ("sedes = [0]", "unknown key 'sedes'. Did you mean 'seeds'. Known keys: seeds, base, grid, arms."),
         ("seeds = 3", r"seeds must be a list of different whole numbers, such as \[0, 1, 2\]; got 3. docs/sweeps.md has an example."),
         ("seeds = [1, 1]", r"seeds must be a list of different .*; got \[1, 1\]"),
-        ("seeds = [true]", r"seeds must be a list of different .*; got \[True\]"),
+        ("seeds = [true]", r"seeds must be a list of different .*; got \[true\]"),
         ("seeds = []", r"seeds must be a list of different .*; got \[\]"),
         ("grid = [1]", r"grid must be a table of lists, \[grid\]; got \[1\]"),
         ("[grid]\ntau = 0.9", r"tau in \[grid\] must be a list of values; got 0.9"),

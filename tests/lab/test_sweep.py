@@ -20,18 +20,16 @@ from rich.console import Console
 from test_train import assert_same, final_state
 
 from gaf_lab import checkpoint, cli, records, sweep_local
-from gaf_lab.config import ConfigError, TrainConfig
+from gaf_lab.config import PICTURES, ConfigError, TrainConfig
 from gaf_lab.data import load
+from gaf_lab.locks import LOCK
 from gaf_lab.plan import folder_name, follow, from_file
 from gaf_lab.sweep import (
     INDEX,
-    LOCK,
-    PICTURES,
     Board,
     Ended,
     Sweeping,
     Told,
-    held,
     index,
     jobs,
     sweep,
@@ -445,13 +443,6 @@ def test_the_index_has_each_run_once_though_many_processes_write_it_and_one_was_
     assert [process.exitcode for process in writers] == [0] * 6
     assert sorted(line["seed"] for line in lines) == list(range(40))
     assert all(line["test_last"] == line["seed"] / 100 for line in lines)
-
-
-def test_a_lock_is_free_again_when_its_holder_lets_go(tmp_path):
-    with held(tmp_path / LOCK, wait=False) as first, held(tmp_path / LOCK, wait=False) as second:
-        assert (first, second) == (True, False)
-    with held(tmp_path / LOCK, wait=False) as third:
-        assert third
 
 
 def test_the_bar_over_all_runs_counts_samples_and_starts_at_what_checkpoints_hold(tmp_path):

@@ -394,6 +394,34 @@ def test_a_record_line_cut_off_by_a_kill_is_left_out_and_a_broken_one_is_named(t
         records.read(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "the first line must be a header of kind 'run'; it is not"),
+        (b"[]\n", "line 1 must be a record with a kind; it is not. Was the file edited?"),
+        (b'{"kind": "run"}\n5\n', "line 2 must be a record with a kind"),
+        (b'{"kind": "run"}\n{}\n', "line 2 must be a record with a kind"),
+        (b'{"kind": "run"}\n\xff\xfe\n{}\n', "line 2 must be JSON"),
+        (b'{"kind": "eval"}\n', "the first line must be a header of kind 'run'; it is not"),
+    ],
+)
+def test_a_file_that_is_no_record_is_named_and_nothing_else_is_raised(tmp_path, content, message):
+    (tmp_path / records.FILE).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{tmp_path / records.FILE}: {message}"):
+        records.read(tmp_path)
+
+
+def test_records_that_are_shorter_than_the_checkpoint_says_are_not_filled_up(tmp_path):
+    train(SMALL, tmp_path, Silent(), steps=45)
+    path = tmp_path / records.FILE
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(CheckpointError, match="bytes that the checkpoint goes on from; it has"):
+        train(SMALL, tmp_path, Silent(), resume=True)
+    assert path.read_bytes().startswith(whole[: len(whole) // 2])
+    assert b"\0" not in path.read_bytes()
+
+
 def test_records_hold_no_nan(tmp_path):
     records.append(
         tmp_path,
