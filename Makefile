@@ -32,6 +32,7 @@ bench: .venv/installed
 	$(BIN)/gaf bench ddp --b 32 --k 2 4 8 --rounds 12 --out benchmarks/ddp-b32.jsonl
 	$(BIN)/gaf bench train $(if $(DATA),--data $(DATA)) --workers 0 2 --out benchmarks/train.jsonl
 	$(BIN)/gaf bench cpu --out benchmarks/cpu.jsonl
+	$(BIN)/python benchmarks/threads.py --rounds 3 --out benchmarks/threads.jsonl
 
 wheel: .venv/installed
 	$(BIN)/python -m build --wheel

@@ -30,6 +30,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
 from gaf_lab.locks import file_lock
+from gaf_lab.telling import Pulse
 
 DEBIAN_FASHION = Path("/usr/share/datasets/fashion-mnist")  # of the package dataset-fashion-mnist
 CHUNK = 1 << 14  # bytes; what a cut-off download can lose
@@ -477,11 +478,34 @@ class Resumable:
             )
 
 
-def progress() -> Progress:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-    )
-    return Progress(*columns, console=Console(stderr=True))
+class Download(Progress):
+    """Bytes of a file, and how fast they come: a bar on a terminal, elsewhere plain lines."""
+
+    def __init__(self, console: Console) -> None:
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            DownloadColumn(),
+            TransferSpeedColumn(),
+        )
+        super().__init__(*columns, console=console, disable=not console.is_terminal)
+        self.pulse = Pulse(console, self._how_far)
+
+    def start(self) -> None:
+        super().start()
+        self.pulse.start()
+
+    def stop(self) -> None:
+        self.pulse.stop()
+        super().stop()
+
+    def _how_far(self) -> str:
+        if not self.tasks:
+            return ""
+        task = self.tasks[0]
+        of = "" if task.total is None else f" of {task.total / 1e6:,.1f}"
+        return f"downloading {task.description}: {task.completed / 1e6:,.1f}{of} MB"
+
+
+def progress() -> Download:
+    return Download(Console(stderr=True))

@@ -33,7 +33,7 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -54,6 +54,10 @@ from gaf_lab.figures import DPI, INK, SOFT, canvas, plain
 from gaf_lab.problem import Problem
 from gaf_lab.train import Training
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Corner = Literal["upper right", "lower right"]
 WAYS = {
     "quality": "label quality, mean over evaluations",
     "loss": "loss, mean over evaluations",
@@ -378,11 +382,12 @@ def gap(lines: Sequence[dict[str, Any]]) -> str:
 
 
 def draw(found: Audited, path: Path) -> None:
-    """Left: the label quality of clean and of flipped samples. Right: ROC curves. A PNG of 150 dpi."""
-    figure = canvas(10, 3.8)
-    left, right = figure.subplots(1, 2)
-    figure.subplots_adjust(left=0.06, right=0.98, top=0.87, bottom=0.16, wspace=0.2)
+    """Left: the label quality of clean and of flipped samples. Right, where wrong labels are known: ROC curves. A PNG of 150 dpi."""
     quality, flipped = found.quality, found.flipped
+    panels = 2 if flipped.any() else 1
+    figure = canvas(5 * panels, 3.8)
+    left, *rest = figure.subplots(1, panels, squeeze=False)[0]
+    figure.subplots_adjust(left=0.12 / panels, right=0.98, top=0.87, bottom=0.16, wspace=0.2)
     groups = (
         [("clean", ~flipped, "#1559c9"), ("flipped", flipped, "#e0561b")]
         if flipped.any()
@@ -398,7 +403,17 @@ def draw(found: Audited, path: Path) -> None:
             color=color,
             label=name,
         )
-    right.plot([0, 100], [0, 100], color=SOFT, linewidth=0.8, linestyle=(0, (4, 3)))
+    across = "label quality; samples.csv begins with the lowest"
+    dress(left, "samples (%)", across, "upper right")
+    for right in rest:
+        compare(right, found)
+    with records.whole(path) as part:
+        figure.savefig(part, dpi=DPI)
+
+
+def compare(ax: "Axes", found: Audited) -> None:
+    """ROC curves of the ways to rank."""
+    ax.plot([0, 100], [0, 100], color=SOFT, linewidth=0.8, linestyle=(0, (4, 3)))
     curves = {
         "quality": ("label quality", "#1559c9"),
         "loss": ("loss", "#12a08a"),
@@ -406,25 +421,16 @@ def draw(found: Audited, path: Path) -> None:
         "distance": ("distance", "#e0561b"),
     }
     for way, (name, color) in curves.items():
-        if flipped.any():
-            false, true, _ = roc_curve(flipped, found.ways[way])
-            right.plot(100 * false, 100 * true, color=color, linewidth=1.8, label=name)
-    for ax, title, x in (
-        (left, "samples (%)", "label quality; samples.csv begins with the lowest"),
-        (right, "flipped found (%)", "clean ones suspected (%)"),
-    ):
-        plain(ax)
-        ax.set_title(title, loc="left", fontsize=11, color=INK, pad=8)
-        ax.set_xlabel(x, fontsize=10, color=SOFT)
-        if ax.get_legend_handles_labels()[0]:
-            ax.legend(
-                frameon=False,
-                fontsize=9.5,
-                labelcolor=SOFT,
-                loc="upper right" if ax is left else "lower right",
-            )
-    with records.whole(path) as part:
-        figure.savefig(part, dpi=DPI)
+        false, true, _ = roc_curve(found.flipped, found.ways[way])
+        ax.plot(100 * false, 100 * true, color=color, linewidth=1.8, label=name)
+    dress(ax, "flipped found (%)", "clean ones suspected (%)", "lower right")
+
+
+def dress(ax: "Axes", title: str, across: str, corner: Corner) -> None:
+    plain(ax)
+    ax.set_title(title, loc="left", fontsize=11, color=INK, pad=8)
+    ax.set_xlabel(across, fontsize=10, color=SOFT)
+    ax.legend(frameon=False, fontsize=9.5, labelcolor=SOFT, loc=corner)
 
 
 def draw_suspects(found: Audited, path: Path) -> None:

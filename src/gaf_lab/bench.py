@@ -22,6 +22,7 @@ from torch import Tensor, nn
 import gaf
 from gaf_lab import environment, models, records
 from gaf_lab.config import ModelName
+from gaf_lab.telling import Tell, silent
 
 MICRO_BATCHES = tuple[Tensor, Tensor]
 Step = Callable[[], None]
@@ -130,8 +131,9 @@ def accumulate(
     b: int = 100,
     ks: tuple[int, ...] = (2, 4),
     rounds: int = 30,
+    tell: Tell = silent,
 ) -> list[Measured]:
-    """Measures every way at every k against plain accumulation, a step of each in turn, `rounds` times."""
+    """Measures every way at every k against plain accumulation, a step of each in turn, `rounds` times. tell: how far it is."""
     found = []
     for k in ks:
         plain_peak = peak_bytes(lambda k=k: make_step(PLAIN, k, b, name, stem)[0])  # type: ignore[misc]
@@ -139,6 +141,7 @@ def accumulate(
             times: list[tuple[float, float]] = []
             # fresh models now and then: where they lie in memory moves times by some percent
             while len(times) < rounds:
+                tell(f"k = {k}, {way}", len(times), rounds)
                 (plain, size), (step, _) = (
                     make_step(PLAIN, k, b, name, stem),
                     make_step(way, k, b, name, stem),

@@ -25,6 +25,7 @@ from rich.table import Table
 from gaf_lab.bench_ddp import spread
 from gaf_lab.config import ConfigError, TrainConfig
 from gaf_lab.presets import CIFAR100_GAF, DEMO
+from gaf_lab.telling import Tell, silent
 from gaf_lab.train import Training
 
 PICTURES = 5000  # a step's time does not depend on how many there are
@@ -195,9 +196,13 @@ def waiting(spin: bool) -> Iterator[None]:
 
 
 def run(
-    models: Sequence[str], rounds: int, compile: bool = True, cores: int | None = None
+    models: Sequence[str],
+    rounds: int,
+    compile: bool = True,
+    cores: int | None = None,
+    tell: Tell = silent,
 ) -> list[Measured]:
-    """Measures every setting for every model; one setting's failure, such as no C++ compiler, is its own."""
+    """Measures every setting for every model; one setting's failure, such as no C++ compiler, is its own. tell: how far it is."""
     if rounds < 2:
         raise ConfigError(
             f"rounds must be at least 2, for a spread; got {rounds}. Give --rounds 10."
@@ -205,18 +210,22 @@ def run(
     return [
         measured
         for model in models
-        for measured in of_model(model, rounds, compile, cores or os.cpu_count() or 1)
+        for measured in of_model(model, rounds, compile, cores or os.cpu_count() or 1, tell)
     ]
 
 
-def of_model(model: str, rounds: int, compile: bool, cores: int) -> list[Measured]:
+def of_model(
+    model: str, rounds: int, compile: bool, cores: int, tell: Tell = silent
+) -> list[Measured]:
+    tell(f"{model}, starting", 0, rounds)
     with contextlib.closing(Crew(CONFIGS[model], cores)) as crew:
         starts = {setting: crew.steps(setting, WARM) for setting in settings(cores, compile)}
         failed = {setting: said for setting, said in starts.items() if isinstance(said, str)}
         speeds: dict[Setting, list[float]] = {
             setting: [] for setting in starts if setting not in failed
         }
-        for order in turns(list(speeds), rounds):
+        for number, order in enumerate(turns(list(speeds), rounds)):
+            tell(model, number, rounds)
             for setting in order:
                 seconds = crew.steps(setting, BLOCKS[model])
                 assert not isinstance(seconds, str), seconds

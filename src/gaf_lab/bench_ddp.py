@@ -32,6 +32,7 @@ from gaf_lab import models
 from gaf_lab.bench_bytes import counting, interface_bytes, ring_all_reduce, volume
 from gaf_lab.bench_ways import PLAIN, WAYS, Step, build, make_aggregate, make_step
 from gaf_lab.config import ModelName
+from gaf_lab.telling import Tell, silent
 
 FRESH = 10  # rounds with the same models: where they lie in memory moves times by some percent
 # steps that are not counted: DDP changes its buckets after the first, buffers are kept from the second on
@@ -242,17 +243,18 @@ def memory(field: str) -> int:
 # ---------------------------------------------------------------------------------------------- all ranks of this machine
 
 
-def run(options: Options, ks: tuple[int, ...]) -> list[Measured]:
-    """Measures every way among k processes of this machine, for every k."""
+def run(options: Options, ks: tuple[int, ...], tell: Tell = silent) -> list[Measured]:
+    """Measures every way among k processes of this machine, for every k. tell: how far it is."""
     check(options, ks)
     # torch is imported once, not by each process
     torch.multiprocessing.set_forkserver_preload([__name__])
     found = []
     for k in ks:
-        result = spawned(options, k)
-        peaks = {
-            way: spawned(dataclasses.replace(options, peak=way), k)["peak_bytes"] for way in WAYS
-        }
+        tell(f"k = {k}, times", 0, 1 + len(WAYS))
+        result, peaks = spawned(options, k), {}
+        for number, way in enumerate(WAYS, 1):
+            tell(f"k = {k}, memory", number, 1 + len(WAYS))
+            peaks[way] = spawned(dataclasses.replace(options, peak=way), k)["peak_bytes"]
         found += measured(k, result, peaks)
     return found
 

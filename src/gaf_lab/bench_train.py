@@ -39,6 +39,7 @@ from gaf_lab.presets import CIFAR100_GAF
 from gaf_lab.problem import Problem
 from gaf_lab.sampling import key
 from gaf_lab.tables import draws
+from gaf_lab.telling import Tell, silent
 from gaf_lab.train import Interval, Training, make_optimizer
 
 Steps = Callable[[int], None]  # takes so many
@@ -149,13 +150,14 @@ class Part:
         )
 
 
-def train(options: Options) -> list[Arm | Part]:
-    """Measures every arm, every plain loop, and the parts of GAF's step, a block of each in turn, `rounds` times."""
+def train(options: Options, tell: Tell = silent) -> list[Arm | Part]:
+    """Measures every arm, every plain loop, and the parts of GAF's step, a block of each in turn, `rounds` times. tell: how far it is."""
     check(options)
     times: dict[str, list[Took]] = {}
     rows: dict[str, list[int]] = {name: [] for name in ARMS}
     with drawn_nowhere() as listener:
         for start in range(0, options.rounds, FRESH):
+            tell("all arms", start, options.rounds)
             trainings = {
                 name: Training(options.config(**changes), options.data_folder)
                 for name, changes in ARMS.items()

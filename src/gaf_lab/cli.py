@@ -384,6 +384,7 @@ class Report:
 def report(words: Words, console: Console) -> int:
     options = tyro.cli(Report, prog="gaf report", args=words)
     from gaf_lab import report as page
+    from gaf_lab.console import Progress
 
     if not options.runs:
         raise ConfigError(
@@ -395,7 +396,9 @@ def report(words: Words, console: Console) -> int:
     out = options.out or beside(options.runs[0])
     console.print(page.table(found))
     records.make_folder(out)
-    say(console, f"Page: {page.write(found, out, title=options.title)}")
+    with Progress(console, "figure") as progress:
+        path = page.write(found, out, title=options.title, tell=progress)
+    say(console, f"Page: {path}")
     return 0
 
 
@@ -435,17 +438,16 @@ def audit(words: Words, console: Console) -> int:
 def run_audit(options: Audit, words: Words, console: Console) -> int:
     from gaf_lab import audit as job
     from gaf_lab import bench as file
-    from gaf_lab.console import labelled, trained
+    from gaf_lab.console import Progress, labelled, trained
     from gaf_lab.train import pick_device
 
+    say(console, f"{labelled(options.config)}; {trained(options.config)}")
     found = []
-    with console.status("audit") as status:
+    with Progress(console) as progress:
         for seed in range(options.config.seed, options.config.seed + options.seeds):
             config = dataclasses.replace(options.config, seed=seed)
             told = partial(
-                lambda seed, what, step, steps: status.update(
-                    f"seed {seed}, {what}: step {step:,} of {steps:,}"
-                ),
+                lambda seed, what, step, steps: progress(f"seed {seed}, {what}", step, steps),
                 seed,
             )
             found.append(job.audit(config, options.data, told))
@@ -455,7 +457,6 @@ def run_audit(options: Audit, words: Words, console: Console) -> int:
     job.draw_suspects(found[0], options.out / "suspects.png")
     conditions = {"command": "gaf audit " + shlex.join(words), "config": options.config.plain()}
     file.write(found, options.out / "audit.jsonl", conditions, pick_device(options.config.device))
-    say(console, f"{labelled(options.config)}; {trained(options.config)}")
     console.print(job.table(lines))
     say(console, job.verdict(lines))
     say(console, f"Samples: {options.out / 'samples.csv'}. Figure: {options.out / 'audit.png'}")
@@ -499,16 +500,14 @@ def probe(words: Words, console: Console) -> int:
 def run_probe(options: Probe, words: Words, console: Console) -> int:
     from gaf_lab import bench as file
     from gaf_lab import probe as job
-    from gaf_lab.console import labelled, trained
+    from gaf_lab.console import Progress, labelled, trained
     from gaf_lab.train import pick_device
 
     config = options.config
     sizes = (options.rows, options.slices, options.share, options.chance)
-    with console.status(
-        f"{config.dataset}, {config.model}, b = {config.b}: {options.rows} micro-gradients"
-    ):
-        found = list(job.look(config, options.after, options.data, *sizes))
     say(console, f"{labelled(config)}; {trained(config)}")
+    with Progress(console) as progress:
+        found = list(job.look(config, options.after, options.data, *sizes, progress))
     lines = [one.line() for one in found]
     console.print(job.table(lines))
     console.print(job.layer_table([line for line in lines if line["layers"]][-1]))
@@ -541,10 +540,16 @@ def data(words: Words, console: Console) -> int:
     options = tyro.cli(Data, prog="gaf data", args=words)
     from rich.table import Table
 
+    from gaf_lab.console import Progress
     from gaf_lab.data import describe, load
 
     table = Table(show_header=False)
-    for fact, value in describe(load(options.name, options.data)).items():
+    with Progress(console, "part") as progress:
+        progress(f"reading {options.name}", 1, 2)
+        loaded = load(options.name, options.data)
+        progress(f"counting {options.name}", 2, 2)
+        facts = describe(loaded)
+    for fact, value in facts.items():
         table.add_row(fact, value)
     console.print(table)
     return 0
@@ -683,11 +688,11 @@ def bench_accumulate(words: Words, console: Console) -> int:
     options: Any = tyro.cli(BenchAccumulate, prog="gaf bench accumulate", args=words)
     check_bench(options, 1, MOST_MICRO_BATCHES)
     from gaf_lab import bench as job
+    from gaf_lab.console import Progress
 
-    with console.status(
-        f"{options.model}, b = {options.b}, k = {options.k}: {options.rounds} rounds"
-    ):
-        found = job.accumulate(options.model, options.stem, options.b, options.k, options.rounds)
+    with Progress(console, "round") as progress:
+        sizes = (options.b, options.k, options.rounds)
+        found = job.accumulate(options.model, options.stem, *sizes, tell=progress)
     console.print(job.table(found))
     if options.out is not None:
         conditions = {
@@ -709,12 +714,11 @@ def bench_ddp(words: Words, console: Console) -> int:
     check_bench(options, 2, MOST_PROCESSES)
     from gaf_lab import bench as file
     from gaf_lab import bench_ddp as job
+    from gaf_lab.console import Progress
 
     wanted = job.Options(options.model, options.stem, options.b, options.rounds)
-    with console.status(
-        f"{options.model}, b = {options.b}, k = {options.k}: {options.rounds} rounds"
-    ):
-        found = job.run(wanted, options.k)
+    with Progress(console, "part") as progress:
+        found = job.run(wanted, options.k, tell=progress)
     console.print(job.table(found))
     if options.out is not None:
         file.write(found, options.out, job.conditions(wanted))
@@ -727,14 +731,13 @@ def bench_train(words: Words, console: Console) -> int:
     check_rounds(options)
     from gaf_lab import bench as file
     from gaf_lab import bench_train as job
+    from gaf_lab.console import Progress
     from gaf_lab.train import pick_device
 
     given = {name: value for name, value in vars(options).items() if name not in ("data", "out")}
     wanted = job.Options(data_folder=options.data, **given)
-    with console.status(
-        f"{options.model}, b = {options.b}, k = {options.k}: {options.rounds} rounds"
-    ):
-        found = job.train(wanted)
+    with Progress(console, "round") as progress:
+        found = job.train(wanted, tell=progress)
     say(console, "white noise of CIFAR-100's shape" if options.data is None else "CIFAR-100")
     console.print(job.arm_table(found))
     console.print(job.part_table(found))
@@ -751,9 +754,10 @@ def bench_cpu(words: Words, console: Console) -> int:
         raise ConfigError("models must name at least one; got none. Leave it out for all.")
     from gaf_lab import bench as file
     from gaf_lab import bench_cpu as job
+    from gaf_lab.console import Progress
 
-    with console.status(f"{', '.join(options.models)}: {options.rounds} rounds"):
-        found = job.run(options.models, options.rounds, options.compile)
+    with Progress(console, "round") as progress:
+        found = job.run(options.models, options.rounds, options.compile, tell=progress)
     console.print(job.table(found))
     for model in options.models:
         say(console, f"{model}: {job.advice(found, model)}")

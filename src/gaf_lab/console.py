@@ -1,25 +1,74 @@
-"""What a person sees while a run goes on."""
+"""What a person sees while a command goes on: bars on a terminal; in a pipe, a log file or a CI plain lines (`gaf_lab.telling`)."""
 
+import time
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.markup import escape
+from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
 
 import gaf
 from gaf_lab.config import TrainConfig, label_noise
 from gaf_lab.problem import Problem
+from gaf_lab.telling import Pulse, format_duration
 from gaf_lab.train import Listener
 
 
-def progress(console: Console) -> Progress:
-    """Bars that fit 80 columns: what, how far, some facts, time left."""
+def progress(console: Console) -> Bars:
+    """Bars that fit 80 columns: what, how far, some facts, time left. Nothing where there is no terminal."""
     columns = (
         TextColumn("{task.description:16}"),
         BarColumn(bar_width=16),
         TaskProgressColumn(),
         TextColumn("{task.fields[facts]}"),
     )
-    return Progress(*columns, TextColumn("eta"), TimeRemainingColumn(compact=True), console=console)
+    left = TextColumn("eta"), TimeRemainingColumn(compact=True)
+    return Bars(*columns, *left, console=console, disable=not console.is_terminal)
+
+
+class Progress:
+    """How far a command is that shows no runs: a line that changes on a terminal; else one for each new part, and one every EVERY seconds.
+
+    It is called with what is being done, its number, and how many there are. unit: what is counted.
+    """
+
+    def __init__(self, console: Console, unit: str = "step") -> None:
+        self.console, self.unit, self.now = console, unit, ("", 0, 0)
+        self.pulse, self.status = Pulse(console, self._text), console.status("")
+
+    def __enter__(self) -> "Progress":
+        self.pulse.start()
+        if self.console.is_terminal:
+            self.status.start()
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self.pulse.stop()
+        self.status.stop()
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        new = what != self.now[0]
+        self.now = what, done, total
+        if new:
+            self.begun, self.first = time.monotonic(), done
+        if self.console.is_terminal:
+            self.status.update(escape(self._text()))
+        elif new and not self.console.quiet:
+            self.pulse.say()
+
+    def _text(self) -> str:
+        what, done, total = self.now
+        if not what:
+            return ""
+        return f"{what}: {self.unit} {done:,} of {total:,}{self._left(done, total)}"
+
+    def _left(self, done: int, total: int) -> str:
+        """How long the part will still take, once it has gone on for a second."""
+        gone, steps = time.monotonic() - self.begun, done - self.first
+        if gone < 1 or steps <= 0:
+            return ""
+        return f", eta {format_duration(gone / steps * (total - done))}"
 
 
 def percent(value: float | None) -> str:
@@ -54,10 +103,11 @@ WIDTHS = (7, 8, 7, 10, 7, 11, 9, 9, 10)  # 78 in all
 
 
 class ConsoleListener:
-    """A progress bar over steps, and a line per evaluation."""
+    """A progress bar over steps, and a line per evaluation; without a terminal, a line for those that are long in coming."""
 
     def __init__(self, console: Console) -> None:
         self.console, self.bar = console, progress(console)
+        self.pulse = Pulse(console, self._how_far)
 
     def begin(self, problem: Problem, step: int, steps: int) -> None:
         c = problem.config
@@ -71,12 +121,19 @@ class ConsoleListener:
         )
         self.bar.start()
         self.task = self.bar.add_task("training", total=steps, completed=step, facts="")
+        self.pulse.start()
 
     def stepped(self, step: int, outcome: gaf.Outcome) -> None:
         facts = f"step {step:,}, accepted {sum(outcome.accepted)} of {len(outcome.accepted)}"
         self.bar.update(self.task, completed=step, facts=facts)
 
+    def _how_far(self) -> str:
+        task = self.bar.tasks[self.task]
+        eta = "" if task.time_remaining is None else f", eta {format_duration(task.time_remaining)}"
+        return f"training: step {task.completed:,.0f} of {task.total:,.0f}{eta}"
+
     def evaluated(self, line: dict[str, Any]) -> None:
+        self.pulse.rest()
         cells = (
             f"{line['passes']:.2f}",
             f"{line['step']:,}",
@@ -94,6 +151,7 @@ class ConsoleListener:
         )
 
     def close(self) -> None:
+        self.pulse.stop()
         self.bar.stop()
 
 

@@ -14,6 +14,7 @@ from rich.console import Console
 from gaf_lab import records, sweep
 from gaf_lab.config import ConfigError, TrainConfig
 from gaf_lab.presets import DEMO
+from gaf_lab.reproduce import announce
 
 
 def arms(seed: int, base: TrainConfig) -> dict[str, TrainConfig]:
@@ -57,11 +58,13 @@ def demo(
     """Runs all arms for all seeds and returns what is finished; Ctrl-C stops early and keeps that."""
     plan = {name: config for seed in range(seeds) for name, config in arms(seed, base).items()}
     command = f"gaf demo --seeds {seeds} --passes {base.passes:g} --out {folder}"
+    at_once = workers or os.cpu_count() or 1
+    announce(list(plan.values()), at_once, console)
     try:
         sweep.sweep(
             list(plan.values()),
             folder,
-            workers=workers or os.cpu_count() or 1,
+            workers=at_once,
             data_folder=None,
             console=console,
             command=command,

@@ -1,18 +1,37 @@
 """The figures of a report, as PNG (matplotlib) and interactive (plotly), both drawn from the same description of the runs.
 
 Thin lines are single runs, bold ones the mean over an arm's seeds; runs that are not finished are dashed. Where there are
-more than CROWD arms, single runs are left out. Colours belong to arms: averaging grey, GAF and its variants blue, controls
-warm, other methods green and violet.
+more than CROWD arms, single runs are left out. Each point of a grid, such as a noise rate, has a panel of its own, and what nobody
+recorded has none. Colours belong to methods, on every page the same: averaging grey, GAF and its variants blue, controls warm,
+other methods green and violet.
 """
 
+import dataclasses
 import html
+import math
+import re
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gaf_lab.records import Run
-from gaf_lab.statistics import Arm, Curve, Values, arms, curve, last, points, selected, status
+from gaf_lab.statistics import (
+    PAIRS,
+    Arm,
+    Curve,
+    Values,
+    arms,
+    by_point,
+    curve,
+    last,
+    point_names,
+    points,
+    selected,
+    status,
+)
+from gaf_lab.telling import Tell, silent
 
 if TYPE_CHECKING:  # importing them takes a second, and a terminal table needs neither
     from matplotlib.axes import Axes
@@ -55,14 +74,12 @@ KNOWN = {
     "SAM": Shade("#d99bea", "#f6b8ff"),
     "larger batch": Shade("#c22fa0", "#ee5ac8"),
 }
-# further arms under GAF's policy
-BLUES = (Shade("#12a08a", "#4fd6c0"), Shade("#3c4a63", "#8b9ab8"))
-OTHERS = (
-    Shade("#5a3a22", "#a0714f"),
-    Shade("#e58fb0", "#ffb3cd"),
-    Shade("#b33a3a", "#ff8a80"),
-    Shade("#5d6b73", "#c3ced6"),
-)
+SPREAD = 150  # degrees of hue that a method's variants take up
+# from linear sRGB to cones, from their cube roots to OKLab: bottosson.github.io/posts/oklab
+CONES = ((0.4122214708, 0.5363325363, 0.0514459929), (0.2119034982, 0.6806995451, 0.1073969566),
+         (0.0883024619, 0.2817188376, 0.6299787005))  # fmt: skip
+OPPONENTS = ((0.2104542553, 0.7936177850, -0.0040720468), (1.9779984951, -2.4285922050, 0.4505937099),
+             (0.0259040371, 0.7827717662, -0.8086757660))  # fmt: skip
 
 
 class Axis(NamedTuple):
@@ -113,7 +130,7 @@ class Chart:
     Attributes:
         axes: what its values are drawn against, each a picture of its own.
         marks: whether each run's evaluation selected on held-out labels is marked.
-        thresholds: whether GAF's tau is drawn.
+        thresholds: whether GAF's tau is drawn, where distances are those that it is compared with.
         zero: whether the y axis begins at 0, and is the same for all panels.
     """
 
@@ -143,9 +160,14 @@ CHARTS = (
     Chart(
         "distance",
         "Cosine distance between micro-gradients",
-        (Panel("distance_mean", "mean cosine distance", 1.0, "", 3),),
-        "Mean over the steps between two evaluations. 0: same direction, 1: orthogonal; dashed: GAF's threshold τ, above which "
-        "a micro-gradient is rejected.",
+        (
+            Panel(PAIRS, "mean distance of two micro-gradients", 1.0, "", 3),
+            Panel("distance_mean", "mean distance to the running sum", 1.0, "", 3),
+        ),
+        "Mean over the steps between two evaluations; 0: same direction, 1: orthogonal. Distance of two micro-gradients: estimated from "
+        "all that were compared, accepted or not, so that arms compare. Distance to the running sum: under averaging that is the sum of "
+        "all earlier micro-gradients, under GAF of the accepted ones, so that the same micro-gradients have another distance in another "
+        "arm; arms do not compare in it. Dashed: GAF's threshold τ, above which a micro-gradient is rejected.",
         thresholds=True,
     ),
     Chart(
@@ -161,20 +183,124 @@ CHARTS = (
 )
 
 
+OLDER = (
+    "The records of {} are from before that estimate: theirs is B / (b + B), from the noise scale B over the last 100 steps; "
+    "1 stands for 1 or more."
+)
+
+
+def caption(chart: Chart, runs: Sequence[Run]) -> str:
+    """The chart's, with what must be said of older records."""
+    lines = [
+        (run, line)
+        for run in runs
+        if any(panel.key == PAIRS for panel in chart.panels)
+        for line in run.evals
+    ]
+    older = {id(run) for run, line in lines if PAIRS not in line}
+    if not older:
+        return chart.caption
+    which = "these runs" if len(older) == len(runs) else f"{len(older)} of {len(runs)} runs"
+    return f"{chart.caption} {OLDER.format(which)}"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One pair of axes of a figure: a panel at a point of the grid.
+
+    Attributes:
+        where: the point in words; empty where there is one only.
+        arms: those of the point, which go by their methods' names.
+    """
+
+    panel: Panel
+    where: str
+    arms: list[Arm]
+
+    @property
+    def title(self) -> str:
+        return f"{self.panel.label}, {self.where}" if self.where else self.panel.label
+
+
+def cells(runs: list[Run], chart: Chart, axis: Axis = SAMPLES) -> list[Cell]:
+    """The panels of a chart that some run has values for, at every point of the grid."""
+    groups = by_point(arms(runs))
+    places = [
+        (where, [dataclasses.replace(arm, name=arm.method) for arm in group])
+        for where, group in zip(point_names(groups), groups, strict=True)
+    ]
+    return [
+        Cell(panel, where, group)
+        for panel in chart.panels
+        for where, group in places
+        if any(points(run, panel.key, axis.key)[0].size for arm in group for run in arm.runs)
+    ]
+
+
+def charts_with_values(runs: list[Run]) -> list[Chart]:
+    """The charts that these runs have something to show in."""
+    return [chart for chart in CHARTS if cells(runs, chart)]
+
+
+def names_in(found: Sequence[Cell]) -> list[str]:
+    """The methods of some cells, each once."""
+    return list(dict.fromkeys(arm.name for cell in found for arm in cell.arms))
+
+
 def palette(names: Sequence[str]) -> dict[str, Shade]:
-    """A colour for each arm: the known arms always the same, other GAF arms in blues, the rest in order, repeating when spent."""
-    blues, others = 0, 0
-    colours = {}
-    for name in names:
-        if name in KNOWN:
-            colours[name] = KNOWN[name]
-        elif name.lower().startswith("gaf"):
-            colours[name] = BLUES[blues % len(BLUES)]
-            blues += 1
-        else:
-            colours[name] = OTHERS[others % len(OTHERS)]
-            others += 1
-    return colours
+    """A colour for each arm, which is a function of its name alone, so that it is the same on every page."""
+    return {name: shade(name) for name in names}
+
+
+def shade(name: str) -> Shade:
+    """A known arm's colour; a variant's, such as "GAF, tau 0.5", near that of its method; any other one by the name's checksum."""
+    if name in KNOWN:
+        return KNOWN[name]
+    number = zlib.crc32(name.encode())
+    tau = re.search(r"\btau (\d+(?:\.\d+)?)", name)
+    place = (
+        number % 1009 / 1009 if tau is None else 1 / (1 + math.exp((0.8 - float(tau[1])) / 0.12))
+    )
+    family = next((KNOWN[kind] for kind in kinds(name) if kind in KNOWN), None)
+    hue = number // 1009 % 360 if family is None else hue_of(family) + SPREAD * (place - 0.5)
+    return Shade(oklch(0.72 - 0.32 * place, 0.15, hue), oklch(0.88 - 0.3 * place, 0.13, hue))
+
+
+def kinds(name: str) -> list[str]:
+    """The methods that an arm may be a variant of, the nearest first."""
+    words = name.split(", ")
+    ours = ["GAF"] if name.lower().startswith("gaf") else []
+    return [", ".join(words[:n]) for n in range(len(words) - 1, 0, -1)] + ours
+
+
+def hue_of(shade: Shade) -> float:
+    """In degrees, of OKLCH."""
+    from matplotlib.colors import to_rgb
+
+    linear = [
+        ((c + 0.055) / 1.055) ** 2.4 if c > 0.04045 else c / 12.92 for c in to_rgb(shade.light)
+    ]
+    cones = [dot(row, linear) ** (1 / 3) for row in CONES]
+    return math.degrees(math.atan2(dot(OPPONENTS[2], cones), dot(OPPONENTS[1], cones)))
+
+
+def oklch(lightness: float, chroma: float, hue: float) -> str:
+    """A colour of OKLCH, in which equal steps look about equal (Ottosson 2020), cut off where a screen cannot show it."""
+    import numpy as np
+    from matplotlib.colors import to_hex
+
+    turn = math.radians(hue)
+    lab = np.array([lightness, chroma * math.cos(turn), chroma * math.sin(turn)])
+    linear = np.linalg.solve(CONES, np.linalg.solve(OPPONENTS, lab) ** 3)
+    srgb = np.where(
+        linear > 0.0031308, 1.055 * np.maximum(linear, 0) ** (1 / 2.4) - 0.055, 12.92 * linear
+    )
+    red, green, blue = srgb.clip(0, 1).tolist()
+    return str(to_hex((red, green, blue)))
+
+
+def dot(row: Sequence[float], values: Sequence[float]) -> float:
+    return sum(a * b for a, b in zip(row, values, strict=True))
 
 
 def thresholds(of: list[Arm]) -> dict[float, list[str]]:
@@ -182,7 +308,7 @@ def thresholds(of: list[Arm]) -> dict[float, list[str]]:
     found: dict[float, list[str]] = {}
     for arm in of:
         tau = arm.config.get("tau")
-        if arm.config.get("policy") == "gaf" and tau is not None and tau < 2:
+        if is_gaf(arm) and tau is not None and tau < 2:
             found.setdefault(float(tau), []).append(arm.name)
     return found
 
@@ -203,15 +329,21 @@ def single(arm: Arm, of: list[Arm], mean: Curve | None) -> list[Run]:
 # --- PNG ---------------------------------------------------------------------------------------------------------
 
 
-def write(runs: list[Run], out: Path) -> dict[str, Path]:
-    """Writes the pictures of all charts (150 dpi) into the folder `out`; their paths by `Chart.stem`."""
+def write(runs: list[Run], out: Path, tell: Tell = silent) -> dict[str, Path]:
+    """Writes the pictures of all charts (150 dpi) into the folder `out`; their paths by `Chart.stem`. tell: how far it is."""
     out.mkdir(parents=True, exist_ok=True)
+    views = [(chart, axis) for chart in charts_with_values(runs) for axis in axes_of(runs, chart)]
     paths = {}
-    for chart in CHARTS:
-        for axis in chart.axes:
-            paths[chart.stem(axis)] = path = out / f"{chart.stem(axis)}.png"
-            static(runs, chart, axis).savefig(path, dpi=DPI)
+    for number, (chart, axis) in enumerate(views, 1):
+        tell("drawing", number, len(views))
+        paths[chart.stem(axis)] = path = out / f"{chart.stem(axis)}.png"
+        static(runs, chart, axis).savefig(path, dpi=DPI)
     return paths
+
+
+def axes_of(runs: list[Run], chart: Chart) -> list[Axis]:
+    """The chart's axes that the runs have values along."""
+    return [axis for axis in chart.axes if cells(runs, chart, axis)]
 
 
 def canvas(width: float, height: float) -> "Figure":
@@ -225,36 +357,61 @@ def canvas(width: float, height: float) -> "Figure":
 
 
 def static(runs: list[Run], chart: Chart, axis: Axis = SAMPLES) -> "Figure":
-    """The chart's values against the axis, as a matplotlib figure; it is taller where many arms need room for their names."""
-    of = arms(runs)
-    axis = fitted(axis, runs)
-    colours = palette([arm.name for arm in of])
-    right = margin([arm.name for arm in of])
-    tall = max(2.75, LINE * (len(of) + 1))
-    width, height = 8.0, 1.15 + tall * len(chart.panels)
-    figure = canvas(width, height)
-    axes = figure.subplots(len(chart.panels), sharex=True, sharey=chart.zero, squeeze=False)[:, 0]
-    figure.subplots_adjust(
-        left=0.68 / width,
-        right=1 - right / width,
-        top=1 - 0.5 / height,
-        bottom=0.6 / height,
-        hspace=0.24,
-    )
+    """The chart's values against the axis, as a matplotlib figure; a panel is taller where many arms need room for their names."""
+    found, axis = cells(runs, chart, axis), fitted(axis, runs)
+    names = names_in(found)
+    colours = palette(names)
+    rows = [max(2.75, LINE * (len(cell.arms) + len(taus_of(chart, cell)) + 1)) for cell in found]
+    figure, axes = column(8.0, rows, 0.68, margin(names))
     drawn = [
-        fill(ax, of, panel, chart, axis, colours)
-        for ax, panel in zip(axes, chart.panels, strict=True)
+        fill(ax, cell.arms, cell.panel, chart, axis, colours)
+        for ax, cell in zip(axes, found, strict=True)
     ]
-    for ax, panel, ends in zip(axes, chart.panels, drawn, strict=True):
-        dress(ax, panel, chart, of if ends else [])
-        label_ends(ax, ends + (lines_of_tau(ax, of, colours) if chart.thresholds and ends else []))
-    axes[-1].set_xlabel(axis.label, fontsize=10.5, color=SOFT, labelpad=6)
+    for ax, cell, ends in zip(axes, found, drawn, strict=True):
+        dress(ax, cell.title, chart, cell.arms)
+        if taus_of(chart, cell):
+            ends += lines_of_tau(ax, cell.arms, colours)
+    if chart.zero:
+        level(axes)
+    for ax, ends in zip(axes, drawn, strict=True):
+        label_ends(ax, ends)
+    for ax in axes[-1:]:
+        ax.set_xlabel(axis.label, fontsize=10.5, color=SOFT, labelpad=6)
     return figure
+
+
+def taus_of(chart: Chart, cell: Cell) -> list[float]:
+    """The thresholds that are drawn, where the cell's distances are those that they are compared with."""
+    if not chart.thresholds or cell.panel.key != "distance_mean":
+        return []
+    return list(thresholds(cell.arms))
+
+
+def level(axes: "Sequence[Axes]") -> None:
+    """The same range for all, so that heights compare."""
+    ends = [ax.get_ylim() for ax in axes]
+    for ax in axes:
+        ax.set_ylim(min(low for low, _ in ends), max(high for _, high in ends))
+
+
+def column(
+    width: float, rows: Sequence[float], left: float, right: float
+) -> tuple["Figure", list["Axes"]]:
+    """A figure of `width` inches, and its axes, rows[i] inches high, one beneath the other, which run along the same values."""
+    top, between, bottom = 0.5, 0.75, 0.65
+    height = top + sum(rows) + between * (len(rows) - 1) + bottom
+    figure = canvas(width, height)
+    axes: list[Axes] = []
+    for i, tall in enumerate(rows):
+        y = height - top - sum(rows[: i + 1]) - between * i
+        box = (left / width, y / height, 1 - (left + right) / width, tall / height)
+        axes.append(figure.add_axes(box, sharex=axes[0] if axes else None))
+    return figure, axes
 
 
 def margin(names: Sequence[str]) -> float:
     """Inches for the names at the lines' ends, and what leads to them."""
-    return 0.2 + lead(len(names)) + 0.085 * max(8, *(len(shorten(name)) for name in names))
+    return 0.2 + lead(len(names)) + 0.085 * max(8, *map(len, labels(names).values()))
 
 
 def lead(names: int) -> float:
@@ -271,14 +428,15 @@ def fill(
         for arm in of
         if (end := draw(ax, arm, of, panel, chart, axis, colours[arm.name].light)) is not None
     }
-    return [Label(*end, shorten(name), colours[name].light) for name, end in ends.items()]
+    short = labels([*colours])
+    return [Label(*end, short[name], colours[name].light) for name, end in ends.items()]
 
 
 def draw(
     ax: "Axes", arm: Arm, of: list[Arm], panel: Panel, chart: Chart, axis: Axis, colour: str
 ) -> tuple[float, float] | None:
     """An arm's runs and their mean. Returns its last point, None without any."""
-    z = 4.0 if arm.config.get("policy") == "gaf" else 3.0
+    z = 4.0 if is_gaf(arm) else 3.0
     end = None
     mean = curve(arm, panel.key, axis.key)
     for run in single(arm, of, mean):
@@ -324,18 +482,16 @@ def track(run: Run, panel: Panel, axis: Axis) -> tuple[Values, Values]:
     return x / axis.unit, y * panel.factor
 
 
-def dress(ax: "Axes", panel: Panel, chart: Chart, of: list[Arm]) -> None:
-    """Axes with horizontal lines only, and the quantity named above them; a word where nothing was recorded."""
-    ax.set_title(panel.label, loc="left", fontsize=11, color=INK, pad=8)
-    if chart.marks and 0 < len(of) <= CROWD:
+def dress(ax: "Axes", title: str, chart: Chart, of: list[Arm]) -> None:
+    """Axes with horizontal lines only, and the quantity named above them."""
+    ax.set_title(title, loc="left", fontsize=11, color=INK, pad=8)
+    if chart.marks and len(of) <= CROWD:
         ax.set_title(
             "○ selected on noisy held-out labels", loc="right", fontsize=9, color=SOFT, pad=8
         )
     plain(ax)
     if chart.zero:
         ax.set_ylim(bottom=0)
-    if not of:
-        blank(ax)
 
 
 def plain(ax: "Axes") -> None:
@@ -351,20 +507,6 @@ def plain(ax: "Axes") -> None:
     ax.xaxis.set_major_formatter(
         FuncFormatter(lambda value, _: f"{value:,.6g}" if abs(value) < 1e6 else f"{value:,.0f}")
     )
-
-
-def blank(ax: "Axes") -> None:
-    ax.text(
-        0.5,
-        0.5,
-        "not recorded in these runs",
-        transform=ax.transAxes,
-        ha="center",
-        va="center",
-        color=SOFT,
-        fontsize=11,
-    )
-    ax.set(xticks=[], yticks=[])
 
 
 class Label(NamedTuple):
@@ -454,9 +596,20 @@ def darker(colour: str) -> str:
 
 
 def shorten(name: str, length: int = 26) -> str:
-    """On one line, cut at `length` characters."""
+    """On one line, at most `length` characters: cut in the middle, for it is the end that tells names apart."""
     line = " ".join(name.split())
-    return line if len(line) <= length else line[: length - 1].rstrip() + "…"
+    if len(line) <= length:
+        return line
+    tail = length // 2
+    return line[: length - tail - 1].rstrip() + "…" + line[-tail:].lstrip()
+
+
+def labels(names: Sequence[str], length: int = 26) -> dict[str, str]:
+    """The names shortened, but no two to the same: each as long as that takes."""
+    found = {name: shorten(name, length) for name in names}
+    alike = [name for name in names if list(found.values()).count(found[name]) > 1]
+    longest = max(map(len, names), default=0)
+    return found | labels(alike, length + 8) if alike and length < longest else found
 
 
 # --- interactive -------------------------------------------------------------------------------------------------
@@ -468,40 +621,59 @@ def interactive(runs: list[Run], chart: Chart, axis: Axis = SAMPLES) -> Any:
     Each trace carries as `meta` its arm's two colours, "light", in which it is drawn, and "dark", and whether it is "single":
     of one run, and so to be hidden where more than CROWD arms are shown.
     """
-    from plotly.subplots import make_subplots
-
-    of = arms(runs)
-    axis = fitted(axis, runs)
-    colours = palette([arm.name for arm in of])
-    rows = len(chart.panels)
-    figure = make_subplots(
-        rows=rows,
-        shared_xaxes=True,
-        shared_yaxes="all" if chart.zero else False,
-        vertical_spacing=0.08,
-    )
-    for row, panel in enumerate(chart.panels, 1):
-        for arm in sorted(of, key=lambda arm: arm.config.get("policy") == "gaf"):  # GAF on top
-            for trace in traces(arm, panel, chart, axis, colours[arm.name], first=row == 1):
-                figure.add_trace(trace | {"legendrank": of.index(arm)}, row=row, col=1)
-        figure.update_yaxes(
-            title_text=panel.label, rangemode="tozero" if chart.zero else "normal", row=row, col=1
-        )
-    if chart.thresholds:
-        for tau in thresholds(of):
-            note = {"annotation_text": f"τ = {tau:g}", "annotation_position": "top left"}
-            figure.add_hline(y=tau, line={"dash": "dash", "width": 1.2, "color": SOFT}, **note)
-    figure.update_xaxes(title_text=axis.label, row=rows, col=1)
-    layout(figure, rows)
+    found, axis = cells(runs, chart, axis), fitted(axis, runs)
+    names = names_in(found)
+    colours = palette(names)
+    titles = [html.escape(cell.title, quote=False) for cell in found]
+    figure = stacked(titles, axis.label, [chart.zero] * len(found))
+    for row, cell in enumerate(found, 1):
+        for arm in sorted(cell.arms, key=is_gaf):  # GAF on top
+            for trace in traces(arm, cell.panel, chart, axis, colours[arm.name], first=row == 1):
+                ranked = trace | {"legendrank": names.index(arm.name)}
+                figure.add_trace(ranked, row=row, col=1)
+        for tau in taus_of(chart, cell):
+            draw_tau(figure, tau, row)
+    if chart.zero:
+        figure.update_yaxes(matches="y")
     figure.update_xaxes(unifiedhovertitle_text=axis.hover)
     return figure
 
 
-def layout(figure: Any, rows: int) -> None:
+def is_gaf(arm: Arm) -> bool:
+    return bool(arm.config.get("policy") == "gaf")
+
+
+def draw_tau(figure: Any, tau: float, row: int) -> None:
+    note = {"annotation_text": f"τ = {tau:g}", "annotation_position": "top right"}
+    dash = {"dash": "dash", "width": 1.2, "color": SOFT}
+    figure.add_hline(y=tau, line=dash, row=row, col=1, **note)
+
+
+def stacked(titles: Sequence[str], across: str, zeros: Sequence[bool]) -> Any:
+    """Axes one above the other, each with its title at the left and numbers along both sides."""
+    from plotly.subplots import make_subplots
+
+    rows = len(titles)
+    gap = 0.3 / rows if rows > 1 else 0
+    figure = make_subplots(rows=rows, shared_xaxes=True, vertical_spacing=gap)
+    layout(figure)
+    figure.update_layout(height=110 + 270 * rows)
+    corner = {"xref": "paper", "yref": "paper", "x": 0, "xanchor": "left", "yanchor": "bottom"}
+    for row, (title, zero) in enumerate(zip(titles, zeros, strict=True), 1):
+        domain = figure.layout[f"yaxis{row if row > 1 else ''}"].domain or (0, 1)
+        figure.add_annotation(
+            text=title, y=domain[1], showarrow=False, align="left", xshift=-40, yshift=6, **corner
+        )
+        figure.update_yaxes(rangemode="tozero" if zero else "normal", row=row, col=1)
+    figure.update_xaxes(showticklabels=True)
+    figure.update_xaxes(title_text=across, row=rows, col=1)
+    return figure
+
+
+def layout(figure: Any) -> None:
     figure.update_layout(
         template="none",
-        height=110 + 250 * rows,
-        margin={"l": 56, "r": 12, "t": 12, "b": 48},
+        margin={"l": 56, "r": 12, "t": 52, "b": 48},
         hovermode="x unified",
         showlegend=False,  # the page has one for all its figures
         paper_bgcolor="rgba(0,0,0,0)",

@@ -29,19 +29,21 @@ from gaf_lab.figures import (
     Label,
     Panel,
     Shade,
-    blank,
     canvas,
+    draw_tau,
     dress,
     fill,
     fitted,
     label_ends,
-    layout,
+    labels,
+    level,
     lines_of_tau,
     margin,
     named,
     palette,
     plain,
     shorten,
+    stacked,
     thresholds,
     traces,
 )
@@ -99,6 +101,8 @@ NAMES = {
     "resnet18": "ResNet18", "resnet34": "ResNet34", "preact-resnet34": "PreAct ResNet34", "vit-l16": "ViT-L/16", "vit-tiny": "a small ViT",
     "mlp": "MLP", "convnet": "a small convolutional network",
 }  # fmt: skip
+MEANT = ("Mean ± standard deviation over seeds; beneath a difference, its 95% interval.",)
+NOTHING = "No run of this figure was finished."
 KEY = "◇ paper   ● mean over seeds   · one seed"
 
 
@@ -253,18 +257,32 @@ def static(
         from gaf_lab.plane import drawn  # which takes title and notes from here
 
         return drawn(item, notes)
+    if not has_anything(item, runs):
+        return nothing(item, notes)
     if item.kind == "table":
         return tabular(item, runs, notes)
-    if not runs:
-        figure, axes = sheet(item, notes, 8.0, [2.6], 0.72, 1.2)
-        plain(axes[0][0])
-        blank(axes[0][0])
-        return figure
     return (
         over_training(item, runs, notes, axis)
         if item.kind == "curves"
         else against(item, runs, notes)
     )
+
+
+def has_anything(item: Item, runs: list[Run]) -> bool:
+    """Whether the runs have a value for any panel of the item."""
+    if item.kind == "curves":
+        return any(panels_of(item, runs))
+    return bool(rows_of(item, runs)) if item.kind == "against" else bool(runs)
+
+
+def nothing(item: Item, notes: Sequence[str]) -> "Figure":
+    """A sheet with title and notes, and the sentence that there is nothing to draw."""
+    below = room(heading(item), notes, 8.0) + 0.15
+    height = below + 0.45
+    figure = canvas(8.0, height)
+    head(figure, heading(item), notes)
+    figure.text(0.2 / 8.0, 1 - below / height, NOTHING, va="top", fontsize=11, color=INK)
+    return figure
 
 
 def heading(item: Item) -> str:
@@ -337,9 +355,20 @@ def sheet(
     return figure, axes
 
 
+def has_values(of: list[Arm], panel: Panel) -> bool:
+    return any(st.points(run, panel.key)[0].size for arm in of for run in arm.runs)
+
+
+def panels_of(item: Item, runs: list[Run]) -> list[Panel]:
+    """The panels of a figure over training that some run has values for."""
+    groups = grouped(item, runs).values()
+    return [panel for panel in chart_of(item).panels if any(has_values(of, panel) for of in groups)]
+
+
 def over_training(item: Item, runs: list[Run], notes: Sequence[str], axis: Axis) -> "Figure":
-    """A row for each key, a column for each network and data set."""
+    """A row for each key, a column for each network and data set; no axes where nothing was recorded."""
     groups, chart, axis = grouped(item, runs), chart_of(item), fitted(axis, runs)
+    panels = panels_of(item, runs)
     colours = palette(names_of(item, runs))
     marks = (
         ["○: selected on noisy held-out labels."]
@@ -353,16 +382,19 @@ def over_training(item: Item, runs: list[Run], notes: Sequence[str], axis: Axis)
         item,
         [*notes, *marks],
         8.0 if columns == 1 else 5.0 * columns,
-        [tall] * len(chart.panels),
+        [tall] * len(panels),
         0.72,
         right,
         columns,
     )
     for column, (x, of) in enumerate(groups.items()):
-        for row, panel in enumerate(chart.panels):
+        for row, panel in enumerate(panels):
             ax, fit = axes[row][column], fitting(chart, panel)
-            labels = fill(ax, of, panel, fit, axis, colours)
-            dress(ax, panel, fit, of if labels else [])
+            if not has_values(of, panel):
+                ax.remove()
+                continue
+            ends = fill(ax, of, panel, fit, axis, colours)
+            dress(ax, panel.label, fit, of)
             ax.set_title("", loc="right")
             for arm in of:
                 mean, value = (
@@ -376,9 +408,7 @@ def over_training(item: Item, runs: list[Run], notes: Sequence[str], axis: Axis)
                         [value * panel.factor],
                         colours[arm.name].light,
                     )
-            label_ends(
-                ax, labels + (lines_of_tau(ax, of, colours) if fit.thresholds and labels else [])
-            )
+            label_ends(ax, ends + (lines_of_tau(ax, of, colours) if fit.thresholds else []))
         axes[-1][column].set_xlabel(axis.label, fontsize=10.5, color=SOFT, labelpad=6)
         if columns > 1:
             above = axes[0][column].get_position()
@@ -474,10 +504,17 @@ def ticks(item: Item, places: Sequence[Place]) -> list[str]:
     ]
 
 
-def rows_of(item: Item) -> list[tuple[str, Measure]]:
-    """The panels of a figure against a field, from above: last and selected for accuracy; mean and last for distances."""
+def rows_of(item: Item, runs: list[Run]) -> list[tuple[str, Measure]]:
+    """The panels of a figure against a field, from above: last and selected for accuracy; mean and last for distances.
+
+    Those that no run has a value for are left out.
+    """
+    arms = [arm for of in grouped(item, runs).values() for arm in of]
     return [
-        (key, measure) for key in item.keys for measure in MEASURES[key] if measure.name != "lowest"
+        (key, measure)
+        for key in item.keys
+        for measure in MEASURES[key]
+        if measure.name != "lowest" and any(st.spread(arm, measure) for arm in arms)
     ]
 
 
@@ -486,18 +523,19 @@ def titled(key: str, measure: Measure) -> str:
 
 
 def against(item: Item, runs: list[Run], notes: Sequence[str]) -> "Figure":
-    at, rows = positions(item, runs), rows_of(item)
+    at, rows = positions(item, runs), rows_of(item, runs)
     colours = palette(names_of(item, runs))
     tall = max(2.3, 0.2 * (len(colours) + 1))
     figure, grid = sheet(item, notes, 8.0, [tall] * len(rows), 0.72, margin(list(colours)))
     axes = [ax for (ax,) in grid]
     found = [series(item, runs, key, measure) for key, measure in rows]
+    short = labels([*colours])
     drawn = [
-        [along(ax, one, at, colours[one.arm].light) for one in of]
+        [along(ax, one, at, short[one.arm], colours[one.arm].light) for one in of]
         for ax, of in zip(axes, found, strict=True)
     ]
     level([ax for ax, (_, measure) in zip(axes, rows, strict=True) if measure.unit == "share"])
-    for i, ((key, measure), ax, labels) in enumerate(zip(rows, axes, drawn, strict=True)):
+    for i, ((key, measure), ax, ends) in enumerate(zip(rows, axes, drawn, strict=True)):
         plain(ax)
         ax.set_title(titled(key, measure), loc="left", fontsize=11, color=INK, pad=8)
         if i == 0:
@@ -509,19 +547,12 @@ def against(item: Item, runs: list[Run], notes: Sequence[str]) -> "Figure":
                 pad=8,
             )
         ax.set_xticks(list(at.values()), ticks(item, list(at)))
-        label_ends(ax, [label for label in labels if label is not None])
+        label_ends(ax, [label for label in ends if label is not None])
     axes[-1].set_xlabel(ACROSS[item.x or ""], fontsize=10.5, color=SOFT, labelpad=6)
     return figure
 
 
-def level(axes: "list[Axes]") -> None:
-    """The same range for all, so that heights compare."""
-    ends = [ax.get_ylim() for ax in axes]
-    for ax in axes:
-        ax.set_ylim(min(low for low, _ in ends), max(high for _, high in ends))
-
-
-def along(ax: "Axes", one: Series, at: dict[Place, float], colour: str) -> Label | None:
+def along(ax: "Axes", one: Series, at: dict[Place, float], name: str, colour: str) -> Label | None:
     """Draws an arm along the axis. Returns its name for the line's end, None without a value."""
     diamonds(ax, [at[x] for x, _ in one.paper], [value for _, value in one.paper], colour)
     ax.plot(
@@ -539,7 +570,7 @@ def along(ax: "Axes", one: Series, at: dict[Place, float], colour: str) -> Label
     ax.plot(x, y, "-o", color=colour, linewidth=2.2, markersize=5, solid_capstyle="round", zorder=4)
     if one.everywhere:
         ax.axhline(y[0], color=colour, linewidth=1.2, linestyle=(0, (5, 3)), zorder=2)
-    return Label(None if one.everywhere else x[-1], y[-1], one.arm, colour)
+    return Label(None if one.everywhere else x[-1], y[-1], name, colour)
 
 
 # --- as a table --------------------------------------------------------------------------------------------------
@@ -556,8 +587,15 @@ class Row:
 
 
 def columns_of(item: Item, runs: list[Run]) -> list[Place]:
-    """The paper's columns, and others that were run."""
-    return ordered([*(x for row in item.paper.values() for x in row), *grouped(item, runs)])
+    """The columns that were run; without runs the paper's."""
+    return ordered([*grouped(item, runs)] or [x for row in item.paper.values() for x in row])
+
+
+def columns_not_run(item: Item, runs: list[Run]) -> list[str]:
+    """A sentence on those of the paper's columns that were not run, where there are any."""
+    papers = ordered([x for row in item.paper.values() for x in row])
+    missing = ticks(item, [x for x in papers if x not in columns_of(item, runs)])
+    return [f"Not run here: the paper's columns {', '.join(missing)}."] if missing else []
 
 
 def blocks(item: Item, runs: list[Run]) -> list[tuple[str, list[Row]]]:
@@ -566,7 +604,9 @@ def blocks(item: Item, runs: list[Run]) -> list[tuple[str, list[Row]]]:
     at = {(x, arm.name): arm for x, arms in groups.items() for arm in arms}
     found = []
     for measure in MEASURES[key]:
-        rows = []
+        rows: list[Row] = []
+        if runs and not any(st.spread(arm, measure) for arm in at.values()):
+            continue
         for name in names_of(item, runs):
             spreads = [
                 st.spread(at[x, name], measure) if (x, name) in at else None for x in columns
@@ -623,7 +663,7 @@ def tabular(item: Item, runs: list[Run], notes: Sequence[str]) -> "Figure":
     heights = [
         line * (1.6 + sum(1.35 if row.arm is None else 1 for row in rows)) for _, rows in found
     ]
-    said = [*notes, "Mean ± standard deviation over seeds; beneath a difference, its 95% interval."]
+    said = [*notes, *columns_not_run(item, runs), *MEANT]
     top = room(heading(item), said, width) + 0.5
     height = top + sum(heights) + 0.2
     figure = canvas(width, height)
@@ -699,7 +739,7 @@ def interactive(item: Item, runs: list[Run], axis: Axis = SAMPLES) -> Any:
 
     Traces carry `meta` as in `gaf_lab.figures.interactive`, and in it "paper": whether they are the paper's values.
     """
-    if not runs or item.kind in ("table", "plane"):
+    if item.kind in ("table", "plane") or not has_anything(item, runs):
         return None
     return (
         training(item, runs, fitted(axis, runs))
@@ -708,38 +748,15 @@ def interactive(item: Item, runs: list[Run], axis: Axis = SAMPLES) -> Any:
     )
 
 
-def stacked(titles: list[str], across: str, zeros: list[bool]) -> Any:
-    """Axes one above the other, each with its title at the left."""
-    from plotly.subplots import make_subplots
-
-    rows = len(titles)
-    figure = make_subplots(
-        rows=rows, shared_xaxes=True, vertical_spacing=0.24 / rows if rows > 1 else 0
-    )
-    layout(figure, rows)
-    figure.update_layout(margin_t=52, height=110 + 270 * rows)
-    for row, (title, zero) in enumerate(zip(titles, zeros, strict=True), 1):
-        domain = figure.layout[f"yaxis{row if row > 1 else ''}"].domain or (0, 1)
-        place = {
-            "xref": "paper",
-            "yref": "paper",
-            "x": 0,
-            "y": domain[1],
-            "xanchor": "left",
-            "yanchor": "bottom",
-        }
-        figure.add_annotation(
-            text=title, align="left", showarrow=False, xshift=-40, yshift=6, **place
-        )
-        figure.update_yaxes(rangemode="tozero" if zero else "normal", row=row, col=1)
-    figure.update_xaxes(title_text=across, row=rows, col=1)
-    return figure
-
-
 def training(item: Item, runs: list[Run], axis: Axis) -> Any:
     groups, chart = grouped(item, runs), chart_of(item)
     colours = palette(names_of(item, runs))
-    cells = [(x, of, panel) for panel in chart.panels for x, of in groups.items()]
+    cells = [
+        (x, of, panel)
+        for panel in chart.panels
+        for x, of in groups.items()
+        if has_values(of, panel)
+    ]
     titles = [panel.label + (f"<br>{x}" if len(groups) > 1 else "") for x, _, panel in cells]
     figure = stacked(titles, axis.label, [fitting(chart, panel).zero for *_, panel in cells])
     for row, (x, of, panel) in enumerate(cells, 1):
@@ -760,21 +777,8 @@ def training(item: Item, runs: list[Run], axis: Axis) -> Any:
                 )
             for trace in made:
                 figure.add_trace(trace, row=row, col=1)
-        if not any(st.curve(arm, panel.key) for arm in of):
-            name = f"{{}}{row if row > 1 else ''} domain"
-            centre = {
-                "xref": name.format("x"),
-                "yref": name.format("y"),
-                "x": 0.5,
-                "y": 0.5,
-                "showarrow": False,
-            }
-            figure.add_annotation(text="not recorded in these runs", **centre)
         for tau in thresholds(of) if fit.thresholds else ():
-            note = {"annotation_text": f"τ = {tau:g}", "annotation_position": "top right"}
-            figure.add_hline(
-                y=tau, line={"dash": "dash", "width": 1.2, "color": SOFT}, row=row, col=1, **note
-            )
+            draw_tau(figure, tau, row)
     figure.update_xaxes(unifiedhovertitle_text=axis.hover)
     return figure
 
@@ -794,7 +798,7 @@ def hollow(arm: str, shade: Shade, x: list[float], y: list[float], panel: Panel)
 
 
 def points_along(item: Item, runs: list[Run]) -> Any:
-    at, rows = positions(item, runs), rows_of(item)
+    at, rows = positions(item, runs), rows_of(item, runs)
     colours = palette(names_of(item, runs))
     figure = stacked(
         [titled(key, measure) for key, measure in rows], ACROSS[item.x or ""], [False] * len(rows)

@@ -12,18 +12,22 @@ from gaf_lab.paper import Item
 from gaf_lab.paper_figures import Place
 from gaf_lab.records import Run
 from gaf_lab.statistics import Arm, Measure
+from gaf_lab.telling import Tell, silent
 
 # a figure, its runs, and what must be said of how they came to be
 Section = tuple[Item, list[Run], Sequence[str]]
 PAPER = "paper"  # the button that shows the paper's values
 
 
-def write(sections: Sequence[Section], out: Path, title: str) -> Path:
+def write(sections: Sequence[Section], out: Path, title: str, tell: Tell = silent) -> Path:
     """Writes the figures as PNG and `paper.html`, one file that needs no other, into the folder `out`. Returns the page's path.
 
-    The same runs give the same bytes. A figure without runs is a figure without values; that is said.
+    The same runs give the same bytes. A figure without runs is a figure without values; that is said. tell: how far it is.
     """
-    parts = [section(item, runs, notes, out) for item, runs, notes in sections]
+    parts = []
+    for number, (item, runs, notes) in enumerate(sections, 1):
+        tell("drawing", number, len(sections))
+        parts.append(section(item, runs, notes, out))
     page = report.render(
         "paper.html.j2",
         title=title,
@@ -38,11 +42,13 @@ def write(sections: Sequence[Section], out: Path, title: str) -> Path:
 def section(item: Item, runs: list[Run], notes: Sequence[str], out: Path) -> dict[str, Any]:
     """What the page shows of a figure."""
     pf.draw(item, runs, out, notes)
-    chart = pf.chart_of(item)
+    there = item.kind == "plane" or pf.has_anything(item, runs)
+    axes = pf.chart_of(item).axes if there and item.kind != "table" else ()
     views = [
         report.view(axis.name, pf.picture(item, runs, axis), pf.interactive(item, runs, axis))
-        for axis in (chart.axes if runs else chart.axes[:1])
+        for axis in axes
     ]
+    columns, listed = without_gaps(headings(item), rows(item, runs))
     colours = palette(list(dict.fromkeys([*pf.names_of(item, runs), *item.paper])))
     compared = gaps(item, runs)
     measured = item.kind != "plane"
@@ -52,17 +58,18 @@ def section(item: Item, runs: list[Run], notes: Sequence[str], out: Path) -> dic
         "heading": pf.heading(item),
         "claim": item.claim,
         "outcome": outcome(item, runs),
-        "notes": list(notes),
+        "notes": [
+            *notes,
+            *(pf.columns_not_run(item, runs) if runs and item.kind == "table" else []),
+        ],
         "missing": measured and not runs,
-        "chart": None if item.kind == "table" else {"name": item.id, "title": "", "views": views},
+        "chart": {"name": item.id, "title": "", "views": views} if views else None,
         "caption": caption(item, runs),
         "chips": chips(item, runs, colours),
         "palette": colours,
-        "columns": pf.ticks(item, pf.columns_of(item, runs))
-        if item.kind == "table"
-        else headings(item),
+        "columns": pf.ticks(item, pf.columns_of(item, runs)) if item.kind == "table" else columns,
         "blocks": pf.blocks(item, runs) if item.kind == "table" and runs else [],
-        "rows": rows(item, runs) if item.kind in ("curves", "against") else [],
+        "rows": listed if item.kind in ("curves", "against") else [],
         "place": "" if item.x is None else pf.ACROSS[item.x],
         "compared": compared,
         "common": common,
@@ -96,7 +103,16 @@ def caption(item: Item, runs: list[Run]) -> str:
         if item.kind == "curves"
         else "Lines: mean over seeds; dots: single seeds."
     )
-    return seeds + marks + (" Diamonds: the paper's values." if any(item.paper.values()) else "")
+    paper = " Diamonds: the paper's values." if any(item.paper.values()) else ""
+    return seeds + marks + paper + (distances(runs) if "distance_mean" in item.keys else "")
+
+
+def distances(runs: list[Run]) -> str:
+    """What the distances are to."""
+    if all(run.header["config"]["k"] == 2 for run in runs):
+        return " Distance: of a step's two micro-gradients, whatever the arm does with them."
+    return (" Distance: to the running sum, which holds the accepted micro-gradients, under averaging all earlier ones; so the same "
+            "micro-gradients have another distance in another arm, and arms do not compare in it.")  # fmt: skip
 
 
 def outcome(item: Item, runs: list[Run]) -> list[str]:
@@ -164,6 +180,21 @@ def headings(item: Item) -> list[str]:
     return [*found, "n"]
 
 
+def without_gaps(
+    columns: list[str], listed: list[dict[str, Any]]
+) -> tuple[list[str], list[dict[str, Any]]]:
+    """Columns and rows without those columns, n apart, that no row has a value in."""
+    cells = [row["cells"] for row in listed]
+    kept = [
+        i
+        for i in range(len(columns) - 1)
+        if not cells or any(row[i][0] != report.NONE for row in cells)
+    ]
+    return [columns[i] for i in (*kept, -1)], [
+        row | {"cells": [row["cells"][i] for i in kept]} for row in listed
+    ]
+
+
 def has_paper(item: Item, key: str) -> bool:
     return any(
         pf.printed(item, arm, x, key) is not None for arm, row in item.paper.items() for x in row
@@ -208,6 +239,8 @@ def compared(item: Item, runs: list[Run], measure: Measure) -> dict[str, Any]:
     listed = [
         {
             "gap": gap,
+            "one": gap.arm,
+            "other": gap.other,
             "bar": bar,
             "verdict": report.verdict(gap),
             "at": f", {pf.spoken(item, x)}" if many else "",

@@ -17,6 +17,7 @@ predicted from.
 
 import copy
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ from gaf.probe import Probe, Recommendation, number, of_losses
 from gaf_lab import environment, records
 from gaf_lab.config import MOST_STEPS, ConfigError, TrainConfig
 from gaf_lab.figures import DPI, INK, SOFT, canvas, plain
+from gaf_lab.telling import Tell, silent
 from gaf_lab.train import Training
 
 if TYPE_CHECKING:
@@ -128,8 +130,9 @@ def look(
     slices: int,
     share: float,
     chance: float,
+    tell: Tell = silent,
 ) -> Iterator[Looked]:
-    """Trains the config, and probes it after each of these numbers of steps, at b and at multiples of it.
+    """Trains the config, and probes it after each of these numbers of steps, at b and at multiples of it. tell: how far it is.
 
     Raises:
         ConfigError, DataError, OSError: where something given cannot be used.
@@ -142,7 +145,8 @@ def look(
     for steps in sorted(set(after)):
         while training.step < steps:
             training.macro_batch()
-        found = probed(training, rows, slices)
+            tell("training", training.step, steps)
+        found = probed(training, rows, slices, tell)
         taken = int(training.accumulator.stats()["stepped"])
         for m in multiples(found):
             advice = found.recommend(share, chance, m)
@@ -239,12 +243,18 @@ def check(
             raise ConfigError(f"{name} {requirement}; got {value}. {fix}")
 
 
-def probed(training: Training, rows: int, slices: int) -> Probe:
+def probed(training: Training, rows: int, slices: int, tell: Tell = silent) -> Probe:
     """The probe of a training as it stands, on the micro-batches that would come next."""
     config = training.config
     objective = copy.deepcopy(training.objective)  # elr's moves with every loss
     places = [divmod(training.step * config.k + number, config.k) for number in range(rows)]
-    losses = [partial(loss, training, objective, step, i) for step, i in places]
+    taken = itertools.count(1)
+
+    def counted_loss(step: int, i: int) -> Tensor:
+        tell(f"probing at step {training.step:,}", next(taken), rows * slices)
+        return loss(training, objective, step, i)
+
+    losses = [partial(counted_loss, step, i) for step, i in places]
     return of_losses(training.model, losses, config.b, config.k, slices)
 
 

@@ -5,7 +5,7 @@ Every figure and table is a function of these files alone.
 header: {"kind": "run", "name", "arm", "config": {...}, "config_hash", "versions": {...}, "machine": {...}, "commit", "started",
          "ranks", "launch"}
 eval:   {"kind": "eval", "step", "steps_taken", "samples", "passes", "seconds", "lr", "train_loss",
-         "acceptance", "distance_mean", "distance_min", "noise_scale", "norm_dispersion",
+         "acceptance", "distance_mean", "distance_min", "distance_pairs", "noise_scale", "norm_dispersion",
          "heldout_accuracy", "heldout_loss", "test_accuracy", "test_loss",
          "memorised", "corrected", "clean_accuracy", "samples_per_second", "rows": [...]}
 end:    {"kind": "end", "status": "finished" | "stopped" | "interrupted" | "diverged", "seconds"}
@@ -14,8 +14,11 @@ Accuracies and shares are in [0, 1]; samples and passes count what was drawn, st
 training and evaluation, resumed runs added up. `memorised`, `corrected`: of the training samples whose label was
 flipped, the share predicted as the wrong label, and as the true one; null without flips. `clean_accuracy`: of the
 others. `acceptance`, distances: since the line before; acceptance is accepted over all micro-gradients, 0 for a
-skipped step. `ranks`: processes that computed the micro-batches; `launch`: which torchrun command started them, null
-without. `rows`: for each step since the line before, how many rows were accepted, 0 for a skip. A value that
+skipped step. `distance_mean` and `distance_min` are to the running sum of the rows accepted before, under averaging of all rows
+before, so that they differ between arms on the same rows. `distance_pairs` is that of two micro-gradients, whatever is done with
+them: 1 - |g|^2 / mean |g_i|^2, with |g|^2 estimated from all compared rows. Older records have B / (b + B) for it, B being
+`noise_scale`, over the last 100 steps. `ranks`: processes that computed the micro-batches; `launch`: which torchrun command
+started them, null without. `rows`: for each step since the line before, how many rows were accepted, 0 for a skip. A value that
 does not exist is null.
 """
 

@@ -1,17 +1,21 @@
 """What runs say together: a table for the terminal, and a page with figures. Both are functions of the records alone."""
 
 import base64
+import functools
+import gzip
+import io
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gaf_lab import figures
+from gaf_lab import figures, sheets
 from gaf_lab import statistics as st
-from gaf_lab.figures import CROWD, Shade, clock
+from gaf_lab.figures import CROWD, clock
 from gaf_lab.records import Run
 from gaf_lab.statistics import Arm, Difference, Measure, Spread
+from gaf_lab.telling import Tell, silent
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -20,6 +24,9 @@ NONE, MINUS = "\N{EN DASH}", "\N{MINUS SIGN}"
 FEW = 6  # seeds: with fewer, an interval by bootstrap is too narrow, and the page says so
 NARROW = 79  # columns of a terminal that the table fits into
 SHOWN = 3  # arms that the summary speaks of one by one
+OPENING = 100  # words that stand before the page's first table, at most
+TALL = 1800  # pixels
+COLOURS = 64  # of a picture inside a page
 SPOKEN = (
     (st.LAST, "At the last evaluation"),
     (st.SELECTED, "At the evaluation selected on noisy held-out labels"),
@@ -106,7 +113,11 @@ def headings(of: list[Arm]) -> tuple[list[tuple[Measure, str]], float]:
 
 def marked(arm: Arm) -> str:
     """The arm's name, with a star where its numbers are those of unfinished runs."""
-    return arm.name + ("" if arm.finished else " *")
+    return with_star(arm.name, arm)
+
+
+def with_star(name: str, arm: Arm) -> str:
+    return name + ("" if arm.finished else " *")
 
 
 def table(runs: list[Run]) -> "Table":
@@ -139,9 +150,17 @@ def table(runs: list[Run]) -> "Table":
             justify="right",
             no_wrap=True,
         )
-    for arm in of:
-        cells = [cell(arm, measure, second) for measure, _ in columns]
-        shown.add_row(Text(marked(arm)), str(len(arm.seeds)), *cells)
+    groups = st.by_point(of)
+    for where, group in zip(st.point_names(groups), groups, strict=True):
+        if where:
+            shown.add_row(Text(where, style="bold"))
+        there = [any(st.spread(arm, measure) for arm in group) for measure, _ in columns]
+        for arm in group:
+            cells = [
+                cell(arm, measure, second) if some else ""
+                for (measure, _), some in zip(columns, there, strict=True)
+            ]
+            shown.add_row(Text(with_star(arm.method, arm)), str(len(arm.seeds)), *cells)
     return shown
 
 
@@ -166,6 +185,8 @@ def reading(of: list[Arm]) -> list[str]:
     if any(not arm.finished for arm in of):
         lines.append("* unfinished runs only, as far as they got")
     gaps = differences(of, st.LAST)
+    if len(gaps) > 2 * CROWD:
+        return lines + overall_tally(of) + ["Every difference stands on the page."]
     lines += [
         f"{gap.arm} {MINUS} {gap.other}, last: {signed(gap.mean * 100)} {certainty(gap)}"
         for gap in gaps
@@ -250,14 +271,40 @@ def differences(of: list[Arm], measure: Measure) -> list[Difference]:
 
 
 def summary(of: list[Arm]) -> str:
-    """The page's first paragraph: what was run, what came out, and what cannot be told."""
+    """What was run, what came out, and what cannot be told."""
+    return unbroken(" ".join(sentences(of)))
+
+
+def sentences(of: list[Arm]) -> list[str]:
     groups = st.by_point(of)
-    sentences = [setting(of)]
-    if len(groups) <= SHOWN:
-        sentences += [sentence for group in groups for sentence in outcome(group)]
-    else:
-        sentences += tally([(arm, st.baseline(group)) for group in groups for arm in group])
-    return unbroken(" ".join([*sentences, *caveats(of)]))
+    each = [sentence for group in groups for sentence in outcome(group)]
+    return [setting(of), *(each if len(groups) <= SHOWN else overall_tally(of)), *caveats(of)]
+
+
+def opening(of: list[Arm]) -> tuple[str, list[str]]:
+    """The page's first paragraph, of at most OPENING words where that is possible; and the sentences that did not go in.
+
+    It says what was run, what came out, as far as there is room, and the first caveat. Of several points of a grid it counts.
+    """
+    first, *found = sentences(of)
+    caveat = caveats(of)[:1]
+    told = [] if len(st.by_point(of)) == 1 else overall_tally(of)
+    for sentence in found if not told else ():
+        if length([first, *told, sentence, *caveat]) <= OPENING and sentence not in caveat:
+            told.append(sentence)
+    shown = found if length([first, *found]) <= OPENING else [*told, *caveat]
+    rest = [sentence for sentence in found if sentence not in shown]
+    return unbroken(" ".join([first, *shown])), list(map(unbroken, rest))
+
+
+def length(sentences: Iterable[str]) -> int:
+    """In words."""
+    return sum(len(sentence.split()) for sentence in sentences)
+
+
+def overall_tally(of: list[Arm]) -> list[str]:
+    """How many arms are above, below and level with the baseline of their point."""
+    return tally([(arm, st.baseline(group)) for group in st.by_point(of) for arm in group])
 
 
 def outcome(of: list[Arm]) -> list[str]:
@@ -310,7 +357,13 @@ def setting(of: list[Arm]) -> str:
         )
     if common.get("k") and common.get("b"):
         on += f", k = {common['k']} micro-batches of b = {common['b']} samples a step"
-    return f"{count(len(runs), 'run')} of {count(len(of), 'arm')} over {count(len(seeds), 'seed')}{on}."
+    points, methods = st.by_point(of), {arm.method for arm in of}
+    what = (
+        f"{count(len(methods), 'method')} at {len(points)} points"
+        if len(points) > 1
+        else count(len(of), "arm")
+    )
+    return f"{count(len(runs), 'run')} of {what} over {count(len(seeds), 'seed')}{on}."
 
 
 def count(n: int, noun: str) -> str:
@@ -555,24 +608,41 @@ def verdict(gap: Difference) -> str:
 
 def compared(of: list[Arm]) -> list[dict[str, Any]]:
     """The paired differences, by measure."""
-    groups = []
-    for measure in st.COMPARED:
-        gaps = differences(of, measure)
-        rows = [
-            {"gap": gap, "bar": bar, "verdict": verdict(gap), "at": ""}
-            for gap, bar in zip(gaps, bars(gaps), strict=True)
-        ]
-        if rows:
-            groups.append({"label": measure.label, "rows": rows})
-    return groups
+    groups = st.by_point(of)
+    places = list(zip(groups, at_points(groups), strict=True))
+    found = [
+        {"label": measure.label, "rows": compared_at(places, measure)} for measure in st.COMPARED
+    ]
+    return [group for group in found if group["rows"]]
 
 
-def listed(run: Run, arm: str) -> dict[str, Any]:
+def compared_at(places: list[tuple[list[Arm], str]], measure: Measure) -> list[dict[str, Any]]:
+    """Each difference with its two methods, where it holds, and its bar."""
+    found = [
+        (gap, one.method, other.method, at)
+        for group, at in places
+        for one, other in pairs_at(group)
+        if (gap := st.difference(one, other, measure)) is not None
+    ]
+    scale = bars([gap for gap, *_ in found])
+    return [
+        {"gap": gap, "one": one, "other": other, "at": at, "bar": bar, "verdict": verdict(gap)}
+        for (gap, one, other, at), bar in zip(found, scale, strict=True)
+    ]
+
+
+def at_points(groups: list[list[Arm]]) -> list[str]:
+    """What follows a name at each point of the grid: ", noise rate 0.4"."""
+    return [f", {name}" if name else "" for name in st.point_names(groups)]
+
+
+def listed(run: Run, arm: Arm) -> dict[str, Any]:
     """A run in one row, under its arm's name."""
     passes, last = st.last(run, "passes"), st.last(run, "test_accuracy")
     return {
         "name": str(run.header.get("name") or run.folder.name),
-        "arm": arm,
+        "arm": arm.name,
+        "method": arm.method,
         "seed": run.seed,
         "status": st.status(run),
         "samples": f"{run.evals[-1]['samples']:,}" if run.evals else "0",
@@ -582,34 +652,88 @@ def listed(run: Run, arm: str) -> dict[str, Any]:
     }
 
 
-def charts(runs: list[Run], pictures: dict[str, Path]) -> list[dict[str, Any]]:
+def charts(runs: list[Run], pictures: dict[str, Path], tell: Tell) -> list[dict[str, Any]]:
     """The figures, each with a view per axis."""
-    return [
-        {"name": chart.name, "title": chart.title, "caption": chart.caption,
-         "views": [view(axis.name, pictures[chart.stem(axis)].read_bytes(), figures.interactive(runs, chart, axis)) for axis in chart.axes]}
-        for chart in figures.CHARTS
-    ]  # fmt: skip
+    found = []
+    for number, chart in enumerate(drawn := figures.charts_with_values(runs), 1):
+        tell("writing the page", number, len(drawn))
+        views = [
+            view(
+                axis.name,
+                pictures[chart.stem(axis)].read_bytes(),
+                figures.interactive(runs, chart, axis),
+            )
+            for axis in figures.axes_of(runs, chart)
+        ]
+        caption = figures.caption(chart, runs)
+        found.append({"name": chart.name, "title": chart.title, "caption": caption, "views": views})
+    return found
 
 
 def view(label: str, png: bytes, drawing: Any) -> dict[str, Any]:
     """What a figure shows at once: a picture as data URL, and what plotly draws in its place, None where there is nothing to draw."""
     drawn = None if drawing is None else json.loads(drawing.to_json())
     recorded = drawn is not None and any(trace.get("x") for trace in drawn["data"])
-    return {"label": label, "png": "data:image/png;base64," + base64.b64encode(png).decode(),
+    return {"label": label, "png": "data:image/png;base64," + base64.b64encode(small_png(png)).decode(),
             "drawing": {"data": drawn["data"], "layout": drawn["layout"]} if drawn is not None and recorded else None}  # fmt: skip
 
 
-def rows_of(
+def small_png(png: bytes) -> bytes:
+    """The picture in few colours, a third of the bytes; a tall one, of many panels, in less detail too."""
+    from PIL import Image
+
+    out, picture = io.BytesIO(), Image.open(io.BytesIO(png)).convert("RGB")
+    if picture.height > TALL:
+        scale = 2 / 3 if picture.height < 2 * TALL else 1 / 2
+        size = round(scale * picture.width), round(scale * picture.height)
+        picture = picture.resize(size, Image.Resampling.LANCZOS)
+    picture.quantize(COLOURS, dither=Image.Dither.NONE).save(out, "PNG", optimize=True)
+    return out.getvalue()
+
+
+def blocks(
     of: list[Arm], columns: list[tuple[Measure, str]], second: float
-) -> list[dict[str, Any]]:
+) -> list[tuple[str, list[dict[str, Any]]]]:
+    """The table's rows by point of the grid: the point in words, and an entry for each of its arms."""
+    groups = st.by_point(of)
     return [
-        {
-            "arm": arm,
-            "name": marked(arm),
-            "cells": [spelled(st.spread(arm, measure), measure, second) for measure, _ in columns],
-        }
-        for arm in of
+        (where, without_dashes([row(arm, columns, second) for arm in group]))
+        for where, group in zip(st.point_names(groups), groups, strict=True)
     ]
+
+
+def without_dashes(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows with nothing in place of dashes where no row has a value, as for memorisation where no label is wrong."""
+    cells = [row["cells"] for row in rows]
+    empty = [
+        all(column == (NONE, "") for column in columns) for columns in zip(*cells, strict=True)
+    ]
+    return [
+        row
+        | {
+            "cells": [
+                ("", "") if none else cell for cell, none in zip(row["cells"], empty, strict=True)
+            ]
+        }
+        for row in rows
+    ]
+
+
+def row(arm: Arm, columns: list[tuple[Measure, str]], second: float) -> dict[str, Any]:
+    cells = [spelled(st.spread(arm, measure), measure, second) for measure, _ in columns]
+    return {"arm": arm, "name": with_star(arm.method, arm), "cells": cells}
+
+
+def explanations(of: list[Arm]) -> list[tuple[str, str]]:
+    """What each method does, (method, sentence); by arm where that differs between points of the grid."""
+    told: dict[str, set[str]] = {}
+    for arm in of:
+        told.setdefault(arm.method, set()).add(described(arm))
+    return list(
+        dict.fromkeys(
+            (arm.method if len(told[arm.method]) == 1 else arm.name, described(arm)) for arm in of
+        )
+    )
 
 
 def averaged(of: list[Arm]) -> str:
@@ -635,30 +759,41 @@ def meanings(columns: list[tuple[Measure, str]]) -> list[tuple[str, str]]:
 
 def titled(of: list[Arm], title: str | None) -> str:
     """The title given, else the arms."""
-    names = [arm.name for arm in of]
+    names = list(dict.fromkeys(arm.method for arm in of))
     listed = (
         listing(names)
         if len(names) <= SHOWN
-        else f"{(reference(of) or of[0]).name} and {len(names) - 1} other arms"
+        else f"{(reference(of) or of[0]).method} and {len(names) - 1} other arms"
     )
     return title or listed[:1].upper() + listed[1:]
 
 
 def departures(
     of: list[Arm], differing: list[tuple[str, list[str]]]
-) -> list[tuple[Arm, list[tuple[str, str]]]]:
-    """For each arm, (name, value) of the conditions in which it departs from the baseline."""
-    base = of.index(st.baseline(of))
-    return [
-        (arm, [(name, values[i]) for name, values in differing if values[i] != values[base]])
+) -> list[tuple[str, list[tuple[str, str]]]]:
+    """For each method, (name, value) of the conditions in which it departs from the baseline of its point; by arm where points differ."""
+    bases = {id(arm): of.index(st.baseline(group)) for group in st.by_point(of) for arm in group}
+    found = [
+        [(name, values[i]) for name, values in differing if values[i] != values[bases[id(arm)]]]
         for i, arm in enumerate(of)
     ]
+    told: dict[str, list[list[tuple[str, str]]]] = {}
+    for arm, values in zip(of, found, strict=True):
+        told.setdefault(arm.method, []).append(values)
+    same = {method for method, each in told.items() if uniform(each)}
+    named = [
+        (arm.method if arm.method in same else arm.name, values)
+        for arm, values in zip(of, found, strict=True)
+    ]
+    return list(dict(named).items())
 
 
-def render(template: str, **values: Any) -> str:
-    """A page, which has in it all that it needs, plotly too."""
+def render(template: str, charts: list[dict[str, Any]], **values: Any) -> str:
+    """A page, which has in it all that it needs, plotly and what it draws too, both compressed.
+
+    charts: with "name", and "views" that have "drawing".
+    """
     import jinja2
-    from plotly.offline import get_plotlyjs
 
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
@@ -667,14 +802,39 @@ def render(template: str, **values: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": percent, "signed": signed, "described": described}
-    return environment.get_template(template).render(plotly=get_plotlyjs(), crowd=CROWD, **values)
+    environment.filters |= {"percent": percent, "signed": signed}
+    drawings = {chart["name"]: [view["drawing"] for view in chart["views"]] for chart in charts}
+    return environment.get_template(template).render(
+        plotly=plotly(),
+        drawings=compress(json.dumps(drawings)),
+        charts=charts,
+        crowd=CROWD,
+        **values,
+    )
 
 
-def write(runs: list[Run], out: Path, title: str | None = None) -> Path:
-    """Writes the figures as PNG and `report.html`, one file that needs no other, into the folder `out`.
+@functools.cache
+def plotly() -> str:
+    from plotly.offline import get_plotlyjs
 
-    The same runs give the same bytes.
+    return compress(get_plotlyjs())
+
+
+def compress(text: str) -> str:
+    """gzip in base64, which the page unpacks; the same text gives the same bytes."""
+    return base64.b64encode(gzip.compress(text.encode(), 9, mtime=0)).decode()
+
+
+def write(runs: list[Run], out: Path, title: str | None = None, tell: Tell = silent) -> Path:
+    """Writes the figures as PNG, the table as `report.csv` and `report.tex`, and `report.html`, into the folder `out`.
+
+    The page needs no other file. The same runs give the same bytes.
+
+    Args:
+        runs: at least one.
+        out: made where it is missing.
+        title: the page's heading; without it, the arms.
+        tell: called with what is being made, its number, and how many there are.
 
     Returns:
         The path of report.html.
@@ -685,26 +845,45 @@ def write(runs: list[Run], out: Path, title: str | None = None) -> Path:
     of = arms_of(runs)
     columns, second = headings(of)
     common, differing = conditions(of)
-    colours: dict[str, Shade] = figures.palette([arm.name for arm in of])
-    names = {id(run): arm.name for arm in of for run in arm.runs}
+    methods = list(dict.fromkeys(arm.method for arm in of))
+    arms = {id(run): arm for arm in of for run in arm.runs}
+    first, rest = opening(of)
+    blocked = blocks(of, columns, second)
     page = render(
         "report.html.j2",
         title=titled(of, title),
-        summary=summary(of),
+        summary=first,
+        findings=rest,
         columns=[heading for _, heading in columns],
-        rows=rows_of(of, columns, second),
+        blocks=blocked,
+        files=sheets.write(*sheet(columns, blocked), out / "report"),
         averaged=averaged(of),
         meanings=meanings(columns),
         starred=any(not arm.finished for arm in of),
         compared=compared(of),
-        charts=charts(runs, figures.write(runs, out)),
-        palette=colours,
+        charts=charts(runs, figures.write(runs, out, tell), tell),
+        palette=figures.palette(methods),
+        explained=explanations(of),
+        arms=of,
         common=common,
         differing=differing,
         departures=departures(of, differing),
-        runs=[listed(run, names[id(run)]) for run in runs],
+        runs=[listed(run, arms[id(run)]) for run in runs],
         commands=commands(runs),
     )
     path = out / "report.html"
     path.write_text(page, encoding="utf-8")
     return path
+
+
+def sheet(
+    columns: list[tuple[Measure, str]], blocked: list[tuple[str, list[dict[str, Any]]]]
+) -> tuple[list[str], list[list[sheets.Cell]]]:
+    """The table of results for other programs: headings, and rows of text, whole numbers, and (mean, deviation)."""
+    places = [[where] if len(blocked) > 1 else [] for where, _ in blocked]
+    heads = [*(["point"] if len(blocked) > 1 else []), "arm", "seeds", *(h for _, h in columns)]
+    return heads, [
+        [*place, row["name"], len(row["arm"].seeds), *row["cells"]]
+        for place, (_, rows) in zip(places, blocked, strict=True)
+        for row in rows
+    ]

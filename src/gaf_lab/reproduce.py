@@ -12,8 +12,10 @@ from torch.nn.functional import cross_entropy
 
 from gaf_lab import archives, imagenet, models, paper, paper_page
 from gaf_lab.config import PICTURES, TrainConfig
+from gaf_lab.console import Progress
 from gaf_lab.paper import Configs, Item, Reading, Scale
 from gaf_lab.sweep import Swept, jobs, sweep
+from gaf_lab.telling import Tell, line, silent
 
 TIMED = 32  # samples in the batch that is timed, at most
 START = 1.0  # seconds of a run beside its steps and evaluations: data, network, records
@@ -64,10 +66,7 @@ def reproduce(
         and not has_imagenet(data_folder)
     )
     if left:
-        console.print(
-            f"About {spelled(estimate(left, workers))} on {workers} at a time, by a short measurement.",
-            highlight=False,
-        )
+        announce(left, workers, console)
     swept = Swept([], {})
     for folder, part in places(configs, data_folder, out / "pictures" if generated else None):
         one = sweep(part, out, workers=workers, data_folder=folder, console=console, **how)
@@ -81,11 +80,16 @@ def reproduce(
         )
         for name, plan in plans.items()
     ]
-    return paper_page.write(
-        sections,
-        out,
-        f"The paper, at scale {scale}" if len(names) > 1 else paper.ITEMS[names[0]].title,
-    ), swept
+    title = f"The paper, at scale {scale}" if len(names) > 1 else paper.ITEMS[names[0]].title
+    with Progress(console, "figure") as progress:
+        return paper_page.write(sections, out, title, progress), swept
+
+
+def announce(configs: Configs, workers: int, console: Console) -> None:
+    """Says how long the runs will take."""
+    with Progress(console, "network") as progress:
+        seconds = estimate(configs, workers, progress)
+    line(console, f"About {spelled(seconds)} on {workers} at a time, by a short measurement.")
 
 
 def has_imagenet(folder: Path | None) -> bool:
@@ -153,12 +157,15 @@ def spelled(seconds: float) -> str:
     )
 
 
-def estimate(configs: Configs, workers: int) -> float:
-    """Seconds that the runs will take, `workers` at a time, from a step of each kind of network, timed here with one thread."""
+def estimate(configs: Configs, workers: int, tell: Tell = silent) -> float:
+    """Seconds that the runs will take, `workers` at a time, from a step of each kind of network, timed here. tell: how far it is."""
     threads = torch.get_num_threads()
     torch.set_num_threads(max(1, threads // workers))
     try:
-        speeds = {kind(c): speed(c) for c in {kind(c): c for c in configs}.values()}
+        kinds, speeds = {kind(c): c for c in configs}, {}
+        for number, (each, config) in enumerate(kinds.items(), 1):
+            tell("measuring", number, len(kinds))
+            speeds[each] = speed(config)
     finally:
         torch.set_num_threads(threads)
     return sum(cost(c, *speeds[kind(c)]) for c in configs) / min(workers, len(configs))

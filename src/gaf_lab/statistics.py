@@ -20,6 +20,8 @@ from gaf_lab.records import Run
 
 Values = NDArray[np.float64]
 
+# of an evaluation: mean cosine distance of two micro-gradients, whatever the arm does with them
+PAIRS = "distance_pairs"
 BASELINE = "averaging"  # the arm that the others are compared with, where there is one of this name
 ENOUGH = 3  # seeds: with fewer, no difference is claimed
 LEVEL = 0.95
@@ -90,15 +92,23 @@ class Arm:
     """The runs of one arm, in the order given.
 
     Attributes:
-        name: the runs' own, with what sets them apart where others in the report share it: "GAF, tau 0.5".
+        name: the runs' own, with what sets them apart where others in the report share it: "GAF, tau 0.5, noise rate 0.4".
         settings: the runs' own.
         point: where in the report's grid the arm stands; only arms of one point are compared. See `arms`.
+        varied: the fields in which arms of this name differ.
     """
 
     name: str
     runs: list[Run]
     settings: Settings = dataclasses.field(default_factory=dict)
     point: Settings = dataclasses.field(default_factory=dict)
+    varied: list[str] = dataclasses.field(default_factory=list)
+
+    @property
+    def method(self) -> str:
+        """The name without what its point of the grid says: "GAF, tau 0.5"."""
+        fields = [field for field in self.varied if field not in self.point]
+        return ", ".join([self.kind, *told_apart(self.settings, fields)])
 
     @property
     def kind(self) -> str:
@@ -169,11 +179,29 @@ def status(run: Run) -> str:
     return str(run.end["status"]) if run.end else "unfinished"
 
 
+def value_in(run: Run, line: dict[str, Any], key: str) -> float | None:
+    """What a line of the run's evaluations has under the key, None without a value."""
+    value = pair_distance(run, line) if key == PAIRS and PAIRS not in line else line.get(key)
+    return None if value is None else float(value)
+
+
+def pair_distance(run: Run, line: dict[str, Any]) -> float | None:
+    """Mean cosine distance of two micro-gradients, B / (b + B), from the noise scale B of a line without a distance of its own.
+
+    A noise scale that was infinite is null in the records: no signal was made out, and the distance is 1 or more; it is given as 1.
+    """
+    if line.get("distance_mean") is None:  # nothing was compared
+        return None
+    noise, b = line.get("noise_scale"), run.header["config"].get("b")
+    if "noise_scale" not in line or b is None:
+        return None
+    return 1.0 if noise is None else noise / (b + noise)
+
+
 def last(run: Run, key: str) -> float | None:
     """The value at the last evaluation that holds one."""
-    return next(
-        (float(line[key]) for line in reversed(run.evals) if line.get(key) is not None), None
-    )
+    values = (value_in(run, line, key) for line in reversed(run.evals))
+    return next((value for value in values if value is not None), None)
 
 
 def selected(run: Run) -> dict[str, Any] | None:
@@ -196,16 +224,17 @@ def throughout(run: Run, key: str) -> float | None:
     """Mean over the run of what each line says of the steps since the line before: it weighs as many."""
     steps = [0, *(line["step"] for line in run.evals)]
     parts = [
-        (line.get(key), after - before)
+        (value_in(run, line, key), after - before)
         for line, before, after in zip(run.evals, steps, steps[1:], strict=False)
     ]
-    held = [(float(value), weight) for value, weight in parts if value is not None and weight > 0]
+    held = [(value, weight) for value, weight in parts if value is not None and weight > 0]
     total = sum(weight for _, weight in held)
     return sum(value * weight for value, weight in held) / total if total else None
 
 
 def lowest(run: Run, key: str) -> float | None:
-    return min((float(line[key]) for line in run.evals if line.get(key) is not None), default=None)
+    values = (value_in(run, line, key) for line in run.evals)
+    return min((value for value in values if value is not None), default=None)
 
 
 def steps_taken(run: Run) -> float | None:
@@ -266,6 +295,7 @@ def arms(runs: Iterable[Run]) -> list[Arm]:
             group,
             values,
             {field: values.get(field) for field in grid},
+            within[name],
         )
         for name, values, group in groups
     ]
@@ -356,6 +386,12 @@ def by_point(of: Iterable[Arm]) -> list[list[Arm]]:
     return found
 
 
+def point_names(groups: Sequence[list[Arm]]) -> list[str]:
+    """What sets each point of a grid apart, in words: "noise rate 0.4"; nothing where there is one point."""
+    fields = varied([group[0].point for group in groups])
+    return [", ".join(told_apart(group[0].point, fields)) for group in groups]
+
+
 def baseline(of: list[Arm]) -> Arm:
     """The arm "averaging"; the first one where there is none of that name."""
     return next((arm for arm in of if arm.kind == BASELINE), of[0])
@@ -419,9 +455,9 @@ def points(run: Run, key: str, x: str = "samples") -> tuple[Values, Values]:
     Of evaluations at the same x, as when no step was taken between them, the last counts.
     """
     found = {
-        float(line[x]): float(line[key])
+        float(line[x]): value
         for line in run.evals
-        if line.get(key) is not None and line.get(x) is not None
+        if (value := value_in(run, line, key)) is not None and line.get(x) is not None
     }
     places = sorted(found)
     return np.array(places, dtype=np.float64), np.array(

@@ -26,6 +26,7 @@ from gaf_lab.config import MOST_WORKERS, PICTURES, ConfigError, TrainConfig, che
 from gaf_lab.console import percent, progress
 from gaf_lab.locks import FolderBusy, file_lock, own_folder
 from gaf_lab.plan import folder_name
+from gaf_lab.telling import Pulse
 from gaf_lab.train import Listener, Turns, completed, train_in_turns
 from gaf_lab.train import finished as all_of
 
@@ -383,8 +384,7 @@ class Board:
     def __init__(self, console: Console, plan: dict[str, Job], done: Collection[str]) -> None:
         self.plan, self.count, self.failures = plan, len(done), 0
         self.shares = {name: plan[name].done().share for name in plan} | dict.fromkeys(done, 1.0)
-        self.bars = progress(console)
-        self.bars.disable = not console.is_terminal
+        self.bars, self.pulse = progress(console), Pulse(console, self._how_far)
         # runs differ, and evaluations interrupt them: the rate over a minute says little
         self.bars.speed_estimate_period = 3600.0
         total = sum(job.samples for job in plan.values())
@@ -402,9 +402,22 @@ class Board:
             self.say(f"{self.count} of {len(self.plan)} runs are finished already.")
         self.draw()
         self.bars.start()
+        self.pulse.start()
 
     def __exit__(self, *raised: object) -> None:
+        self.pulse.stop()
         self.bars.stop()
+
+    def _how_far(self) -> str:
+        whole = self.bars.tasks[self.whole]
+        share = whole.completed / whole.total if whole.total else 0.0
+        return f"{self.count} of {len(self.plan)} runs finished, {share:.0%} of all samples{self._eta()}"
+
+    def _eta(self) -> str:
+        left = self.bars.tasks[self.whole].time_remaining
+        if left is None or self.count + self.failures == len(self.plan):
+            return ""
+        return f"; eta {timedelta(seconds=round(left))}"
 
     @property
     def samples(self) -> float:
@@ -425,14 +438,8 @@ class Board:
         self.bars.update(self.tasks[name], completed=1.0, visible=False)
         self.draw()
         assert run.end is not None
-        left = self.bars.tasks[self.whole].time_remaining
-        eta = (
-            ""
-            if left is None or self.count + self.failures == len(self.plan)
-            else f"; eta {timedelta(seconds=round(left))}"
-        )
         self.say(
-            f"{self.count} of {len(self.plan)}: {name}: {facts(run.evals[-1])}, {run.end['seconds']:.0f} s{eta}"
+            f"{self.count} of {len(self.plan)}: {name}: {facts(run.evals[-1])}, {run.end['seconds']:.0f} s{self._eta()}"
         )
 
     def failed(self, name: str, why: str) -> None:
@@ -450,6 +457,7 @@ class Board:
         )
 
     def say(self, text: str) -> None:
+        self.pulse.rest()
         self.bars.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 

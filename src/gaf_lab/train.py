@@ -83,6 +83,8 @@ class Interval:
     distances: int = 0
     distance_sum: float = 0.0
     distance_min: float = math.nan
+    signal: float = 0.0
+    norm2: float = 0.0
     seconds: float = 0.0
 
     def add(self, outcome: gaf.Outcome) -> None:
@@ -95,6 +97,10 @@ class Interval:
             [d for d in (self.distance_min, *outcome.compared) if not math.isnan(d)],
             default=math.nan,
         )
+        norms2 = [norm2 for norm2 in outcome.norms2 if 0 < norm2 < math.inf]
+        if norms2 and math.isfinite(outcome.signal):
+            self.signal += outcome.signal
+            self.norm2 += sum(norms2) / len(norms2)
 
     def line(self, b: int, loss: float) -> dict[str, Any]:
         """loss: the sum over the micro-batches of all ranks; `losses` has this rank's."""
@@ -103,6 +109,7 @@ class Interval:
             "acceptance": self.accepted / self.micro_gradients,
             "distance_mean": self.distance_sum / self.distances if self.distances else None,
             "distance_min": self.distance_min,
+            "distance_pairs": 1 - self.signal / self.norm2 if self.norm2 else None,
             "samples_per_second": self.micro_gradients * b / self.seconds if self.seconds else None,
             "rows": self.rows,
         }

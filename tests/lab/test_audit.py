@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.image import imread
 
 import gaf
 from gaf_lab import audit
@@ -157,6 +158,7 @@ def test_the_command_writes_a_ranked_list_a_figure_and_lines(tmp_path, capsys):
     marked = [row["is_label_issue"] for row in rows]
     assert marked == sorted(marked, reverse=True)
     assert len({row["index"] for row in rows}) == len(rows)
+    assert imread(tmp_path / "audit.png").shape[1] == 1500  # two panels
     for picture in ("audit.png", "suspects.png"):
         assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
     lines = [json.loads(line) for line in (tmp_path / "audit.jsonl").read_text().splitlines()][1:]
@@ -285,6 +287,7 @@ def test_without_known_flips_the_ranking_is_written_and_called_unproven(tmp_path
         str(tmp_path),
     ]
     assert main(words) == 0
+    assert imread(tmp_path / "audit.png").shape[1] == 750  # one panel: none that would be empty
     assert {row["flipped"] for row in csv.DictReader((tmp_path / "samples.csv").open())} == {""}
     assert "nothing tells how good the ranking is" in " ".join(capsys.readouterr().out.split())
 

@@ -16,6 +16,7 @@ from browser import (
     pages,
     pictures,
     printed,
+    settled,
 )
 from matplotlib import pyplot
 from test_report import nine, simulate
@@ -63,9 +64,16 @@ def test_a_page_of_a_run_that_has_just_begun_is_sound(tmp_path, driver):
     )
 
 
-def test_every_view_of_every_figure_is_drawn_when_it_is_chosen(page, driver):
+def opened(page: Path, driver) -> None:
+    """The page on a screen, once its drawings have taken the place of the pictures."""
     emulate(driver, 1280)
     driver.get(page.as_uri())
+    waiting = "return document.querySelectorAll('figure:not(.drawn)').length"
+    assert settled(lambda: ["not drawn"] * driver.execute_script(waiting)) == []
+
+
+def test_every_view_of_every_figure_is_drawn_when_it_is_chosen(page, driver):
+    opened(page, driver)
     views = driver.find_elements("css selector", ".views button")
     assert len(views) == sum(len(chart.axes) for chart in figures.CHARTS if len(chart.axes) > 1) > 0
     titles = []
@@ -80,18 +88,44 @@ def test_every_view_of_every_figure_is_drawn_when_it_is_chosen(page, driver):
     assert complaints(driver) == []
 
 
-def test_an_arm_that_is_switched_off_leaves_all_figures_and_comes_back(page, driver):
-    emulate(driver, 1280)
-    driver.get(page.as_uri())
+def lines(driver) -> dict[str, int]:
+    """By figure, the lines that it shows."""
+    return {
+        chart.name: len(driver.find_elements("css selector", f"#{chart.name} .mlayer .trace"))
+        for chart in figures.CHARTS
+    }
 
-    def lines() -> int:
-        return len(driver.find_elements("css selector", "#accuracy .live .mlayer .trace"))
 
-    chip, before = driver.find_element("css selector", "[data-arm='GAF']"), lines()
-    chip.click()
-    assert 0 < lines() < before
-    chip.click()
-    assert lines() == before
+@pytest.mark.parametrize("how", ["mouse", "keyboard"])
+def test_an_arm_that_is_switched_off_leaves_all_figures_and_comes_back(how, page, driver):
+    opened(page, driver)
+    box, before = driver.find_element("css selector", "[data-arm='GAF']"), lines(driver)
+    switch = box.click if how == "mouse" else lambda: box.send_keys(" ")
+    switch()
+    assert all(0 < count < before[name] for name, count in lines(driver).items())
+    switch()
+    assert lines(driver) == before
+
+
+def test_the_picker_is_reached_by_the_tabulator(page, driver):
+    opened(page, driver)
+    focus = "return document.activeElement.dataset.arm"
+    driver.execute_script("document.querySelector('[data-arm]').focus()")
+    names = [driver.execute_script(focus)]
+    for _ in range(2):
+        driver.switch_to.active_element.send_keys("\t")
+        names.append(driver.execute_script(focus))
+    assert names == ["averaging", "GAF", "random subset"]
+
+
+def test_without_what_unpacks_the_drawings_the_pictures_stay(page, driver):
+    script = {"source": "delete self.DecompressionStream"}
+    added = driver.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", script)
+    try:
+        assert faults(page, driver) == []
+        assert not driver.find_elements("css selector", ".drawn")
+    finally:
+        driver.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", added)
 
 
 def test_on_paper_every_figure_is_a_picture(page, driver):

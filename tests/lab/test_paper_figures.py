@@ -165,7 +165,7 @@ def test_means_seeds_and_the_papers_values():
 
 
 def test_last_and_selected_are_panels_of_their_own():
-    assert [measure for _, measure in pf.rows_of(NOISE)] == [st.LAST, st.SELECTED]
+    assert [measure for _, measure in pf.rows_of(NOISE, noisy())] == [st.LAST, st.SELECTED]
     selected = {one.arm: one for one in pf.series(NOISE, noisy(), "test_accuracy", st.SELECTED)}
     # ten points above each run's first level
     assert [round(mean, 6) for _, mean, *_ in selected["GAF"].mean] == [92, 80]
@@ -427,6 +427,40 @@ def test_the_papers_values_have_a_button_of_their_own(shown):
     buttons = [attrs["data-arm"] for _, attrs in shown.elements if "data-arm" in attrs]
     assert buttons.count("paper") == 2  # figures 1 and 6
     assert buttons.count("GAF") == 3
+
+
+def test_what_nobody_recorded_has_no_panel_no_column_and_no_picture(tmp_path):
+    runs = noisy()
+    for each in runs:
+        each.evals[:] = [line | {"heldout_accuracy": None} for line in each.evals]
+    assert [measure for _, measure in pf.rows_of(NOISE, runs)] == [st.LAST]
+    assert len(pf.static(NOISE, runs).axes) == 1
+    part = paper_page.section(NOISE, runs, NOTES, tmp_path)
+    assert part["columns"] == ["test accuracy, last (%)", "paper (%)", "n"]
+    assert part["rows"][3]["cells"] == [("71.0", "± 1.4"), ("53.0", "")]
+    assert [label for label, _ in pf.blocks(TABLE, runs)] == ["test accuracy, last (%)"]
+    assert paper_page.section(NOISE, [], NOTES, tmp_path)["chart"] is None
+    assert pf.static(NOISE, []).axes == []
+    curves = over_training()
+    for each in curves:
+        if each.header["config"]["dataset"] == "cifar100n":
+            each.evals[:] = [line | {"distance_mean": None} for line in each.evals]
+    assert len(pf.static(TRAINING, curves).axes) == 3
+    assert len([key for key in pf.interactive(TRAINING, curves).layout if "yaxis" in key]) == 3
+
+
+def test_the_table_has_the_columns_that_were_run_and_names_the_others():
+    runs = noisy()
+    assert pf.ticks(TABLE, pf.columns_of(TABLE, runs)) == ["0", "40"]
+    assert pf.columns_not_run(TABLE, runs) == [f"Not run here: the paper's columns {HUMAN}."]
+    assert pf.columns_not_run(TABLE, human()) == []
+
+
+@pytest.mark.parametrize(("ks", "words"), [((2,), "of a step's two"), ((2, 8), "to the running")])
+def test_the_caption_says_what_the_distance_is_to(ks, words):
+    runs = [run(arm, k=k) for arm in ("averaging", "GAF") for k in ks]
+    assert f"Distance: {words}" in paper_page.caption(TRAINING, runs)
+    assert "Distance" not in paper_page.caption(NOISE, runs)
 
 
 def test_a_figure_without_runs_says_so(tmp_path):

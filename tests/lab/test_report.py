@@ -1,10 +1,12 @@
 """The page, the figures and the terminal table, from synthetic runs."""
 
+import csv
 import html
 import io
 import itertools
 import math
 import random
+import re
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -13,11 +15,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from matplotlib.image import imread
 from rich.console import Console
 
+import gaf
+from gaf.rows import judged
 from gaf_lab import figures, paper, records, report, statistics
 from gaf_lab.records import Run
+from gaf_lab.train import Interval
 
 STEPS = 28  # per pass
 POLICIES = {"averaging": "mean", "GAF": "gaf", "random subset": "random-subset"}
@@ -161,7 +167,8 @@ def nine_page(out) -> Page:
 def test_the_page_loads_nothing(nine_page):
     loads = [
         value
-        for _, attrs in nine_page.elements
+        for tag, attrs in nine_page.elements
+        if tag != "a"
         for name, value in attrs.items()
         if name in ("src", "srcset", "href", "data", "action", "poster")
     ]
@@ -362,10 +369,8 @@ def test_runs_without_values_still_make_a_page(passes, tmp_path):
     )
     found = page([simulate(tmp_path / "run", "GAF", 0, passes=passes, nulls=keys)], tmp_path)
     assert "No test accuracy was recorded yet" in found.text
-    pictures = [tmp_path / f"{chart.name}.png" for chart in figures.CHARTS]
-    # a word that nothing was recorded
-    assert all(0 < share_of(figures.SOFT, picture) < 0.1 for picture in pictures)
-    assert not any(share_of(figures.KNOWN["GAF"].light, picture) for picture in pictures)
+    assert "figure" not in found.tags  # nothing is drawn of what nobody recorded
+    assert not list(tmp_path.glob("*.png"))
 
 
 def test_conditions_stand_once_where_common_and_by_arm_where_not(runs):
@@ -396,6 +401,62 @@ def test_each_arm_is_explained(nine_page):
 def test_no_runs_no_report(tmp_path):
     with pytest.raises(ValueError, match="at least one run"):
         report.write([], tmp_path)
+
+
+# --- distances ---------------------------------------------------------------------------------------------------
+
+
+def outcomes(policy, rows: list[torch.Tensor]) -> Interval:
+    """What `gaf train` gathers from these macro-batches under a policy."""
+    found = Interval(torch.zeros(()), [])
+    for one in rows:
+        found.add(gaf.Outcome.fetch(*judged(policy, gaf.gram(one))))
+    return found
+
+
+@pytest.mark.parametrize("common", [0.1, 0.26, 0.5, 1.0])
+def test_the_distance_of_pairs_is_that_of_all_rows_in_every_arm_and_that_to_the_sum_is_not(common):
+    draw = torch.Generator().manual_seed(0)
+    rows = [
+        common * torch.randn(1, 400, generator=draw) + torch.randn(8, 400, generator=draw)
+        for _ in range(200)
+    ]
+    units = [torch.nn.functional.normalize(one.double(), dim=1) for one in rows]
+    true = statistics.Spread.of(1 - float((u.sum(0).square().sum() - 8) / 56) for u in units).mean
+    lines = [outcomes(policy, rows).line(20, 0.0) for policy in (gaf.Mean(), gaf.GAF(tau=0.8))]
+    for line in lines:
+        assert line["distance_pairs"] == pytest.approx(true, abs=0.003)  # of 200 x 28 pairs
+    if common == 0.26:
+        assert abs(lines[0]["distance_mean"] - lines[1]["distance_mean"]) > 0.03
+
+
+@pytest.mark.parametrize(
+    ("line", "value"),
+    [
+        ({"distance_pairs": 0.9, "noise_scale": 60.0, "distance_mean": 0.8}, 0.9),
+        ({"distance_pairs": None, "noise_scale": 60.0, "distance_mean": 0.8}, None),
+        ({"noise_scale": 60.0, "distance_mean": 0.8}, 0.75),  # B / (b + B), b = 20
+        ({"noise_scale": None, "distance_mean": 0.8}, 1.0),  # no signal was made out
+        ({"noise_scale": None, "distance_mean": None}, None),  # nothing was compared
+        ({"distance_mean": 0.8}, None),
+    ],
+)
+def test_older_records_tell_the_distance_of_pairs_by_the_noise_scale(line, value, tmp_path):
+    run = Run(tmp_path, head("x", "GAF", 0), [line], None)
+    assert statistics.value_in(run, line, statistics.PAIRS) == value
+
+
+def test_the_caption_says_what_each_distance_is_to_and_which_records_are_older(runs):
+    (chart,) = [chart for chart in figures.CHARTS if chart.name == "distance"]
+    assert "under averaging that is the sum of all earlier" in figures.caption(chart, runs)
+    newer = [
+        Run(r.folder, r.header, [line | {statistics.PAIRS: 0.9} for line in r.evals], r.end)
+        for r in runs[1:]
+    ]
+    assert "records" not in figures.caption(chart, newer)
+    assert "of these runs are from before" in figures.caption(chart, runs)
+    assert "The records of 1 of 9 runs are" in figures.caption(chart, [runs[0], *newer])
+    assert "records" not in figures.caption(figures.CHARTS[0], runs)
 
 
 # --- a grid ------------------------------------------------------------------------------------------------------
@@ -465,6 +526,110 @@ def test_the_page_of_a_grid_names_each_run_by_its_arm(tmp_path):
     arms = [attrs["data-arm"] for tag, attrs in found.elements if "data-arm" in attrs]
     assert arms == [arm.name for arm in statistics.arms(runs)]
     assert "GAF, tau 0.9 0 finished" in found.text
+
+
+def points(folder: Path) -> list[Run]:
+    """Averaging and GAF, on clean labels and with a noise rate of 0.4."""
+    found = []
+    for rate in (0.0, 0.4):
+        for arm in ("averaging", "GAF"):
+            nulls = () if rate else ("memorised", "corrected")
+            run = simulate(folder / f"{arm}-{rate}", arm, 0, nulls=nulls)
+            run.header["config"]["noise_rate"] = rate
+            found.append(run)
+    return found
+
+
+def test_each_noise_rate_has_a_panel_and_what_nobody_recorded_has_none(tmp_path):
+    runs = points(tmp_path)
+    titles = {
+        chart.name: [cell.title for cell in figures.cells(runs, chart)] for chart in figures.CHARTS
+    }
+    assert titles == {
+        "accuracy": ["test accuracy (%), noise rate 0", "test accuracy (%), noise rate 0.4"],
+        "distance": [f"mean distance to the running sum, noise rate {rate}" for rate in (0, 0.4)],
+        "memorisation": ["memorised (%), noise rate 0.4", "corrected (%), noise rate 0.4"],
+    }
+    for chart in figures.CHARTS:
+        assert len(figures.static(runs, chart).axes) == len(titles[chart.name])
+        shown = figures.interactive(runs, chart)
+        assert {trace.name for trace in shown.data} == {"averaging", "GAF"}
+        assert [note.text for note in shown.layout.annotations][:2] == titles[chart.name]
+
+
+def test_a_page_of_points_names_methods_and_leaves_no_column_of_dashes(tmp_path):
+    found = page(points(tmp_path), tmp_path)
+    chips = [attrs["data-arm"] for _, attrs in found.elements if "data-arm" in attrs]
+    assert chips == ["averaging", "GAF"]
+    assert "4 runs of 2 methods at 2 points" in found.text
+    assert "\N{EN DASH}" not in found.text.partition("Paired differences")[0]
+    assert "GAF \N{MINUS SIGN} averaging, noise rate 0.4" in found.text
+
+
+def test_without_an_interval_there_is_no_column_for_one(tmp_path):
+    assert "95% interval" not in page(points(tmp_path), tmp_path).text
+
+
+@pytest.mark.parametrize("passes", [1, 40])
+def test_every_axis_has_numbers(passes, tmp_path):
+    runs = [simulate(tmp_path / arm, arm, 0, passes=passes) for arm in POLICIES]
+    for run in runs:
+        run.evals[:] = [line | {"memorised": 0.0, "distance_pairs": 0.9} for line in run.evals]
+    for chart in figures.CHARTS:
+        figure = figures.static(runs, chart)
+        figure.canvas.draw()
+        for ax in figure.axes:
+            for axis in (ax.xaxis, ax.yaxis):
+                low, high = sorted(axis.get_view_interval())
+                ticks = axis.get_major_ticks()
+                shown = [t.label1.get_text() for t in ticks if low <= t.get_loc() <= high]
+                assert len(list(filter(None, shown))) >= 2
+                assert all(t.label1.get_visible() for t in ticks)
+        layout = figures.interactive(runs, chart).layout
+        axes = [layout[key] for key in layout if key.startswith(("xaxis", "yaxis"))]
+        assert len(axes) == 2 * len(chart.panels)
+        assert all(axis.showticklabels is not False for axis in axes)
+
+
+# --- every arm of the paper's table 1 ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def table_1(tmp_path_factory) -> Page:
+    """The page of 66 arms at three noise rates."""
+    place = Path(__file__).parents[2] / "results" / "table1-small.jsonl"
+    return page(records.find([place]), tmp_path_factory.mktemp("table1"))
+
+
+def test_the_first_table_comes_after_few_words_and_the_page_is_small(table_1):
+    start = table_1.source[table_1.source.index("<body") : table_1.source.index("<table")]
+    assert 30 < len(re.sub(r"<[^>]*>", " ", start).split()) <= 120
+    assert len(table_1.source.encode()) <= 4_000_000
+
+
+def test_methods_keep_their_colours_whatever_the_noise_rate(table_1):
+    chips = [attrs["data-arm"] for _, attrs in table_1.elements if "data-arm" in attrs]
+    assert chips == list(dict.fromkeys(config.arm for config in paper.plan("table1", "small")))
+    shown = re.findall(r'--light: (#\w+); --dark: #\w+"></span>([^<]+)</label>', table_1.source)
+    assert shown == [(figures.KNOWN[name].light, name) for name in chips]
+
+
+def test_the_picker_is_of_native_checkboxes(table_1):
+    boxes = [attrs for tag, attrs in table_1.elements if tag == "input"]
+    assert {attrs["type"] for attrs in boxes} == {"checkbox"}
+    assert all("checked" in attrs and "disabled" not in attrs for attrs in boxes)
+
+
+def test_the_table_is_there_for_other_programs(runs, out, nine_page):
+    links = [attrs["href"] for tag, attrs in nine_page.elements if tag == "a"]
+    assert links == ["report.csv", "report.tex"]
+    rows = list(csv.DictReader((out / "report.csv").read_text().splitlines()))
+    assert [row["arm"] for row in rows] == list(POLICIES)
+    for row, arm in zip(rows, statistics.arms(runs), strict=True):
+        spread = statistics.spread(arm, statistics.LAST)
+        assert float(row["test accuracy, last (%)"]) == round(100 * spread.mean, 1)
+        assert float(row["test accuracy, last (%), deviation"]) == round(100 * spread.deviation, 1)
+        assert row["seeds"] == "3"
 
 
 # --- numbers as text ---------------------------------------------------------------------------------------------
@@ -537,6 +702,17 @@ def test_an_arm_keeps_its_colour_whatever_it_is_shown_with():
     )
     names = [*figures.KNOWN, "GAF 0.7", "GAF 0.9", "one", "two", "three", "four"]
     assert len(set(figures.palette(names).values())) == len(names)
+
+
+def test_a_colour_is_a_function_of_the_name_alone_and_thresholds_differ():
+    taus = [f"GAF, tau {tau:g}" for tau in (0.3, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 1, 1.05)]
+    names = [*taus, "another", *(f"random subset, tau {tau}" for tau in (0.5, 0.9))]
+    shown = figures.palette(names)
+    assert all(figures.palette([name])[name] == shown[name] for name in names)
+    for ground in ("light", "dark"):
+        places = [oklab(getattr(shown[name], ground)) for name in names]
+        apart = min(float(np.linalg.norm(a - b)) for a, b in itertools.combinations(places, 2))
+        assert apart > 0.02  # just seen
 
 
 def oklab(colour: str) -> np.ndarray:
@@ -670,6 +846,20 @@ def test_labels_are_moved_apart_and_stay_in_order(heights):
     moved = figures.apart(heights, 0.1)
     assert all(b - a > 0.1 - 1e-12 for a, b in itertools.pairwise(moved))
     assert max(moved) <= 1
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        [f"GAF with another technique of a long name, number {i}" for i in range(20)],
+        [f"{'a' * i}-{'b' * 40}-{i}-{'c' * 40}" for i in range(20)],
+        ["x" * 120, "short", "x" * 121],
+    ],
+)
+def test_labels_keep_what_tells_arms_apart(names):
+    found = figures.labels(names)
+    assert len(set(found.values())) == len(names)
+    assert found.get("short", "short") == "short"
 
 
 def test_labels_with_room_stay_and_a_crowd_keeps_its_centre():
