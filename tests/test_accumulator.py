@@ -1508,7 +1508,7 @@ def test_optimizers_that_cannot_be_filtered_are_refused() -> None:
 def test_what_is_no_optimizer_is_refused() -> None:
     for thing in ([vector()], ["SGD"], [SGD([vector()], 0.1), None]):
         with pytest.raises(
-            TypeError, match=r"optimizer must be a torch.optim.Optimizer or a sequence of them; got"
+            TypeError, match=r"optimizer must be a torch.optim.Optimizer or a list of them; got"
         ):
             gaf.Accumulator(thing, gaf.GAF(0.5))
 

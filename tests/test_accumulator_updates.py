@@ -477,7 +477,7 @@ def test_no_layer_says_that_it_stepped_after_an_overflow() -> None:
         ({"bn": True}, ValueError, r"bn must be 'all' or 'accepted'; got True"),
         ({"bn": "none"}, ValueError, r"got 'none'"),
         ({"policy": 0.9}, TypeError, r"policy must be a callable from a Gram matrix to a Decision; got 0.9. Use"),
-        ({"optimizer": "SGD"}, TypeError, r"must be a torch.optim.Optimizer or a sequence of them; got str"),
+        ({"optimizer": "SGD"}, TypeError, r"must be a torch.optim.Optimizer or a list of them; got str"),
         ({"optimizer": nn.Linear(2, 1)}, TypeError, r"got Linear"),
     ],
 )  # fmt: skip

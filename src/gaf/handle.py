@@ -366,7 +366,7 @@ class Handle:
         self._depth[optimizer] = self._depth.get(optimizer, 0) + 1
         if self._depth[optimizer] > 1:
             return None
-        call = signature_of_step(type(optimizer)).bind(*args, **kwargs)
+        call = signature_of_step(type(optimizer)).bind(*args, **kwargs)  # type: ignore[arg-type]
         name = closure_in(call.arguments)
         if name is None:
             self._skip(optimizer)
@@ -482,7 +482,8 @@ def raise_thawed(name: str) -> None:
 
 
 @cache
-def signature_of_step(kind: type[Optimizer]) -> Signature:
+def signature_of_step(kind: Any) -> Signature:
+    """kind: of an optimizer."""
     return signature(kind.step)
 
 
