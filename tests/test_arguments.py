@@ -543,7 +543,9 @@ def accumulated(policy: Any) -> None:
 def through_attach(decision: Any) -> None:
     """Every engine of gaf.attach asks its Handle."""
     p = nn.Parameter(torch.zeros(3))
-    Handle([SGD([p], 1.0)], lambda gram: decision, None, K).judge(gaf.gram(ROWS), [p])
+    handle = Handle([SGD([p], 1.0)], lambda gram: decision, None, K, [p])
+    handle.begin()
+    handle.judge(gaf.gram(ROWS), [p])
 
 
 ENGINES = [through_aggregate, through_accumulator, through_streamed_rows, through_attach]
@@ -613,7 +615,7 @@ def test_an_accumulator_and_a_handle_refuse_another_policys_state() -> None:
         return gaf.Accumulator(SGD([nn.Parameter(torch.zeros(3))], 1.0), policy)
 
     def handle(policy: Any) -> Handle:
-        return Handle([SGD([nn.Parameter(torch.zeros(3))], 1.0)], policy, None, 2)
+        return Handle([SGD([nn.Parameter(torch.zeros(3))], 1.0)], policy, None, 2, [])
 
     for make in (acc, handle):
         with pytest.raises(ValueError, match="RandomSkip: the state must be .*; it holds nothing"):

@@ -76,8 +76,12 @@ def kept_rows(make: Callable[[], Any]) -> Any:
 
 def judged_by_a_handle() -> Any:
     p = nn.Parameter(ROWS[0].clone())
-    handle = Handle([SGD([p], 0.1)], gaf.GAF(gaf.NoiseFloorTau()), None, 6)
+    optimizer = SGD([p], 0.1)
+    handle = Handle([optimizer], gaf.GAF(gaf.NoiseFloorTau()), None, 6, [p])
+    handle.begin()
     found = handle.judge(gaf.gram(ROWS), [p])
+    handle.end()
+    optimizer.step()
     handle.load_state_dict(handle.state_dict())
     return found, handle.last, handle.stats()
 

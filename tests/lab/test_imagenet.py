@@ -400,9 +400,9 @@ def endless(pictures, tmp_path):
     ]
     words += [
         "--passes",
-        "1000000",
+        "10000",
         "--eval-every",
-        "1000000",
+        "10000",
         "--device",
         "cpu",
         "--out",
