@@ -12,8 +12,8 @@ from test_sweep import BASE, assert_index_is_whole, assert_same_runs, subset, wa
 
 from gaf_lab import checkpoint, records
 from gaf_lab.config import ConfigError
-from gaf_lab.plan import folder_name
 from gaf_lab.locks import LOCK
+from gaf_lab.plan import folder_name
 from gaf_lab.sweep import sweep
 from gaf_lab.train import train
 
