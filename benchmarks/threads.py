@@ -3,7 +3,7 @@
     .venv/bin/python benchmarks/threads.py --rounds 3 --out benchmarks/threads.jsonl
 
 Runs `gaf train` as a user would, on all cores: with one thread, with threads that sleep while they wait (what `gaf` sets), and with
-threads that spin as GNU's OpenMP has them unasked; first beside whatever else the machine does, then beside --others processes that
+threads that spin, as GNU's OpenMP lets them by default; first beside whatever else the machine does, then beside --others processes that
 each want a core. Every setting in turn is a round. CPU time is that of the whole command, start and child processes included.
 """
 

@@ -2,9 +2,9 @@
 
 import gc
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any
-from weakref import ref
+from weakref import WeakSet, ref
 
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -185,6 +185,9 @@ def engine_scopes(model: nn.Module, policy: Policy) -> tuple[str, ...]:
 _owners: WeakIdKeyDictionary = WeakIdKeyDictionary()  # parameter -> (its model, its handle), weakly
 
 
+_handles: WeakSet[Handle] = WeakSet()
+
+
 def claim(model: nn.Module, params: Sequence[Tensor]) -> None:
     """Takes parameters over from handles whose model is gone.
 
@@ -195,9 +198,7 @@ def claim(model: nn.Module, params: Sequence[Tensor]) -> None:
         wrapper, handle = owner_of(p)
         if handle is None or not handle.attached:
             continue
-        if wrapper() is not None:
-            gc.collect()  # DDP and its hooks refer to each other
-        if wrapper() is not None:
+        if is_alive(wrapper):
             raise RuntimeError(
                 "attach: the model's parameters must not be attached already; they are, by an earlier gaf.attach. "
                 "Call detach() on the handle that it returned, or delete the wrapper that it was called with."
@@ -217,20 +218,36 @@ def nothing() -> None:
 def own(model: nn.Module, params: Sequence[Tensor], handle: Handle) -> None:
     for p in params:
         _owners[p] = (ref(model), ref(handle))
-    handle.on_detach(register_optimizer_step_pre_hook(partial(refuse_stranger, ref(handle))).remove)
+    listen()
+    _handles.add(handle)
 
 
-def refuse_stranger(handle: "ref[Handle]", optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+@cache
+def listen() -> None:
+    register_optimizer_step_pre_hook(refuse_stranger)
+
+
+def refuse_stranger(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     """Before every step of any optimizer: one that attach was not given would move an attached model's parameters past a skip."""
-    mine = handle()
-    if mine is None or mine.knows(optimizer) or mine.stepping:  # or called by one that it knows
-        return
-    if not mine.stale.params.isdisjoint(parameters_of(optimizer)):
-        raise RuntimeError(
-            f"attach: every optimizer that steps on the model's parameters must be given to attach; a {type(optimizer).__name__} "
-            "that was not is about to. Give attach the optimizer whose step() the loop calls, or all of them as a list; after "
-            "making a new one, call handle.detach() and attach again."
-        )
+    for handle in list(_handles):
+        if not handle.attached or handle.knows(optimizer) or handle.stepping:
+            continue  # a step within one that the handle knows is that one's
+        p = next((p for p in parameters_of(optimizer) if p in handle.stale.params), None)
+        if p is not None and not is_alive(owner_of(p)[0]):
+            handle.detach()
+        elif p is not None:
+            raise RuntimeError(
+                f"attach: every optimizer that steps on the model's parameters must be given to attach; a {type(optimizer).__name__} "
+                "that was not is about to. Give attach the optimizer whose step() the loop calls, or all of them as a list; after "
+                "making a new one, call handle.detach() and attach again."
+            )
+
+
+def is_alive(wrapper: Callable[[], Any]) -> bool:
+    """Whether a model still exists, once cycles are collected: DDP and its hooks refer to each other."""
+    if wrapper() is not None:
+        gc.collect()
+    return wrapper() is not None
 
 
 def exchange_over(group: "dist.ProcessGroup", micro_group: int) -> Exchange:

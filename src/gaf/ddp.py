@@ -24,16 +24,14 @@ Aside = list[tuple[Tensor, Tensor]]
 class Filtered:
     """One decision for all buckets: each is on its way in while the backward pass goes on; the last one decides."""
 
-    def __init__(self, handle: Handle, exchange: Exchange, shards: Groups) -> None:
+    def __init__(self, handle: Handle, exchange: Exchange) -> None:
         self.handle, self.exchange = handle, exchange
-        self.over = [exchange.group, *shards]
         self.waiting: list[tuple[Future, Tensor]] = []
         self.params: list[Tensor] = []
         self.aside: Aside = []
 
     def take(self, bucket: GradBucket, first: bool, last: bool) -> Future:
         if first:
-            self.handle.begin(joined=not in_backward())
             self.exchange.begin()
             self.waiting, self.params, self.aside = [], [], []
         flat, future = bucket.buffer(), future_on(bucket.buffer())
@@ -45,7 +43,7 @@ class Filtered:
         self.params += bucket.parameters()
         self.waiting.append((future, flat))
         if last:
-            self.handle.settle(self.exchange, self.params, self.over)
+            self.handle.settle(self.exchange, self.params, self.handle.over)
             put_back(self.aside)
             self.handle.end()
             for one, update in self.waiting:
@@ -111,7 +109,6 @@ class FilteredApart:
 
     def take(self, bucket: GradBucket, first: bool, last: bool) -> Future:
         if first:
-            self.handle.begin(joined=not in_backward())
             self.in_progress, self.number = [], 0
         self.number += 1
         flat, exchange = bucket.buffer(), self.make(tag=self.number)
@@ -153,7 +150,6 @@ class Averaged:
     def take(self, bucket: GradBucket, first: bool, last: bool) -> Any:
         flat = bucket.buffer()
         if first and self.handle is not None:
-            self.handle.begin(joined=not in_backward())
             self.steps = self.handle.averaged(self.params)
         if last and self.handle is not None:
             self.handle.end()
@@ -163,6 +159,13 @@ class Averaged:
             return future
         work = dist.all_reduce(flat.mul_(1 / self.ranks), group=self.group, async_op=True)
         return work.get_future().then(lambda future: future.value()[0])
+
+
+def active_ranks(like: Tensor, group: dist.ProcessGroup) -> int:
+    """Ranks that are in a backward pass: all but those that have joined."""
+    here = torch.tensor(float(in_backward()), device=like.device)
+    dist.all_reduce(here, group=group)
+    return int(here)
 
 
 def in_backward() -> bool:
@@ -186,7 +189,6 @@ class Hook:
         self.wide = all(p.dtype in (torch.float32, torch.float64) for p in self.params)
         self.handle: Handle | None = None
         self.exchange: Exchange
-        self.shards: Groups = []
         self.policy: Policy | None = None
         self.way: Way | None = None
 
@@ -198,7 +200,10 @@ class Hook:
             )
         first, last = self.place(bucket)
         if first:
-            self.prepare(bucket.buffer())
+            self.prepare()
+            ranks = self.begin()
+            if isinstance(self.way, Averaged):
+                self.way.ranks = ranks
         assert self.way is not None
         return self.way.take(bucket, first, last)
 
@@ -217,30 +222,25 @@ class Hook:
             self.seen = set()
         return first, last
 
-    def prepare(self, like: Tensor) -> None:
+    def prepare(self) -> None:
         """Chooses the way of a step anew where the policy is another, and watches parameters that were thawed."""
         if self.unwatched:
             self.watch()
-        ranks = self.consult_joined(like)
         policy = None if self.handle is None else self.handle.policy
         if self.way is None or policy is not self.policy:
             self.policy = policy
             self.way = self.choose(policy)
-        if isinstance(self.way, Averaged):
-            self.way.ranks = ranks
 
-    def consult_joined(self, like: Tensor) -> int:
-        """How many ranks DDP averages over. Under DDP.join, ranks that have joined hear what became of the last decision."""
+    def begin(self) -> int:
+        """Begins a pass; returns how many ranks DDP averages over."""
         model, W = self.model(), dist.get_world_size(self.group)
-        if model is None or not model._join_config.enable:
-            return W
-        dropped = in_backward() and self.handle is not None and self.handle.dropped()
-        here = like.new_tensor([float(in_backward()), float(dropped)], dtype=torch.float32)
-        dist.all_reduce(here, group=self.group)
-        active, dropped_by = here.tolist()
-        if self.handle is not None and not in_backward():
-            self.handle.follow(dropped_by > 0)
-        return W if model._divide_by_initial_world_size else int(active)
+        joining = model is not None and model._join_config.enable
+        some = joining and model is not None and not model._divide_by_initial_world_size
+        if self.handle is not None:
+            active = self.handle.begin(joining, joined=not in_backward())
+        elif some:
+            active = active_ranks(self.params[0], self.group)
+        return active if some else W
 
     def choose(self, policy: Policy | None) -> Way:
         if self.handle is None or policy is None or averages(policy):
@@ -250,7 +250,7 @@ class Hook:
         pair = type(policy) is GAF and policy.min_accepted == 2
         pair = pair and self.exchange.W == self.exchange.k == 2
         exchange = Pair(self.exchange.group) if pair and self.wide else self.exchange
-        return Filtered(self.handle, exchange, self.shards)
+        return Filtered(self.handle, exchange)
 
     def watch(self) -> None:
         """Has each trainable parameter report what its gradient holds before a backward pass adds to it.
@@ -321,8 +321,9 @@ def install(
     if not model._comm_hooks:
         model.register_comm_hook(None, hook.run)
         model._comm_hooks = NoCopies(model._comm_hooks)
-    hook.handle, hook.exchange, hook.shards, hook.way = handle, exchange, shards, None
+    hook.handle, hook.exchange, hook.way = handle, exchange, None
     hook.unwatched = list(hook.params)
+    handle.over = [exchange.group, *shards]
     handle.on_detach(partial(take_off, hook))
     hook.watch()
     held = set(hook.params)

@@ -64,7 +64,7 @@ def watch(model: nn.Module, handle: Handle, begins: Callable[[], None] = lambda:
 
     def surveying(state: Any, grad: Tensor) -> Any:
         if not state._state_ctx.post_backward_final_callback_queued:
-            handle.survey()
+            handle.stale.survey()
             begins()
         return type(state)._pre_backward(state, grad)
 
@@ -89,7 +89,7 @@ class Replicas:
         self, handle: Handle, exchange: Exchange, params: list[nn.Parameter], over: Groups
     ) -> None:
         self.handle, self.exchange, self.params = handle, exchange, params
-        self.over = [exchange.group, *over]
+        self.over = handle.over = [exchange.group, *over]
         self.heard: set[nn.Parameter] = set()
         self.reached: set[Tensor] = set()  # parameters whose gradient this pass has reduced
         self.due = -1  # the pass at whose end the decision is due
@@ -140,6 +140,7 @@ class GroupwiseShards:
 
     def __init__(self, handle: Handle, model: nn.Module, exchange: Exchange) -> None:
         self.handle = handle
+        handle.over = [exchange.group]
         self.current = -1  # the pass that is in progress
         for module in model.modules():
             if isinstance(module, FSDPModule):

@@ -6,10 +6,12 @@ A decision belongs to the optimizer step that follows it. A decision that no ste
 that only led through the model to another one (a GAN's generator step), counts nowhere.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy, deepcopy
 from dataclasses import dataclass, field
 from functools import cache, partial
-from inspect import Signature, signature
+from inspect import signature
 from typing import Any
 from weakref import ref
 
@@ -37,6 +39,7 @@ class Pending:
 
     policy_state: Any  # from before the first of these decisions
     joined: bool = False  # whether this rank has joined: the others step
+    reached: set[Tensor] = field(default_factory=set)  # by the pass on this rank
     outcomes: list[tuple[Outcome, float]] = field(default_factory=list)  # with the loss scale
     overflow: bool = False
     stale: bool = False  # whether an update was in the gradients that were decided on
@@ -72,7 +75,6 @@ class Handle:
         self._rejected, self._absent = [0] * k, [0] * k
         self._scale = 1.0  # what the scaler multiplied the rows by
         self._pending: list[Pending] = []  # more than one only where several passes share a step
-        self._dropped = False  # whether this pass has dropped decisions that no step had followed
         self._skipped: list[Tensor] = []  # parameters that this pass's decisions skip
         self._frozen: set[Tensor] = set()  # parameters that the next optimizer step must not move
         # Those that it must not move where their gradient is zero: an earlier pass of this step skipped them, and this rank
@@ -80,12 +82,11 @@ class Handle:
         self._frozen_at_zero: set[Tensor] = set()
         # Per optimizer, its steps since attach and those of them that moved something; unlike stats, not restored.
         self._progress = dict.fromkeys(optimizers, (0, 0))
-        self._depth: dict[
-            Optimizer, int
-        ] = {}  # of steps in progress: a step() may call its base class's
-        self._stepped: set[Optimizer] = (
-            set()
-        )  # optimizers that have stepped since the last decision
+        self.over: Sequence[dist.ProcessGroup] = []  # that the coordinates are spread over
+        # Steps in progress, for a step() may call its base class's, and closures that run.
+        self._depth: dict[Optimizer, int] = {}
+        self._closures = 0
+        self._stepped: set[Optimizer] = set()  # since the last decision
         self._moves = True  # whether the last pass's decision steps, or any of its groups'
         self.stale = StaleGradients(set(params), not averages(policy))
         self._undo: list[Callable[[], None]] = []
@@ -139,10 +140,10 @@ class Handle:
         Args:
             b: samples per row. With 1, `noise_scale` counts micro-batches.
         """
-        self._count_joined()
-        return self._telemetry.stats(b) | {
-            "rejected_per_row": list(self._rejected),
-            "absent_per_row": list(self._absent),
+        known = self._with_joined()
+        return known._telemetry.stats(b) | {
+            "rejected_per_row": list(known._rejected),
+            "absent_per_row": list(known._absent),
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -150,12 +151,12 @@ class Handle:
 
         The same on every rank.
         """
-        self._count_joined()
+        known = self._with_joined()
         return {
-            "telemetry": self._telemetry.state_dict(),
+            "telemetry": known._telemetry.state_dict(),
             "policy": self._settled_policy_state() or {},
-            "rejected": list(self._rejected),
-            "absent": list(self._absent),
+            "rejected": list(known._rejected),
+            "absent": list(known._absent),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -204,53 +205,80 @@ class Handle:
 
     def arrive(self, p: Tensor) -> None:
         """A backward pass is about to add to a parameter's gradient: a skip decided before is over for it."""
-        self._open()
+        self.stale.open()
         self._frozen.discard(p)
         self._frozen_at_zero.discard(p)
         self.stale.look(p)
 
-    def survey(self) -> None:
-        """A backward pass begins, which may add to gradients or not."""
-        self.stale.survey()
-        self._keep_or_drop()
-
-    def begin(self, joined: bool = False) -> None:
+    def begin(self, joining: bool = False, joined: bool = False) -> int:
         """A pass's first decision is due.
 
         Args:
-            joined: whether the pass is that of other ranks; this one has no more data (DDP.join).
+            joining: whether ranks may have joined (DDP.join): those that have hear what became of the decision before.
+            joined: whether this rank has: it has no more data, and the pass is that of the others.
+
+        Returns:
+            How many ranks of the first group have not joined; 0 where none may have.
         """
-        if joined:
-            self.stale.open()
-        else:
-            self._open()
-        self._depth.clear()  # of a step that an exception ended
-        self._moves, self._skipped = False, []
+        self.stale.open()
+        if not self._closures:
+            self._depth.clear()  # of a step that an exception ended
+        active = self._keep_or_drop(joining, joined)
+        self._moves = self._moves and bool(self._pending)
+        self._skipped = []
         self._pending.append(Pending(self._policy_state(), joined))
+        return active
 
     def end(self) -> None:
         """The pass's last decision is taken."""
-        waiting = {p for p in self._skipped if self.stale.waits(p)}
+        waiting: set[Tensor] = set()
+        if len(self._pending) > 1:
+            waiting = {p for p in self._skipped if self.stale.waits(p)}
         self._frozen.update(p for p in self._skipped if p not in waiting)
         self._frozen_at_zero |= waiting
+        pending = self._pending[-1]
+        pending.reached = self.stale.reached()
         self.stale.close()
         self._stepped = set()
-        pending = self._pending[-1]
         if pending.overflow:  # no step will follow
             self._count(pending)
             self._pending.pop()
 
-    def dropped(self) -> bool:
-        """Whether this pass, which has begun, has dropped decisions that no step had followed: for ranks that have joined."""
-        self._open()
-        return self._dropped
+    def _keep_or_drop(self, joining: bool, joined: bool) -> int:
+        """Decisions that no step has followed count no more, unless their update still waits for one.
 
-    def follow(self, dropped: bool) -> None:
-        """On a rank that has joined: the others have dropped the last decision, or stepped on it."""
-        if dropped:
-            self._drop()
-        else:
+        It does where several passes over different parameters share a step: then none of them is reached again, and their
+        gradients are there. What a rank has reached is its own matter, so the ranks ask each other, where there is anything to ask.
+        """
+        mine = [one for one in self._pending if not one.joined]
+        if not mine and not joining:
             self._count_joined()
+            self._frozen, self._frozen_at_zero = set(), set()
+            return 0
+        before = set().union(*(one.reached for one in mine))
+        again = bool(before & self.stale.reached())
+        holds = any(p.grad is not None for p in before)
+        active, waits, again_somewhere, held = self._tell(not joined, bool(mine), again, holds)
+        if not waits:  # the others have stepped
+            self._count_joined()
+        elif again_somewhere or not held:
+            self._drop()
+        if not self._pending:
+            self._frozen_at_zero = set()
+        else:
+            self._frozen_at_zero |= self._frozen
+        self._frozen = set()
+        return active
+
+    def _tell(self, *mine: bool) -> list[int]:
+        """How many ranks say so, of each."""
+        device = next(iter(self.stale.params)).device
+        told = torch.tensor(mine, dtype=torch.float32, device=device)
+        for group in self.over:
+            dist.all_reduce(told, group=group)
+        for group in self.over[1:]:  # each of the first group's ranks was counted so often
+            told /= dist.get_world_size(group)
+        return [math.ceil(count) for count in told.tolist()]
 
     def _count_joined(self) -> None:
         """Decisions of passes after this rank had joined: the others have stepped on them."""
@@ -258,27 +286,16 @@ class Handle:
             self._count(pending)
             self._pending.remove(pending)
 
-    def _open(self) -> None:
-        if self.stale.open():
-            self._keep_or_drop()
-
-    def _keep_or_drop(self) -> None:
-        """Decisions that no step has followed count no more, unless their update still waits for one.
-
-        It does where several passes over different parameters share a step. Gradients are the same on all ranks here, and so
-        is the answer. A skip leaves zeros, which only None tells from cleared gradients.
-        """
-        self._count_joined()
-        skip = any(not outcome.stepped for one in self._pending for outcome, _ in one.outcomes)
-        waits = bool(self._pending) and self.stale.holds_any()
-        self._dropped = False
-        if waits and (skip or self.stale.holds_update()):
-            self._frozen_at_zero |= self._frozen
-        else:
-            self._dropped = bool(self._pending)
-            self._drop()
-            self._frozen_at_zero = set()
-        self._frozen = set()
+    def _with_joined(self) -> "Handle":
+        """The counts as if the others had stepped on what this rank has not heard of yet; itself where there is none."""
+        if not any(one.joined for one in self._pending):
+            return self
+        known = copy(self)
+        known._telemetry = deepcopy(self._telemetry)
+        known._rejected, known._absent = list(self._rejected), list(self._absent)
+        known._pending = list(self._pending)
+        known._count_joined()
+        return known
 
     def settle(
         self, exchange: Exchange, params: Sequence[Tensor], over: "Sequence[dist.ProcessGroup]"
@@ -364,22 +381,29 @@ class Handle:
     ) -> Any:
         """Before a step of an optimizer, or within one: where a subclass calls its base class's, both report."""
         self._depth[optimizer] = self._depth.get(optimizer, 0) + 1
-        if self._depth[optimizer] > 1:
-            return None
-        call = signature_of_step(type(optimizer)).bind(*args, **kwargs)  # type: ignore[arg-type]
-        name = closure_in(call.arguments)
-        if name is None:
+        place = place_of_closure(type(optimizer), args, kwargs)
+        if place is None:
             self._skip(optimizer)
             return None
-        closure = call.arguments[name]
+        values: Any = kwargs if isinstance(place, str) else args
+        filtered = partial(self._evaluate, optimizer, values[place])
+        if isinstance(place, str):
+            return args, {**kwargs, place: filtered}
+        return (*args[:place], filtered, *args[place + 1 :]), kwargs
 
-        def filtered(*args: Any, **kwargs: Any) -> Any:
+    def _evaluate(
+        self, optimizer: Optimizer, closure: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        self._closures += 1
+        try:
             loss = closure(*args, **kwargs)
-            self._skip(optimizer)
-            return loss
-
-        call.arguments[name] = filtered
-        return call.args, call.kwargs
+        except BaseException:
+            self._depth.clear()
+            raise
+        finally:
+            self._closures -= 1
+        self._skip(optimizer)
+        return loss
 
     def _skip(self, optimizer: Optimizer) -> None:
         """A skip: without gradients every dense optimizer leaves its parameters and its state alone.
@@ -408,8 +432,8 @@ class Handle:
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """The step is done: its decision counts."""
-        self._depth[optimizer] = self._depth.get(optimizer, 1) - 1
-        if self._depth[optimizer] > 0:
+        self._depth[optimizer] = max(self._depth.get(optimizer, 1) - 1, 0)
+        if self._depth[optimizer]:
             return
         overflow = self.scaler is not None and fused_overflow(optimizer)
         moved = not overflow and any(p.grad is not None for p in parameters_of(optimizer))
@@ -447,7 +471,7 @@ class Handle:
 
     def _settled_policy_state(self) -> Any:
         """From before the decisions that no optimizer step has followed yet."""
-        states = [pending.policy_state for pending in self._pending]
+        states = [pending.policy_state for pending in self._pending if not pending.joined]
         before = next((state for state in states if state is not None), None)
         return self._policy_state() if before is None else before
 
@@ -482,17 +506,24 @@ def raise_thawed(name: str) -> None:
 
 
 @cache
-def signature_of_step(kind: Any) -> Signature:
-    """kind: of an optimizer."""
-    return signature(kind.step)
+def names_of_step(kind: Any) -> list[str]:
+    """Names of the arguments of an optimizer's step(), self first."""
+    return list(signature(kind.step).parameters)
 
 
-def closure_in(arguments: Mapping[str, Any]) -> str | None:
-    """The name of the argument of step() that evaluates the loss again: `closure`, or else the first that can be called."""
-    if "closure" in arguments:
-        return "closure" if callable(arguments["closure"]) else None
-    others = [name for name, value in arguments.items() if name != "self" and callable(value)]
-    return others[0] if others else None
+def place_of_closure(kind: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int | str | None:
+    """Where step() is given what evaluates the loss again: `closure`, or else the first argument that can be called."""
+    names = names_of_step(kind)
+    place: int | str | None
+    if "closure" in kwargs or "closure" in names:
+        place = "closure" if "closure" in kwargs else names.index("closure")
+    else:
+        places: list[int | str] = [i for i, v in enumerate(args) if i and callable(v)]
+        places += [name for name, value in kwargs.items() if callable(value)]
+        place = places[0] if places else None
+    if isinstance(place, int):
+        return place if place < len(args) and callable(args[place]) else None
+    return place if place is not None and callable(kwargs[place]) else None
 
 
 def check_state(state: Any) -> None:

@@ -66,12 +66,9 @@ class StaleGradients:
         """After a survey: the pass has added to these."""
         self._arrived.update(params)
 
-    def holds_update(self) -> bool:
-        """Whether any gradient still has a coordinate of an update. Waits for the device."""
-        return any(bool(is_set(p)) for p in self._updated if p.grad is not None)
-
-    def holds_any(self) -> bool:
-        return bool(self._updated)
+    def reached(self) -> set[Tensor]:
+        """Parameters that the pass has reached on this rank so far."""
+        return set(self._arrived)
 
     def waits(self, p: Tensor) -> bool:
         """Whether a parameter has an earlier pass's gradient, which this one has not reached on this rank."""

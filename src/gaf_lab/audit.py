@@ -98,7 +98,7 @@ class Tally:
 
 @dataclass(frozen=True, eq=False)
 class Audited:
-    """What a run tells of its training samples: (n,) tensors, and the run's own numbers.
+    """What a run has measured of its training samples, (n,) tensors, and of itself.
 
     Attributes:
         problem: whose samples they are.
@@ -266,7 +266,7 @@ def check(config: TrainConfig) -> None:
 
 @dataclass(eq=False)
 class Looks:
-    """What a model says of each training sample, in evaluation mode, at one evaluation after the other: losses (n,) with its observed
+    """A model's outputs for each training sample, in evaluation mode, at one evaluation after the other: losses (n,) with its observed
     label, and the sum of its probabilities (n, classes)."""
 
     losses: list[Tensor]

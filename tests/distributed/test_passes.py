@@ -490,3 +490,221 @@ def refused_without_a_trace() -> None:
 )
 def test_state_gates_and_attach(world: World, task: Callable[[], None]) -> None:
     world(2).run(task)
+
+
+# ---------------------------------------------------------------------------------------- what ranks cannot see by themselves
+
+
+class ActorCritic(nn.Module):
+    """Its value head has one output: of two shards, one holds it and the other nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.policy, self.value = nn.Linear(6, 8), nn.Linear(8, 4), nn.Linear(8, 1)
+
+    def forward(self, x: Tensor, which: str) -> Tensor:
+        features = torch.tanh(self.body(x))
+        return self.value(features.detach()) if which == "value" else self.policy(features)
+
+
+def of_one_shard(name: str) -> Any:
+    policies: dict[str, Callable[[], Any]] = {
+        "RandomSkip": lambda: gaf.RandomSkip(0.5, seed=1),
+        "ScheduleTau": lambda: gaf.GAF(gaf.ScheduleTau([(0, 2.0), (10, 1.9)])),
+    }
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    model = fully_shard(ActorCritic(), mesh=mesh["shard"])
+    optimizer = SGD(model.parameters(), RATE)
+    handle = gaf.attach(model, optimizer, policies[name](), group=mesh["replicate"])
+    rng = torch.Generator().manual_seed(dist.get_rank())
+    for _ in range(6):
+        optimizer.zero_grad()
+        x = torch.randn(5, 6, generator=rng)
+        model(x, "value").pow(2).mean().backward()
+        model(x, "policy").pow(2).mean().backward()
+        torch.autograd.grad(model(x, "value").sum(), list(model.value.parameters()))  # for a log
+        optimizer.step()
+    return handle.stats()["steps"], handle.stats()["stepped"], handle.state_dict()["policy"]
+
+
+@pytest.mark.parametrize("name", ["RandomSkip", "ScheduleTau"])
+def test_shards_that_hold_nothing_count_and_draw_as_the_others(world: World, name: str) -> None:
+    first, *others = world(4).run(of_one_shard, name)
+    assert first[0] == 12
+    assert all(other == first for other in others)
+
+
+def joined_last(name: str) -> None:
+    """The longer rank's last pass is followed by no step; the next epoch is decided alike."""
+    policies: dict[str, Callable[[], Any]] = {
+        "RandomSkip": lambda: gaf.RandomSkip(0.5, seed=1),
+        "ScheduleTau": lambda: gaf.GAF(gaf.ScheduleTau([(0, 2.0), (10, 1.0)]), min_accepted=1),
+    }
+    model = net(6, 8, 3)
+    wrapped, optimizer = DistributedDataParallel(model), SGD(model.parameters(), RATE)
+    handle = gaf.attach(wrapped, optimizer, policies[name]())
+    for _ in range(2):
+        with wrapped.join():
+            for step in range(2 + 2 * dist.get_rank()):
+                optimizer.zero_grad()
+                loss(wrapped, step).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                loss(wrapped, step + 50).backward()
+    optimizer.zero_grad()
+    loss(wrapped, 9).backward()
+    optimizer.step()
+    same_everywhere(*model.parameters(), torch.tensor([float(handle.stats()["steps"])]))
+    assert handle.stats()["steps"] == 9
+
+
+@pytest.mark.parametrize("name", ["RandomSkip", "ScheduleTau"])
+def test_a_rank_that_had_joined_forgets_a_last_pass_without_a_step(world: World, name: str) -> None:
+    world(2).run(joined_last, name)
+
+
+def drawn_in_turns() -> None:
+    """A GAN that clears with zeros, under a policy that skips: each of the critic's steps draws once."""
+    torch.manual_seed(0)
+    generator, critic = DistributedDataParallel(net(4, 4)), DistributedDataParallel(net(4, 6, 1))
+    of_g, of_c = SGD(generator.parameters(), RATE), SGD(critic.parameters(), RATE)
+    handle = gaf.attach(critic, of_c, gaf.RandomSkip(0.5, seed=1))
+    rng = torch.Generator().manual_seed(dist.get_rank())
+    judge = nn.functional.binary_cross_entropy_with_logits
+    real, fake = torch.ones(5, 1), torch.zeros(5, 1)
+    for _ in range(12):
+        z, x = torch.randn(5, 4, generator=rng), torch.randn(5, 4, generator=rng)
+        of_c.zero_grad(set_to_none=False)
+        both = torch.cat([x, generator(z).detach()])
+        judge(critic(both), torch.cat([real, fake])).backward()
+        of_c.step()
+        of_g.zero_grad(set_to_none=False)
+        judge(critic(generator(z)), real).backward()
+        of_g.step()
+    assert handle.stats()["steps"] == 12
+    assert handle.state_dict()["policy"] == {"step": 12}
+
+
+def test_a_gan_that_clears_with_zeros_draws_once_a_step(world: World) -> None:
+    world(2).run(drawn_in_turns)
+
+
+def decayed_by_hand() -> None:
+    """Branches that differ by rank, cleared with zeros, a decay of the loop's own: a skip moves nothing on any rank."""
+    model = Branches()
+    wrapped = DistributedDataParallel(model, find_unused_parameters=True)
+    optimizer = SGD(model.parameters(), RATE)
+    handle = gaf.attach(wrapped, optimizer, gaf.GAF(2.0))
+    for step, tau in enumerate((2.0, 2.0, 0.0, 2.0)):
+        handle.policy = gaf.GAF(tau)
+        optimizer.zero_grad(set_to_none=False)
+        branch_loss(wrapped, dist.get_rank(), step).backward()
+        for p in model.parameters():
+            p.grad.add_(p.detach(), alpha=0.1)
+        before = values(model)
+        optimizer.step()
+        assert set(moved(model, before)) == {tau == 2.0}
+        same_everywhere(*model.parameters())
+
+
+def test_a_skip_moves_nothing_where_ranks_use_different_parameters(world: World) -> None:
+    world(2).run(decayed_by_hand)
+
+
+# ----------------------------------------------------------------------------------------------------------------- closures
+
+
+class StarArguments(SGD):
+    def step(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        return super().step(*args, **kwargs)
+
+
+class Around(Optimizer):
+    """As SAM: runs the closure itself, and lets another optimizer step."""
+
+    def __init__(self, params: Any) -> None:
+        params = list(params)
+        super().__init__(params, {})
+        self.base = SGD(params, RATE, momentum=0.9)
+
+    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+        with torch.enable_grad():
+            loss = closure()
+        self.base.step()
+        return loss
+
+
+def closures(kind: Callable[..., Optimizer], word: str) -> None:
+    SGD([nn.Parameter(torch.zeros(1))], RATE)  # the base class is hooked as well
+    model = net(6, 8, 3)
+    options = {} if kind is Around else {"lr": RATE, "momentum": 0.9}
+    wrapped, optimizer = DistributedDataParallel(model), kind(model.parameters(), **options)
+    handle = gaf.attach(wrapped, optimizer, gaf.GAF(2.0))
+    scheduler = handle.gate(StepLR(optimizer, 1, 0.9)) if kind is not Around else None
+    for step, tau in enumerate((2.0, 2.0, None, 0.0, 2.0, 0.0)):
+        if tau is not None:
+            handle.policy = gaf.GAF(tau)
+
+        def closure(step: int = step, tau: float | None = tau) -> Tensor:
+            optimizer.zero_grad()
+            if tau is None:
+                raise ArithmeticError("a broken batch")
+            value = loss(wrapped, step)
+            value.backward()
+            return value
+
+        before = values(model)
+        if tau is None:
+            with pytest.raises(ArithmeticError):
+                optimizer.step(closure)
+            continue
+        optimizer.step(**{word: closure}) if word else optimizer.step(closure)
+        assert set(moved(model, before)) == {tau == 2.0}
+        if scheduler is not None:
+            scheduler.step()
+    assert (handle.stats()["steps"], handle.stats()["stepped"]) == (5, 3)
+    assert scheduler is None or scheduler.last_epoch == 3
+
+
+@pytest.mark.parametrize(
+    ("kind", "word"),
+    [
+        (SGD, ""),
+        (SGD, "closure"),
+        (Derived, ""),
+        (StarArguments, ""),
+        (StarArguments, "closure"),
+        (Around, ""),
+    ],
+)
+def test_closures_are_filtered_whatever_the_optimizer_does_with_them(
+    world: World, kind: type, word: str
+) -> None:
+    world(2).run(closures, kind, word)
+
+
+def deleted() -> None:
+    """A function that wraps, attaches and returns leaves nothing that stops a later optimizer, and no hook for each call."""
+    from torch.optim.optimizer import _global_optimizer_pre_hooks
+
+    model = net(6, 8, 3)
+    found = []
+    for step in range(3):
+        wrapped, optimizer = DistributedDataParallel(model), SGD(model.parameters(), RATE)
+        gaf.attach(wrapped, optimizer, gaf.GAF(2.0))
+        loss(wrapped, step).backward()
+        optimizer.step()
+        model.zero_grad()
+        del wrapped, optimizer
+        before = values(model)
+        loss(model, step).backward()
+        SGD(model.parameters(), RATE).step()  # plain training goes on
+        assert all(moved(model, before))
+        model.zero_grad()
+        found.append(len(_global_optimizer_pre_hooks))
+    assert found[0] == found[2]
+
+
+def test_a_wrapper_that_is_gone_stops_no_later_optimizer(world: World) -> None:
+    world(2).run(deleted)
