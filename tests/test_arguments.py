@@ -432,8 +432,8 @@ def recorded() -> tuple[gaf.Audit, gaf.Decision]:
 @pytest.mark.parametrize(
     ("members", "message"),
     [
-        ([[0], [1], [9]], r"members must lie in \[0, 4\); got 9 to 9. Is n right?"),
-        ([[0], [1], [-1]], "got -1 to -1"),
+        ([[0], [1], [9]], r"members must lie in \[0, 4\); got 9. Give the n"),
+        ([[0], [1], [-1]], "got -1. Give the n"),
         ([[0], [1], [1.5]], "must be whole numbers; got torch.float32"),
         ([[0], [1], [True]], "must be whole numbers; got torch.bool"),
         ([[0], [1], [1j]], "must be whole numbers; got torch.complex64"),
@@ -559,6 +559,17 @@ def test_a_decision_of_another_form_is_told_by_its_field(
     with pytest.raises(error, match=message) as caught:
         engine(gaf.Decision(**(RIGHT | {name: value})))
     assert str(caught.value).startswith("policy ")
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("engine", [through_accumulator, through_attach], ids=lambda f: f.__name__)
+def test_weights_that_are_not_finite_are_refused_where_they_would_be_stepped_on(
+    engine: Callable[[Any], None], bad: float
+) -> None:
+    weights = torch.tensor([bad, 0.5, 0.0, 0.0], dtype=torch.float64)
+    with pytest.raises(ValueError, match="a Decision that steps must have finite weights; got"):
+        engine(gaf.Decision(**(RIGHT | {"weights": weights})))
+    engine(gaf.Decision(**(RIGHT | {"weights": weights, "stepped": torch.tensor(False)})))
 
 
 @pytest.mark.parametrize("engine", ENGINES, ids=lambda f: f.__name__)

@@ -144,8 +144,8 @@ def test_skipped_steps_count_too():
     ("members", "message"),
     [
         ([[0], [1], [2]], "members for each of the 2 micro-gradients that were measured; got 3"),
-        ([[0], [3]], r"members must lie in \[0, 3\); got 3 to 3. Is n right?"),
-        ([[0], [-1]], r"got -1 to -1"),
+        ([[0], [3]], r"members must lie in \[0, 3\); got 3. Give the n"),
+        ([[0], [-1]], r"got -1. Give the n"),
         ([[0.0], [1.0]], "must be whole numbers; got torch.float32"),
     ],
 )

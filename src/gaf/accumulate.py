@@ -31,7 +31,7 @@ from gaf.checks import (
     raise_unusable,
 )
 from gaf.combine import Policy
-from gaf.decision import Decision
+from gaf.decision import Decision, check_weights
 from gaf.gate import gate
 from gaf.placed import Placed
 from gaf.policies import own, skipped
@@ -63,8 +63,8 @@ class Accumulator:
             `GAF(start="first")` (the default), Mean and RandomSkip the micro-gradients are added up as they come:
             one gradient-sized buffer more than plain accumulation, whatever k. Others keep all k.
         model: needed for bn="accepted"; also gives parameters their names in messages, in `layers` and in `leave_out`.
-        scaler: a torch.amp.GradScaler. `backward` scales, `decide` unscales, `step` steps and updates it. An overflow
-            makes the scale fall and nothing steps.
+        scaler: a torch.amp.GradScaler. `backward` scales, `decide` unscales, `step` steps and updates it: give `backward` the
+            plain loss, not `scaler.scale(loss)`. An overflow makes the scale fall and nothing steps.
         bn: "all": BatchNorm's running statistics move with every micro-batch, as in the released code;
             "accepted": only with accepted ones. Then each forward pass in training mode is followed by its backward(), and
             other forward passes are in evaluation mode.
@@ -210,6 +210,7 @@ class Accumulator:
         if isinstance(rows, Layered):
             self.layers = dict(zip(self._parts(), rows.decisions, strict=True))
         outcome = Outcome.fetch(decision, evidence)
+        check_weights(outcome.weights, outcome.stepped, self.policy)
         scale = 1.0 if self.scaler is None else self.scaler.get_scale()
         # a scale of 0 is what overflows in a row have left: nothing can be unscaled
         overflow = self.scaler is not None and (

@@ -81,7 +81,7 @@ class Excess:
         where = where.long()
         if where.min() < 0 or where.max() >= n:
             raise ValueError(
-                f"Audit: members must lie in [0, {n}); got {int(where.min())} to {int(where.max())}. Is n right?"
+                f"Audit: members must lie in [0, {n}); got {span(where)}. Give the n of the data set."
             )
         return where
 
@@ -186,3 +186,8 @@ def judged(values: Sequence[float], distances: Sequence[float]) -> list[float]:
         others = [values[i] for i in present if i != start]
         found[start] = sum(others) / len(others) if others else math.nan
     return found
+
+
+def span(where: Tensor) -> str:
+    low, high = int(where.min()), int(where.max())
+    return f"{low}" if low == high else f"{low} to {high}"

@@ -1,5 +1,7 @@
 """What a policy says about the k micro-gradients of one macro-batch, and what was measured of them."""
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,19 +62,39 @@ def check_decision(decision: Any, policy: Any, k: int, device: torch.device) -> 
     if not isinstance(decision, Decision) or not all(
         isinstance(part, Tensor) for part in vars(decision).values()
     ):
+        found = f"one with {decision!r}" if isinstance(decision, Decision) else shown(decision)
         raise TypeError(
-            f"policy {policy!r}: it must return a gaf.Decision of tensors; got {decision!r}. Use torch.tensor(...) for each."
+            f"policy {policy!r}: it must return a gaf.Decision of tensors; got {found}. "
+            "Build one with a tensor for each field, on the Gram matrix's device."
         )
     for name, part in vars(decision).items():
         check_field(name, part, policy, () if name == "stepped" else (k,), device)
     return decision
 
 
+def shown(value: Any) -> str:
+    """A tensor by its shape, everything else as it prints."""
+    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+
+
+def check_weights(weights: Sequence[float], stepped: bool, policy: Any) -> None:
+    """Once the weights are on the host: a step by weights that are not finite would leave no parameter that is.
+
+    Raises:
+        ValueError: where they are not.
+    """
+    if stepped and not all(map(math.isfinite, weights)):
+        raise ValueError(
+            f"policy {policy!r}: a Decision that steps must have finite weights; got {list(weights)}. "
+            "Give a row that is not to count the weight 0, or do not step."
+        )
+
+
 def check_field(
     name: str, part: Tensor, policy: Any, shape: tuple[int, ...], device: torch.device
 ) -> None:
     yes_or_no = name in ("accepted", "stepped")
-    kind = "bool" if yes_or_no else "float64"
+    kind = "bool" if yes_or_no else "float64 (or another floating point type)"
     sound = part.dtype == torch.bool if yes_or_no else part.is_floating_point()
     if tuple(part.shape) != shape or not sound or part.device != device:
         one = {"weights": "weight", "distances": "distance"}.get(name, name)

@@ -24,7 +24,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from gaf.checks import check_policy
 from gaf.combine import Policy
-from gaf.decision import Decision, Evidence
+from gaf.decision import Decision, Evidence, check_weights
 from gaf.exchange import Exchange, add_in_rank_order
 from gaf.gate import gate, ungate
 from gaf.policies import Mean, averages, own, skipped
@@ -345,6 +345,7 @@ class Handle:
         overflow = self.scaler is not None and not bool(gram.diagonal().isfinite().all())
         decision = skipped(decision) if overflow else decision
         outcome = Outcome.fetch(decision, evidence)
+        check_weights(outcome.weights, outcome.stepped, self.policy)
         self._pending[-1].overflow |= overflow
         self._decide(decision, outcome, params)
         if outcome.stepped:

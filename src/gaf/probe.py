@@ -217,7 +217,7 @@ def facts_of(advice: Recommendation) -> list[tuple[str, str]]:
     steps = f"{100 * advice.measured.steps:.1f}% measured"
     return [
         ("recommended tau", f"{advice.tau:.3f}"),
-        ("accepted there, of those compared", shares),
+        ("accepted, of those compared", shares),
         ("steps taken there", steps),
     ]
 

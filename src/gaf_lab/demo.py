@@ -72,5 +72,7 @@ def demo(
             names=list(plan),
         )
     except KeyboardInterrupt:
-        console.print("\nStopped. What is finished is kept.")
+        console.print(
+            "\nStopped. The page holds the finished runs. The next demo in this folder starts anew."
+        )
     return [records.read(folder / name) for name in plan if sweep.recorded(folder / name)]

@@ -184,8 +184,8 @@ CHARTS = (
 
 
 OLDER = (
-    "The records of {} are from before that estimate: theirs is B / (b + B), from the noise scale B over the last 100 steps; "
-    "1 stands for 1 or more."
+    "The records of {} are older and lack that estimate. Their curve shows B / (b + B) in its place, from the noise scale B over "
+    "the last 100 steps, cut at 1."
 )
 
 

@@ -56,6 +56,7 @@ def own_folder(folder: Path, command: str | None = None) -> Iterator[None]:
         FolderBusy: where another one is at work in the folder.
         ConfigError: where the folder cannot be written.
     """
+    new = not folder.exists()
     records.make_folder(folder)
     with (folder / LOCK).open("a+") as file:
         if not take_if_locks_exist(file):
@@ -72,6 +73,9 @@ def own_folder(folder: Path, command: str | None = None) -> Iterator[None]:
             yield
         finally:
             file.truncate(0)
+            if new and [path.name for path in folder.iterdir()] == [LOCK]:  # nothing was begun
+                (folder / LOCK).unlink()
+                folder.rmdir()
 
 
 def check_free(folder: Path) -> None:

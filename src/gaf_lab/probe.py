@@ -356,7 +356,7 @@ def verdicts(lines: Sequence[dict[str, Any]]) -> Iterator[str]:
             if line["absent"]
             else ""
         )
-        yield (f"After {line['after']:,} steps: tau = {line['tau']:.3f}. {line['reason']} Measured on "
+        yield (f"After {line['after']:,} steps: the estimate is tau = {line['tau']:.3f}. {line['reason']} Measured on "
                f"{others(line)} other micro-gradients: {100 * line['measured']:.1f}%, {100 * gap:.1f} points away; "
                f"{holds}.{gone}")  # fmt: skip
 
@@ -482,7 +482,7 @@ def curves(ax: "Axes", group: Sequence[dict[str, Any]]) -> None:
     ax.axvline(tau, color=INK, linewidth=1.1, linestyle=(0, (5, 3)))
     ax.set(xlim=(TAUS[0], TAUS[-1]), ylim=(0, 103))
     ax.set_title("accepted (%)", loc="left", fontsize=11, color=INK, pad=8)
-    ax.set_title(f"dashed: recommended τ = {tau:.3f}", loc="right", fontsize=9, color=SOFT, pad=8)
+    ax.set_title(f"dashed: the estimate, τ = {tau:.3f}", loc="right", fontsize=9, color=SOFT, pad=8)
     ax.set_xlabel("τ (lines: predicted from b, B, d_eff; dots: measured)", fontsize=10, color=SOFT)
     ax.legend(frameon=False, fontsize=9.5, labelcolor=SOFT, loc="lower right")
 

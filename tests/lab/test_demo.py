@@ -54,7 +54,7 @@ def test_ctrl_c_leaves_what_is_finished_and_reports_it(tmp_path):
     assert process.poll() is None
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers as well
     out = process.communicate(timeout=60)[0].decode()
-    assert "Stopped. What is finished is kept." in out
+    assert "Stopped. The page holds the finished runs." in out
     assert 0 < len(list(finished(tmp_path))) < 9
     assert (tmp_path / "report.html").is_file()
     assert "Traceback" not in out
