@@ -469,12 +469,15 @@ def curve(arm: Arm, key: str, x: str = "samples") -> Curve | None:
     """The key over samples seen, or over "steps_taken" or "seconds", over the arm's counted runs, where all of them have values.
 
     The x axis is the union of the runs' evaluation points, each run interpolated linearly between its own, and none
-    beyond its ends; None where the runs share no range, or none has the key.
+    beyond its ends; None where the runs share no range, or none has the key. Runs that early stopping ended keep their last value
+    to the end of the longest: it is that of the weights that were put back.
     """
     tracks = [track for track in (points(run, key, x) for run in arm.counted) if track[0].size]
     if not tracks:
         return None
-    start, stop = max(across[0] for across, _ in tracks), min(across[-1] for across, _ in tracks)
+    stopped = all(run.end and run.header["config"].get("early_stopping") for run in arm.counted)
+    last = max if stopped else min
+    start, stop = max(across[0] for across, _ in tracks), last(across[-1] for across, _ in tracks)
     grid = np.unique(np.concatenate([across for across, _ in tracks]))
     grid = grid[(grid >= start) & (grid <= stop)]
     if not grid.size:

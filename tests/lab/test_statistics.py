@@ -269,6 +269,17 @@ def test_a_curve_leaves_missing_values_and_unfinished_runs_out():
     assert (found.x.tolist(), found.mean.tolist(), found.n) == ([1000, 3000], [0.1, 0.3], 1)
 
 
+def test_runs_that_early_stopping_ended_keep_their_last_value():
+    """The mean ends at the table's last value, not at one run's while the others are still falling."""
+    short, long = run(seed=0, test_accuracy=[0.2, 0.7]), run(seed=1, test_accuracy=[0.2, 0.4, 0.9])
+    for one in (short, long):
+        one.header["config"]["early_stopping"] = 4
+    found = st.curve(only(short, long), "test_accuracy")
+    assert found is not None
+    assert found.x.tolist() == [1000, 2000, 3000]
+    np.testing.assert_allclose(found.mean, [0.2, 0.55, 0.8])
+
+
 def test_no_values_or_no_common_range_no_curve():
     assert st.curve(only(run(test_accuracy=[None])), "test_accuracy") is None
     early, late = (
