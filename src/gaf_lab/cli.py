@@ -820,7 +820,7 @@ def presets(words: Words, console: Console) -> int:
         sizes = f"k {c.k}, b {c.b}, noise {c.noise} {c.noise_rate:g}"
         say(
             console,
-            f"{name:20} {c.dataset:10} {c.model:16} {c.arm:10} {sizes}"
+            f"{name:20} {c.dataset:10} {c.model:16} {c.arm:14} {sizes}"
             + (f", tau {c.tau:g}" if c.policy == "gaf" else ""),
         )
     return 0
