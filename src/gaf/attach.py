@@ -27,7 +27,8 @@ from gaf.attach_checks import (
 from gaf.checks import check_optimizers, check_policy
 from gaf.combine import Policy
 from gaf.exchange import Exchange
-from gaf.handle import Handle, parameters_of
+from gaf.handle import Handle
+from gaf.steps import parameters_of
 
 
 def attach(

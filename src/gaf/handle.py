@@ -7,11 +7,10 @@ that only led through the model to another one (a GAN's generator step), counts 
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from copy import copy, deepcopy
 from dataclasses import dataclass, field
-from functools import cache, partial
-from inspect import signature
+from functools import partial
 from typing import Any
 from weakref import ref
 
@@ -30,6 +29,7 @@ from gaf.gate import gate, ungate
 from gaf.policies import Mean, averages, own, skipped
 from gaf.rows import judged
 from gaf.stale import CLEAR_FIRST, IN_PART, StaleGradients, is_set
+from gaf.steps import fused_overflow, parameters_of, place_of_closure
 from gaf.telemetry import Outcome, Telemetry
 
 
@@ -495,36 +495,11 @@ class Handle:
         return lambda: self._progress.get(optimizer, (0, 0))
 
 
-def parameters_of(optimizer: Optimizer) -> list[Tensor]:
-    return [p for group in optimizer.param_groups for p in group["params"]]
-
-
 def raise_thawed(name: str) -> None:
     raise ValueError(
         "attach: every trainable parameter must have been trainable when DistributedDataParallel was made, for it averages "
         f"no other; {name!r} was frozen then. Wrap the model again, then attach."
     )
-
-
-@cache
-def names_of_step(kind: Any) -> list[str]:
-    """Names of the arguments of an optimizer's step(), self first."""
-    return list(signature(kind.step).parameters)
-
-
-def place_of_closure(kind: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int | str | None:
-    """Where step() is given what evaluates the loss again: `closure`, or else the first argument that can be called."""
-    names = names_of_step(kind)
-    place: int | str | None
-    if "closure" in kwargs or "closure" in names:
-        place = "closure" if "closure" in kwargs else names.index("closure")
-    else:
-        places: list[int | str] = [i for i, v in enumerate(args) if i and callable(v)]
-        places += [name for name, value in kwargs.items() if callable(value)]
-        place = places[0] if places else None
-    if isinstance(place, int):
-        return place if place < len(args) and callable(args[place]) else None
-    return place if place is not None and callable(kwargs[place]) else None
 
 
 def check_state(state: Any) -> None:
@@ -536,9 +511,3 @@ def check_state(state: Any) -> None:
             f"Handle: the state must hold {', '.join(wanted)}, the last two as lists; got {found}. "
             "Load what handle.state_dict() gave, whole."
         )
-
-
-def fused_overflow(optimizer: Optimizer) -> bool:
-    """Whether a fused optimizer was called on an overflow, which it leaves alone by itself."""
-    found = getattr(optimizer, "found_inf", None)
-    return found is not None and bool(found)
