@@ -22,6 +22,10 @@ import gaf
 pytestmark = pytest.mark.distributed
 World = Callable[[int], Any]
 SMALL = 200 / 2**20  # MiB: a bucket for each layer
+STATEFUL: dict[str, Callable[[], Any]] = {  # policies that every counted decision moves on
+    "RandomSkip": lambda: gaf.RandomSkip(0.5, seed=1),
+    "ScheduleTau": lambda: gaf.GAF(gaf.ScheduleTau([(0, 2.0), (10, 1.9)]), min_accepted=1),
+}
 
 
 def moved(model: nn.Module, before: list[Tensor]) -> list[bool]:
@@ -359,13 +363,9 @@ def test_steps_that_optimizers_take_in_ways_of_their_own(
 
 def joined_and_dropped(name: str) -> None:
     """A pass that no step follows, while the other rank has no more data: both forget it."""
-    policies: dict[str, Callable[[], Any]] = {
-        "RandomSkip": lambda: gaf.RandomSkip(0.5, seed=1),
-        "ScheduleTau": lambda: gaf.GAF(gaf.ScheduleTau([(0, 2.0), (10, 1.0)]), min_accepted=1),
-    }
     model = net(6, 8, 3)
     wrapped, optimizer = DistributedDataParallel(model), SGD(model.parameters(), RATE)
-    handle = gaf.attach(wrapped, optimizer, policies[name]())
+    handle = gaf.attach(wrapped, optimizer, STATEFUL[name]())
     rank = dist.get_rank()
     with wrapped.join():
         for step in range(2 + 2 * rank):
@@ -509,14 +509,10 @@ class ActorCritic(nn.Module):
 
 
 def of_one_shard(name: str) -> Any:
-    policies: dict[str, Callable[[], Any]] = {
-        "RandomSkip": lambda: gaf.RandomSkip(0.5, seed=1),
-        "ScheduleTau": lambda: gaf.GAF(gaf.ScheduleTau([(0, 2.0), (10, 1.9)])),
-    }
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
     model = fully_shard(ActorCritic(), mesh=mesh["shard"])
     optimizer = SGD(model.parameters(), RATE)
-    handle = gaf.attach(model, optimizer, policies[name](), group=mesh["replicate"])
+    handle = gaf.attach(model, optimizer, STATEFUL[name](), group=mesh["replicate"])
     rng = torch.Generator().manual_seed(dist.get_rank())
     for _ in range(6):
         optimizer.zero_grad()
@@ -537,13 +533,9 @@ def test_shards_that_hold_nothing_count_and_draw_as_the_others(world: World, nam
 
 def joined_last(name: str) -> None:
     """The longer rank's last pass is followed by no step; the next epoch is decided alike."""
-    policies: dict[str, Callable[[], Any]] = {
-        "RandomSkip": lambda: gaf.RandomSkip(0.5, seed=1),
-        "ScheduleTau": lambda: gaf.GAF(gaf.ScheduleTau([(0, 2.0), (10, 1.0)]), min_accepted=1),
-    }
     model = net(6, 8, 3)
     wrapped, optimizer = DistributedDataParallel(model), SGD(model.parameters(), RATE)
-    handle = gaf.attach(wrapped, optimizer, policies[name]())
+    handle = gaf.attach(wrapped, optimizer, STATEFUL[name]())
     for _ in range(2):
         with wrapped.join():
             for step in range(2 + 2 * dist.get_rank()):
