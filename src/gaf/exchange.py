@@ -42,7 +42,7 @@ class Parcel:
 
     whole: Tensor  # (W c,), this rank's values; later the update
     slices: Tensor  # (W, c), every rank's values of this rank's slice
-    # (k, c), of these the first of each micro-group, where the group's average comes to be
+    # (k, c): the first of each micro-group, which takes the group's average
     rows: Tensor
     works: list[Any]
 

@@ -9,7 +9,7 @@ out from p, and needs no truth: a sample counts as of class j where p[j] is at l
 shares of each label's samples that count as of another class, times how many have that label, add up to m.
 
 Beside it, for comparison: the loss, its mean over the evaluations (as in O2U-Net, ICCV 2019) and at the evaluation that held-out labels
-choose; and what the filter says of a sample, the mean, over the compared micro-batches that held it, of
+choose; and the filter's own scores of a sample: the mean, over the compared micro-batches that held it, of
 
     distance of the micro-batch's gradient to the running sum  -  mean distance over the last 100 steps
 

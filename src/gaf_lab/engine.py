@@ -289,7 +289,7 @@ class OnDevice:
         )
         self.outcome: gaf.Outcome | None = None
         self.losses = torch.zeros(0)
-        # the log of steps that were fetched and not told of
+        # the log of steps that were fetched and not yet reported
         self.waiting: deque[list[float]] = deque()
         self._call: Callable[[], None] | None = None
         self._draws: dict[int, Tables] = {}  # by step, made while the device was at work
