@@ -454,7 +454,7 @@ def test_the_caption_says_what_each_distance_is_to_and_which_records_are_older(r
         for r in runs[1:]
     ]
     assert "records" not in figures.caption(chart, newer)
-    assert "of these runs are from before" in figures.caption(chart, runs)
+    assert "The records of these runs are older" in figures.caption(chart, runs)
     assert "The records of 1 of 9 runs are" in figures.caption(chart, [runs[0], *newer])
     assert "records" not in figures.caption(figures.CHARTS[0], runs)
 
