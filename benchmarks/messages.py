@@ -22,8 +22,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gaf import exchange
-from gaf_lab import environment
+from gaf.ranks import exchange
+from gaf_lab.records import environment
 
 COORDINATES = 11_227_812
 ROUNDS = 9

@@ -24,7 +24,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, get_args
 
-from gaf_lab.config import ModelName
+from gaf_lab.settings.config import ModelName
 
 NOT_HERE = 77
 NETWORK = "10.213.77"
@@ -111,7 +111,7 @@ def check_machine() -> None:
 
 
 def measure(hosts: int, options: argparse.Namespace) -> list[object]:
-    from gaf_lab import bench_ddp
+    from gaf_lab.bench import ddp as bench_ddp
 
     wanted = {
         "model": options.model,
@@ -121,7 +121,7 @@ def measure(hosts: int, options: argparse.Namespace) -> list[object]:
     }
     with tempfile.TemporaryDirectory() as folder, network(hosts, options.mbit) as names:
         result = Path(folder) / "result.json"
-        command = [sys.executable, "-m", "gaf_lab.bench_ddp", json.dumps(wanted), str(result)]
+        command = [sys.executable, "-m", "gaf_lab.bench.ddp", json.dumps(wanted), str(result)]
         ranks, said = [], [(Path(folder) / f"{name}.txt").open("wb+") for name in names]
         try:
             for rank, name in enumerate(names):
@@ -227,7 +227,8 @@ def run(*command: str) -> None:
 def show(found: list[object], options: argparse.Namespace) -> None:
     from rich.console import Console
 
-    from gaf_lab import bench, bench_ddp
+    from gaf_lab.bench import accumulate as bench
+    from gaf_lab.bench import ddp as bench_ddp
 
     Console().print(bench_ddp.table(found))
     if options.out is not None:

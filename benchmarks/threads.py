@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from gaf_lab import environment
+from gaf_lab.records import environment
 
 NOISE = [
     "--dataset",

@@ -19,7 +19,9 @@ from typing import Any
 
 import torch
 
-from gaf_lab import checkpoint, environment, imagenet, records
+from gaf_lab.data import imagenet
+from gaf_lab.records import checkpoint, environment
+from gaf_lab.records import run as records
 
 STEPS, K = 3, 2
 # policy, tau; at 2 GAF accepts every row, the most work and memory that it can have

@@ -26,8 +26,8 @@ from torch.optim.lr_scheduler import LambdaLR, OneCycleLR, ReduceLROnPlateau, Se
 from torch.utils.checkpoint import checkpoint
 
 import gaf
-from gaf.batchnorm import BatchNormStatistics
-from gaf.sums import SumOnDevice
+from gaf.device.batchnorm import BatchNormStatistics
+from gaf.device.sums import SumOnDevice
 
 BATCH = 12
 Batch = tuple[Tensor, Tensor]
@@ -1958,7 +1958,7 @@ def test_the_sum_for_accelerators_decides_and_updates_as_the_one_for_cpus(
         with monkeypatch.context() as patch:
             if device:
                 patch.setattr(
-                    "gaf.rows.SumOnCpu",
+                    "gaf.device.rows.SumOnCpu",
                     lambda voters, spare: SumOnDevice(
                         voters, average == "halving", torch.device("cpu")
                     ),

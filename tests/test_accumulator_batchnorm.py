@@ -15,7 +15,7 @@ from torch.optim import SGD
 from torch.utils.checkpoint import checkpoint
 
 import gaf
-from gaf.batchnorm import BatchNormStatistics
+from gaf.device.batchnorm import BatchNormStatistics
 
 K, B = 4, 8
 

@@ -15,7 +15,7 @@ from torch.optim.swa_utils import AveragedModel
 
 import gaf
 from gaf.checks import bare_names, check_optimizers
-from gaf.sums import SumOnDevice
+from gaf.device.sums import SumOnDevice
 
 ROWS = torch.tensor([[1.0, 2.0, 3.0, 4.0], [1.0, 2.0, 3.0, 5.0], [-3.0, 1.0, 0.5, -1.0]])
 
@@ -377,7 +377,7 @@ def test_half_precision_distances_of_many_rows_are_those_of_the_gram_matrix(
     rows = torch.stack([(g if equal else g + torch.randn(n)).to(dtype) for _ in range(k)])
     if engine == "SumOnDevice":
         monkeypatch.setattr(
-            "gaf.rows.SumOnCpu",
+            "gaf.device.rows.SumOnCpu",
             lambda voters, spare: SumOnDevice(voters, average == "halving", torch.device("cpu")),
         )
     policy = gaf.GAF(2.0, average=average)

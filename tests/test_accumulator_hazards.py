@@ -13,8 +13,8 @@ from torch.nn.functional import cross_entropy
 from torch.optim import SGD
 
 import gaf
-from gaf.accumulate import unshared
-from gaf.decision import Decision
+from gaf.device.accumulate import unshared
+from gaf.rules.decision import Decision
 
 # ----------------------------------------------------------------------------------------------------- shared memory
 

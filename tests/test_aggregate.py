@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import gaf
-from gaf.combine import combine
+from gaf.rules.combine import combine
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 

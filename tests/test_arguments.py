@@ -13,10 +13,10 @@ from torch.nn.functional import cross_entropy
 from torch.optim import SGD
 
 import gaf
-from gaf.handle import Handle
-from gaf.probe import Probe
-from gaf.sequential import Sequential, visit
-from gaf.telemetry import Telemetry
+from gaf.measure.probe import Probe
+from gaf.ranks.handle import Handle
+from gaf.record.telemetry import Telemetry
+from gaf.rules.sequential import Sequential, visit
 
 pytestmark = pytest.mark.usefixtures("unchecked")
 NUMBERS = [numpy.float64, numpy.float32, numpy.float16]

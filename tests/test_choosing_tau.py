@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 import gaf
-from gaf_lab import packs
-from gaf_lab import statistics as st
-from gaf_lab.records import Run
-from gaf_lab.statistics import Arm
+from gaf_lab.records import packs
+from gaf_lab.records.run import Run
+from gaf_lab.report import statistics as st
+from gaf_lab.report.statistics import Arm
 from test_reproduction import gap, spelled
 
 ROOT = Path(__file__).parent.parent

@@ -14,14 +14,14 @@ from torch.nn.functional import cross_entropy
 from torch.optim import SGD
 
 import gaf
-from gaf import agreement
-from gaf.audit import Excess
-from gaf.decision import Evidence
-from gaf.gram import gram_of, inner_products, quick_gram, quick_products
-from gaf.handle import Handle
-from gaf.probe import Probe, acceptance
-from gaf.rows import Stacked
-from gaf.telemetry import Outcome, Telemetry, packed
+from gaf.device.rows import Stacked
+from gaf.measure.probe import Probe, acceptance
+from gaf.ranks.handle import Handle
+from gaf.record.audit import Excess
+from gaf.record.telemetry import Outcome, Telemetry, packed
+from gaf.rules import agreement
+from gaf.rules.decision import Evidence
+from gaf.rules.gram import gram_of, inner_products, quick_gram, quick_products
 
 ROWS = torch.randn(6, 20, generator=torch.Generator().manual_seed(0)) + 0.5
 ROWS[3] = math.nan

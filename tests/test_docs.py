@@ -31,12 +31,12 @@ import tyro
 from rich.console import Console
 
 import gaf
-from gaf_lab import cli, paper, plan
-from gaf_lab.config import tomllib
+from gaf_lab.commands import main as cli
+from gaf_lab.paper import items as paper
+from gaf_lab.settings import plan
+from gaf_lab.settings.config import tomllib
+from helpers.browser import WIDER, WIDTHS, chromium, complaints, emulate, settled
 from test_readme import README, ROOT
-
-sys.path.append(str(Path(__file__).parent / "lab"))
-from browser import WIDER, WIDTHS, chromium, complaints, emulate, settled
 
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import gaf
-from gaf.gram import CHUNK, gram_of, inner_products, quick_gram
+from gaf.rules.gram import CHUNK, gram_of, inner_products, quick_gram
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 MILLIONS = 10_000_000

@@ -11,7 +11,8 @@ import torch
 
 import gaf
 
-MODULES = sorted(Path(gaf.__file__).parent.glob("*.py"))
+SOURCES = Path(gaf.__file__).parent
+MODULES = sorted(p for p in SOURCES.rglob("*.py") if "integrations" not in p.parts)
 
 
 def run(code: str) -> str:
@@ -53,7 +54,7 @@ def test_the_names_of_the_design_are_public() -> None:
     } <= set(gaf.__all__)
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(SOURCES)))
 def test_every_module_says_what_it_is_for(path: Path) -> None:
     assert path.read_text().startswith('"""')
 
@@ -65,7 +66,8 @@ def test_every_public_method_of_the_accumulator_has_a_docstring() -> None:
 
 def test_every_example_in_a_docstring_gives_what_it_shows() -> None:
     """All of them are found: as many as there are prompts in the sources."""
-    names = ["gaf" if p.stem == "__init__" else f"gaf.{p.stem}" for p in MODULES]
+    parts = [p.relative_to(SOURCES.parent).with_suffix("").parts for p in MODULES]
+    names = [".".join(part for part in path if part != "__init__") for path in parts]
     code = f"""
 import doctest, importlib
 results = [doctest.testmod(importlib.import_module(name)) for name in {names!r}]

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 import gaf
-from gaf.sums import SumOnDevice
-from gaf.telemetry import Outcome, Telemetry
+from gaf.device.sums import SumOnDevice
+from gaf.record.telemetry import Outcome, Telemetry
 
 NAN, INF = math.nan, math.inf
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
@@ -24,7 +24,7 @@ def stacked(policy: Any) -> Callable[[Tensor], gaf.Decision]:
 def accumulator(engine: str, policy: Any, p: list[nn.Parameter], patch: pytest.MonkeyPatch) -> gaf.Accumulator:  # fmt: skip
     if engine == "on a device":
         patch.setattr(
-            "gaf.rows.SumOnCpu",
+            "gaf.device.rows.SumOnCpu",
             lambda voters, spare: SumOnDevice(voters, False, torch.device("cpu")),
         )
     return gaf.Accumulator(SGD(p, 0.0), stacked(policy) if engine == "stacked" else policy)

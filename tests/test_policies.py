@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gaf
-from gaf.policies import halving_weights, mean_pairwise_cosine, skipped
+from gaf.rules.policies import halving_weights, mean_pairwise_cosine, skipped
 
 STARTS, AVERAGES = ("first", "best", "worst"), ("mean", "halving")
 

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import gaf
-from gaf import agreement
-from gaf.agreement import dimension_of, noise_floor, noise_of, predicted_acceptance, tau_for
-from gaf.gram import gram_of
-from gaf.probe import Probe, acceptance, probe
+from gaf.measure.probe import Probe, acceptance, probe
+from gaf.rules import agreement
+from gaf.rules.agreement import dimension_of, noise_floor, noise_of, predicted_acceptance, tau_for
+from gaf.rules.gram import gram_of
 
 
 def spectrum(name: str) -> Tensor:

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from gaf_lab import predict, records
-from gaf_lab import statistics as st
+from gaf_lab.bench import cost_model as predict
+from gaf_lab.records import run as records
+from gaf_lab.report import statistics as st
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

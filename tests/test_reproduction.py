@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from gaf_lab import packs, paper
-from gaf_lab import statistics as st
-from gaf_lab.records import Run
-from gaf_lab.statistics import Arm, Measure
+from gaf_lab.paper import items as paper
+from gaf_lab.records import packs
+from gaf_lab.records.run import Run
+from gaf_lab.report import statistics as st
+from gaf_lab.report.statistics import Arm, Measure
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "reproduction.md"

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 import gaf
-from gaf.audit import Excess, judged
-from gaf.telemetry import WINDOW
+from gaf.record.audit import Excess, judged
+from gaf.record.telemetry import WINDOW
 
 NAN = math.nan
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 import gaf
-from gaf.agreement import noise_squared
-from gaf.sequential import Seen
-from gaf.thresholds import Threshold
+from gaf.rules.agreement import noise_squared
+from gaf.rules.sequential import Seen
+from gaf.rules.thresholds import Threshold
 
 KINDS: list[Callable[[], Threshold]] = [
     lambda: gaf.SignalTau(0.7),

@@ -13,8 +13,8 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils import parametrizations
 
 import gaf
-from gaf.gram import gram_of
-from gaf.untouched import untouched
+from gaf.measure.untouched import untouched
+from gaf.rules.gram import gram_of
 
 # the type checks draw from Python's generator themselves
 pytestmark = pytest.mark.usefixtures("unchecked")

@@ -40,11 +40,11 @@ for module in ("numpy", "pooch", "requests", "rich", "rich.console", "rich.progr
     ):
         sys.modules[module] = MagicMock()
 
-from gaf_lab import environment  # noqa: E402
-from gaf_lab.config import TrainConfig  # noqa: E402
-from gaf_lab.engine import AHEAD, OnDevice  # noqa: E402
-from gaf_lab.together import Place, train_together  # noqa: E402
-from gaf_lab.train import Training, train  # noqa: E402
+from gaf_lab.records import environment  # noqa: E402
+from gaf_lab.settings.config import TrainConfig  # noqa: E402
+from gaf_lab.training.engine import AHEAD, OnDevice  # noqa: E402
+from gaf_lab.training.run import Training, train  # noqa: E402
+from gaf_lab.training.together import Place, train_together  # noqa: E402
 
 if isinstance(sys.modules["numpy"], MagicMock):
     environment.versions = lambda: {"torch": torch.__version__}

@@ -329,7 +329,7 @@ def sharded(options: Options, mesh: Any) -> nn.Module:
 
 def ddp_ratios(options: Options) -> Iterator[Line]:
     """gaf.attach with a tau that accepts everything, and gaf.Mean, over plain DDP."""
-    from gaf_lab import models
+    from gaf_lab.training import models
 
     torch.manual_seed(0)
     name = ("convnet", "imagenet") if options.small else ("resnet18", "imagenet")

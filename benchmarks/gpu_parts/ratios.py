@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 import gaf
-from gaf_lab import models
+from gaf_lab.training import models
 from gpu_parts.common import Batch, Line, Options, Step, ratios, sgd, silence
 
 PLAIN = "plain accumulation"

@@ -1,17 +1,23 @@
 """Gradient agreement filtering: average only the micro-gradients that agree, and skip the step where too few do."""
 
-from gaf.accumulate import Accumulator
-from gaf.attach import attach
-from gaf.audit import Audit
-from gaf.combine import aggregate
-from gaf.decision import Decision
-from gaf.gram import gram
-from gaf.handle import Handle
-from gaf.policies import GAF, Mean, RandomSkip
-from gaf.probe import Probe, probe
-from gaf.reference import reference
-from gaf.telemetry import Outcome
-from gaf.thresholds import MovingAverageTau, NoiseFloorTau, QuantileTau, ScheduleTau, SignalTau
+from gaf.device.accumulate import Accumulator
+from gaf.measure.probe import Probe, probe
+from gaf.ranks.attach import attach
+from gaf.ranks.handle import Handle
+from gaf.record.audit import Audit
+from gaf.record.telemetry import Outcome
+from gaf.rules.combine import aggregate
+from gaf.rules.decision import Decision
+from gaf.rules.gram import gram
+from gaf.rules.policies import GAF, Mean, RandomSkip
+from gaf.rules.reference import reference
+from gaf.rules.thresholds import (
+    MovingAverageTau,
+    NoiseFloorTau,
+    QuantileTau,
+    ScheduleTau,
+    SignalTau,
+)
 
 __version__ = "0.1.0"
 __all__ = [

@@ -11,7 +11,7 @@ def main() -> int:
     """The command `gaf`. The library alone does not bring what the lab needs; then it says so."""
     let_threads_sleep()
     try:
-        from gaf_lab.cli import main as run
+        from gaf_lab.commands.main import main as run
     except ModuleNotFoundError as missing:
         print(
             f"gaf: the command needs the lab's packages; {missing.name} is not installed. pip install 'gaf[lab]'",

@@ -3,7 +3,8 @@
 from collections.abc import Callable, Iterator
 
 import pytest
-from ranks import Ranks
+
+from helpers.ranks import Ranks
 
 
 @pytest.fixture(scope="session")

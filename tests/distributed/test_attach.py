@@ -9,7 +9,17 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from problems import (
+from torch import Tensor, nn
+from torch.amp import GradScaler
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import SGD, Adam
+from torch.optim.lr_scheduler import LambdaLR
+
+import gaf
+from gaf.ranks import exchange
+from gaf.ranks.exchange import Exchange, add_in_rank_order
+from helpers.problems import (
     KINDS,
     Odd,
     Wide,
@@ -21,16 +31,6 @@ from problems import (
     same_everywhere,
     telling_tau,
 )
-from torch import Tensor, nn
-from torch.amp import GradScaler
-from torch.distributed.optim import ZeroRedundancyOptimizer
-from torch.nn.parallel import DistributedDataParallel
-from torch.optim import SGD, Adam
-from torch.optim.lr_scheduler import LambdaLR
-
-import gaf
-from gaf import exchange
-from gaf.exchange import Exchange, add_in_rank_order
 
 pytestmark = pytest.mark.distributed
 World = Callable[[int], Any]

@@ -8,7 +8,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from problems import (
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.utils.checkpoint import checkpoint
+
+import gaf
+from helpers.problems import (
     KINDS,
     Loss,
     Odd,
@@ -21,12 +27,6 @@ from problems import (
     same_everywhere,
     telling_tau,
 )
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
-from torch.optim import SGD, Adam, AdamW, Optimizer
-from torch.utils.checkpoint import checkpoint
-
-import gaf
 
 pytestmark = pytest.mark.distributed
 
@@ -122,7 +122,7 @@ def test_modes(world: Callable, W: int, mode: str) -> None:
 
 
 def rank_dependent(model: nn.Module, step: int, rank: int) -> Tensor:
-    from problems import batch
+    from helpers.problems import batch
 
     x, y = batch(step, rank)
     return nn.functional.cross_entropy(model(x, side=rank % 2 == 0), y)

@@ -6,12 +6,12 @@ import time
 
 import pytest
 import torch.distributed as dist
-from problems import Wide, plain_loss
-from ranks import Ranks
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD
 
 import gaf
+from helpers.problems import Wide, plain_loss
+from helpers.ranks import Ranks
 
 pytestmark = pytest.mark.distributed
 TIMEOUT = 4.0

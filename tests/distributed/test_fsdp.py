@@ -7,7 +7,14 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from problems import (
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.optim import SGD, AdamW
+
+import gaf
+from gaf.ranks.exchange import Exchange
+from helpers.problems import (
     KINDS,
     Odd,
     Wide,
@@ -19,13 +26,6 @@ from problems import (
     same_everywhere,
     telling_tau,
 )
-from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.optim import SGD, AdamW
-
-import gaf
-from gaf.exchange import Exchange
 
 pytestmark = pytest.mark.distributed
 World = Callable[[int], Any]

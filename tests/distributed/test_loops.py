@@ -10,12 +10,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from problems import (
-    close,
-    flat_grad,
-    micro_gradients,
-    same_everywhere,
-)
 from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.distributed.device_mesh import init_device_mesh
@@ -26,6 +20,12 @@ from torch.optim.lr_scheduler import StepLR
 from torch.optim.swa_utils import AveragedModel
 
 import gaf
+from helpers.problems import (
+    close,
+    flat_grad,
+    micro_gradients,
+    same_everywhere,
+)
 
 pytestmark = pytest.mark.distributed
 World = Callable[[int], Any]

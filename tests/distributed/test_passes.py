@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from problems import micro_gradients, same_everywhere
 from test_loops import RATE, deep, difference, loss, momentum, net, values
 from torch import Tensor, nn
 from torch.amp import GradScaler
@@ -18,6 +17,7 @@ from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import ExponentialLR, LinearLR, SequentialLR, StepLR
 
 import gaf
+from helpers.problems import micro_gradients, same_everywhere
 
 pytestmark = pytest.mark.distributed
 World = Callable[[int], Any]

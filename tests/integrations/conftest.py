@@ -3,8 +3,9 @@
 from collections.abc import Iterator
 
 import pytest
-from oracle import forget, launched  # puts ranks on the path
-from ranks import Ranks
+
+from helpers.oracle import forget, launched  # puts ranks on the path
+from helpers.ranks import Ranks
 
 
 @pytest.fixture(autouse=True)

@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import BATCH, STEPS, K, alike, close, flat, follow, mean_loss, network, samples
-from ranks import Ranks
 from torch.amp import GradScaler
 from torch.optim.lr_scheduler import StepLR
 from torch.utils.data import DataLoader, TensorDataset
 
 import gaf
 from gaf.integrations.trackers import metrics
+from helpers.oracle import BATCH, STEPS, K, alike, close, flat, follow, mean_loss, network, samples
+from helpers.ranks import Ranks
 
 pytest.importorskip("accelerate")
 from accelerate import Accelerator

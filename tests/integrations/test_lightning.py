@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from oracle import alike, network, samples
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import StepLR
 from torch.utils.data import DataLoader, TensorDataset
 
 import gaf
+from helpers.oracle import alike, network, samples
 
 pl = pytest.importorskip("lightning.pytorch")
 from lightning.fabric import Fabric  # noqa: E402

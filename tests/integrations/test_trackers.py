@@ -15,7 +15,9 @@ from rich.console import Console
 
 import gaf
 from gaf.integrations.trackers import metrics
-from gaf_lab import cli, records, trackers
+from gaf_lab.commands import main as cli
+from gaf_lab.records import run as records
+from gaf_lab.training import trackers
 
 Logged = dict[int, dict[str, float]]  # by step
 

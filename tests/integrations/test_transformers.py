@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import BATCH, STEPS, K, close, flat, follow, network, samples
-from ranks import Ranks
 from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import LambdaLR
 
 import gaf
 from gaf.integrations.trackers import metrics
+from helpers.oracle import BATCH, STEPS, K, close, flat, follow, network, samples
+from helpers.ranks import Ranks
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")

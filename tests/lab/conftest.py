@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from gaf_lab import archives
+from gaf_lab.data import archives
 
 HUMAN = archives.HUMAN.file
 

@@ -12,11 +12,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 import gaf
-from gaf.accumulate import Accumulator, has_gradients
 from gaf.checks import check_policy
-from gaf.combine import Policy
-from gaf.handle import Handle
+from gaf.device.accumulate import Accumulator, has_gradients
 from gaf.integrations.options import check_options
+from gaf.ranks.handle import Handle
+from gaf.rules.combine import Policy
 
 SUBJECT = "accelerate.attach"
 INSTEAD = {

@@ -14,14 +14,14 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from gaf.accumulate import Accumulator
-from gaf.attach import attach
 from gaf.checks import check_policy
-from gaf.combine import Policy
-from gaf.gate import gate
-from gaf.handle import Handle
+from gaf.device.accumulate import Accumulator
 from gaf.integrations.options import check_b, check_names, check_options
 from gaf.integrations.trackers import metrics
+from gaf.ranks.attach import attach
+from gaf.ranks.handle import Handle
+from gaf.record.gate import gate
+from gaf.rules.combine import Policy
 
 
 class GAFCallback(pl.Callback):

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from numbers import Real
 from typing import Any
 
-from gaf.accumulate import Accumulator
-from gaf.attach import attach
+from gaf.device.accumulate import Accumulator
+from gaf.ranks.attach import attach
 
 # what an adapter fills in itself
 GIVEN = ("optimizer", "policy", "model", "scaler")

@@ -1,0 +1,1 @@
+"""Micro-gradients one after another: gradient accumulation on one device."""

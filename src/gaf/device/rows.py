@@ -1,0 +1,312 @@
+"""Holds the micro-gradients of one macro-batch until the decision: added up as they come, or kept apart."""
+
+from collections.abc import Sequence
+from typing import Any, TypeGuard
+
+import torch
+from torch import Tensor
+
+from gaf.device.sums import Buffers, SumOnCpu, SumOnDevice, norm2_of_rest, voting
+from gaf.rules.combine import Policy
+from gaf.rules.decision import Decision, Evidence, check_decision
+from gaf.rules.gram import gram_of
+from gaf.rules.policies import GAF, without_giants
+from gaf.rules.sequential import Seen, Sequential, norm2_after, present, signal
+from gaf.shapes import Float64
+
+
+def rows_for(
+    policy: Policy, voters: Sequence[bool], spare: Buffers, device: torch.device
+) -> "Streamed | Stacked":
+    """The holder that a policy needs.
+
+    Args:
+        policy: what will decide.
+        voters: which parameters the decision looks at.
+        spare: buffers of an earlier macro-batch, which may be written over.
+        device: of the parameters.
+    """
+    if device.type != "cpu" or not streams(policy):
+        return rows_on_device(policy, voters, device)
+    return Streamed(policy, SumOnCpu(voters, spare))
+
+
+def rows_on_device(
+    policy: Policy, voters: Sequence[bool], device: torch.device
+) -> "Streamed | Stacked":
+    """The holder that a policy needs and that never asks the host, on any device."""
+    return (
+        Streamed(policy, SumOnDevice(voters, policy.average == "halving", device))
+        if streams(policy)
+        else Stacked(policy, voters)
+    )
+
+
+def streams(policy: Policy) -> TypeGuard[Sequential]:
+    """Whether the policy decides on rows that are added up as they come."""
+    return (
+        isinstance(policy, Sequential)
+        and policy.streams
+        and type(policy).__call__ in (Sequential.__call__, GAF.__call__)
+    )
+
+
+class Streamed:
+    """The running sum and the current row: one gradient-sized buffer beyond plain accumulation, whatever k.
+
+    Args:
+        policy: gives the accept rule (`visit`) and the verdict (`conclude`).
+        sum: holds s, and takes the rows.
+    """
+
+    def __init__(self, policy: Sequential, sum: SumOnCpu | SumOnDevice) -> None:
+        self.policy, self.sum = policy, sum
+        # the current row's parameters that have a gradient
+        self.got: list[bool] = [False] * len(sum.voters)
+        self.holds: list[list[bool]] = []  # the same of each row
+        self.count = torch.zeros((), dtype=torch.int64, device=sum.device)
+        self.norm2 = torch.zeros((), dtype=torch.float64, device=sum.device)  # |s|^2
+        self.accepted: list[Tensor] = []
+        self.distances: list[Tensor] = []
+        self.norms2: list[Tensor] = []
+        # <s, g_i> / c, an estimate of |g|^2 for each row but the start
+        self.signals: list[Tensor] = []
+
+    def __len__(self) -> int:
+        return len(self.holds)
+
+    @property
+    def spare(self) -> Buffers:
+        return self.sum.spare
+
+    def take(self, j: int, grad: Tensor) -> None:
+        """Parameter j's gradient, as it arrives in the backward pass."""
+        self.got[j] = True
+        self.sum.take(j, grad)
+
+    def drop(self) -> None:
+        """Forgets the row whose backward pass failed."""
+        self.got = [False] * len(self.got)
+        self.sum.drop()
+
+    def add(self) -> None:
+        """Visits the row, which is whole now."""
+        inner, own = self.sum.measure()
+        count, norm2 = self.count, self.norm2
+        joins, distance = self.policy.visit(count, inner, norm2, own)
+        shrink = self.policy.shrink(count)
+        self.sum.absorb(joins, shrink, counts=self.policy.adds_absent)
+        self.accepted.append(joins)
+        self.distances.append(distance)
+        self.norms2.append(own)
+        self.signals.append(signal(self.policy, count, inner, own))
+        self.norm2 = torch.where(joins, norm2_after(norm2, inner, own, shrink), norm2)
+        self.count = count + joins
+        self.holds.append(self.got)
+        self.got = [False] * len(self.got)
+
+    def decide(self) -> tuple[Decision, Evidence]:
+        accepted, distances = torch.stack(self.accepted), torch.stack(self.distances)
+        norms2, signals, tau = (
+            torch.stack(self.norms2),
+            torch.stack(self.signals),
+            tau_of(self.policy, self.norm2),
+        )
+        decision = self.policy.conclude(accepted, distances)
+        check_decision(decision, self.policy, len(self), accepted.device)
+        self.policy.learn(Seen(accepted, distances, norms2, signals, gram=None))
+        return decision, Evidence(norms2, signals.nanmean(), tau)
+
+    def update(self, weights: list[float]) -> Buffers:
+        """w^T G; None for a parameter that no accepted row has a gradient for."""
+        used = [holds for holds, weight in zip(self.holds, weights, strict=True) if weight]
+        if self.policy.average == "mean" and {w for w in weights if w} != {max(weights)}:
+            raise ValueError(f"policy {self.policy!r}: a policy whose rows stream must weigh them alike; got weights {weights}. "
+                             "Override __call__, not conclude: then the rows are kept.")  # fmt: skip
+        total = [
+            s if any(column) else None
+            for s, column in zip(self.sum.update, zip(*used, strict=True), strict=True)
+        ]
+        if self.policy.average == "mean":
+            torch._foreach_mul_([t for t in total if t is not None], max(weights))
+        return total
+
+    def combined(self, weights: Float64[Tensor, " k"]) -> list[Tensor]:
+        """w^T G for weights that stay on the device, where every row has a gradient for every parameter; of no meaning after a skip."""
+        total = [s for s in self.sum.update if s is not None]
+        if self.policy.average == "mean":
+            torch._foreach_mul_(total, weights.max().to(total[0].dtype))
+        return total
+
+
+class Stacked:
+    """All k rows, for policies that need them apart."""
+
+    def __init__(self, policy: Policy, voters: Sequence[bool]) -> None:
+        self.policy, self.voters = policy, voters
+        self.spare: Buffers = [None] * len(voters)
+        self.row: Buffers = [None] * len(voters)
+        self.rows: list[Buffers] = []
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def take(self, j: int, grad: Tensor) -> None:
+        self.row[j] = grad
+
+    def drop(self) -> None:
+        self.row = [None] * len(self.voters)
+
+    @property
+    def got(self) -> list[bool]:
+        return [g is not None for g in self.row]
+
+    def add(self) -> None:
+        self.rows.append(self.row)
+        self.drop()
+
+    def decide(self) -> tuple[Decision, Evidence]:
+        gram = gram_of([voting(row, self.voters) for row in self.rows])
+        for own, row in zip(gram.diagonal(), self.rows, strict=True):
+            own += norm2_of_rest(row, self.voters)
+        return judged(self.policy, gram)
+
+    def update(self, weights: list[float]) -> Buffers:
+        """w^T G; None for a parameter that no accepted row has a gradient for."""
+        used = [(row, w) for row, w in zip(self.rows, weights, strict=True) if w]
+        return [weighted([(row[j], w) for row, w in used]) for j in range(len(self.voters))]
+
+    def combined(self, weights: Float64[Tensor, " k"]) -> list[Tensor]:
+        """w^T G for weights that stay on the device, where every row has a gradient for every parameter; of no meaning after a skip."""
+        return [
+            chosen([g for g in column if g is not None], weights)
+            for column in zip(*self.rows, strict=True)
+        ]
+
+
+class Layered:
+    """scope="layer": each layer's rows are held, judged and combined by themselves, in one backward pass.
+
+    Args:
+        layers: for each layer, the indices of its parameters; together all of them, each once.
+        holders: for each layer, of its rows.
+    """
+
+    def __init__(
+        self, layers: Sequence[Sequence[int]], holders: Sequence[Streamed | Stacked]
+    ) -> None:
+        self.layers, self.holders = layers, holders
+        self.decisions: list[Decision] = []
+        self._place = {
+            j: (holder, i)
+            for indices, holder in zip(layers, holders, strict=True)
+            for i, j in enumerate(indices)
+        }
+
+    def __len__(self) -> int:
+        return len(self.holders[0])
+
+    def _whole(self, parts: Sequence[Sequence[Any]]) -> list[Any]:
+        """The layers' lists as one, in the order of the parameters."""
+        found = {
+            j: one
+            for indices, part in zip(self.layers, parts, strict=True)
+            for j, one in zip(indices, part, strict=True)
+        }
+        return [found[j] for j in range(len(found))]
+
+    @property
+    def spare(self) -> Buffers:
+        return self._whole([holder.spare for holder in self.holders])
+
+    @property
+    def got(self) -> list[bool]:
+        return self._whole([holder.got for holder in self.holders])
+
+    def take(self, j: int, grad: Tensor) -> None:
+        holder, i = self._place[j]
+        holder.take(i, grad)
+
+    def drop(self) -> None:
+        for holder in self.holders:
+            holder.drop()
+
+    def add(self) -> None:
+        for holder in self.holders:
+            holder.add()
+
+    def decide(self) -> tuple[Decision, Evidence]:
+        """The layers' decisions as one; each is kept in `decisions`."""
+        found = [holder.decide() for holder in self.holders]
+        self.decisions = [decision for decision, _ in found]
+        return together(self.decisions, [evidence for _, evidence in found])
+
+    def update(self, weights: list[float]) -> Buffers:
+        """w^T G with each layer's own weights; None for the parameters of a layer that does not step."""
+        own = torch.stack([decision.weights for decision in self.decisions]).tolist()
+        return self._whole(
+            [
+                h.update(w) if any(w) else [None] * len(i)
+                for h, w, i in zip(self.holders, own, self.layers, strict=True)
+            ]
+        )
+
+
+def together(
+    decisions: Sequence[Decision], evidence: Sequence[Evidence]
+) -> tuple[Decision, Evidence]:
+    """Of the parts of one gradient: stepped, and a row accepted, where any part says so; weights and distances are means over parts."""
+    accepted = torch.stack([d.accepted for d in decisions]).any(0)
+    stepped = torch.stack([d.stepped for d in decisions]).any()
+    weights = torch.stack([d.weights for d in decisions]).mean(0)
+    decision = Decision(
+        weights, accepted, stepped, torch.stack([d.distances for d in decisions]).nanmean(0)
+    )
+    norms2 = torch.stack([e.norms2 for e in evidence]).sum(0)
+    return decision, Evidence(
+        norms2, torch.stack([e.signal for e in evidence]).nansum(), evidence[0].tau
+    )
+
+
+def judged(policy: Policy, gram: Float64[Tensor, "k k"]) -> tuple[Decision, Evidence]:
+    """What the policy says of a Gram matrix, and what else the matrix tells."""
+    tau = tau_of(policy, gram)
+    decision = check_decision(policy(gram), policy, len(gram), gram.device)
+    ratio = getattr(policy, "max_norm_ratio", None)
+    compared = gram if ratio is None else without_giants(gram, ratio)
+    return decision, Evidence(compared.diagonal(), mean_off_diagonal(compared), tau)
+
+
+def tau_of(policy: Policy, like: Tensor) -> Float64[Tensor, ""]:
+    """The policy's threshold for the rows at hand, on the device of `like`; NaN where it has none."""
+    return (
+        policy.tau_on(like.device)
+        if isinstance(policy, GAF)
+        else torch.full((), torch.nan, dtype=torch.float64, device=like.device)
+    )
+
+
+def weighted(terms: list[tuple[Tensor | None, float]]) -> Tensor | None:
+    """The weighted sum of one parameter's gradients, added in float32 or wider."""
+    total, dtype = None, None
+    for grad, weight in terms:
+        if grad is not None:
+            dtype = grad.dtype
+            term = grad.to(torch.promote_types(dtype, torch.float32)) * weight
+            total = term if total is None else total.add_(term)
+    return None if total is None else total.to(dtype)
+
+
+def chosen(grads: Sequence[Tensor], weights: Float64[Tensor, " k"]) -> Tensor:
+    """`weighted` for weights on the device: the same numbers; a gradient of weight zero counts as zeros, whatever it holds."""
+    total = torch.zeros_like(grads[0], dtype=torch.promote_types(grads[0].dtype, torch.float32))
+    for grad, weight in zip(grads, weights.to(total.dtype), strict=True):
+        total.add_(torch.where(weight != 0, grad.to(total.dtype) * weight, 0))
+    return total.to(grads[0].dtype)
+
+
+def mean_off_diagonal(gram: Float64[Tensor, "k k"]) -> Float64[Tensor, ""]:
+    """Over pairs of present rows, an estimate of |g|^2; NaN where there is no pair."""
+    sound = present(gram.diagonal())
+    pairs = (sound & sound[:, None]).triu(1)
+    return torch.where(pairs, gram, 0.0).sum() / pairs.sum()

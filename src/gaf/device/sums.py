@@ -1,0 +1,185 @@
+"""The running sum s of the accepted rows, and what is measured of a row against it as autograd delivers the row."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from gaf.rules.gram import HALF, has_float64, inner_products, quick_products
+from gaf.shapes import Bool, Float64
+
+Buffers = list[Tensor | None]  # one per parameter
+PAIR = [(0, 1), (1, 1)]  # of the rows (s, g): <s, g> and |g|^2
+
+
+class SumOnCpu:
+    """s, and beside it the candidate s + g, made parameter by parameter while g is in the cache.
+
+    A row that is accepted is there already; one that is refused leaves s bit for bit as it was. Autograd's own memory
+    is free for the next layer at once, and the buffers go to and fro: memory given back and asked for anew at every
+    micro-batch would cost page faults.
+
+    Args:
+        voters: which parameters the decision looks at.
+        spare: buffers that may be written over.
+    """
+
+    device = torch.device("cpu")
+
+    def __init__(self, voters: Sequence[bool], spare: Buffers) -> None:
+        self.voters, self.spare = voters, spare
+        self.total: Buffers = [None] * len(voters)
+        self.candidate: Buffers = [None] * len(voters)
+        self.inner = self.own = 0.0
+        # the sum of all rows, once one is absent that counts all the same; and then the current one
+        self.all_rows: Buffers | None = None
+        self.row: list[tuple[int, Tensor]] = []
+
+    @property
+    def update(self) -> Buffers:
+        """The sum that the update is made of."""
+        return self.total if self.all_rows is None else self.all_rows
+
+    def take(self, j: int, grad: Tensor) -> None:
+        """Parameter j's gradient: adds its share to <s, g> and |g|^2, and makes its part of the candidate."""
+        total = self.total[j]
+        if self.voters[j]:
+            inner, own = quick_products(total, grad)
+            self.inner, self.own = self.inner + inner, self.own + own
+        else:
+            # NaN where it is not finite: the row counts as absent
+            self.own += 0.0 * quick_products(None, grad)[1]
+        self.candidate[j] = wide(grad) if total is None else self._with(total, grad, j)
+        if self.all_rows is not None:
+            self.row.append((j, grad))
+
+    def _with(self, total: Tensor, grad: Tensor, j: int) -> Tensor:
+        """s + g, in the spare buffer where there is one that fits."""
+        spare, self.spare[j] = self.spare[j], None
+        return (
+            torch.add(total, grad, out=spare)
+            if spare is not None and alike(spare, total)
+            else torch.add(total, grad)
+        )
+
+    def measure(self) -> tuple[Float64[Tensor, ""], Float64[Tensor, ""]]:
+        """<s, g> and |g|^2 of the row that was taken."""
+        found = torch.tensor([self.inner, self.own], dtype=torch.float64, device=self.device)
+        self.inner = self.own = 0.0
+        return found[0], found[1]
+
+    def absorb(
+        self, joins: Bool[Tensor, ""], shrink: Float64[Tensor, ""], counts: bool = False
+    ) -> None:
+        """s <- shrink (s + g) where the row joins, else s stays. counts: in the update it is in any case, see `Sequential`."""
+        if counts and not (joins and self.all_rows is None):
+            self._count()
+        if not joins:
+            return self.drop()
+        for j, candidate in enumerate(self.candidate):
+            if candidate is not None:
+                old, self.total[j] = self.total[j], candidate
+                self.spare[j] = self.spare[j] if old is None else old
+        self.candidate = [None] * len(self.voters)
+        if shrink != 1:
+            torch._foreach_mul_([t for t in self.total if t is not None], float(shrink))
+        return None
+
+    def _count(self) -> None:
+        """Adds the row to the sum of all rows. The first absent one leaves the candidate to it: s + g."""
+        if self.all_rows is None:
+            pairs = zip(self.total, self.candidate, strict=True)
+            self.all_rows = [s.clone() if c is None and s is not None else c for s, c in pairs]
+            self.candidate = [None] * len(self.voters)
+        for j, grad in self.row:
+            before = self.all_rows[j]
+            self.all_rows[j] = wide(grad).clone() if before is None else before.add_(grad)
+        self.row = []
+
+    def drop(self) -> None:
+        """Forgets the row."""
+        self.row = []
+        self.spare = [
+            s if c is None else c for s, c in zip(self.spare, self.candidate, strict=True)
+        ]
+        self.candidate = [None] * len(self.voters)
+        self.inner = self.own = 0.0
+
+
+def wide(grad: Tensor) -> Tensor:
+    """Half precision is added up in float32: float16's sums leave its range where their mean does not, and bfloat16's lose rows."""
+    return grad.float() if grad.dtype in HALF else grad
+
+
+def alike(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and a.shape == b.shape and a.stride() == b.stride()
+
+
+class SumOnDevice:
+    """s and the current row on an accelerator: measured at once when the row is whole, added without asking the host.
+
+    Args:
+        voters: which parameters the decision looks at.
+        halving: whether `shrink` is ever other than 1.
+        device: of the parameters.
+    """
+
+    def __init__(self, voters: Sequence[bool], halving: bool, device: torch.device) -> None:
+        self.voters, self.halving = voters, halving
+        self.device = device if has_float64(device) else torch.device("cpu")
+        # the device's own allocator keeps memory at hand
+        self.spare: Buffers = [None] * len(voters)
+        self.total: Buffers = [None] * len(voters)
+        self.row: Buffers = [None] * len(voters)
+        self.all_rows: Buffers | None = None  # their sum, where absent ones count too
+
+    @property
+    def update(self) -> Buffers:
+        """The sum that the update is made of."""
+        return self.total if self.all_rows is None else self.all_rows
+
+    def take(self, j: int, grad: Tensor) -> None:
+        self.row[j] = grad
+
+    def measure(self) -> tuple[Float64[Tensor, ""], Float64[Tensor, ""]]:
+        found = inner_products(
+            [voting(self.total, self.voters), voting(self.row, self.voters)], PAIR
+        ).to(self.device)
+        return found[0], found[1] + norm2_of_rest(self.row, self.voters)
+
+    def absorb(
+        self, joins: Bool[Tensor, ""], shrink: Float64[Tensor, ""], counts: bool = False
+    ) -> None:
+        if counts:
+            whole = self.all_rows or [None] * len(self.row)
+            pairs = zip(whole, self.row, strict=True)
+            copies = [g.clone() if s is None and g is not None else g for s, g in pairs]
+            self.all_rows = add(whole, copies)
+        row = [None if g is None else g.masked_fill_(~joins.to(g.device), 0) for g in self.row]
+        self.total = add(self.total, row)
+        if self.halving:
+            for total in self.total:
+                if total is not None:
+                    total.mul_(torch.where(joins, shrink, 1.0).to(total.device))
+        self.drop()
+
+    def drop(self) -> None:
+        self.row = [None] * len(self.voters)
+
+
+def add(total: Buffers, row: Buffers) -> Buffers:
+    """total + row, in the memory of total; a part that it lacks is taken over from the row."""
+    pairs = [(s, g) for s, g in zip(total, row, strict=True) if s is not None and g is not None]
+    if pairs:
+        torch._foreach_add_([s for s, _ in pairs], [g for _, g in pairs])
+    return [wide(g) if s is None and g is not None else s for s, g in zip(total, row, strict=True)]
+
+
+def voting(row: Sequence[Tensor | None], voters: Sequence[bool]) -> Buffers:
+    return [t for t, votes in zip(row, voters, strict=True) if votes]
+
+
+def norm2_of_rest(row: Sequence[Tensor | None], voters: Sequence[bool]) -> Tensor | float:
+    """0 x |the coordinates that do not vote|^2: NaN where one of them is not finite, so that the row counts as absent."""
+    rest = [t for t, votes in zip(row, voters, strict=True) if not votes]
+    return 0.0 * inner_products([rest], [(0, 0)])[0] if any(t is not None for t in rest) else 0.0

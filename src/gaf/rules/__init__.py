@@ -1,0 +1,1 @@
+"""From the k x k Gram matrix to a decision: which micro-gradients count, and with what weights."""

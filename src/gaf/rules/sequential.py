@@ -1,0 +1,166 @@
+"""The rule behind the policies: rows are visited one by one, each against the running sum of those taken before it.
+
+What `visit` needs of a row, its inner product with that sum and both norms, can be read off the Gram matrix (`walk`)
+or measured while the rows stream by (`gaf.rows`); it is the one rule behind both.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from gaf.rules.decision import Decision
+from gaf.rules.gram import check_gram
+from gaf.shapes import Bool, Float64, Int
+
+# a distance equal to tau is accepted; rounding in float64 must not turn such a tie into a rejection
+TIE = 1e-12
+
+
+def visit(
+    count: Int[Tensor, "*s"],
+    inner: Float64[Tensor, "*s"],
+    norm2: Float64[Tensor, "*s"],
+    own: Float64[Tensor, "*s"],
+    tau: float | Tensor,
+) -> tuple[Bool[Tensor, "*s"], Float64[Tensor, "*s"]]:
+    """The accept rule: one row g against the running sum s of `count` rows (paper, algorithm 1).
+
+        distance = 1 - <s, g> / (|s| |g|), in [0, 2]        accepted: distance <= tau
+
+    The first present row starts the sum: distance 0. An absent row (norm zero or not finite) is never accepted:
+    distance NaN. Rows that cancelled have left a sum without direction: distance 1.
+
+    Args:
+        count: rows in the sum.
+        inner: <s, g>.
+        norm2: |s|^2.
+        own: |g|^2.
+        tau: the largest distance that is accepted; a higher one accepts more.
+
+    Returns:
+        accepted, distance.
+    """
+    cosine = torch.where(norm2 > 0, inner / (norm2.sqrt() * own.sqrt()), 0.0)
+    distance = torch.where(count > 0, (1 - cosine).clamp(0, 2), 0.0)
+    distance = torch.where(present(own), distance, math.nan)
+    return distance <= tau + TIE, distance
+
+
+def present(norm2: Float64[Tensor, "*s"]) -> Bool[Tensor, "*s"]:
+    return (norm2 > 0) & norm2.isfinite()
+
+
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """What a macro-batch has shown a policy that learns from it; the same from a Gram matrix and from rows that streamed by.
+
+    Attributes:
+        accepted: (k,) bool, rows that the rule accepted, also where too few did for a step.
+        distances: (k,) float64, as in a Decision.
+        norms2: (k,) float64, squared norms.
+        signals: (k,) float64, <s, g_i> / c of each row that was compared; NaN for the others.
+        gram: (k, k) float64; None where the rows streamed by.
+    """
+
+    accepted: Bool[Tensor, " k"]
+    distances: Float64[Tensor, " k"]
+    norms2: Float64[Tensor, " k"]
+    signals: Float64[Tensor, " k"]
+    gram: Float64[Tensor, "k k"] | None
+
+
+class Sequential:
+    """A policy that visits the rows in order, each against the running sum of those accepted before it."""
+
+    average: Literal["mean", "halving"] = "mean"
+    # the rows may be added up as they come: nothing is decided later that needs them apart
+    streams = True
+    # whether an absent row is in the update all the same, so that its NaN goes through; others are not compared with it
+    adds_absent = False
+
+    def visit(
+        self,
+        count: Int[Tensor, "*s"],
+        inner: Float64[Tensor, "*s"],
+        norm2: Float64[Tensor, "*s"],
+        own: Float64[Tensor, "*s"],
+    ) -> tuple[Bool[Tensor, "*s"], Float64[Tensor, "*s"]]:
+        """Whether a row joins the running sum, and its distance to it; see `gaf.sequential.visit`."""
+        raise NotImplementedError
+
+    def shrink(self, count: Int[Tensor, "*s"]) -> Float64[Tensor, "*s"]:
+        """What the sum is multiplied by once a row has joined `count` others: 1, or 1/2 for average="halving"."""
+        halved = (count > 0) & (self.average == "halving")
+        return 1.0 - 0.5 * halved.double()
+
+    def conclude(self, accepted: Bool[Tensor, " k"], distances: Float64[Tensor, " k"]) -> Decision:
+        """The decision, once every row was visited."""
+        raise NotImplementedError
+
+    def learn(self, seen: "Seen") -> None:
+        """Told of each decision once it is taken; a policy that adapts changes here, for the next one."""
+
+    def __call__(self, gram: Float64[Tensor, "k k"]) -> Decision:
+        """Decides from the Gram matrix, (k, k) float64; a diagonal entry of zero, NaN or infinity marks an absent row."""
+        check_gram(gram)
+        k = len(gram)
+        accepted, distances, signals = walk(
+            self, gram, torch.arange(k, device=gram.device).expand(1, k)
+        )
+        decision = self.conclude(accepted[0], distances[0])
+        self.learn(Seen(accepted[0], distances[0], gram.diagonal(), signals[0], gram))
+        return decision
+
+
+def walk(
+    policy: Sequential, gram: Float64[Tensor, "k k"], orders: Int[Tensor, "s k"]
+) -> tuple[Bool[Tensor, "s k"], Float64[Tensor, "s k"], Float64[Tensor, "s k"]]:
+    """Visits the rows in each of s orders at once: O(s k^2), no look at the host.
+
+    Returns:
+        By row: accepted, distances, and the signals <s, g_i> / c, each an estimate of |g|^2; NaN for the start and for absent rows.
+    """
+    norms2, sound = gram.diagonal(), present(gram.diagonal())
+    gram = torch.where(sound & sound[:, None], gram, 0.0)
+    s, k = orders.shape
+    inner = gram.new_zeros(s, k)  # <running sum, g_i>
+    norm2, count = gram.new_zeros(s), torch.zeros(s, dtype=torch.int64, device=gram.device)
+    accepted = torch.zeros(s, k, dtype=torch.bool, device=gram.device)
+    distances, signals = gram.new_zeros(s, k), gram.new_zeros(s, k)
+    for row in orders.unbind(1):
+        here = row[:, None]
+        inner_row, shrink = inner.gather(1, here)[:, 0], policy.shrink(count)
+        joins, distance = policy.visit(count, inner_row, norm2, norms2[row])
+        signals.scatter_(1, here, signal(policy, count, inner_row, norms2[row])[:, None])
+        norm2 = torch.where(
+            joins, norm2_after(norm2, inner_row, gram.diagonal()[row], shrink), norm2
+        )
+        inner = torch.where(joins[:, None], (inner + gram[row]) * shrink[:, None], inner)
+        count = count + joins
+        accepted.scatter_(1, here, joins[:, None])
+        distances.scatter_(1, here, distance[:, None])
+    return accepted, distances, signals
+
+
+def signal(
+    policy: Sequential,
+    count: Int[Tensor, "*s"],
+    inner: Float64[Tensor, "*s"],
+    own: Float64[Tensor, "*s"],
+) -> Float64[Tensor, "*s"]:
+    """<s, g> over the number of rows that s adds up, an estimate of |g|^2; NaN where nothing was compared."""
+    terms = count if policy.average == "mean" else count.clamp_max(1)
+    return torch.where(present(own) & (count > 0), inner / terms, math.nan)
+
+
+def norm2_after(
+    norm2: Float64[Tensor, "*s"],
+    inner: Float64[Tensor, "*s"],
+    own: Float64[Tensor, "*s"],
+    shrink: Float64[Tensor, "*s"],
+) -> Float64[Tensor, "*s"]:
+    """|shrink (s + g)|^2 from |s|^2, <s, g> and |g|^2."""
+    return (norm2 + 2 * inner + own).clamp_min(0) * shrink**2

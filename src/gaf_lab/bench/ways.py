@@ -1,0 +1,101 @@
+"""Three ways from k ranks' gradients to one update: DDP's own average, gaf.attach, and gathering every gradient on every rank."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import gaf
+from gaf.ranks.exchange import Exchange, Pair, add_in_rank_order
+from gaf_lab.training import models
+
+Step = Callable[[], None]
+
+PLAIN, GAF, NAIVE = "plain DDP", "gaf.attach", "gather all"
+WAYS = (PLAIN, GAF, NAIVE)
+TAU = 2.0  # accepts every row: the most work, and both ways over the network
+CLASSES = 100
+
+
+def build(name: str, stem: models.Stem) -> nn.Module:
+    torch.manual_seed(0)
+    return models.build(name, (3, 32, 32), CLASSES, stem)
+
+
+def make_step(way: str, name: str, stem: models.Stem, b: int) -> tuple[Step, nn.Module]:
+    """A training step of a fresh model on this rank, and that model: bare for NAIVE, else in DistributedDataParallel."""
+    bare = build(name, stem)
+    model = bare if way == NAIVE else DistributedDataParallel(bare)
+    optimizer = torch.optim.SGD(
+        model.parameters(), lr=0.01, momentum=0.9, nesterov=True, weight_decay=0.01
+    )
+    rng = torch.Generator().manual_seed(dist.get_rank())
+    x, y = torch.randn(b, 3, 32, 32, generator=rng), torch.randint(0, CLASSES, (b,), generator=rng)
+    if way == GAF:
+        gaf.attach(model, optimizer, gaf.GAF(TAU))
+
+    def step() -> None:
+        nn.functional.cross_entropy(model(x), y).backward()
+        if way == NAIVE:
+            share_all(list(model.parameters()))
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step, model
+
+
+def share_all(params: Sequence[nn.Parameter]) -> None:
+    """The published scripts' way: every rank receives every whole gradient, and decides and averages for itself."""
+    grads = [p.grad for p in params if p.grad is not None]
+    update = filtered(gathered(torch.cat([g.view(-1) for g in grads])))
+    for p, part in zip(params, update.split([g.numel() for g in grads]), strict=True):
+        p.grad = part.view_as(p)
+
+
+def gathered(flat: Tensor) -> list[Tensor]:
+    rows = [torch.empty_like(flat) for _ in range(dist.get_world_size())]
+    dist.all_gather(rows, flat)
+    return rows
+
+
+def filtered(rows: list[Tensor], tau: float = TAU) -> Tensor:
+    total, count = rows[0].clone(), 1
+    for row in rows[1:]:
+        if 1 - nn.functional.cosine_similarity(total, row, dim=0) <= tau:
+            total += row
+            count += 1
+    return total / count
+
+
+def make_aggregate(way: str) -> Callable[[list[Tensor]], Any]:
+    """The same without forward and backward pass: from flat buckets, each of this rank's values, to their aggregate."""
+    if way == PLAIN:
+        return reduced
+    if way == NAIVE:
+        return lambda buckets: filtered(gathered(torch.cat(buckets)))
+    assert dist.group.WORLD is not None
+    exchange, policy = (
+        (Pair if dist.get_world_size() == 2 else Exchange)(dist.group.WORLD),
+        gaf.GAF(TAU),
+    )
+    return lambda buckets: exchanged(exchange, policy, buckets)
+
+
+def reduced(buckets: list[Tensor]) -> None:
+    works = [dist.all_reduce(bucket, async_op=True) for bucket in buckets]
+    for work in works:
+        work.wait()
+
+
+def exchanged(exchange: Exchange, policy: gaf.GAF, buckets: list[Tensor]) -> None:
+    exchange.begin()
+    for bucket in buckets:
+        exchange.send(bucket)
+    exchange.receive()
+    partial = exchange.partial()
+    total = add_in_rank_order(partial.reshape(-1), exchange.group).view_as(partial)
+    exchange.give_back(policy(exchange.gram(total)).weights.tolist())
+    exchange.end()

@@ -1,0 +1,1 @@
+"""Images and labels, up to one micro-batch."""

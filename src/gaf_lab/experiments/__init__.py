@@ -1,0 +1,1 @@
+"""The demo, and measurements of disagreement: the probe and the audit."""

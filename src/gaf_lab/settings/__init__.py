@@ -1,0 +1,1 @@
+"""What is to run: configurations, presets and plans. It knows nothing of torch."""

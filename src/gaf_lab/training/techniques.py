@@ -1,0 +1,176 @@
+"""What a user would otherwise do about wrong labels: losses, mixed pictures, flat minima, averaged weights, an early end.
+
+Each is the published formula and no more; a run takes them from its config (`Objective`, `climbing`, `averaged`, `EarlyStopping`).
+"""
+
+import contextlib
+import copy
+import random
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, log_softmax, softmax
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from gaf_lab.data.sampling import generator, key
+from gaf_lab.settings.config import TrainConfig
+
+Forward = Callable[[Tensor], Tensor]
+
+
+def generalised_cross_entropy(scores: Tensor, y: Tensor, q: float) -> Tensor:
+    """Mean of (1 - p_y^q) / q (Zhang and Sabuncu, arXiv 1805.07836, equation 6).
+
+    Args:
+        scores: (b, classes) logits.
+        y: (b,) labels.
+        q: in (0, 1].
+    """
+    log_p = log_softmax(scores, 1).gather(1, y[:, None])
+    return (-torch.expm1(q * log_p) / q).mean()
+
+
+class EarlyLearning:
+    """Cross-entropy + lambda log(1 - <p, t>), t a running average of what the model said of the sample (Liu et al., arXiv 2007.00151).
+
+    Args:
+        samples, classes: of the training set: t is (samples, classes).
+        beta: weight of the past in t.
+        weight: lambda.
+    """
+
+    def __init__(
+        self, samples: int, classes: int, beta: float, weight: float, device: torch.device
+    ) -> None:
+        self.beta, self.weight = beta, weight
+        self.targets = torch.zeros(samples, classes, device=device)
+
+    def __call__(self, scores: Tensor, y: Tensor, index: Tensor) -> Tensor:
+        """The loss of samples `index` (b,), whose targets it moves, whatever is decided about their micro-gradient."""
+        p = softmax(scores, 1).clamp(1e-4, 1 - 1e-4)  # as released
+        with torch.no_grad():
+            said = p / p.sum(1, keepdim=True)
+            targets = self.beta * self.targets[index] + (1 - self.beta) * said
+            self.targets[index] = targets
+        return cross_entropy(scores, y) + self.weight * torch.log1p(-(targets * p).sum(1)).mean()
+
+
+def mixed(
+    x: Tensor, y: Tensor, alpha: float, seed: int, *parts: int
+) -> tuple[Tensor, Tensor, float]:
+    """m x + (1 - m) x', the labels y' of x', and m ~ Beta(alpha, alpha); x' is x in another order (Zhang et al., arXiv 1710.09412)."""
+    m = random.Random(key(seed, "mixup", *parts)).betavariate(alpha, alpha)
+    order = torch.randperm(len(x), generator=generator(seed, "mixup order", *parts)).to(x.device)
+    return m * x + (1 - m) * x[order], y[order], m
+
+
+class Objective:
+    """The loss of a micro-batch under a config.
+
+    Args:
+        samples, classes: of the training set.
+    """
+
+    def __init__(
+        self, config: TrainConfig, samples: int, classes: int, device: torch.device
+    ) -> None:
+        self.config = config
+        elr = config.loss == "elr"
+        self.early = (
+            EarlyLearning(samples, classes, config.elr_beta, config.elr_lambda, device)
+            if elr
+            else None
+        )
+
+    def __call__(
+        self, forward: Forward, x: Tensor, y: Tensor, index: Tensor, step: int, i: int
+    ) -> Tensor:
+        """Loss () of micro-batch i of a step: pictures x, labels y, and `index`, which samples they are."""
+        config = self.config
+        if config.mixup:
+            x, other, m = mixed(x, y, config.mixup, config.seed, step, i)
+            scores = forward(x).float()
+            return m * self.of(scores, y, index) + (1 - m) * self.of(scores, other, index)
+        return self.of(forward(x).float(), y, index)
+
+    def of(self, scores: Tensor, y: Tensor, index: Tensor) -> Tensor:
+        """Loss () of scores (b, classes) float32: bfloat16 has too few digits for the logarithm of a probability near 1."""
+        if self.early is not None:
+            return self.early(scores, y, index)
+        if self.config.loss == "gce":
+            return generalised_cross_entropy(scores, y, self.config.gce_q)
+        return cross_entropy(scores, y, label_smoothing=self.config.label_smoothing)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self.early is None else {"targets": self.early.targets}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if self.early is not None:
+            self.early.targets.copy_(state["targets"])
+
+
+@contextlib.contextmanager
+def climbing(model: nn.Module, loss: Tensor, radius: float) -> Iterator[None]:
+    """Within, the weights are w + radius g / |g|, g being the gradient of `loss` (SAM: Foret et al., arXiv 2010.01412, equation 2).
+
+    Used on each micro-batch by itself, as data-parallel SAM does. BatchNorm's statistics and counts stand still within,
+    and the weights are bit for bit what they were afterwards.
+    """
+    weights: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
+    grads = torch.autograd.grad(loss, weights)
+    norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in grads]))
+    kept = [p.detach().clone() for p in weights]
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    with torch.no_grad():
+        for p, g in zip(weights, grads, strict=True):
+            p += g * (radius / (norm + 1e-12))
+    for one in norms:
+        one.track_running_stats = False
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            torch._foreach_copy_(weights, kept)
+        for one in norms:
+            one.track_running_stats = True
+
+
+def averaged(model: nn.Module, decay: float) -> AveragedModel:
+    """A model whose weights and BatchNorm statistics become decay times what they were plus (1 - decay) times the model's.
+
+    The first update takes the model's as they are.
+    """
+    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+
+
+class EarlyStopping:
+    """Ends a run after `patience` evaluations in a row without a better accuracy on held-out labels (Prechelt 1998)."""
+
+    def __init__(self, patience: int) -> None:
+        self.patience = patience
+        self.best, self.waited = -1.0, 0
+        self.weights: dict[str, Tensor] = {}
+
+    @property
+    def over(self) -> bool:
+        return self.waited >= self.patience
+
+    def look(self, accuracy: float, model: nn.Module) -> None:
+        """After an evaluation: keeps the model's weights where it is the best so far; the first of equals is."""
+        if accuracy > self.best:
+            self.best, self.waited, self.weights = accuracy, 0, copy.deepcopy(model.state_dict())
+        else:
+            self.waited += 1
+
+    def put_back(self, model: nn.Module) -> None:
+        """Gives the model its best weights."""
+        model.load_state_dict(self.weights)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best, "waited": self.waited, "weights": self.weights}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.best, self.waited, self.weights = state["best"], state["waited"], state["weights"]

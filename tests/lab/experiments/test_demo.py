@@ -1,0 +1,81 @@
+"""The demo at a size that a test can run: all arms, paired, and Ctrl-C keeps what is finished."""
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from rich.console import Console
+
+from gaf_lab.experiments.demo import arms, clear, demo
+from gaf_lab.records import run as records
+from gaf_lab.settings.config import ConfigError
+from gaf_lab.settings.presets import DEMO
+from gaf_lab.training.run import train
+from helpers.fakes import Silent, hear_ctrl_c
+
+TINY = dataclasses.replace(DEMO, passes=2.0, eval_every=1.0)
+
+
+def test_the_demo_runs_every_arm_for_every_seed_with_the_control_bound_to_its_own_gaf_run(tmp_path):
+    runs = demo(tmp_path, Console(quiet=True), seeds=2, base=TINY)
+    assert [(r.arm, r.seed) for r in runs] == [
+        (a, s) for s in range(2) for a in ("GAF", "averaging", "random subset")
+    ]
+    rows = {(r.arm, r.seed): r.rows for r in runs}
+    for seed in range(2):
+        assert rows["GAF", seed] == rows["random subset", seed]
+        assert set(rows["averaging", seed]) == {8}
+    assert rows["GAF", 0] != rows["GAF", 1]
+
+
+def test_arms_of_one_seed_differ_in_the_policy_alone():
+    for config in arms(3, DEMO).values():
+        assert dataclasses.replace(config, policy="gaf", replay=None) == dataclasses.replace(
+            DEMO, seed=3
+        )
+
+
+def test_ctrl_c_leaves_what_is_finished_and_reports_it(tmp_path):
+    command = [sys.executable, "-m", "gaf_lab", "demo", "--passes", "6", "--out", str(tmp_path)]
+    process = subprocess.Popen(
+        command,
+        start_new_session=True,
+        preexec_fn=hear_ctrl_c,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline and process.poll() is None and not any(finished(tmp_path)):
+        time.sleep(0.1)
+    assert process.poll() is None
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers as well
+    out = process.communicate(timeout=60)[0].decode()
+    assert "Stopped. The page holds the finished runs." in out
+    assert 0 < len(list(finished(tmp_path))) < 9
+    assert (tmp_path / "report.html").is_file()
+    assert "Traceback" not in out
+
+
+def finished(folder):
+    for file in folder.glob("*/records.jsonl"):
+        run = records.read(file.parent)
+        if run.end and run.end["status"] == "finished":
+            yield run
+
+
+def test_a_demo_removes_the_runs_of_an_earlier_one_and_no_other(tmp_path):
+    demo(tmp_path, Console(quiet=True), seeds=1, base=TINY)
+    mine = dataclasses.replace(TINY, dataset="digits")
+    train(mine, tmp_path / "mine", Silent(), command="gaf train --out mine")
+    clear(tmp_path)
+    assert [file.parent.name for file in tmp_path.glob("*/records.jsonl")] == ["mine"]
+    train(mine, tmp_path / "gaf-0", Silent(), command="gaf train --out gaf-0")
+    with pytest.raises(
+        ConfigError, match="a demo's under a demo's names; gaf-0 is another run. Give"
+    ):
+        clear(tmp_path)
+    assert records.read(tmp_path / "gaf-0").end["status"] == "finished"

@@ -1,0 +1,68 @@
+"""`gaf paper all` at scale smoke, as it is typed, on the real CIFAR-100: every figure is there, the page is sound, nothing runs twice."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+from gaf_lab.commands import main as cli
+from gaf_lab.paper import items as paper
+from gaf_lab.records import run as records
+from helpers.browser import assert_page_is_sound
+
+IDS = tuple(paper.ITEMS)
+
+
+def said_by(words, code):
+    out = io.StringIO()
+    assert cli.command(["paper", *words], Console(file=out, width=160)) == code
+    return out.getvalue()
+
+
+@pytest.fixture(scope="module")
+def everything(real, tmp_path_factory):
+    """The folder of one command for all ten, and what it said."""
+    out = tmp_path_factory.mktemp("paper") / "out"
+    words = ["all", "--data", str(real), "--out", str(out), "--workers", "2"]
+    return out, words, said_by(words, 0)
+
+
+def test_it_says_beforehand_how_many_runs_there_are_and_how_long_they_take(everything):
+    _, _, said = everything
+    runs = {config.hash for name in IDS for config in paper.plan(name)}
+    assert f"{len(runs)} runs, {len(runs)} of them to do." in said
+    assert "by a short measurement" in said
+
+
+@pytest.mark.parametrize("name", IDS)
+def test_every_figure_is_there_with_its_runs(everything, name):
+    out, _, _ = everything
+    assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    finished = {
+        run.header["config_hash"]
+        for run in records.find([out])
+        if run.end and run.end["status"] == "finished"
+    }
+    assert {config.hash for config in paper.plan(name)} <= finished
+
+
+def test_the_page_has_them_all_and_is_sound(everything):
+    out, _, _ = everything
+    text = (out / "paper.html").read_text()
+    assert all(item.title in text for item in paper.ITEMS.values())
+    assert (
+        "No ImageNet was found: a reduced ViT on generated pictures stands in for ViT-L/16 on ImageNet."
+        in text
+    )
+    assert_page_is_sound(out / "paper.html")
+
+
+def test_again_nothing_is_run(everything):
+    out, words, _ = everything
+    before = {path: path.stat().st_mtime_ns for path in out.glob("*/records.jsonl")}
+    assert " 0 of them to do." in said_by(words, 0)
+    assert {path: path.stat().st_mtime_ns for path in out.glob("*/records.jsonl")} == before
+
+
+def test_a_figure_that_does_not_exist_is_refused_with_the_nearest():
+    assert cli.command(["paper", "tabel1"], Console(file=io.StringIO())) == 2

@@ -1,0 +1,253 @@
+"""The rooms keep their order: who may import whom, how long a file may be, and one meaning to a name."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+SOURCES = Path(__file__).parents[1] / "src"
+
+# From the ground up. A room imports only rooms before it; files outside the rooms are the ground.
+ROOMS = {
+    "gaf": ["rules", "record", "measure", "device", "ranks", "integrations"],
+    "gaf_lab": [
+        *("settings", "records", "data", "training", "sweeps"),
+        *("report", "paper", "bench", "experiments", "commands"),
+    ],
+}
+APART = {("gaf.device", "gaf.ranks"), ("gaf.ranks", "gaf.device")}  # know nothing of each other
+FACES = {"gaf", "gaf_lab", "gaf_lab.__main__"}  # hand on what the rooms hold
+
+LONGEST = 200  # lines of a file
+LONGER = {  # may only shrink
+    "gaf/checks.py": 279,
+    "gaf/device/accumulate.py": 498,
+    "gaf/device/batchnorm.py": 209,
+    "gaf/device/rows.py": 312,
+    "gaf/integrations/accelerate.py": 253,
+    "gaf/integrations/lightning.py": 322,
+    "gaf/measure/probe.py": 358,
+    "gaf/ranks/attach.py": 261,
+    "gaf/ranks/ddp.py": 342,
+    "gaf/ranks/exchange.py": 309,
+    "gaf/ranks/fsdp.py": 218,
+    "gaf/ranks/handle.py": 513,
+    "gaf/record/telemetry.py": 289,
+    "gaf/rules/gram.py": 278,
+    "gaf/rules/policies.py": 367,
+    "gaf/rules/thresholds.py": 363,
+    "gaf_lab/bench/accumulate.py": 230,
+    "gaf_lab/bench/cost_model.py": 217,
+    "gaf_lab/bench/cpu.py": 363,
+    "gaf_lab/bench/ddp.py": 371,
+    "gaf_lab/bench/train.py": 541,
+    "gaf_lab/commands/main.py": 932,
+    "gaf_lab/data/archives.py": 511,
+    "gaf_lab/data/imagenet.py": 393,
+    "gaf_lab/data/problem.py": 209,
+    "gaf_lab/data/sets.py": 366,
+    "gaf_lab/experiments/audit.py": 483,
+    "gaf_lab/experiments/probe.py": 509,
+    "gaf_lab/paper/figures.py": 869,
+    "gaf_lab/paper/items.py": 383,
+    "gaf_lab/paper/page.py": 250,
+    "gaf_lab/paper/plane.py": 300,
+    "gaf_lab/paper/reproduce.py": 247,
+    "gaf_lab/records/run.py": 206,
+    "gaf_lab/report/figures.py": 783,
+    "gaf_lab/report/page.py": 889,
+    "gaf_lab/report/statistics.py": 486,
+    "gaf_lab/settings/config.py": 461,
+    "gaf_lab/settings/plan.py": 203,
+    "gaf_lab/sweeps/sweep.py": 467,
+    "gaf_lab/training/engine.py": 364,
+    "gaf_lab/training/parallel.py": 216,
+    "gaf_lab/training/run.py": 703,
+}
+TWICE = {  # names that several files define
+    "gaf": {
+        "Gated",
+        "Groups",
+        "Hook",
+        "WINDOW",
+        "attach",
+        "check",
+        "check_loss",
+        "check_model",
+        "check_state",
+        "checked_tau",
+        "combine",
+        "install",
+        "judged",
+        "own",
+        "parameters",
+        "wide",
+    },
+    "gaf_lab": {
+        "AHEAD",
+        "ARMS",
+        "Arm",
+        "CONTROLS",
+        "Cell",
+        "Configs",
+        "FASHION",
+        "FILE",
+        "FRESH",
+        "HUMAN",
+        "LOOK_EVERY",
+        "MEASURES",
+        "MOST_WORKERS",
+        "Measured",
+        "NOTHING",
+        "Options",
+        "PICTURES",
+        "Place",
+        "Problem",
+        "SIZES",
+        "START",
+        "STEPS",
+        "Step",
+        "T",
+        "TAUS",
+        "TRIES",
+        "WARM",
+        "WAYS",
+        "against",
+        "alternate",
+        "arms",
+        "audit",
+        "averaged",
+        "axes_of",
+        "blocks",
+        "build",
+        "caption",
+        "cells",
+        "check",
+        "chosen",
+        "compared",
+        "conditions",
+        "counted",
+        "demo",
+        "described",
+        "differences",
+        "draw",
+        "draws",
+        "dress",
+        "find",
+        "follow",
+        "gathered",
+        "headings",
+        "interactive",
+        "is_gaf",
+        "key",
+        "labelled",
+        "listed",
+        "load",
+        "main",
+        "make_step",
+        "marked",
+        "memory",
+        "named",
+        "number",
+        "outcome",
+        "packed",
+        "pairs",
+        "percent",
+        "picture",
+        "plain",
+        "points",
+        "progress",
+        "read",
+        "reduced",
+        "run",
+        "serve",
+        "settings",
+        "sheet",
+        "shown",
+        "spelled",
+        "spoken",
+        "spread",
+        "static",
+        "summary",
+        "sweep",
+        "table",
+        "timed",
+        "titled",
+        "train",
+        "trained",
+        "verdict",
+        "without",
+        "write",
+    },
+}
+
+MODULES = {
+    ".".join(path.relative_to(SOURCES).with_suffix("").parts).removesuffix(".__init__"): path
+    for package in ROOMS
+    for path in sorted((SOURCES / package).rglob("*.py"))
+}
+TREES = {module: ast.parse(path.read_text()) for module, path in MODULES.items()}
+
+
+def imports(module: str) -> Iterator[str]:
+    """Modules of this project that a module imports, inside functions too."""
+    for node in ast.walk(TREES[module]):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            yield from {name if name in MODULES else node.module for name in names} & MODULES.keys()
+
+
+def room(module: str) -> str:
+    package, *rest = module.split(".")
+    return f"{package}.{rest[0]}" if rest and rest[0] in ROOMS[package] else package
+
+
+def floor(name: str) -> int:
+    package, *rest = name.split(".")
+    return 1 + ROOMS[package].index(rest[0]) if rest else 0
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if module not in FACES])
+def test_a_room_imports_only_lower_ones(module: str) -> None:
+    here = room(module)
+    for other in imports(module):
+        there = room(other)
+        if there.split(".")[0] != here.split(".")[0]:
+            assert here.startswith("gaf_lab"), f"{module} imports {other}: the library knows no lab"
+        else:
+            assert floor(there) <= floor(here) and (here, there) not in APART, f"{module}: {other}"
+
+
+def test_no_import_goes_in_a_circle() -> None:
+    left = {module: set(imports(module)) - {module} for module in MODULES}
+    while free := [module for module, needs in left.items() if not needs & left.keys()]:
+        for module in free:
+            del left[module]
+    assert not left
+
+
+def test_no_file_is_long() -> None:
+    lines = {str(p.relative_to(SOURCES)): p.read_text().count("\n") for p in MODULES.values()}
+    long = {name: count for name, count in lines.items() if count > LONGEST}
+    assert {n: c for n, c in long.items() if c > LONGER.get(n, LONGEST)} == {}
+    assert LONGER.keys() <= long.keys(), "take what is short again off the list"
+
+
+@pytest.mark.parametrize("package", ROOMS)
+def test_a_name_is_defined_in_one_file(package: str) -> None:
+    files: dict[str, list[str]] = {}
+    for module in (m for m in MODULES if m.split(".")[0] == package):
+        for name in {name for node in TREES[module].body for name in defined(node)}:
+            files.setdefault(name, []).append(module)
+    twice = {name: where for name, where in files.items() if len(where) > 1}
+    assert {name: where for name, where in twice.items() if name not in TWICE[package]} == {}
+    assert TWICE[package] <= twice.keys(), "take what is defined once again off the list"
+
+
+def defined(node: ast.stmt) -> list[str]:
+    if isinstance(node, ast.FunctionDef | ast.ClassDef):
+        return [node.name]
+    targets = node.targets if isinstance(node, ast.Assign) else []
+    targets = [node.target] if isinstance(node, ast.AnnAssign) else targets
+    return [t.id for t in targets if isinstance(t, ast.Name) and not t.id.startswith("__")]
