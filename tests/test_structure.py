@@ -45,7 +45,6 @@ LONGER = {  # may only shrink
     "gaf_lab/commands/main.py": 932,
     "gaf_lab/data/archives.py": 511,
     "gaf_lab/data/imagenet.py": 393,
-    "gaf_lab/data/problem.py": 209,
     "gaf_lab/data/sets.py": 366,
     "gaf_lab/experiments/audit.py": 483,
     "gaf_lab/experiments/probe.py": 509,

@@ -1,7 +1,6 @@
 """From a config to what is trained on: pictures on the device, noisy labels, the split, and one micro-batch at a time."""
 
 import dataclasses
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -12,32 +11,13 @@ from torch import Tensor
 
 from gaf_lab.data import noise
 from gaf_lab.data.augment import normalise, shifted, shifts
-from gaf_lab.data.imagenet import Files, MicroBatches, Reader
+from gaf_lab.data.imagenet import MicroBatches, Reader
+from gaf_lab.data.pictures import Pictures
 from gaf_lab.data.sampling import Iid, Sampler, Stratified, generator
 from gaf_lab.data.sets import DataSet, imagenet_of, load
 from gaf_lab.settings.config import ConfigError, TrainConfig
-from gaf_lab.training import parallel
 
 loaded = lru_cache(maxsize=1)(load)  # a sweep's process trains on the same data set run after run
-
-
-@dataclass(frozen=True, eq=False)
-class Pictures:
-    """Pictures (N, C, H, W) uint8, in memory or in files, and their labels (N,): observed is trained on, clean is the truth."""
-
-    x: Tensor | Files
-    observed: Tensor
-    clean: Tensor
-
-    def __len__(self) -> int:
-        return len(self.x)
-
-    def __getitem__(self, index: Tensor) -> "Pictures":
-        return Pictures(self.x[index], self.observed[index], self.clean[index])
-
-    def batches(self, n: int) -> Iterator[Tensor]:
-        """All pictures in order, n at a time, on the labels' device."""
-        return (x.to(self.clean.device) for x in self.x.split(n))
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,8 +90,10 @@ class Problem:
         return x.to(memory_format=torch.channels_last) if self.config.channels_last else x
 
 
-def build(config: TrainConfig, folder: Path | None, device: torch.device) -> Problem:
-    """Loads the data, flips labels, splits, all from the config's seed."""
+def build(
+    config: TrainConfig, folder: Path | None, device: torch.device, world: int = 1
+) -> Problem:
+    """Loads the data, flips labels, splits, all from the config's seed. world: ranks that share the run."""
     found = (
         imagenet_of(config.size, folder)
         if config.dataset == "imagenet"
@@ -132,15 +114,15 @@ def build(config: TrainConfig, folder: Path | None, device: torch.device) -> Pro
             f"b must not exceed the training samples; got {config.b} of {len(train)}. Lower b or heldout."
         )
     sampler = make_sampler(config, train, data.classes)
-    reader = make_reader(config, train, sampler)
+    reader = make_reader(config, train, sampler, world)
     origin = chosen(data.name, len(found.train_y), config.limit)[order[kept:]]
     return Problem(
         config,
         data,
-        on(train, device),
-        on(heldout, device),
-        on(test, device),
-        on(probe, device),
+        train.to(device),
+        heldout.to(device),
+        test.to(device),
+        probe.to(device),
         sampler,
         reader,
         origin,
@@ -190,20 +172,11 @@ def make_sampler(config: TrainConfig, train: Pictures, classes: int) -> Sampler:
     return Stratified(labels, classes, config.b, config.seed)
 
 
-def make_reader(config: TrainConfig, train: Pictures, sampler: Sampler) -> Reader | None:
-    """Of k ranks each computes one micro-batch of a step: those it asks for are as many apart as there are ranks."""
+def make_reader(
+    config: TrainConfig, train: Pictures, sampler: Sampler, world: int
+) -> Reader | None:
+    """Each of `world` ranks computes one micro-batch of a step, so a rank reads every world-th micro-batch."""
     if isinstance(train.x, Tensor):
         return None
-    return Reader(
-        MicroBatches(train.x, sampler, config.seed, config.k, config.augment),
-        stride=parallel.here().world,
-    )
-
-
-def on(part: Pictures, device: torch.device) -> Pictures:
-    """Labels and pictures on the device; pictures in files go there when they are read."""
-    return Pictures(
-        part.x.to(device) if isinstance(part.x, Tensor) else part.x,
-        part.observed.to(device),
-        part.clean.to(device),
-    )
+    micro_batches = MicroBatches(train.x, sampler, config.seed, config.k, config.augment)
+    return Reader(micro_batches, stride=world)

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from gaf_lab.data.problem import Pictures, Problem
+from gaf_lab.data.pictures import Pictures
+from gaf_lab.data.problem import Problem
 
 # at most so many pictures, and pixels of them, go through the model at once
 BATCH, PIXELS = 1000, 2**21

@@ -123,7 +123,7 @@ class Training:
     def __init__(self, config: TrainConfig, data_folder: Path | None, group: Group = ALONE) -> None:
         self.config, self.group = config, group
         self.device = group.each(lambda: pick_device(config.device, group))
-        self.problem = group.each(lambda: build(config, data_folder, self.device))
+        self.problem = group.each(lambda: build(config, data_folder, self.device, group.world))
         torch.manual_seed(key(config.seed, "weights"))
         self.model = models.build(
             config.model, self.problem.shape, self.problem.classes, config.stem

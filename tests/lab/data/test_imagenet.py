@@ -26,7 +26,6 @@ from gaf_lab.records import run as records
 from gaf_lab.settings.config import TrainConfig
 from gaf_lab.training import models
 from gaf_lab.training.evaluate import logits
-from gaf_lab.training.parallel import Group
 from gaf_lab.training.run import train
 from helpers.fakes import Silent
 from helpers.runs import Stop, assert_same, final_state
@@ -251,13 +250,10 @@ def pids():
     return {process.pid for process in multiprocessing.active_children()}
 
 
-def test_each_rank_reads_its_own_micro_batches_of_the_same_run_ahead(pictures, monkeypatch):
+def test_each_rank_reads_its_own_micro_batches_of_the_same_run_ahead(pictures):
     alone = build(SMALL, pictures, CPU)
     for rank in range(2):
-        monkeypatch.setattr(
-            "gaf_lab.training.parallel.here", lambda rank=rank: Group(rank, world=2)
-        )
-        problem, before, used = build(SMALL, pictures, CPU), pids(), set()
+        problem, before, used = build(SMALL, pictures, CPU, world=2), pids(), set()
         for step in range(3):
             x = problem.pictures(step, rank)
             used |= pids() - before  # without what reads for the other problem

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 import gaf
 from gaf.device.rows import Stacked, rows_on_device
-from gaf_lab.data.problem import Pictures
+from gaf_lab.data.pictures import Pictures
 from gaf_lab.records import checkpoint
 from gaf_lab.records import run as records
 from gaf_lab.settings.config import ConfigError, TrainConfig
