@@ -32,8 +32,8 @@ from rich.console import Console
 
 import gaf
 from gaf_lab.commands import main as cli
+from gaf_lab.commands.plans import find_plan
 from gaf_lab.paper import items as paper
-from gaf_lab.settings import plan
 from gaf_lab.settings.config import tomllib
 from helpers.browser import WIDER, WIDTHS, chromium, complaints, emulate, settled
 from test_readme import README, ROOT
@@ -322,7 +322,7 @@ def parse_gaf(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     if isinstance(options, cli.Paper):
         assert [paper.item(name) for name in options.ids if name != "all"] or options.list
     if isinstance(options, cli.Sweep) and not options.plan.endswith(".toml"):
-        assert plan.find(options.plan, options.seeds, options.scale, options.reading)
+        assert find_plan(options.plan, options.seeds, options.scale, options.reading)
 
 
 def parse_program(words: list[str]) -> None:

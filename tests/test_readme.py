@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from gaf_lab.bench import cost_model as predict
-from gaf_lab.records import run as records
+from gaf_lab.records.find import find_runs
 from gaf_lab.report import statistics as st
 
 ROOT = Path(__file__).parent.parent
@@ -25,7 +25,7 @@ def demo_table() -> str:
         "| arm | n | selected | last | memorised | corrected | accepted | steps taken |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    arms = st.arms(records.find([ROOT / "results" / "demo"]))
+    arms = st.arms(find_runs([ROOT / "results" / "demo"]))
     for arm in arms:
         found = [st.spread(arm, measure) for measure in columns]
         lines.append(

@@ -333,10 +333,10 @@ class Sweep:
 
 def sweep(words: Words, console: Console) -> int:
     options = tyro.cli(Sweep, prog="gaf sweep", args=words)
-    from gaf_lab.settings import plan
+    from gaf_lab.commands.plans import find_plan
     from gaf_lab.sweeps import sweep as job
 
-    configs = plan.find(options.plan, options.seeds, options.scale, options.reading)
+    configs = find_plan(options.plan, options.seeds, options.scale, options.reading)
     out = options.out or Path("runs") / Path(options.plan).stem
     command = f"gaf sweep {shlex.join(words)}"
     if options.dry_run:
@@ -383,6 +383,7 @@ class Report:
 
 def report(words: Words, console: Console) -> int:
     options = tyro.cli(Report, prog="gaf report", args=words)
+    from gaf_lab.records.find import find_runs
     from gaf_lab.report import page
     from gaf_lab.training.console import Progress
 
@@ -390,7 +391,7 @@ def report(words: Words, console: Console) -> int:
         raise ConfigError(
             "report needs at least one folder of runs; got none. Give what `gaf train --out` or `gaf demo --out` wrote."
         )
-    found = [run for run in records.find(list(options.runs)) if run.evals]
+    found = [run for run in find_runs(list(options.runs)) if run.evals]
     if not found:
         raise ConfigError("report needs a run with at least one evaluation; these have none yet.")
     out = options.out or beside(options.runs[0])

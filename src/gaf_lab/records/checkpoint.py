@@ -47,7 +47,7 @@ def save(folder: Path, state: dict[str, Any]) -> Path:
     return path
 
 
-def find(folder: Path) -> Path:
+def find_checkpoint(folder: Path) -> Path:
     """The folder's checkpoint; CheckpointError where there is none."""
     path = folder / FILE
     if not path.is_file():
@@ -64,7 +64,7 @@ def load(folder: Path, config: TrainConfig) -> dict[str, Any]:
     Raises:
         CheckpointError: where there is none, it is damaged, or it belongs to another config.
     """
-    path = find(folder)
+    path = find_checkpoint(folder)
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         found = state["config_hash"]

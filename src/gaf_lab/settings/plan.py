@@ -22,11 +22,10 @@ import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from gaf_lab.settings.config import (
     MOST_RUNS,
-    MOST_SEEDS,
     ConfigError,
     TrainConfig,
     check_count,
@@ -35,7 +34,6 @@ from gaf_lab.settings.config import (
     read_toml,
     toml,
 )
-from gaf_lab.settings.presets import PRESETS
 
 Configs = list[TrainConfig]
 Table = dict[str, Any]
@@ -56,39 +54,6 @@ def folder_name(config: TrainConfig) -> str:
 def follow(config: TrainConfig, recorded: TrainConfig) -> TrainConfig:
     """The config, replaying the run of another config of the plan; the sweep runs that one first."""
     return dataclasses.replace(config, replay=Path(folder_name(recorded)))
-
-
-def find(
-    name: str,
-    seeds: int | None,
-    scale: Literal["smoke", "small", "full"],
-    reading: Literal["paper", "code"],
-) -> Configs:
-    """The plan of that name: a TOML file, a preset, or a figure or table of the paper.
-
-    Args:
-        name: a file's path, or what `gaf presets` and `gaf paper` list.
-        seeds: paired seeds from 0 on, at least 1; None takes the plan's own, for a preset one.
-        scale: for the paper's, how far it is cut down; see `gaf_lab.paper.items`.
-        reading: for the paper's, its text or its released code.
-
-    Raises:
-        ConfigError: for a name that is none of these, and for a file that is no plan.
-    """
-    if seeds is not None:
-        check_count("seeds", seeds, 1, MOST_SEEDS)
-    path = Path(name)
-    if path.is_file() or path.suffix == ".toml":
-        return from_file(path, None if seeds is None else range(seeds))
-    if name in PRESETS:
-        return [dataclasses.replace(PRESETS[name], seed=seed) for seed in range(seeds or 1)]
-    from gaf_lab.paper import items as paper
-
-    if name not in paper.ITEMS:
-        known = [*PRESETS, *paper.ITEMS]
-        raise ConfigError(f"sweep needs a TOML file, a preset or a figure of the paper; got {name!r}.{nearest(name, known)} "
-                          f"Presets and figures: {', '.join(known)}.")  # fmt: skip
-    return paper.plan(name, scale, reading, seeds)
 
 
 def from_file(path: Path, seeds: Sequence[int] | None = None) -> Configs:

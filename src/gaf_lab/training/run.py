@@ -528,7 +528,7 @@ def last_good(path: Path) -> str:
 
 def prepare_folder(folder: Path, resume: bool) -> None:
     if resume and not unbegun(folder):
-        checkpoint.find(folder)
+        checkpoint.find_checkpoint(folder)
     records.make_folder(folder)
     if not resume and (folder / records.FILE).exists() and not unbegun(folder):
         raise ConfigError(

@@ -7,7 +7,7 @@ from rich.console import Console
 
 from gaf_lab.commands import main as cli
 from gaf_lab.paper import items as paper
-from gaf_lab.records import run as records
+from gaf_lab.records.find import find_runs
 from helpers.browser import assert_page_is_sound
 
 IDS = tuple(paper.ITEMS)
@@ -40,7 +40,7 @@ def test_every_figure_is_there_with_its_runs(everything, name):
     assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     finished = {
         run.header["config_hash"]
-        for run in records.find([out])
+        for run in find_runs([out])
         if run.end and run.end["status"] == "finished"
     }
     assert {config.hash for config in paper.plan(name)} <= finished

@@ -7,6 +7,7 @@ import pytest
 
 from gaf_lab.records import packs
 from gaf_lab.records import run as records
+from gaf_lab.records.find import find_runs
 from gaf_lab.report import statistics as st
 
 DEMO = Path(__file__).parents[3] / "results" / "demo"
@@ -14,7 +15,7 @@ DEMO = Path(__file__).parents[3] / "results" / "demo"
 
 @pytest.fixture(scope="module")
 def runs():
-    return records.find([DEMO])
+    return find_runs([DEMO])
 
 
 def test_headers_ends_and_statistics_survive(runs, tmp_path):
@@ -57,7 +58,7 @@ def test_runs_of_other_conditions_keep_theirs(runs, tmp_path):
 
 def test_report_finds_packs_beside_folders(runs, tmp_path):
     packs.write(runs[:2], tmp_path / "p.jsonl")
-    assert len(records.find([DEMO, tmp_path / "p.jsonl"])) == len(runs) + 2
+    assert len(find_runs([DEMO, tmp_path / "p.jsonl"])) == len(runs) + 2
 
 
 @pytest.mark.parametrize("text", ["", "{}\n", "no json\n", json.dumps({"kind": "run"}) + "\n"])

@@ -18,6 +18,7 @@ import gaf
 from gaf.device.rows import judged
 from gaf_lab.paper import items as paper
 from gaf_lab.records import run as records
+from gaf_lab.records.find import find_runs
 from gaf_lab.records.run import Run
 from gaf_lab.report import figures, statistics
 from gaf_lab.report import page as report
@@ -514,7 +515,7 @@ def test_every_axis_has_numbers(passes, tmp_path):
 def table_1(tmp_path_factory) -> Page:
     """The page of 66 arms at three noise rates."""
     place = Path(__file__).parents[3] / "results" / "table1-small.jsonl"
-    return page(records.find([place]), tmp_path_factory.mktemp("table1"))
+    return page(find_runs([place]), tmp_path_factory.mktemp("table1"))
 
 
 def test_the_first_table_comes_after_few_words_and_the_page_is_small(table_1):
@@ -810,9 +811,10 @@ def test_nothing_heavy_is_imported_early_and_pyplot_never(runs, tmp_path):
     code = f"""
 import sys
 from pathlib import Path
-from gaf_lab import records, report
+from gaf_lab.records.find import find_runs
+from gaf_lab.report import page as report
 assert not {{"matplotlib", "plotly", "rich", "jinja2"}} & sys.modules.keys()
-report.write(records.find([Path({str(runs[0].folder.parent)!r})]), Path({str(tmp_path)!r}))
+report.write(find_runs([Path({str(runs[0].folder.parent)!r})]), Path({str(tmp_path)!r}))
 assert "matplotlib.pyplot" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

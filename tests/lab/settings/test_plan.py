@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from gaf_lab.commands.plans import find_plan
 from gaf_lab.paper import items as paper
 from gaf_lab.settings.config import ConfigError, TrainConfig
-from gaf_lab.settings.plan import find, folder_name, follow, from_file
+from gaf_lab.settings.plan import folder_name, follow, from_file
 from gaf_lab.settings.presets import PRESETS
 
 FILE = """
@@ -126,19 +127,19 @@ def test_what_is_no_plan_is_refused(plan, text, message):
 def test_a_plan_is_found_by_its_file_its_preset_or_the_papers_name(plan, tmp_path):
     configs = plan(FILE)
     more = {"scale": "smoke", "reading": "paper"}
-    assert find(str(tmp_path / "plan.toml"), None, **more) == configs
-    assert find("demo-gaf", None, **more) == [PRESETS["demo-gaf"]]
-    assert [c.seed for c in find("demo-gaf", 3, **more)] == [0, 1, 2]
-    assert find("fig6", 2, **more) == paper.plan("fig6", "smoke", "paper", 2)
+    assert find_plan(str(tmp_path / "plan.toml"), None, **more) == configs
+    assert find_plan("demo-gaf", None, **more) == [PRESETS["demo-gaf"]]
+    assert [c.seed for c in find_plan("demo-gaf", 3, **more)] == [0, 1, 2]
+    assert find_plan("fig6", 2, **more) == paper.plan("fig6", "smoke", "paper", 2)
     with pytest.raises(
         ConfigError,
         match=f"{tmp_path / 'other.toml'}: must exist; it does not. docs/sweeps.md has the format.",
     ):
-        find(str(tmp_path / "other.toml"), None, **more)
+        find_plan(str(tmp_path / "other.toml"), None, **more)
     with pytest.raises(
         ConfigError,
         match=r"needs a TOML file, a preset or a figure of the paper; got 'demo-gfa'. Did you mean 'demo-gaf'",
     ):
-        find("demo-gfa", None, **more)
+        find_plan("demo-gfa", None, **more)
     with pytest.raises(ConfigError, match="seeds must be at least 1; got 0."):
-        find("demo-gaf", 0, **more)
+        find_plan("demo-gaf", 0, **more)

@@ -1,0 +1,42 @@
+"""A plan by its name: a TOML file, a preset, or a figure or table of the paper."""
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gaf_lab.settings.config import MOST_SEEDS, ConfigError, check_count, nearest
+from gaf_lab.settings.plan import Configs, from_file
+from gaf_lab.settings.presets import PRESETS
+
+if TYPE_CHECKING:
+    from gaf_lab.paper.items import Reading, Scale
+
+
+def find_plan(name: str, seeds: int | None, scale: "Scale", reading: "Reading") -> Configs:
+    """The configs of the plan of that name.
+
+    Args:
+        name: a file's path, or what `gaf presets` and `gaf paper` list.
+        seeds: paired seeds from 0 on, at least 1; None takes the plan's own, for a preset one.
+        scale: for the paper's plans, how far they are reduced; see `gaf_lab.paper.items`.
+        reading: for the paper's plans, the paper's text or its released code.
+
+    Raises:
+        ConfigError: for a name that is none of these, and for a file that is no plan.
+    """
+    if seeds is not None:
+        check_count("seeds", seeds, 1, MOST_SEEDS)
+    path = Path(name)
+    if path.is_file() or path.suffix == ".toml":
+        return from_file(path, None if seeds is None else range(seeds))
+    if name in PRESETS:
+        return [dataclasses.replace(PRESETS[name], seed=seed) for seed in range(seeds or 1)]
+    from gaf_lab.paper import items as paper
+
+    if name not in paper.ITEMS:
+        known = [*PRESETS, *paper.ITEMS]
+        raise ConfigError(
+            f"sweep needs a TOML file, a preset or a figure of the paper; got {name!r}."
+            f"{nearest(name, known)} Presets and figures: {', '.join(known)}."
+        )
+    return paper.plan(name, scale, reading, seeds)
