@@ -1,32 +1,33 @@
-# make demo: the main job.  make test: the tests.  make matrix: the slow ones.  All install what they need into .venv first.
+# make demo: the demo.  make test: the tests.  make matrix: the slow tests.
+# Each target first installs what it needs into .venv: the lab for demo and bench, everything for the others.
 PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .PHONY: demo test matrix check docs docs-serve bench wheel clean
 
-demo: .venv/installed
+demo: .venv/installed-lab
 	$(BIN)/gaf demo
 
-test: .venv/installed
+test: .venv/installed-dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not slow' tests
 
-matrix: .venv/installed
+matrix: .venv/installed-dev
 	$(BIN)/python -m pytest -m slow tests
 
-check: .venv/installed
+check: .venv/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -p no:cacheprovider --doctest-modules src/gaf
 
-docs: .venv/installed
+docs: .venv/installed-dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --site-dir build/site
 
-docs-serve: .venv/installed
+docs-serve: .venv/installed-dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs serve
 
-bench: .venv/installed
+bench: .venv/installed-lab
 	$(BIN)/gaf bench accumulate --rounds 40 --out benchmarks/accumulate.jsonl
 	$(BIN)/gaf bench ddp --b 100 --k 2 4 --out benchmarks/ddp.jsonl
 	$(BIN)/gaf bench ddp --b 32 --k 2 4 8 --rounds 12 --out benchmarks/ddp-b32.jsonl
@@ -34,13 +35,17 @@ bench: .venv/installed
 	$(BIN)/gaf bench cpu --out benchmarks/cpu.jsonl
 	$(BIN)/python benchmarks/threads.py --rounds 3 --out benchmarks/threads.jsonl
 
-wheel: .venv/installed
+wheel: .venv/installed-dev
 	$(BIN)/python -m build --wheel
 
-# The tested versions; torch first and by name, so that no other package fetches another build of it.
-.venv/installed: pyproject.toml constraints.txt
+# Installs the tested versions. torch comes first and by name, so that no other package fetches another build of it.
+.venv/installed-lab: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[lab]'
+	touch $@
+
+.venv/installed-dev: .venv/installed-lab
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
