@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gaf
-from gaf.rules.policies import halving_weights, mean_pairwise_cosine, skipped
+from gaf.rules.decision import as_skip
+from gaf.rules.policies import halving_weights, mean_pairwise_cosine
 
 STARTS, AVERAGES = ("first", "best", "worst"), ("mean", "halving")
 
@@ -502,7 +503,7 @@ POLICIES = [
 @pytest.mark.parametrize("policy", POLICIES, ids=repr)
 @pytest.mark.parametrize("k", [1, 2, 5])
 def test_the_fields_of_a_decision_have_their_dtypes_and_shapes(policy: Any, k: int) -> None:
-    for d in (policy(gaf.gram(torch.randn(k, 3))), skipped(policy(gaf.gram(torch.randn(k, 3))))):
+    for d in (policy(gaf.gram(torch.randn(k, 3))), as_skip(policy(gaf.gram(torch.randn(k, 3))))):
         assert (d.weights.dtype, d.accepted.dtype, d.stepped.dtype, d.distances.dtype) == (
             torch.float64,
             torch.bool,

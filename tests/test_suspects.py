@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import gaf
-from gaf.record.audit import Excess, judged
+from gaf.record.audit import Excess, value_per_row
 from gaf.record.telemetry import WINDOW
 
 NAN = math.nan
@@ -49,18 +49,19 @@ def test_the_score_is_the_mean_excess_over_the_last_hundred_steps():
 
 
 def test_the_start_is_as_far_as_those_compared_with_it_were():
-    assert judged([0.0, 0.4, 0.8], [0.0, 0.4, 0.8]) == pytest.approx([0.6, 0.4, 0.8])
-    assert judged([0.0, 0.3], [0.0, 0.3]) == [0.3, 0.3]  # k = 2: both are as far from each other
+    assert value_per_row([0.0, 0.4, 0.8], [0.0, 0.4, 0.8]) == pytest.approx([0.6, 0.4, 0.8])
+    # k = 2: both are as far from each other
+    assert value_per_row([0.0, 0.3], [0.0, 0.3]) == [0.3, 0.3]
     # the start need not be the first
-    assert judged([1.0, 0.0, 1.0], [0.9, 0.0, 0.8]) == [1.0, 1.0, 1.0]
+    assert value_per_row([1.0, 0.0, 1.0], [0.9, 0.0, 0.8]) == [1.0, 1.0, 1.0]
 
 
 def test_absent_rows_say_nothing():
-    found = judged([NAN, 0.0, 0.7], [NAN, 0.0, 0.7])
+    found = value_per_row([NAN, 0.0, 0.7], [NAN, 0.0, 0.7])
     assert math.isnan(found[0])
     assert found[1:] == [0.7, 0.7]
-    assert all(map(math.isnan, judged([NAN, 0.0], [NAN, 0.0])))
-    assert all(map(math.isnan, judged([NAN, NAN], [NAN, NAN])))
+    assert all(map(math.isnan, value_per_row([NAN, 0.0], [NAN, 0.0])))
+    assert all(map(math.isnan, value_per_row([NAN, NAN], [NAN, NAN])))
 
 
 def test_a_level_that_changes_as_training_goes_on_is_taken_out():
@@ -159,7 +160,7 @@ def test_an_audit_of_nothing_and_a_state_of_another_size_are_refused():
     with pytest.raises(ValueError, match="n must be a whole number of at least 1; got 0"):
         gaf.Audit(0)
     with pytest.raises(ValueError, match="must be of 3 items; got 2"):
-        gaf.Audit(3).load_state_dict(gaf.audit.Audit(2).state_dict())
+        gaf.Audit(3).load_state_dict(gaf.Audit(2).state_dict())
 
 
 def test_members_may_be_lists_and_who_was_never_seen_is_no_suspect() -> None:

@@ -35,8 +35,9 @@ from gaf.device.rows import Layered, Stacked, Streamed, rows_for
 from gaf.record.gate import gate
 from gaf.record.telemetry import Outcome, Telemetry
 from gaf.rules.combine import Policy
-from gaf.rules.decision import Decision, check_weights
-from gaf.rules.policies import own, skipped
+from gaf.rules.decision import Decision, as_skip, check_weights
+from gaf.rules.judging import has_overflow
+from gaf.rules.policies import private_copy
 
 Rows = Streamed | Stacked | Layered
 LeaveOut = Callable[[str, nn.Parameter], bool]
@@ -87,7 +88,7 @@ class Accumulator:
         leave_out: LeaveOut | None = None,
     ) -> None:
         self.optimizers = check_optimizers(optimizer, "Accumulator")
-        self.policy = own(check_policy(policy, "Accumulator"))
+        self.policy = private_copy(check_policy(policy, "Accumulator"))
         check_types(model, scaler, leave_out)
         check_scope(policy, model, bn, leave_out)
         self.scaler = scaler if scaler is not None and scaler.is_enabled() else None
@@ -213,9 +214,7 @@ class Accumulator:
         check_weights(outcome.weights, outcome.stepped, self.policy)
         scale = 1.0 if self.scaler is None else self.scaler.get_scale()
         # a scale of 0 is what overflows in a row have left: nothing can be unscaled
-        overflow = self.scaler is not None and (
-            scale == 0 or any(n != n or n == float("inf") for n in outcome.norms2)
-        )
+        overflow = self.scaler is not None and (scale == 0 or has_overflow(outcome.norms2))
         if overflow:
             decision, outcome = self._not_stepped(decision, outcome)
         if outcome.stepped:
@@ -230,8 +229,8 @@ class Accumulator:
 
     def _not_stepped(self, decision: Decision, outcome: Outcome) -> tuple[Decision, Outcome]:
         """The same evidence, no step, in any layer."""
-        self.layers = {name: skipped(one) for name, one in self.layers.items()}
-        return skipped(decision), outcome.skipped()
+        self.layers = {name: as_skip(one) for name, one in self.layers.items()}
+        return as_skip(decision), outcome.skipped()
 
     def step(self) -> Decision:
         """Steps the optimizer, or leaves it exactly as it was; then clears the gradients and ends the macro-batch.

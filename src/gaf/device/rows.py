@@ -10,8 +10,9 @@ from gaf.device.sums import Buffers, SumOnCpu, SumOnDevice, norm2_of_rest, votin
 from gaf.rules.combine import Policy
 from gaf.rules.decision import Decision, Evidence, check_decision
 from gaf.rules.gram import gram_of
-from gaf.rules.policies import GAF, without_giants
-from gaf.rules.sequential import Seen, Sequential, norm2_after, present, signal
+from gaf.rules.judging import decide_with_evidence, join_layer_decisions, tau_of
+from gaf.rules.policies import GAF
+from gaf.rules.sequential import Seen, Sequential, norm2_after, signal
 from gaf.shapes import Float64
 
 
@@ -169,7 +170,7 @@ class Stacked:
         gram = gram_of([voting(row, self.voters) for row in self.rows])
         for own, row in zip(gram.diagonal(), self.rows, strict=True):
             own += norm2_of_rest(row, self.voters)
-        return judged(self.policy, gram)
+        return decide_with_evidence(self.policy, gram)
 
     def update(self, weights: list[float]) -> Buffers:
         """w^T G; None for a parameter that no accepted row has a gradient for."""
@@ -239,7 +240,7 @@ class Layered:
         """The layers' decisions as one; each is kept in `decisions`."""
         found = [holder.decide() for holder in self.holders]
         self.decisions = [decision for decision, _ in found]
-        return together(self.decisions, [evidence for _, evidence in found])
+        return join_layer_decisions(self.decisions, [evidence for _, evidence in found])
 
     def update(self, weights: list[float]) -> Buffers:
         """w^T G with each layer's own weights; None for the parameters of a layer that does not step."""
@@ -250,40 +251,6 @@ class Layered:
                 for h, w, i in zip(self.holders, own, self.layers, strict=True)
             ]
         )
-
-
-def together(
-    decisions: Sequence[Decision], evidence: Sequence[Evidence]
-) -> tuple[Decision, Evidence]:
-    """Of the parts of one gradient: stepped, and a row accepted, where any part says so; weights and distances are means over parts."""
-    accepted = torch.stack([d.accepted for d in decisions]).any(0)
-    stepped = torch.stack([d.stepped for d in decisions]).any()
-    weights = torch.stack([d.weights for d in decisions]).mean(0)
-    decision = Decision(
-        weights, accepted, stepped, torch.stack([d.distances for d in decisions]).nanmean(0)
-    )
-    norms2 = torch.stack([e.norms2 for e in evidence]).sum(0)
-    return decision, Evidence(
-        norms2, torch.stack([e.signal for e in evidence]).nansum(), evidence[0].tau
-    )
-
-
-def judged(policy: Policy, gram: Float64[Tensor, "k k"]) -> tuple[Decision, Evidence]:
-    """What the policy says of a Gram matrix, and what else the matrix tells."""
-    tau = tau_of(policy, gram)
-    decision = check_decision(policy(gram), policy, len(gram), gram.device)
-    ratio = getattr(policy, "max_norm_ratio", None)
-    compared = gram if ratio is None else without_giants(gram, ratio)
-    return decision, Evidence(compared.diagonal(), mean_off_diagonal(compared), tau)
-
-
-def tau_of(policy: Policy, like: Tensor) -> Float64[Tensor, ""]:
-    """The policy's threshold for the rows at hand, on the device of `like`; NaN where it has none."""
-    return (
-        policy.tau_on(like.device)
-        if isinstance(policy, GAF)
-        else torch.full((), torch.nan, dtype=torch.float64, device=like.device)
-    )
 
 
 def weighted(terms: list[tuple[Tensor | None, float]]) -> Tensor | None:
@@ -303,10 +270,3 @@ def chosen(grads: Sequence[Tensor], weights: Float64[Tensor, " k"]) -> Tensor:
     for grad, weight in zip(grads, weights.to(total.dtype), strict=True):
         total.add_(torch.where(weight != 0, grad.to(total.dtype) * weight, 0))
     return total.to(grads[0].dtype)
-
-
-def mean_off_diagonal(gram: Float64[Tensor, "k k"]) -> Float64[Tensor, ""]:
-    """Over pairs of present rows, an estimate of |g|^2; NaN where there is no pair."""
-    sound = present(gram.diagonal())
-    pairs = (sound & sound[:, None]).triu(1)
-    return torch.where(pairs, gram, 0.0).sum() / pairs.sum()

@@ -33,7 +33,8 @@ from gaf.rules.agreement import (
     predicted_acceptance,
     tau_for,
 )
-from gaf.rules.sequential import norm2_after, present, visit
+from gaf.rules.gram import present
+from gaf.rules.sequential import norm2_after, visit
 from gaf.shapes import Float64
 
 ROWS = 128

@@ -22,15 +22,15 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from gaf.checks import check_policy
-from gaf.device.rows import judged
 from gaf.ranks.exchange import Exchange, add_in_rank_order
 from gaf.ranks.stale import CLEAR_FIRST, IN_PART, StaleGradients, is_set
 from gaf.ranks.steps import fused_overflow, parameters_of, place_of_closure
 from gaf.record.gate import gate, ungate
 from gaf.record.telemetry import Outcome, Telemetry
 from gaf.rules.combine import Policy
-from gaf.rules.decision import Decision, Evidence, check_weights
-from gaf.rules.policies import Mean, averages, own, skipped
+from gaf.rules.decision import Decision, Evidence, as_skip, check_weights
+from gaf.rules.judging import decide_with_evidence, has_overflow
+from gaf.rules.policies import Mean, averages, private_copy
 
 
 @dataclass
@@ -65,7 +65,7 @@ class Handle:
     ) -> None:
         """params: those that are decided on. check: raises where the engine cannot use a policy."""
         self._check = check
-        self._policy: Policy = own(policy)
+        self._policy: Policy = private_copy(policy)
         self.scaler = scaler if scaler is not None and scaler.is_enabled() else None
         self.last: Decision | None = None
         self.outcome: Outcome | None = None
@@ -105,7 +105,7 @@ class Handle:
     def policy(self, policy: Policy) -> None:
         check_policy(policy, "handle.policy")
         self._check(policy)
-        self._policy = own(policy)
+        self._policy = private_copy(policy)
         self.stale.active = not averages(policy)
         for pending in self._pending:
             pending.policy_state = None
@@ -341,10 +341,11 @@ class Handle:
 
     def judge(self, gram: Tensor, params: Sequence[Tensor]) -> tuple[list[float] | None, float]:
         """The decision. Returns the weights, or None and what to put in place of an update: an overflow is for the scaler to see."""
-        decision, evidence = judged(self.policy, gram)
-        overflow = self.scaler is not None and not bool(gram.diagonal().isfinite().all())
-        decision = skipped(decision) if overflow else decision
+        decision, evidence = decide_with_evidence(self.policy, gram)
         outcome = Outcome.fetch(decision, evidence)
+        overflow = self.scaler is not None and has_overflow(outcome.norms2)
+        if overflow:
+            decision, outcome = as_skip(decision), outcome.skipped()
         check_weights(outcome.weights, outcome.stepped, self.policy)
         self._pending[-1].overflow |= overflow
         self._decide(decision, outcome, params)

@@ -162,7 +162,7 @@ class Audit(Excess):
             raise TypeError(f"Audit: decision must be a gaf.Decision or an Outcome; got {type(decision).__name__}. "
                             "Give what acc.step() returned, or acc.outcome.")  # fmt: skip
         distances = torch.as_tensor(decision.distances, device="cpu").tolist()
-        self.add(members, judged(distances, distances))
+        self.add(members, value_per_row(distances, distances))
 
 
 def list_of(members: Any) -> list[Any]:
@@ -174,7 +174,7 @@ def list_of(members: Any) -> list[Any]:
                          f"got {members!r}. Give the items of each micro-batch.") from error  # fmt: skip
 
 
-def judged(values: Sequence[float], distances: Sequence[float]) -> list[float]:
+def value_per_row(values: Sequence[float], distances: Sequence[float]) -> list[float]:
     """One value for each row (k,): its own; for the row that the sum started from, which has distance 0, the mean of the others' values.
 
     NaN for absent rows, whose distance is NaN, and for a start that nothing was compared with.

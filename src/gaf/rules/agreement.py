@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gaf.rules.sequential import present
+from gaf.rules.gram import present
 from gaf.shapes import Float64
 
 NORMAL_95 = 1.96
@@ -73,6 +73,18 @@ def noise_of(gram: Float64[Tensor, "r r"], b: float) -> Noise:
     return Noise(b, signal, b * (norm2 - signal), scale, low, high, dimension_of(cosines_of(gram)))
 
 
+def mean_off_diagonal(gram: Float64[Tensor, "k k"]) -> Float64[Tensor, ""]:
+    """An estimate of |g|^2: the mean over pairs of present rows. NaN without such a pair."""
+    sound = present(gram.diagonal())
+    pairs = (sound & sound[:, None]).triu(1)
+    return torch.where(pairs, gram, 0.0).sum() / pairs.sum()
+
+
+def mean_of_others(gram: Float64[Tensor, "k k"], r: Tensor | int) -> Float64[Tensor, ""]:
+    """The same where the rows that are absent are zeros; r: how many rows are present."""
+    return (gram.sum() - gram.diagonal().sum()) / (r * (r - 1))
+
+
 def cosines_of(gram: Float64[Tensor, "r r"]) -> Float64[Tensor, "r r"]:
     """K of the rows at unit length; NaN for an absent row."""
     norms = torch.where(present(gram.diagonal()), gram.diagonal().sqrt(), math.nan)
@@ -86,7 +98,7 @@ def dimension_of(gram: Float64[Tensor, "r r"]) -> float:
 
     """
     r = len(gram)
-    noise = gram.diagonal().mean() - (gram.sum() - gram.diagonal().sum()) / (r * (r - 1))
+    noise = gram.diagonal().mean() - mean_of_others(gram, r)
     square = float(noise_squared(gram))
     return float(noise) ** 2 / square if square > 0 else math.inf
 

@@ -46,6 +46,17 @@ class Evidence:
     tau: Float64[Tensor, ""]
 
 
+def as_skip(decision: Decision) -> Decision:
+    """The same evidence, no step."""
+    d = decision
+    return Decision(
+        torch.zeros_like(d.weights),
+        torch.zeros_like(d.accepted),
+        torch.zeros_like(d.stepped),
+        d.distances,
+    )
+
+
 def check_decision(decision: Any, policy: Any, k: int, device: torch.device) -> Decision:
     """The decision that a policy took, if it is one about these rows. Looks at no value, and so waits for no device.
 

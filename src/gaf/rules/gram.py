@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gaf.shapes import Float, Float64
+from gaf.shapes import Bool, Float, Float64
 
 # coordinates in a partial sum on a CPU: few enough for float32's digits, and k rows of them stay in its cache
 CHUNK = 2**14
@@ -48,6 +48,11 @@ def gram(rows: Float[Tensor, "k n"]) -> Float64[Tensor, "k k"]:
     """
     check_rows(rows)
     return gram_of([[row] for row in rows])
+
+
+def present(norm2: Float64[Tensor, "*s"]) -> Bool[Tensor, "*s"]:
+    """Whether a row counts, by its diagonal entry: a row of zeros, NaN or infinities is absent."""
+    return (norm2 > 0) & norm2.isfinite()
 
 
 def check_rows(rows: Tensor) -> None:

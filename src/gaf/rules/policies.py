@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from gaf.arguments import is_number, one_of, plain_number, whole_number
-from gaf.rules.decision import Decision
-from gaf.rules.gram import check_gram
-from gaf.rules.sequential import Seen, Sequential, present, visit, walk
+from gaf.rules.decision import Decision, as_skip
+from gaf.rules.gram import check_gram, present
+from gaf.rules.sequential import Seen, Sequential, visit, walk
 from gaf.rules.thresholds import MovingAverageTau, Threshold
 from gaf.shapes import Bool, Float64, Int
 
@@ -228,7 +228,7 @@ def automatic() -> Threshold:
     return MovingAverageTau(0.05)
 
 
-def own(policy: Any) -> Any:
+def private_copy(policy: Any) -> Any:
     """The same policy with a state of its own, where it has one: what it learns under one run stays there."""
     if isinstance(policy, GAF) and isinstance(policy.tau, Threshold):
         twin = copy.copy(policy)
@@ -329,7 +329,7 @@ class RandomSkip(Mean):
         weights = self.planned(self.step, len(distances))
         self.step += 1
         decision = super().conclude(accepted, distances)
-        return decision if any(weights) else skipped(decision)
+        return decision if any(weights) else as_skip(decision)
 
     def planned(self, step: int, k: int) -> list[float]:
         """The k weights of step `step`, counted from 0: known before its rows are."""
@@ -354,14 +354,3 @@ class RandomSkip(Mean):
 def averages(policy: Any) -> bool:
     """Whether every row counts whatever the Gram matrix says: `Mean` and its kin."""
     return isinstance(policy, Mean) and type(policy).__call__ is Sequential.__call__
-
-
-def skipped(decision: Decision) -> Decision:
-    """The same evidence, no step."""
-    d = decision
-    return Decision(
-        torch.zeros_like(d.weights),
-        torch.zeros_like(d.accepted),
-        torch.zeros_like(d.stepped),
-        d.distances,
-    )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gaf.rules.decision import Decision
-from gaf.rules.gram import check_gram
+from gaf.rules.gram import check_gram, present
 from gaf.shapes import Bool, Float64, Int
 
 # a distance equal to tau is accepted; rounding in float64 must not turn such a tie into a rejection
@@ -47,10 +47,6 @@ def visit(
     distance = torch.where(count > 0, (1 - cosine).clamp(0, 2), 0.0)
     distance = torch.where(present(own), distance, math.nan)
     return distance <= tau + TIE, distance
-
-
-def present(norm2: Float64[Tensor, "*s"]) -> Bool[Tensor, "*s"]:
-    return (norm2 > 0) & norm2.isfinite()
 
 
 @dataclass(frozen=True, eq=False)

@@ -24,8 +24,9 @@ import torch
 from torch import Tensor
 
 from gaf.arguments import ABOVE_0, is_number, real_number
-from gaf.rules.agreement import noise_squared
-from gaf.rules.sequential import Seen, present
+from gaf.rules.agreement import mean_of_others, noise_squared
+from gaf.rules.gram import present
+from gaf.rules.sequential import Seen
 from gaf.shapes import Float64
 
 WINDOW = 50.0  # steps that averages look back
@@ -215,7 +216,7 @@ class NoiseFloorTau(Threshold):
         sound = present(seen.norms2)
         K = torch.where(sound & sound[:, None], seen.gram, 0.0) / mean_norm2(seen)
         r, place = sound.sum(), sound.cumsum(0)
-        inner = (K.sum() - K.diagonal().sum()) / (r * (r - 1))
+        inner = mean_of_others(K, r)
         one, two = sound & (place == 1), sound & (place == 2)
         first = torch.where(one & two[:, None], K, 0.0).sum()  # of the first two that are present
         full = r >= 4

@@ -44,7 +44,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 import gaf
-from gaf.record.audit import Excess, judged
+from gaf.record.audit import Excess, value_per_row
 from gaf.rules.sequential import TIE
 from gaf_lab.data.problem import Problem
 from gaf_lab.records import run as records
@@ -81,7 +81,9 @@ class Tally:
         self.distances.record(indices, outcome)
         self.bits.add(
             indices,
-            judged([float(d > outcome.tau + TIE) for d in outcome.distances], outcome.distances),
+            value_per_row(
+                [float(d > outcome.tau + TIE) for d in outcome.distances], outcome.distances
+            ),
         )
 
     @property

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gaf import Decision, Mean
-from gaf.rules.policies import skipped
+from gaf.rules.decision import as_skip
 
 
 class Replay:
@@ -46,7 +46,7 @@ class ReplaySkip(Replay, Mean):
 
     def conclude(self, accepted: Tensor, distances: Tensor) -> Decision:
         decision = super().conclude(accepted, distances)
-        return decision if any(self.next(len(distances))) else skipped(decision)
+        return decision if any(self.next(len(distances))) else as_skip(decision)
 
     def planned(self, step: int, k: int) -> list[float]:
         return [1 / k if self.count(step) else 0.0] * k

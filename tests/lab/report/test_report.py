@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 
 import gaf
-from gaf.device.rows import judged
+from gaf.rules.judging import decide_with_evidence
 from gaf_lab.paper import items as paper
 from gaf_lab.records import run as records
 from gaf_lab.records.find import find_runs
@@ -327,7 +327,7 @@ def outcomes(policy, rows: list[torch.Tensor]) -> Interval:
     """What `gaf train` gathers from these macro-batches under a policy."""
     found = Interval(torch.zeros(()), [])
     for one in rows:
-        found.add(gaf.Outcome.fetch(*judged(policy, gaf.gram(one))))
+        found.add(gaf.Outcome.fetch(*decide_with_evidence(policy, gaf.gram(one))))
     return found
 
 

@@ -1,0 +1,58 @@
+"""What every engine does with a policy: ask it about K, keep the evidence, and take an overflow for a skip."""
+
+import math
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from gaf.rules.agreement import mean_off_diagonal
+from gaf.rules.combine import Policy
+from gaf.rules.decision import Decision, Evidence, check_decision
+from gaf.rules.policies import GAF, without_giants
+from gaf.shapes import Float64
+
+
+def decide_with_evidence(policy: Policy, gram: Float64[Tensor, "k k"]) -> tuple[Decision, Evidence]:
+    """The policy's decision about a Gram matrix, and what the matrix shows beside it."""
+    tau = tau_of(policy, gram)
+    decision = check_decision(policy(gram), policy, len(gram), gram.device)
+    ratio = getattr(policy, "max_norm_ratio", None)
+    compared = gram if ratio is None else without_giants(gram, ratio)
+    return decision, Evidence(compared.diagonal(), mean_off_diagonal(compared), tau)
+
+
+def tau_of(policy: Policy, like: Tensor) -> Float64[Tensor, ""]:
+    """The policy's threshold for the rows at hand, on the device of `like`; NaN without one."""
+    if isinstance(policy, GAF):
+        return policy.tau_on(like.device)
+    return torch.full((), torch.nan, dtype=torch.float64, device=like.device)
+
+
+def join_layer_decisions(
+    decisions: Sequence[Decision], evidence: Sequence[Evidence]
+) -> tuple[Decision, Evidence]:
+    """One decision about the whole gradient from the decisions of its layers.
+
+    It steps if any layer steps, and accepts a row that any layer accepts. Weights and distances
+    are means over the layers.
+    """
+    accepted = torch.stack([d.accepted for d in decisions]).any(0)
+    stepped = torch.stack([d.stepped for d in decisions]).any()
+    weights = torch.stack([d.weights for d in decisions]).mean(0)
+    distances = torch.stack([d.distances for d in decisions]).nanmean(0)
+    norms2 = torch.stack([e.norms2 for e in evidence]).sum(0)
+    signal = torch.stack([e.signal for e in evidence]).nansum()
+    return (
+        Decision(weights, accepted, stepped, distances),
+        Evidence(norms2, signal, evidence[0].tau),
+    )
+
+
+def has_overflow(norms2: Iterable[float]) -> bool:
+    """Whether a row's squared norm is NaN or infinite.
+
+    Under a GradScaler this means that the loss scale is too high: no step may follow, whatever the
+    policy decided, and the scaler must see it to lower the scale.
+    """
+    return not all(map(math.isfinite, norms2))
