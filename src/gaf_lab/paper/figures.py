@@ -7,7 +7,6 @@ seeds as a line, single seeds as faint dots, and what the paper prints as a holl
 import dataclasses
 import io
 import math
-import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gaf_lab.paper.items import HUMAN, Item
+from gaf_lab.paper.sheet import head_height, heading, sheet, write_head
 from gaf_lab.records.run import Run
 from gaf_lab.report import statistics as st
 from gaf_lab.report.figures import (
@@ -254,7 +254,7 @@ def static(
 ) -> "Figure":
     """The item as a matplotlib figure on a white ground."""
     if item.kind == "plane":
-        from gaf_lab.paper.plane import drawn  # which takes title and notes from here
+        from gaf_lab.paper.plane import drawn  # it imports torch
 
         return drawn(item, notes)
     if not has_anything(item, runs):
@@ -277,82 +277,12 @@ def has_anything(item: Item, runs: list[Run]) -> bool:
 
 def nothing(item: Item, notes: Sequence[str]) -> "Figure":
     """A sheet with title and notes, and the sentence that there is nothing to draw."""
-    below = room(heading(item), notes, 8.0) + 0.15
+    below = head_height(heading(item), notes, 8.0) + 0.15
     height = below + 0.45
     figure = canvas(8.0, height)
-    head(figure, heading(item), notes)
+    write_head(figure, heading(item), notes)
     figure.text(0.2 / 8.0, 1 - below / height, NOTHING, va="top", fontsize=11, color=INK)
     return figure
-
-
-def heading(item: Item) -> str:
-    """ "Figure 6. Accuracy per noise level"; nothing for an item without a title, which is drawn without one."""
-    if not item.title:
-        return ""
-    word = "Table" if item.kind == "table" else "Figure"
-    return f"{word} {''.join(c for c in item.id if c.isdigit())}. {item.title}"
-
-
-def head(figure: "Figure", title: str, notes: Sequence[str]) -> None:
-    """Title and notes, from the top."""
-    width, height = figure.get_size_inches()
-    figure.text(
-        0.2 / width, 1 - 0.2 / height, title, va="top", fontsize=13, fontweight="bold", color=INK
-    )
-    below = 0.52 if title else 0.2
-    figure.text(
-        0.2 / width,
-        1 - below / height,
-        "\n".join(wrapped(notes, width)),
-        va="top",
-        fontsize=8.5,
-        color=SOFT,
-        linespacing=1.35,
-    )
-
-
-def wrapped(notes: Sequence[str], width: float) -> list[str]:
-    """The notes as one paragraph, in lines that fit a figure of so many inches."""
-    return textwrap.wrap(" ".join(notes), int(15.5 * (width - 0.4)))
-
-
-def room(title: str, notes: Sequence[str], width: float) -> float:
-    """Inches that title and notes take."""
-    return (0.6 if title else 0.2 if notes else 0.0) + 0.165 * len(wrapped(notes, width))
-
-
-def sheet(
-    item: Item,
-    notes: Sequence[str],
-    width: float,
-    rows: Sequence[float],
-    left: float,
-    right: float,
-    columns: int = 1,
-) -> tuple["Figure", list[list["Axes"]]]:
-    """A figure of `width` inches with title and notes above, and its axes, by row and column.
-
-    The axes of row i are rows[i] inches high, with `left` inches to the left and `right` inches, for names, to the right of each.
-    """
-    # columns have names
-    top, between, bottom = (
-        room(heading(item), notes, width) + (0.4 if columns == 1 else 0.8),
-        0.62,
-        0.65,
-    )
-    height = top + sum(rows) + between * (len(rows) - 1) + bottom
-    figure = canvas(width, height)
-    head(figure, heading(item), notes)
-    cell = width / columns
-    axes = []
-    for i, tall in enumerate(rows):
-        y = height - top - sum(rows[: i + 1]) - between * i
-        boxes = [
-            ((cell * j + left) / width, y / height, (cell - left - right) / width, tall / height)
-            for j in range(columns)
-        ]
-        axes.append([figure.add_axes(box) for box in boxes])
-    return figure, axes
 
 
 def has_values(of: list[Arm], panel: Panel) -> bool:
@@ -664,10 +594,10 @@ def tabular(item: Item, runs: list[Run], notes: Sequence[str]) -> "Figure":
         line * (1.6 + sum(1.35 if row.arm is None else 1 for row in rows)) for _, rows in found
     ]
     said = [*notes, *columns_not_run(item, runs), *MEANT]
-    top = room(heading(item), said, width) + 0.5
+    top = head_height(heading(item), said, width) + 0.5
     height = top + sum(heights) + 0.2
     figure = canvas(width, height)
-    head(figure, heading(item), said)
+    write_head(figure, heading(item), said)
 
     def write(x: float, y: float, text: str, **style: Any) -> None:
         figure.text(x / width, 1 - y / height, text, va="center", parse_math=False, **style)

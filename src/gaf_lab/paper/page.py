@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from gaf_lab.paper import figures as pf
+from gaf_lab.paper import sheet
 from gaf_lab.paper.figures import Place
 from gaf_lab.paper.items import Item
 from gaf_lab.progress import Tell, silent
@@ -55,7 +56,7 @@ def section(item: Item, runs: list[Run], notes: Sequence[str], out: Path) -> dic
     common, _ = report.conditions(st.arms(runs)) if runs else ([], [])
     return {
         "id": item.id,
-        "heading": pf.heading(item),
+        "heading": sheet.heading(item),
         "claim": item.claim,
         "outcome": outcome(item, runs),
         "notes": [

@@ -16,6 +16,7 @@ import gaf
 from gaf.rules.combine import Policy
 from gaf_lab.data.sampling import generator
 from gaf_lab.paper.items import Item
+from gaf_lab.paper.sheet import head_height, heading, write_head
 from gaf_lab.report.figures import GRID, INK, KNOWN, SOFT, canvas
 
 if TYPE_CHECKING:
@@ -111,18 +112,16 @@ def shown(steps: list[Step]) -> int:
 def drawn(item: Item, notes: Sequence[str]) -> "Figure":
     """Above: one step, micro-gradient by micro-gradient, each against the running sum and the cone of what is accepted.
     Beneath: what averaging and GAF make of them, and the way that each takes over the loss of the given labels."""
-    from gaf_lab.paper.figures import head, heading, room
-
     problem = make()
     filtered, averaged = descend(problem, gaf.GAF(TAU)), descend(problem, gaf.Mean())
     number = shown(filtered)
     step = filtered[number]
     said = [*NOTES, *notes]
     small, large, width = 1.5, 3.5, 10.0
-    top = room(heading(item), said, width) + 0.75
+    top = head_height(heading(item), said, width) + 0.75
     height = top + small + 0.95 + large + 0.6
     figure = canvas(width, height)
-    head(figure, heading(item), said)
+    write_head(figure, heading(item), said)
 
     def place(x: float, y: float, wide: float, tall: float) -> "Axes":
         return figure.add_axes((x / width, 1 - (y + tall) / height, wide / width, tall / height))

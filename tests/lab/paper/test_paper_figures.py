@@ -13,7 +13,7 @@ from matplotlib.text import Text
 import gaf
 from gaf_lab.paper import figures as pf
 from gaf_lab.paper import page as paper_page
-from gaf_lab.paper import plane
+from gaf_lab.paper import plane, sheet
 from gaf_lab.paper.items import HUMAN, Item
 from gaf_lab.records.run import Run
 from gaf_lab.report import statistics as st
@@ -391,7 +391,7 @@ def test_the_page_loads_nothing_and_has_every_picture(shown, made):
 def test_each_figure_has_its_claim_its_notes_and_what_came_out(shown):
     for item in (NOISE, TAU, SIZE, TRAINING, TABLE, PLANE):
         assert item.claim in shown.text
-        assert pf.heading(item) in shown.text
+        assert sheet.heading(item) in shown.text
     assert shown.text.count(NOTES[1]) == 6
     text = shown.text.replace("\xa0", " ")
     assert (
