@@ -334,13 +334,15 @@ class Sweep:
 def sweep(words: Words, console: Console) -> int:
     options = tyro.cli(Sweep, prog="gaf sweep", args=words)
     from gaf_lab.commands.plans import find_plan
-    from gaf_lab.sweeps import sweep as job
+    from gaf_lab.sweeps.jobs import describe_plan
+    from gaf_lab.sweeps.sweep import sweep as run_sweep
+    from gaf_lab.sweeps.worker import INDEX
 
     configs = find_plan(options.plan, options.seeds, options.scale, options.reading)
     out = options.out or Path("runs") / Path(options.plan).stem
     command = f"gaf sweep {shlex.join(words)}"
     if options.dry_run:
-        for line in job.described(configs, out):
+        for line in describe_plan(configs, out):
             say(console, line)
         return 0
     started = time.perf_counter()
@@ -358,14 +360,14 @@ def sweep(words: Words, console: Console) -> int:
         "command": command,
     }
     try:
-        swept = job.sweep(configs, out, workers=workers, console=console, **shared)
+        swept = run_sweep(configs, out, workers=workers, console=console, **shared)
     except KeyboardInterrupt:
         say(console, f"\nStopped. Go on with the same command: {command}")
         return 130
     for name, why in swept.failed.items():
         say(console, f"{name} failed: {why}")
     say(console, f"{len(swept.runs)} of {len(swept.runs) + len(swept.failed)} runs are finished, in {time.perf_counter() - started:.0f} s. "
-                 f"Index: {out / job.INDEX}. Page: gaf report {out}")  # fmt: skip
+                 f"Index: {out / INDEX}. Page: gaf report {out}")  # fmt: skip
     return 1 if swept.failed else 0
 
 

@@ -15,7 +15,8 @@ from gaf_lab.paper.reproduce import announce
 from gaf_lab.records import run as records
 from gaf_lab.settings.config import ConfigError, TrainConfig
 from gaf_lab.settings.presets import DEMO
-from gaf_lab.sweeps import sweep
+from gaf_lab.sweeps.jobs import is_finished
+from gaf_lab.sweeps.sweep import sweep
 
 
 def arms(seed: int, base: TrainConfig) -> dict[str, TrainConfig]:
@@ -62,7 +63,7 @@ def demo(
     at_once = workers or os.cpu_count() or 1
     announce(list(plan.values()), at_once, console)
     try:
-        sweep.sweep(
+        sweep(
             list(plan.values()),
             folder,
             workers=at_once,
@@ -76,4 +77,4 @@ def demo(
         console.print(
             "\nStopped. The page holds the finished runs. The next demo in this folder starts anew."
         )
-    return [records.read(folder / name) for name in plan if sweep.recorded(folder / name)]
+    return [records.read(folder / name) for name in plan if is_finished(folder / name)]

@@ -16,7 +16,8 @@ from gaf_lab.paper import page as paper_page
 from gaf_lab.paper.items import Configs, Item, Reading, Scale
 from gaf_lab.progress import Tell, line, silent
 from gaf_lab.settings.config import PICTURES, TrainConfig
-from gaf_lab.sweeps.sweep import Swept, jobs, sweep
+from gaf_lab.sweeps.jobs import jobs
+from gaf_lab.sweeps.sweep import SweepResult, sweep
 from gaf_lab.training import models
 from gaf_lab.training.console import Progress
 
@@ -38,7 +39,7 @@ def reproduce(
     data_folder: Path | None = None,
     workers: int = 1,
     **how: Any,
-) -> tuple[Path, Swept]:
+) -> tuple[Path, SweepResult]:
     """Runs what the figures need and `out` does not have yet, and writes one page of all of them there.
 
     Args:
@@ -58,7 +59,7 @@ def reproduce(
     plans = {name: paper.plan(name, scale, reading, seeds) for name in names}
     configs = list({config.hash: config for plan in plans.values() for config in plan}.values())
     todo = jobs(configs, out, data_folder=None, keep_checkpoints=True, command=None)
-    left = [job.config for job in todo.values() if job.finished is None]
+    left = [job.config for job in todo.values() if job.finished_run() is None]
     console.print(
         f"{', '.join(names)} at scale {scale}: {len(configs)} runs, {len(left)} of them to do.",
         highlight=False,
@@ -70,10 +71,10 @@ def reproduce(
     )
     if left:
         announce(left, workers, console)
-    swept = Swept([], {})
+    swept = SweepResult([], {})
     for folder, part in places(configs, data_folder, out / "pictures" if generated else None):
         one = sweep(part, out, workers=workers, data_folder=folder, console=console, **how)
-        swept = Swept([*swept.runs, *one.runs], swept.failed | one.failed)
+        swept = SweepResult([*swept.runs, *one.runs], swept.failed | one.failed)
     found = {str(run.header["config_hash"]): run for run in swept.runs}
     sections = [
         (

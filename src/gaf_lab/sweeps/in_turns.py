@@ -1,45 +1,46 @@
-"""A sweep's runs in this one process, where they take turns: for a GPU, which one small network does not fill."""
+"""A sweep's runs in this one process, in turns: for a GPU that one small network does not fill."""
 
 from collections import deque
 from collections.abc import Iterator
 from functools import partial
 
-from gaf_lab.sweeps.processes import Teller
-from gaf_lab.sweeps.sweep import Ended, Job, Told, working
+from gaf_lab.sweeps.jobs import Job, JobEnd, JobProgress
+from gaf_lab.sweeps.worker import Reporter, work_in_turns
 from gaf_lab.training.run import Turns
 from gaf_lab.training.together import Place
 
 
 class InTurns:
-    """At most `workers` runs side by side, each on a CUDA stream of its own (`gaf_lab.training.together`)."""
+    """At most `workers` runs at a time, each on its own CUDA stream (`training.together`)."""
 
     def __init__(self, workers: int) -> None:
         self.limit = workers
-        self.runs: dict[str, tuple[Turns[Ended], Place]] = {}
-        self.news: deque[tuple[str, Told | Ended]] = deque()
+        self.runs: dict[str, tuple[Turns[JobEnd], Place]] = {}
+        self.news: deque[tuple[str, JobProgress | JobEnd]] = deque()
 
     def room(self) -> int:
         return self.limit - len(self.runs)
 
     def start(self, job: Job) -> None:
-        self.runs[job.name] = working(job, Teller(partial(self._tell, job.name))), Place()
+        reporter = Reporter(partial(self._queue, job.name))
+        self.runs[job.name] = work_in_turns(job, reporter), Place()
 
-    def _tell(self, name: str, told: Told) -> None:
-        self.news.append((name, told))
+    def _queue(self, name: str, event: JobProgress | JobEnd) -> None:
+        self.news.append((name, event))
 
-    def events(self, seconds: float) -> Iterator[tuple[str, Told | Ended]]:
-        """Gives each run a turn; however long that takes, for there is nothing else to do in this process."""
+    def events(self, seconds: float) -> Iterator[tuple[str, JobProgress | JobEnd]]:
+        """Gives each run a turn, however long it takes: this process has nothing else to do."""
         for name, (run, place) in list(self.runs.items()):
             with place.taken():
                 try:
                     next(run)
                 except StopIteration as end:
                     del self.runs[name]
-                    self.news.append((name, end.value))
+                    self._queue(name, end.value)
         while self.news:
             yield self.news.popleft()
 
     def close(self) -> None:
-        """Runs under way close their records; with a checkpoint they go on when they are started again."""
+        """Closes the records of the runs in progress; those with a checkpoint can be resumed."""
         for run, _ in self.runs.values():
             run.close()

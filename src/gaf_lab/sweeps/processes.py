@@ -1,51 +1,35 @@
-"""A sweep's runs in processes on this machine, which stay from run to run."""
+"""A sweep's runs in processes on this machine; a process takes one run after the other."""
 
 import contextlib
 import multiprocessing
 import os
 import signal
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from multiprocessing import connection, resource_tracker
 from typing import Any
 
 import torch
 
-import gaf
-from gaf_lab.data.problem import Problem
-from gaf_lab.sweeps.sweep import Ended, Job, Told, facts, work
-
-
-class Teller:
-    """Follows a run and tells how far it is, five times a second."""
-
-    def __init__(self, tell: Callable[[Told], None]) -> None:
-        self.tell, self.facts, self.at = tell, "", 0.0
-
-    def begin(self, problem: Problem, step: int, steps: int) -> None:
-        self.steps = steps
-        self.tell(Told(step / steps, self.facts))
-
-    def stepped(self, step: int, outcome: gaf.Outcome) -> None:
-        if time.perf_counter() - self.at > 0.2:
-            self.at = time.perf_counter()
-            self.tell(Told(step / self.steps, self.facts))
-
-    def evaluated(self, line: dict[str, Any]) -> None:
-        self.facts = facts(line)
+from gaf_lab.sweeps.jobs import Job, JobEnd, JobProgress
+from gaf_lab.sweeps.worker import Reporter, work
 
 
 @dataclass(eq=False)
 class Worker:
+    """A process. job: the name of the one that it is working on."""
+
     process: Any
     pipe: "connection.Connection[Any, Any]"
     job: str | None = None
 
 
 class Processes:
-    """Workers that stay, so that each reads a data set once; one that dies is replaced. They are forks of one that has imported torch."""
+    """Workers that stay, so that each reads a data set once; one that dies is replaced.
+
+    They are forks of a process that has imported torch.
+    """
 
     def __init__(self, workers: int) -> None:
         self.limit, self.threads = workers, max(1, (os.cpu_count() or 1) // workers)
@@ -57,39 +41,39 @@ class Processes:
         return self.limit - sum(worker.job is not None for worker in self.workers)
 
     def start(self, job: Job) -> None:
-        self.workers = [
-            worker for worker in self.workers if worker.job or worker.process.is_alive()
-        ]
-        worker = (
-            next((worker for worker in self.workers if worker.job is None), None) or self._another()
-        )
+        self.workers = [each for each in self.workers if each.job or each.process.is_alive()]
+        idle = [each for each in self.workers if each.job is None]
+        worker = idle[0] if idle else self._add_worker()
         worker.job = job.name
-        with contextlib.suppress(BrokenPipeError):  # it has just died, which events() will tell
+        with contextlib.suppress(BrokenPipeError):  # it has just died, which events() reports
             worker.pipe.send(job)
 
-    def _another(self) -> Worker:
+    def _add_worker(self) -> Worker:
         pipe, theirs = self.context.Pipe()
-        process = self.context.Process(target=serve, args=(theirs, self.threads))
-        with unheard(signal.SIGINT):
+        process = self.context.Process(target=serve_jobs, args=(theirs, self.threads))
+        with signal_blocked(signal.SIGINT):
             process.start()
         theirs.close()
         self.workers.append(Worker(process, pipe))
         return self.workers[-1]
 
-    def events(self, seconds: float) -> Iterator[tuple[str, Told | Ended]]:
+    def events(self, seconds: float) -> Iterator[tuple[str, JobProgress | JobEnd]]:
         ready = connection.wait([worker.pipe for worker in self.workers], seconds)
         for worker in [worker for worker in self.workers if worker.pipe in ready]:
             try:
                 event = worker.pipe.recv()
             except (EOFError, OSError):
-                self.workers.remove(worker)
-                worker.process.join()
-                event = Ended("died", f"its process died with exit code {worker.process.exitcode}.")
+                event = self._bury(worker)
             name = worker.job
-            if isinstance(event, Ended):
+            if isinstance(event, JobEnd):
                 worker.job = None
             if name is not None:
                 yield name, event
+
+    def _bury(self, worker: Worker) -> JobEnd:
+        self.workers.remove(worker)
+        worker.process.join()
+        return JobEnd("died", f"its process died with exit code {worker.process.exitcode}.")
 
     def close(self) -> None:
         for worker in self.workers:
@@ -101,9 +85,9 @@ class Processes:
 
 
 @contextlib.contextmanager
-def unheard(signum: signal.Signals) -> Iterator[None]:
-    """Processes started meanwhile never hear the signal; this one hears it afterwards."""
-    # which otherwise starts meanwhile and unblocks SIGINT (CPython 3.11)
+def signal_blocked(signum: signal.Signals) -> Iterator[None]:
+    """Processes started inside never receive the signal; this process receives it afterwards."""
+    # Started now, because its start would unblock SIGINT inside (CPython 3.11).
     resource_tracker.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signum])
     try:
@@ -112,10 +96,10 @@ def unheard(signum: signal.Signals) -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def serve(pipe: "connection.Connection[Any, Any]", threads: int) -> None:
-    """A worker: one job after the other, until it is told to stop or nobody listens any more."""
+def serve_jobs(pipe: "connection.Connection[Any, Any]", threads: int) -> None:
+    """A worker: does one job after the other, until it is terminated or the sweep is gone."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     torch.set_num_threads(threads)
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
         while True:
-            pipe.send(work(pipe.recv(), Teller(pipe.send)))
+            pipe.send(work(pipe.recv(), Reporter(pipe.send)))

@@ -1,4 +1,4 @@
-"""A sweep's runs as tasks on a Ray cluster: one core each; the folder of the runs is shared by all its machines."""
+"""A sweep's runs as tasks on a Ray cluster, one core each. All machines share the runs' folder."""
 
 import logging
 import os
@@ -14,25 +14,22 @@ import ray.exceptions
 import torch
 
 from gaf_lab.settings.config import ConfigError
-from gaf_lab.sweeps.sweep import Ended, Job, Told, work
+from gaf_lab.sweeps.jobs import Job, JobEnd, JobProgress
+from gaf_lab.sweeps.worker import work
 
-LOOK_EVERY = 5.0  # seconds between looks into the records of runs that are being worked on
+READ_EVERY = 5.0  # seconds between readings of the records of runs in progress
 
 
 class Tasks:
-    """The engine on the cluster at `address`. A task whose node dies ends as a worker does: the sweep starts its job again."""
+    """The engine on the cluster at `address`.
+
+    A task whose node dies ends as a worker that dies: the sweep starts its job again.
+    """
 
     def __init__(self, workers: int, address: str) -> None:
-        try:
-            if address != "auto":  # ray would try for minutes
-                host, _, port = address.rpartition(":")
-                socket.create_connection((host, int(port)), timeout=10).close()
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"address must be that of a running Ray cluster, auto or HOST:PORT; got {address!r} "
-                              f"({str(error).splitlines()[0]}). Start one with: ray start --head") from None  # fmt: skip
-        self.limit, self.jobs, self.looked = workers, dict[Any, Job](), time.monotonic()
-        self.task = ray.remote(task)
+        connect(address)
+        self.limit, self.jobs, self.read = workers, dict[Any, Job](), time.monotonic()
+        self.task = ray.remote(run_task)
 
     def room(self) -> int:
         return self.limit - len(self.jobs)
@@ -46,38 +43,51 @@ class Tasks:
         }
         self.jobs[self.task.options(**options).remote(job)] = job
 
-    def events(self, seconds: float) -> Iterator[tuple[str, Told | Ended]]:
+    def events(self, seconds: float) -> Iterator[tuple[str, JobProgress | JobEnd]]:
         if not self.jobs:
             time.sleep(seconds)
             return
         for reference in ray.wait(list(self.jobs), timeout=seconds)[0]:
-            yield self.jobs.pop(reference).name, outcome(reference)
-        if time.monotonic() - self.looked > LOOK_EVERY:
-            self.looked = time.monotonic()
-            yield from [(job.name, job.done()) for job in self.jobs.values()]
+            yield self.jobs.pop(reference).name, job_end(reference)
+        if time.monotonic() - self.read > READ_EVERY:
+            self.read = time.monotonic()
+            yield from [(job.name, job.recorded_progress()) for job in self.jobs.values()]
 
     def close(self) -> None:
         ray.shutdown()
 
 
-def task(job: Job) -> Ended:
+def connect(address: str) -> None:
+    try:
+        if address != "auto":  # ray would try for minutes
+            host, _, port = address.rpartition(":")
+            socket.create_connection((host, int(port)), timeout=10).close()
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            "address must be that of a running Ray cluster, auto or HOST:PORT; "
+            f"got {address!r} ({str(error).splitlines()[0]}). Start one with: ray start --head"
+        ) from None
+
+
+def run_task(job: Job) -> JobEnd:
     """What runs on a node."""
     torch.set_num_threads(1)
     return work(job, Silent())
 
 
-def outcome(reference: Any) -> Ended:
+def job_end(reference: Any) -> JobEnd:
     try:
-        ended: Ended = ray.get(reference)
+        end: JobEnd = ray.get(reference)
     except ray.exceptions.RayTaskError as error:
-        return Ended("failed", f"{error.cause!r}")
+        return JobEnd("failed", f"{error.cause!r}")
     except ray.exceptions.RayError as error:
-        return Ended("died", f"its node or process died ({str(error).split('. ')[0]}).")
-    return ended
+        return JobEnd("died", f"its node or process died ({str(error).split('. ')[0]}).")
+    return end
 
 
 class Silent:
-    """Follows a run and says nothing: how far it is stands in its records."""
+    """Follows a run and reports nothing: its progress is read from its records."""
 
     def begin(self, *facts: Any) -> None:
         pass

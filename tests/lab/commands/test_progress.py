@@ -11,7 +11,8 @@ from gaf_lab.commands import main as cli
 from gaf_lab.data import archives
 from gaf_lab.settings.plan import folder_name
 from gaf_lab.settings.presets import DEMO
-from gaf_lab.sweeps.sweep import Board, Told, jobs
+from gaf_lab.sweeps.board import Board
+from gaf_lab.sweeps.jobs import JobProgress, jobs
 from gaf_lab.training.console import ConsoleListener, Progress
 from helpers.reports import nine
 
@@ -98,9 +99,9 @@ def test_a_sweeps_board_says_how_many_runs_and_samples_are_done(tmp_path):
     configs = [DEMO, *(type(DEMO)(**{**vars(DEMO), "seed": seed}) for seed in (1, 2, 3))]
     plan = jobs(configs, tmp_path, data_folder=None, keep_checkpoints=True, command=None)
     board = Board(pipe(), plan, {})
-    board.told(folder_name(configs[0]), Told(1.0, ""))
+    board.show_progress(folder_name(configs[0]), JobProgress(1.0, ""))
     board.drawn = 0.0
-    board.told(folder_name(configs[1]), Told(0.5, ""))
+    board.show_progress(folder_name(configs[1]), JobProgress(0.5, ""))
     board.draw()
     assert board._how_far().startswith("0 of 4 runs finished, 38% of all samples")
 

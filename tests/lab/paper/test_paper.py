@@ -13,7 +13,7 @@ from gaf_lab.records.run import Run
 from gaf_lab.settings import presets
 from gaf_lab.settings.config import ConfigError
 from gaf_lab.settings.plan import folder_name
-from gaf_lab.sweeps.sweep import jobs
+from gaf_lab.sweeps.jobs import jobs
 
 IDS = tuple(paper.ITEMS)
 

@@ -24,18 +24,11 @@ from gaf_lab.records import run as records
 from gaf_lab.records.locks import LOCK
 from gaf_lab.settings.config import PICTURES, ConfigError, TrainConfig
 from gaf_lab.settings.plan import folder_name, follow, from_file
-from gaf_lab.sweeps import processes as sweep_local
-from gaf_lab.sweeps.sweep import (
-    INDEX,
-    Board,
-    Ended,
-    Sweeping,
-    Told,
-    index,
-    jobs,
-    sweep,
-    work,
-)
+from gaf_lab.sweeps import processes
+from gaf_lab.sweeps.board import Board
+from gaf_lab.sweeps.jobs import JobEnd, JobProgress, jobs
+from gaf_lab.sweeps.sweep import Dispatcher, sweep
+from gaf_lab.sweeps.worker import INDEX, add_to_index, work
 from gaf_lab.training.run import train
 from helpers.fakes import Silent, hear_ctrl_c
 from helpers.runs import assert_same, final_state
@@ -127,7 +120,7 @@ class Here:
         self.deaths[job.name] -= 1
         yield (
             job.name,
-            Ended("died", "it died.") if self.deaths[job.name] >= 0 else work(job, Silent()),
+            JobEnd("died", "it died.") if self.deaths[job.name] >= 0 else work(job, Silent()),
         )
 
     def close(self):
@@ -137,7 +130,7 @@ class Here:
 @pytest.fixture
 def here(monkeypatch):
     """Sweeps work in this process, which costs them less time than workers of their own."""
-    monkeypatch.setattr(sweep_local, "Processes", lambda workers: Here())
+    monkeypatch.setattr(processes, "Processes", lambda workers: Here())
 
 
 def told(run):
@@ -315,9 +308,9 @@ def test_while_a_run_goes_on_nobody_else_can_begin_it(tmp_path):
             if step in (1, 20):
                 seen.append(work(job, Silent()))
 
-    assert work(job, Another()) == Ended("finished")
-    assert seen == [Ended("busy")] * 2
-    assert work(job, Another()) == Ended("finished")
+    assert work(job, Another()) == JobEnd("finished")
+    assert seen == [JobEnd("busy")] * 2
+    assert work(job, Another()) == JobEnd("finished")
     assert len(seen) == 2
 
 
@@ -346,7 +339,7 @@ def test_a_worker_that_is_killed_is_replaced_and_its_run_goes_on_from_the_checkp
     )
     killer.join()
     assert (
-        f"{folder.name}: its process died with exit code -9. It goes on from its last checkpoint."
+        f"{folder.name}: its process died with exit code -9. It resumes from its last checkpoint."
         in console.file.getvalue()
     )
     assert kept[0].end is None
@@ -368,7 +361,7 @@ def test_a_run_is_tried_three_times_then_it_and_what_waits_for_it_have_failed_an
     )
     names = list(plan)
     engine = Here({names[0]: 3, names[2]: 2})
-    swept = Sweeping(plan, {}, Board(QUIET, plan, [])).run(engine)
+    swept = Dispatcher(plan, {}, Board(QUIET, plan, [])).run(engine)
     assert [run.folder.name for run in swept.runs] == names[2:]
     assert swept.failed == {
         names[0]: "it died. It was tried 3 times.",
@@ -435,7 +428,7 @@ def test_the_index_has_each_run_once_though_many_processes_write_it_and_one_was_
 
     def write(first):
         for i in range(first, first + 20):
-            index(tmp_path, [fake_run(tmp_path, i)])
+            add_to_index(tmp_path, [fake_run(tmp_path, i)])
 
     writers = [context.Process(target=write, args=(first,)) for first in (0, 0, 10, 10, 20, 20)]
     for process in writers:
@@ -456,11 +449,11 @@ def test_the_bar_over_all_runs_counts_samples_and_starts_at_what_checkpoints_hol
     task = board.bars.tasks[board.whole]
     there = records.read(tmp_path / folder_name(long)).evals[-1]["samples"]
     assert (task.completed, task.total) == (pytest.approx(there, abs=1), pytest.approx(8 * 270))
-    board.told(folder_name(short), Told(0.5, ""))
+    board.show_progress(folder_name(short), JobProgress(0.5, ""))
     board.draw()
     assert task.completed == pytest.approx(there + 270)
     (tmp_path / folder_name(long) / checkpoint.FILE).unlink()
-    assert plan[folder_name(long)].done() == Told(0.0, "")
+    assert plan[folder_name(long)].recorded_progress() == JobProgress(0.0, "")
 
 
 @pytest.mark.parametrize("name", ["digits", "mnist5k"])

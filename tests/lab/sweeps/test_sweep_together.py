@@ -6,7 +6,7 @@ import io
 from rich.console import Console
 from test_sweep import BASE, MEAN, QUIET, assert_index_is_whole, assert_same_runs, subset
 
-from gaf_lab.sweeps import in_turns as sweep_together
+from gaf_lab.sweeps.in_turns import InTurns
 from gaf_lab.sweeps.sweep import sweep
 
 
@@ -36,14 +36,14 @@ def test_runs_in_turns_are_those_of_processes(tmp_path):
 
 def test_at_most_as_many_as_workers_are_under_way_and_they_do_take_turns(tmp_path, monkeypatch):
     most, turns = [0], []
-    given = sweep_together.InTurns.events
+    given = InTurns.events
 
     def watched(self, seconds):
         most[0] = max(most[0], len(self.runs))
         turns.append(tuple(self.runs))
         return given(self, seconds)
 
-    monkeypatch.setattr(sweep_together.InTurns, "events", watched)
+    monkeypatch.setattr(InTurns, "events", watched)
     configs = [
         dataclasses.replace(on_device(MEAN), seed=seed, passes=12.0, eval_every=4.0)
         for seed in range(3)
