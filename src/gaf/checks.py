@@ -176,14 +176,6 @@ def raise_untouched(names: Names) -> NoReturn:
                        "wrapped, and leave losses out that depend on none of them.")  # fmt: skip
 
 
-def check_policy(policy: Any, subject: str) -> Any:
-    if isinstance(policy, type) or not callable(policy):
-        raise TypeError(
-            f"{subject}: policy must be a callable from a Gram matrix to a Decision; got {policy!r}. Use gaf.GAF(tau=0.97)."
-        )
-    return policy
-
-
 def check_scope(policy: Any, model: nn.Module | None, bn: str, leave_out: Any) -> None:
     scope = getattr(policy, "scope", "all")
     if scope == "group":

@@ -17,7 +17,6 @@ from gaf.checks import (
     check_model,
     check_optimizers,
     check_parameters,
-    check_policy,
     check_reentrant,
     check_scope,
     check_state,
@@ -32,12 +31,11 @@ from gaf.checks import (
 from gaf.device.batchnorm import BatchNormStatistics
 from gaf.device.placed import Placed
 from gaf.device.rows import Layered, Stacked, Streamed, rows_for
-from gaf.record.gate import gate
-from gaf.record.telemetry import Outcome, Telemetry
-from gaf.rules.combine import Policy
+from gaf.record.ledger import Ledger
+from gaf.record.telemetry import Outcome
+from gaf.rules.contract import Policy, check_policy
 from gaf.rules.decision import Decision, as_skip, check_weights
 from gaf.rules.judging import has_overflow
-from gaf.rules.policies import private_copy
 
 Rows = Streamed | Stacked | Layered
 LeaveOut = Callable[[str, nn.Parameter], bool]
@@ -88,12 +86,10 @@ class Accumulator:
         leave_out: LeaveOut | None = None,
     ) -> None:
         self.optimizers = check_optimizers(optimizer, "Accumulator")
-        self.policy = private_copy(check_policy(policy, "Accumulator"))
+        self.ledger = Ledger(check_policy(policy, "Accumulator"))
         check_types(model, scaler, leave_out)
         check_scope(policy, model, bn, leave_out)
         self.scaler = scaler if scaler is not None and scaler.is_enabled() else None
-        self.last: Decision | None = None  # of the last step
-        self.outcome: Outcome | None = None  # the same with its evidence, as plain numbers
         # with scope="layer", of the last step, by the name of the module
         self.layers: dict[str, Decision] = {}
         self._model, self._leave_out = model, leave_out
@@ -105,9 +101,6 @@ class Accumulator:
         self._missing: list[bool] | None = None
         self._rows: Rows | None = None
         self._decided: Decision | None = None
-        self._telemetry = Telemetry()
-        # steps decided and steps taken by this object; unlike stats, not restored
-        self._progress = (0, 0)
         self._placed = Placed(self.optimizers)  # what decide() has put into p.grad
         self._stepping = False  # whether an optimizer's step is this object's own
         self._left_out = False  # whether leave_out was ever true
@@ -116,6 +109,25 @@ class Accumulator:
         for one in self.optimizers:
             take_over(one, self)
             finalize(self, one.register_step_pre_hook(partial(refuse_step, ref(self))).remove)
+
+    @property
+    def policy(self) -> Policy:
+        """What decides. A new one may be assigned between steps."""
+        return self.ledger.policy
+
+    @policy.setter
+    def policy(self, policy: Policy) -> None:
+        self.ledger.policy = policy
+
+    @property
+    def last(self) -> Decision | None:
+        """Of the last step."""
+        return self.ledger.last
+
+    @property
+    def outcome(self) -> Outcome | None:
+        """The same with its evidence, as plain numbers."""
+        return self.ledger.outcome
 
     def backward(self, loss: Tensor, *, retain_graph: bool = False) -> None:
         """Computes one micro-gradient. Runs the loss's backward pass for this optimizer's parameters only.
@@ -216,7 +228,8 @@ class Accumulator:
         # a scale of 0 is what overflows in a row have left: nothing can be unscaled
         overflow = self.scaler is not None and (scale == 0 or has_overflow(outcome.norms2))
         if overflow:
-            decision, outcome = self._not_stepped(decision, outcome)
+            decision, outcome = as_skip(decision), outcome.skipped()
+            self._skip_layers()
         if outcome.stepped:
             for p, grad in zip(self._params, rows.update(outcome.weights), strict=True):
                 p.grad = None if grad is None else grad.to(grad_dtype(p) or grad.dtype)
@@ -227,10 +240,8 @@ class Accumulator:
         self._settle(outcome, scale)
         return decision
 
-    def _not_stepped(self, decision: Decision, outcome: Outcome) -> tuple[Decision, Outcome]:
-        """The same evidence, no step, in any layer."""
+    def _skip_layers(self) -> None:
         self.layers = {name: as_skip(one) for name, one in self.layers.items()}
-        return as_skip(decision), outcome.skipped()
 
     def step(self) -> Decision:
         """Steps the optimizer, or leaves it exactly as it was; then clears the gradients and ends the macro-batch.
@@ -241,7 +252,7 @@ class Accumulator:
         Raises:
             RuntimeError: where no backward() came before; where the update, or a part of it, is gone that decide() left.
         """
-        self.last = self.decide()
+        decision = self.ledger.last = self.decide()
         try:
             if self.outcome is not None and self.outcome.stepped:
                 self._placed.check(self._names)
@@ -251,15 +262,12 @@ class Accumulator:
             raise
         finally:
             self._end()
-        return self.last
+        return decision
 
     def _take_back(self) -> None:
         """The step that was decided is not taken: what has been counted of it is a skip."""
-        assert self.last is not None
-        assert self.outcome is not None
-        self._telemetry.take_back(self.outcome)
-        self._progress = (self._progress[0], self._progress[1] - self.outcome.stepped)
-        self.last, self.outcome = self._not_stepped(self.last, self.outcome)
+        self.ledger.take_back()
+        self._skip_layers()
 
     def _end(self) -> None:
         """Ends the macro-batch after its decision."""
@@ -298,7 +306,7 @@ class Accumulator:
     def _give_way(self) -> None:
         """Another Accumulator was made for the optimizer: what waits in this one, interrupted and kept by a traceback, is dropped."""
         if self._decided is not None:
-            self.last = self._decided
+            self.ledger.last = self._decided
             self._take_back()
             self._end()
         elif self._rows is not None:
@@ -316,7 +324,7 @@ class Accumulator:
             TypeError: for ReduceLROnPlateau, and for what is no torch scheduler.
             RuntimeError: from the scheduler's step(), where it turns out to be stepped less often (per epoch).
         """
-        return gate(scheduler, lambda: self._progress)
+        return self.ledger.gate(scheduler)
 
     def stats(self, b: float = 1) -> dict[str, float]:
         """Plain numbers.
@@ -333,7 +341,7 @@ class Accumulator:
         Args:
             b: samples per micro-batch. With 1, `noise_scale` counts micro-batches.
         """
-        return self._telemetry.stats(b)
+        return self.ledger.stats(b)
 
     def state_dict(self) -> dict[str, Any]:
         """Counts, averages and the policy's own state. Between macro-batches only: rows are not saved.
@@ -342,8 +350,7 @@ class Accumulator:
             RuntimeError: where micro-gradients wait for their step().
         """
         self._check_idle("state_dict()")
-        policy = self.policy.state_dict() if hasattr(self.policy, "state_dict") else {}
-        return {"telemetry": self._telemetry.state_dict(), "policy": policy}
+        return self.ledger.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes back what `state_dict` gave.
@@ -354,9 +361,7 @@ class Accumulator:
         """
         self._check_idle("load_state_dict()")
         check_state(state)
-        if hasattr(self.policy, "load_state_dict"):
-            self.policy.load_state_dict(state["policy"])
-        self._telemetry.load_state_dict(state["telemetry"])
+        self.ledger.load_state_dict(state)
 
     def _check_idle(self, call: str) -> None:
         if self.waiting:
@@ -441,9 +446,7 @@ class Accumulator:
                 probe.grad = None
 
     def _settle(self, outcome: Outcome, scale: float) -> None:
-        self.outcome = outcome
-        self._progress = (self._progress[0] + 1, self._progress[1] + outcome.stepped)
-        self._telemetry.record(outcome, self.policy, scale=scale)
+        self.ledger.record(outcome, scale)
         if self._bn is not None:
             self._bn.settle(outcome.accepted)
             self._bn.begin()

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from gaf.device.sums import Buffers, SumOnCpu, SumOnDevice, norm2_of_rest, voting
-from gaf.rules.combine import Policy
+from gaf.rules.contract import Policy
 from gaf.rules.decision import Decision, Evidence, check_decision
 from gaf.rules.gram import gram_of
 from gaf.rules.judging import decide_with_evidence, join_layer_decisions, tau_of

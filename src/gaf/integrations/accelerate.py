@@ -12,11 +12,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 import gaf
-from gaf.checks import check_policy
 from gaf.device.accumulate import Accumulator, has_gradients
 from gaf.integrations.options import check_options
 from gaf.ranks.handle import Handle
-from gaf.rules.combine import Policy
+from gaf.rules.contract import Policy, check_policy
 
 SUBJECT = "accelerate.attach"
 INSTEAD = {
@@ -126,7 +125,7 @@ class MicroBatches(Accumulator):
         self._check_ended()
         super().backward(loss * self.divisor(), retain_graph=retain_graph)
         if self.accelerator.sync_gradients:
-            self.last, self._decided = self.decide(), None
+            self.ledger.last, self._decided = self.decide(), None
             self._due = set(self.optimizers)
 
     def _check_ended(self) -> None:

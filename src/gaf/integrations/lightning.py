@@ -14,14 +14,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from gaf.checks import check_policy
 from gaf.device.accumulate import Accumulator
 from gaf.integrations.options import check_b, check_names, check_options
 from gaf.integrations.trackers import metrics
 from gaf.ranks.attach import attach
 from gaf.ranks.handle import Handle
 from gaf.record.gate import gate
-from gaf.rules.combine import Policy
+from gaf.rules.contract import Policy, check_policy
 
 
 class GAFCallback(pl.Callback):
@@ -91,7 +90,7 @@ class GAFCallback(pl.Callback):
         if self._loaded is not None:
             self.decider.load_state_dict(self._loaded)
             self._loaded = None
-        self._logged = self.decider._telemetry.totals["steps"]
+        self._logged = self.decider.ledger.telemetry.totals["steps"]
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._one is not None:
@@ -107,7 +106,7 @@ class GAFCallback(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any, **kwargs: Any
     ) -> None:
         if self.decider is None or self._logged == (
-            steps := self.decider._telemetry.totals["steps"]
+            steps := self.decider.ledger.telemetry.totals["steps"]
         ):
             return
         self._logged = steps
@@ -235,7 +234,7 @@ class Progress:
         self.progress: Callable[[], tuple[int, int]] = (
             decider._progress_of(scheduler)
             if isinstance(decider, Handle)
-            else lambda: decider._progress
+            else lambda: decider.ledger.progress
         )
 
     def __call__(self) -> tuple[int, int]:

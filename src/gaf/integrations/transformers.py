@@ -7,12 +7,11 @@ import torch
 from accelerate.utils import DistributedType
 from transformers import Trainer, TrainerCallback
 
-from gaf.checks import check_policy
 from gaf.integrations.accelerate import MicroBatches, attach
 from gaf.integrations.options import check_names, check_options
 from gaf.integrations.trackers import metrics
 from gaf.ranks.handle import Handle
-from gaf.rules.combine import Policy
+from gaf.rules.contract import Policy, check_policy
 
 if TYPE_CHECKING:
     Base = Trainer

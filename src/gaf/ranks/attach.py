@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
-from gaf.checks import check_optimizers, check_policy
+from gaf.checks import check_optimizers
 from gaf.ranks.attach_checks import (
     check_ddp,
     check_model,
@@ -28,7 +28,7 @@ from gaf.ranks.attach_checks import (
 from gaf.ranks.exchange import Exchange
 from gaf.ranks.handle import Handle
 from gaf.ranks.steps import parameters_of
-from gaf.rules.combine import Policy
+from gaf.rules.contract import Policy, check_policy
 
 
 def attach(

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from gaf.ranks.exchange import Exchange
 from gaf.record.telemetry import frames_inside
-from gaf.rules.combine import Policy
+from gaf.rules.contract import Policy
 
 
 def check_scaler(scaler: Any) -> None:

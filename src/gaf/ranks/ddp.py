@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gaf.ranks.exchange import Exchange, Pair
 from gaf.ranks.handle import Handle, raise_thawed
-from gaf.rules.combine import Policy
+from gaf.rules.contract import Policy
 from gaf.rules.policies import GAF, averages
 
 Future = torch.futures.Future[Tensor]  # of the bucket, updated

@@ -8,7 +8,7 @@ that only led through the model to another one (a GAN's generator step), counts 
 
 import math
 from collections.abc import Callable, Sequence
-from copy import copy, deepcopy
+from copy import copy
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -21,13 +21,13 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from gaf.checks import check_policy
 from gaf.ranks.exchange import Exchange, add_in_rank_order
 from gaf.ranks.stale import CLEAR_FIRST, IN_PART, StaleGradients, is_set
 from gaf.ranks.steps import fused_overflow, parameters_of, place_of_closure
 from gaf.record.gate import gate, ungate
-from gaf.record.telemetry import Outcome, Telemetry
-from gaf.rules.combine import Policy
+from gaf.record.ledger import Ledger
+from gaf.record.telemetry import Outcome
+from gaf.rules.contract import Policy, check_policy, learned_state, load_learned_state
 from gaf.rules.decision import Decision, Evidence, as_skip, check_weights
 from gaf.rules.judging import decide_with_evidence, has_overflow
 from gaf.rules.policies import Mean, averages, private_copy
@@ -65,13 +65,10 @@ class Handle:
     ) -> None:
         """params: those that are decided on. check: raises where the engine cannot use a policy."""
         self._check = check
-        self._policy: Policy = private_copy(policy)
+        self.ledger = Ledger(policy)
         self.scaler = scaler if scaler is not None and scaler.is_enabled() else None
-        self.last: Decision | None = None
-        self.outcome: Outcome | None = None
         self._k = k
         self._outside: dict[Tensor, str] = {}  # frozen parameters that the engine would not average
-        self._telemetry = Telemetry()
         self._rejected, self._absent = [0] * k, [0] * k
         self._scale = 1.0  # what the scaler multiplied the rows by
         self._pending: list[Pending] = []  # more than one only where several passes share a step
@@ -99,16 +96,24 @@ class Handle:
     @property
     def policy(self) -> Policy:
         """What decides. A new one may be assigned between steps, the same on all ranks; it is checked and copied as by `attach`."""
-        return self._policy
+        return self.ledger.policy
 
     @policy.setter
     def policy(self, policy: Policy) -> None:
         check_policy(policy, "handle.policy")
         self._check(policy)
-        self._policy = private_copy(policy)
+        self.ledger.policy = private_copy(policy)
         self.stale.active = not averages(policy)
         for pending in self._pending:
             pending.policy_state = None
+
+    @property
+    def last(self) -> Decision | None:
+        return self.ledger.last
+
+    @property
+    def outcome(self) -> Outcome | None:
+        return self.ledger.outcome
 
     def gate(self, scheduler: LRScheduler) -> LRScheduler:
         """Makes a scheduler that is stepped once after every step of its optimizer stand still on a skip, until `detach`.
@@ -141,7 +146,7 @@ class Handle:
             b: samples per row. With 1, `noise_scale` counts micro-batches.
         """
         known = self._with_joined()
-        return known._telemetry.stats(b) | {
+        return known.ledger.stats(b) | {
             "rejected_per_row": list(known._rejected),
             "absent_per_row": list(known._absent),
         }
@@ -152,8 +157,7 @@ class Handle:
         The same on every rank.
         """
         known = self._with_joined()
-        return {
-            "telemetry": known._telemetry.state_dict(),
+        return known.ledger.state_dict() | {
             "policy": self._settled_policy_state() or {},
             "rejected": list(known._rejected),
             "absent": list(known._absent),
@@ -166,15 +170,7 @@ class Handle:
             ValueError: for what is no such state, or that of another policy; nothing is taken then.
         """
         check_state(state)
-        before = self._policy_state()
-        if hasattr(self.policy, "load_state_dict"):
-            self.policy.load_state_dict(state["policy"])
-        try:
-            self._telemetry.load_state_dict(state["telemetry"])
-        except Exception:
-            if before is not None:
-                self.policy.load_state_dict(before)  # type: ignore[attr-defined]
-            raise
+        self.ledger.load_state_dict(state)
         if len(state["rejected"]) == self._k:
             self._rejected, self._absent = list(state["rejected"]), list(state["absent"])
         self._pending = []
@@ -226,7 +222,7 @@ class Handle:
         active = self._keep_or_drop(joining, joined)
         self._moves = self._moves and bool(self._pending)
         self._skipped = []
-        self._pending.append(Pending(self._policy_state(), joined))
+        self._pending.append(Pending(learned_state(self.policy), joined))
         return active
 
     def end(self) -> None:
@@ -291,7 +287,7 @@ class Handle:
         if not any(one.joined for one in self._pending):
             return self
         known = copy(self)
-        known._telemetry = deepcopy(self._telemetry)
+        known.ledger = self.ledger.fork()
         known._rejected, known._absent = list(self._rejected), list(self._absent)
         known._pending = list(self._pending)
         known._count_joined()
@@ -364,7 +360,7 @@ class Handle:
         return outcome.stepped
 
     def _decide(self, decision: Decision, outcome: Outcome, params: Sequence[Tensor]) -> None:
-        self.last, self.outcome = decision, outcome
+        self.ledger.last, self.ledger.outcome = decision, outcome
         self._moves = self._moves or outcome.stepped
         self._pending[-1].outcomes.append((outcome, self._scale))
         if not outcome.stepped:
@@ -459,13 +455,13 @@ class Handle:
         """No optimizer step followed these decisions: they never were."""
         for pending in reversed(self._pending):
             if pending.policy_state is not None:
-                self.policy.load_state_dict(pending.policy_state)  # type: ignore[attr-defined]
+                load_learned_state(self.policy, pending.policy_state)
         self._pending = []
 
     def _count(self, pending: Pending) -> None:
         for outcome, scale in pending.outcomes:
             counted = outcome.skipped() if pending.overflow else outcome
-            self._telemetry.record(counted, self.policy, scale=scale)
+            self.ledger.telemetry.record(counted, self.policy, scale=scale)
             pairs = zip(counted.accepted, counted.distances, strict=False)
             for i, (accepted, distance) in enumerate(pairs):
                 self._absent[i] += distance != distance
@@ -475,10 +471,7 @@ class Handle:
         """From before the decisions that no optimizer step has followed yet."""
         states = [pending.policy_state for pending in self._pending if not pending.joined]
         before = next((state for state in states if state is not None), None)
-        return self._policy_state() if before is None else before
-
-    def _policy_state(self) -> Any:
-        return self.policy.state_dict() if hasattr(self.policy, "state_dict") else None
+        return learned_state(self.policy) if before is None else before
 
     def _progress_of(self, scheduler: Any) -> Callable[[], tuple[int, int]]:
         """Steps of the scheduler's optimizer, and those of them that moved something."""

@@ -1,16 +1,12 @@
 """From rows and a Decision to the update: w^T G."""
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-from gaf.checks import check_policy
+from gaf.rules.contract import Policy, check_policy
 from gaf.rules.decision import Decision, check_decision
 from gaf.rules.gram import check_rows, gram
 from gaf.shapes import Float, Float64
-
-Policy = Callable[[Tensor], Decision]  # (k, k) float64 -> Decision
 
 
 def aggregate(rows: Float[Tensor, "k n"], policy: Policy) -> tuple[Float[Tensor, " n"], Decision]:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from gaf.rules.agreement import mean_off_diagonal
-from gaf.rules.combine import Policy
+from gaf.rules.contract import Policy
 from gaf.rules.decision import Decision, Evidence, check_decision
 from gaf.rules.policies import GAF, without_giants
 from gaf.shapes import Float64

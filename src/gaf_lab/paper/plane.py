@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import gaf
-from gaf.rules.combine import Policy
+from gaf.rules.contract import Policy
 from gaf_lab.data.sampling import generator
 from gaf_lab.paper.items import Item
 from gaf_lab.paper.sheet import head_height, heading, write_head

@@ -18,9 +18,9 @@ from torch.optim.lr_scheduler import LRScheduler
 import gaf
 from gaf.device.accumulate import unshared
 from gaf.device.rows import Stacked, Streamed, rows_on_device, streams
-from gaf.record.gate import gate
-from gaf.record.telemetry import Telemetry, packed
-from gaf.rules.combine import Policy
+from gaf.record.ledger import Ledger
+from gaf.record.telemetry import packed
+from gaf.rules.contract import Policy, is_planned, tau_given
 from gaf.rules.decision import Evidence
 from gaf.rules.thresholds import Threshold
 from gaf_lab.data.augment import affine, shifted
@@ -103,7 +103,7 @@ class DeviceStep:
         )
         self.device = problem.train.observed.device
         self.params = [p for group in optimizer.param_groups for p in group["params"]]
-        self.planned = hasattr(policy, "planned")
+        self.planned = is_planned(policy)
         self.streams, self.policy = streams(policy), gaf.Mean() if self.planned else policy
         self.tables = empty(AHEAD, config, self.planned, self.device)
         self.at, self.taken = (
@@ -196,7 +196,7 @@ class DeviceStep:
             if isinstance(value, Tensor)
         ]
         model = [*self.model.parameters(), *self.model.buffers()]
-        tau = getattr(self.policy, "tau", None)
+        tau = tau_given(self.policy)
         learned = [tau.state_on(self.device)] if isinstance(tau, Threshold) else []
         return [
             *model,
@@ -283,21 +283,23 @@ class OnDevice:
         self, config: TrainConfig, problem: Problem, model: nn.Module, objective: Objective, policy: Any,
         optimizer: Optimizer, make: Callable[[list[nn.Parameter]], Optimizer],
     ) -> None:  # fmt: skip
-        self.config, self.problem, self.policy, self.optimizer = config, problem, policy, optimizer
+        self.config, self.problem, self.optimizer = config, problem, optimizer
+        self.ledger = Ledger(policy)
+        self.policy: Any = self.ledger.policy
         self.one = DeviceStep(
-            config, problem, model, objective, policy, make(list(model.parameters()))
+            config, problem, model, objective, self.policy, make(list(model.parameters()))
         )
-        self.outcome: gaf.Outcome | None = None
         self.losses = torch.zeros(0)
         # the log of steps that were fetched and not yet reported
         self.waiting: deque[list[float]] = deque()
         self._call: Callable[[], None] | None = None
         self._draws: dict[int, Tables] = {}  # by step, made while the device was at work
         self._launched = range(0)
-        self._telemetry = Telemetry()
-        # steps decided and steps taken by this object; unlike stats, not restored
-        self._progress = (0, 0)
         self.restored()
+
+    @property
+    def outcome(self) -> gaf.Outcome | None:
+        return self.ledger.outcome
 
     def launch(self, steps: range, rates: Sequence[float]) -> None:
         """Starts steps, at most `AHEAD`, and does not wait for them.
@@ -331,27 +333,23 @@ class OnDevice:
     def step(self) -> None:
         """Tells of the next step: counts it, as an Accumulator does when it takes one."""
         entry, k = self.waiting.popleft(), self.config.k
-        self.outcome, self.losses = gaf.Outcome.unpacked(entry[:-k]), torch.tensor(entry[-k:])
-        self._progress = (self._progress[0] + 1, self._progress[1] + self.outcome.stepped)
-        self._telemetry.record(self.outcome, self.policy)
+        self.losses = torch.tensor(entry[-k:])
+        self.ledger.record(gaf.Outcome.unpacked(entry[:-k]))
         if self.one.planned:
             self.policy.step += 1
 
     def gate(self, scheduler: LRScheduler) -> LRScheduler:
-        return gate(scheduler, lambda: self._progress)
+        return self.ledger.gate(scheduler)
 
     def stats(self, b: float = 1) -> dict[str, Any]:
-        return self._telemetry.stats(b)
+        return self.ledger.stats(b)
 
     def state_dict(self) -> dict[str, Any]:
         """As an Accumulator's."""
-        policy = self.policy.state_dict() if hasattr(self.policy, "state_dict") else {}
-        return {"telemetry": self._telemetry.state_dict(), "policy": policy}
+        return self.ledger.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._telemetry.load_state_dict(state["telemetry"])
-        if hasattr(self.policy, "load_state_dict"):
-            self.policy.load_state_dict(state["policy"])
+        self.ledger.load_state_dict(state)
 
     @torch.no_grad()
     def restored(self) -> None:

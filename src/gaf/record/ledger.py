@@ -1,0 +1,87 @@
+"""What came of the steps: the one record that every owner of steps keeps, on one device and across ranks."""
+
+import copy
+from typing import Any
+
+from torch.optim.lr_scheduler import LRScheduler
+
+from gaf.record.gate import gate
+from gaf.record.telemetry import Outcome, Telemetry
+from gaf.rules.contract import Policy, learned_state, load_learned_state
+from gaf.rules.decision import Decision, as_skip
+from gaf.rules.policies import private_copy
+
+
+class Ledger:
+    """A policy and what became of its decisions.
+
+    Args:
+        policy: what decides. What it learns here stays here: a policy that learns is copied.
+
+    Attributes:
+        policy: the copy.
+        last: the Decision of the last step.
+        outcome: the same with its evidence, as plain numbers.
+        telemetry: counts since the start, and averages over the last steps.
+        progress: (steps decided, steps taken) by this object; unlike `stats`, not restored.
+    """
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy: Policy = private_copy(policy)
+        self.last: Decision | None = None
+        self.outcome: Outcome | None = None
+        self.telemetry = Telemetry()
+        self.progress = (0, 0)
+
+    def record(self, outcome: Outcome, scale: float = 1.0) -> None:
+        """Adds one step. scale: what a GradScaler multiplied the rows by."""
+        decided, taken = self.progress
+        self.outcome = outcome
+        self.progress = (decided + 1, taken + outcome.stepped)
+        self.telemetry.record(outcome, self.policy, scale=scale)
+
+    def take_back(self) -> None:
+        """The last step was not taken after all: it counts as a skip."""
+        assert self.last is not None
+        assert self.outcome is not None
+        self.telemetry.take_back(self.outcome)
+        decided, taken = self.progress
+        self.progress = (decided, taken - self.outcome.stepped)
+        self.last, self.outcome = as_skip(self.last), self.outcome.skipped()
+
+    def gate(self, scheduler: LRScheduler) -> LRScheduler:
+        """Makes a scheduler skip its step after a step that was not taken; see `gaf.Accumulator`."""
+        return gate(scheduler, lambda: self.progress)
+
+    def stats(self, b: float = 1) -> dict[str, Any]:
+        """See `gaf.Accumulator.stats`."""
+        return self.telemetry.stats(b)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Counts, averages and what the policy has learned."""
+        learned = learned_state(self.policy)
+        return {
+            "telemetry": self.telemetry.state_dict(),
+            "policy": {} if learned is None else learned,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes back what `state_dict` gave.
+
+        Raises:
+            ValueError: for what is no such state, or that of another policy; nothing is taken then.
+        """
+        before = learned_state(self.policy)
+        load_learned_state(self.policy, state["policy"])
+        try:
+            self.telemetry.load_state_dict(state["telemetry"])
+        except Exception:
+            if before is not None:
+                load_learned_state(self.policy, before)
+            raise
+
+    def fork(self) -> "Ledger":
+        """A ledger with the same policy and the same counts, which may go on by themselves."""
+        twin = copy.copy(self)
+        twin.telemetry = copy.deepcopy(self.telemetry)
+        return twin

@@ -1,0 +1,70 @@
+"""What a policy is: a callable from K to a Decision, and what it may have beside.
+
+Everything that a policy may have beside its call is optional, so that a plain function is a policy. Nothing
+else in the package looks for these attributes: it calls the functions below.
+
+    scope            "all", "group" or "layer": what one decision is about         scope_of
+    min_accepted     rows without which it never steps                             min_accepted_of
+    max_norm_ratio   rows longer than this many times the median count as absent   max_norm_ratio_of
+    tau              its threshold, a number or an object that adapts              tau_given
+    planned          (step, k) -> the k weights of a step, known before its rows   is_planned
+    state_dict       () -> what it has learned                                     learned_state
+    load_state_dict  takes that back                                               load_learned_state
+
+`Sequential` policies have more (`visit`, `conclude`, `streams`): rows may be added up as they come.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from gaf.rules.decision import Decision
+
+Policy = Callable[[Tensor], Decision]  # (k, k) float64 -> Decision
+
+
+def check_policy(policy: Any, subject: str) -> Any:
+    """TypeError where this is no policy; subject: whose argument it is, for the message."""
+    if isinstance(policy, type) or not callable(policy):
+        raise TypeError(
+            f"{subject}: policy must be a callable from a Gram matrix to a Decision; "
+            f"got {policy!r}. Use gaf.GAF(tau=0.97)."
+        )
+    return policy
+
+
+def scope_of(policy: Any) -> str:
+    """What one decision is about: "all" of the gradient, a "group" or a "layer" of it."""
+    return getattr(policy, "scope", "all")
+
+
+def min_accepted_of(policy: Any, default: int = 1) -> int:
+    """Accepted rows without which the policy never steps."""
+    return getattr(policy, "min_accepted", default)
+
+
+def max_norm_ratio_of(policy: Any) -> float | None:
+    """Rows longer than this many times the median length count as absent; None for no limit."""
+    return getattr(policy, "max_norm_ratio", None)
+
+
+def tau_given(policy: Any) -> Any:
+    """The tau that the policy was given, a number or a threshold object; None without one."""
+    return getattr(policy, "tau", None)
+
+
+def is_planned(policy: Any) -> bool:
+    """Whether the weights of a step are known before its rows: by `planned(step, k)`."""
+    return hasattr(policy, "planned")
+
+
+def learned_state(policy: Any) -> Any:
+    """What the policy has learned; None for one that learns nothing."""
+    return policy.state_dict() if hasattr(policy, "state_dict") else None
+
+
+def load_learned_state(policy: Any, state: Any) -> None:
+    """Gives the policy back what it had learned; nothing to do for one that learns nothing."""
+    if hasattr(policy, "load_state_dict"):
+        policy.load_state_dict(state)
