@@ -33,7 +33,7 @@ from gaf.device.placed import Placed
 from gaf.device.rows import Layered, Stacked, Streamed, rows_for
 from gaf.record.ledger import Ledger
 from gaf.record.telemetry import Outcome
-from gaf.rules.contract import Policy, check_policy
+from gaf.rules.contract import Policy, check_policy, scope_of
 from gaf.rules.decision import Decision, as_skip, check_weights
 from gaf.rules.judging import has_overflow
 
@@ -397,7 +397,7 @@ class Accumulator:
         return self._rows
 
     def _holder(self, voters: list[bool], device: torch.device) -> Rows:
-        if getattr(self.policy, "scope", "all") != "layer":
+        if scope_of(self.policy) != "layer":
             return rows_for(self.policy, voters, self._spare, device)
         layers = list(self._parts().values())
         parts = [([voters[j] for j in layer], [self._spare[j] for j in layer]) for layer in layers]

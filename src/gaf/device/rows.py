@@ -1,7 +1,7 @@
 """Holds the micro-gradients of one macro-batch until the decision: added up as they come, or kept apart."""
 
 from collections.abc import Sequence
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from gaf.rules.contract import Policy
 from gaf.rules.decision import Decision, Evidence, check_decision
 from gaf.rules.gram import gram_of
 from gaf.rules.judging import decide_with_evidence, join_layer_decisions, tau_of
-from gaf.rules.policies import GAF
+from gaf.rules.policies import streams
 from gaf.rules.sequential import Seen, Sequential, norm2_after, signal
 from gaf.shapes import Float64
 
@@ -40,15 +40,6 @@ def rows_on_device(
         Streamed(policy, SumOnDevice(voters, policy.average == "halving", device))
         if streams(policy)
         else Stacked(policy, voters)
-    )
-
-
-def streams(policy: Policy) -> TypeGuard[Sequential]:
-    """Whether the policy decides on rows that are added up as they come."""
-    return (
-        isinstance(policy, Sequential)
-        and policy.streams
-        and type(policy).__call__ in (Sequential.__call__, GAF.__call__)
     )
 
 

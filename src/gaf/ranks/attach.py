@@ -28,7 +28,7 @@ from gaf.ranks.attach_checks import (
 from gaf.ranks.exchange import Exchange
 from gaf.ranks.handle import Handle
 from gaf.ranks.steps import parameters_of
-from gaf.rules.contract import Policy, check_policy
+from gaf.rules.contract import Policy, check_policy, scope_of
 
 
 def attach(
@@ -167,7 +167,7 @@ def ranks_of(
                         'Use fully_shard(model, mesh=mesh["shard"]) and gaf.attach(..., group=mesh["replicate"].get_group()): '
                         "FSDP2's own all-reduce over the replicas would come before the decision. FSDP2 over a tensor-parallel model is "
                         "not supported; DistributedDataParallel with shards= is.")  # fmt: skip
-    apart = getattr(policy, "scope", "all") == "group"
+    apart = scope_of(policy) == "group"
     if apart == (group is not None):
         raise TypeError('attach: an FSDP2 model needs either the replicas to compare, group=mesh["replicate"].get_group(), or '
                         'GAF(..., scope="group") for one decision per parameter group on a flat mesh, which is another algorithm; '
@@ -180,7 +180,7 @@ def engine_scopes(model: nn.Module, policy: Policy) -> tuple[str, ...]:
     """The scopes that the model's engine can change between once it is attached."""
     if isinstance(model, DistributedDataParallel):
         return "all", "group"
-    return (getattr(policy, "scope", "all"),)
+    return (scope_of(policy),)
 
 
 _owners: WeakIdKeyDictionary = WeakIdKeyDictionary()  # parameter -> (its model, its handle), weakly

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from gaf.ranks.exchange import Exchange
 from gaf.record.telemetry import frames_inside
-from gaf.rules.contract import Policy
+from gaf.rules.contract import Policy, min_accepted_of, scope_of
 
 
 def check_scaler(scaler: Any) -> None:
@@ -26,7 +26,7 @@ def check_scaler(scaler: Any) -> None:
 
 def check_usable(scopes: tuple[str, ...], k: int, policy: Policy) -> None:
     """What a policy of this model must be, at attach and later."""
-    scope = getattr(policy, "scope", "all")
+    scope = scope_of(policy)
     if scope == "layer":
         raise ValueError("attach: the policy's scope must be 'all' or 'group'; got 'layer', which gaf.Accumulator has on one device. Use "
                          "'group' for a decision per bucket or parameter group, or leave scope out.")  # fmt: skip
@@ -41,7 +41,7 @@ def check_usable(scopes: tuple[str, ...], k: int, policy: Policy) -> None:
 def check_shards(shards: Any, group: "dist.ProcessGroup", policy: Policy) -> None:
     if shards is None:
         return
-    if getattr(policy, "scope", "all") == "group":
+    if scope_of(policy) == "group":
         raise ValueError(
             "attach: with shards the policy's scope must be 'all', for the shards' buckets hold other parameters; "
             "got 'group'. Leave scope out."
@@ -169,7 +169,7 @@ def first_difference(a: str, b: str) -> tuple[str, str]:
 
 
 def check_k(k: int, policy: Policy) -> None:
-    least = getattr(policy, "min_accepted", 1)
+    least = min_accepted_of(policy)
     if 1 < k < least:
         raise ValueError(f"attach: the policy's min_accepted must be at most the number of rows, for no step could be taken; got {least} "
                          f"and {k} rows. Lower min_accepted, or start more ranks.")  # fmt: skip

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gaf.ranks.exchange import Exchange, Pair
 from gaf.ranks.handle import Handle, raise_thawed
-from gaf.rules.contract import Policy
+from gaf.rules.contract import Policy, scope_of
 from gaf.rules.policies import GAF, averages
 
 Future = torch.futures.Future[Tensor]  # of the bucket, updated
@@ -245,7 +245,7 @@ class Hook:
     def choose(self, policy: Policy | None) -> Way:
         if self.handle is None or policy is None or averages(policy):
             return Averaged(self.handle, self.group, self.params)
-        if getattr(policy, "scope", "all") == "group":
+        if scope_of(policy) == "group":
             return FilteredApart(self.handle, self.exchange)
         pair = type(policy) is GAF and policy.min_accepted == 2
         pair = pair and self.exchange.W == self.exchange.k == 2

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from gaf.ranks.exchange import Exchange, combine
 from gaf.ranks.handle import Handle
+from gaf.rules.contract import scope_of
 
 Groups = Sequence[dist.ProcessGroup]
 
@@ -36,7 +37,7 @@ def parameters(model: nn.Module) -> list[nn.Parameter]:
 def install(model: nn.Module, handle: Handle, exchange: Exchange, shards: Groups) -> None:
     """Has the handle decide on the model's gradients: of all of it over its replicas, or of each group over its shards."""
     params = parameters(model)
-    if getattr(handle.policy, "scope", "all") == "group":
+    if scope_of(handle.policy) == "group":
         GroupwiseShards(handle, model, exchange)
         watch(model, handle)
     else:

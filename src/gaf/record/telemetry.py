@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from gaf.arguments import ABOVE_0, real_number
+from gaf.rules.contract import min_accepted_of, tau_given
 from gaf.rules.decision import Decision, Evidence
 
 WINDOW = 100  # steps that the averages and the warning look back
@@ -190,7 +191,7 @@ class Telemetry:
                 f"No micro-gradient was accepted in {WINDOW} steps: "
                 + remedy(policy, outcome, seen),
             )
-        tau = policy.tau if isinstance(getattr(policy, "tau", None), Real) else 2
+        tau = tau_given(policy) if isinstance(tau_given(policy), Real) else 2
         if self.all_for >= WINDOW and tau < 2:
             mean = total(r.distance_sum for r in seen) / total(r.compared for r in seen)
             self._warn_once("all", f"Every micro-gradient was accepted in {WINDOW} steps: tau = {tau} filters nothing here. "
@@ -255,10 +256,10 @@ class Telemetry:
 def remedy(policy: Any, outcome: Outcome, seen: list[Recent]) -> str:
     """Why nothing is accepted, and what to do."""
     least, k = min(r.distance_min for r in seen), len(outcome.accepted)
-    if least <= outcome.tau and getattr(policy, "min_accepted", 2) > 2:
+    if least <= outcome.tau and min_accepted_of(policy) > 2:
         return (f"min_accepted = {policy.min_accepted} of {k} is more than ever agreed. Lower min_accepted; acc.stats() shows the "
                 "distances.")  # fmt: skip
-    fixed = isinstance(getattr(policy, "tau", None), Real)
+    fixed = isinstance(tau_given(policy), Real)
     way = (
         f"tau = {policy.tau} does not fit"
         if fixed

@@ -39,9 +39,9 @@ def scope_of(policy: Any) -> str:
     return getattr(policy, "scope", "all")
 
 
-def min_accepted_of(policy: Any, default: int = 1) -> int:
+def min_accepted_of(policy: Any) -> int:
     """Accepted rows without which the policy never steps."""
-    return getattr(policy, "min_accepted", default)
+    return getattr(policy, "min_accepted", 1)
 
 
 def max_norm_ratio_of(policy: Any) -> float | None:

@@ -9,12 +9,13 @@ import math
 import random
 from dataclasses import KW_ONLY, dataclass, field
 from functools import partial
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeGuard, cast
 
 import torch
 from torch import Tensor
 
 from gaf.arguments import is_number, one_of, plain_number, whole_number
+from gaf.rules.contract import Policy
 from gaf.rules.decision import Decision, as_skip
 from gaf.rules.gram import check_gram, present
 from gaf.rules.sequential import Seen, Sequential, visit, walk
@@ -354,3 +355,12 @@ class RandomSkip(Mean):
 def averages(policy: Any) -> bool:
     """Whether every row counts whatever the Gram matrix says: `Mean` and its kin."""
     return isinstance(policy, Mean) and type(policy).__call__ is Sequential.__call__
+
+
+def streams(policy: Policy) -> TypeGuard[Sequential]:
+    """Whether the policy decides on rows that are added up as they come."""
+    return (
+        isinstance(policy, Sequential)
+        and policy.streams
+        and type(policy).__call__ in (Sequential.__call__, GAF.__call__)
+    )

@@ -17,11 +17,12 @@ from torch.optim.lr_scheduler import LRScheduler
 
 import gaf
 from gaf.device.accumulate import unshared
-from gaf.device.rows import Stacked, Streamed, rows_on_device, streams
+from gaf.device.rows import Stacked, Streamed, rows_on_device
 from gaf.record.ledger import Ledger
 from gaf.record.telemetry import packed
 from gaf.rules.contract import Policy, is_planned, tau_given
 from gaf.rules.decision import Evidence
+from gaf.rules.policies import streams
 from gaf.rules.thresholds import Threshold
 from gaf_lab.data.augment import affine, shifted
 from gaf_lab.data.problem import Problem

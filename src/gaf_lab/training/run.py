@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, MultiStepLR, ReduceLROnPlateau
 
 import gaf
-from gaf.device.rows import streams
+from gaf.rules.policies import streams
 from gaf_lab.data.imagenet import lost
 from gaf_lab.data.problem import Problem, build
 from gaf_lab.data.sampling import key
