@@ -19,7 +19,8 @@ from typing import Any
 
 import torch
 
-from gaf_lab.data import imagenet
+from gaf_lab.data.generated import make_pictures
+from gaf_lab.data.read_ahead import reader_count
 from gaf_lab.records import checkpoint, environment
 from gaf_lab.records import run as records
 
@@ -36,9 +37,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
-        pictures = imagenet.make_pictures(
-            Path(name) / "pictures", classes=1000, per_class=1, size=224
-        )
+        pictures = make_pictures(Path(name) / "pictures", classes=1000, per_class=1, size=224)
         for policy, tau in ARMS:
             line = conditions() | measured(
                 policy, tau, options.b, pictures, Path(name) / f"{policy}-{tau}"
@@ -82,7 +81,7 @@ def measured(policy: str, tau: float, b: int, pictures: Path, out: Path) -> dict
     return {
         "kind": "vit-l16", "config": run.header["config"], **found, "seconds_per_step": K * b / line["samples_per_second"],
         "peak_gib": usage.ru_maxrss / 2**20, "checkpoint_gib": (out / checkpoint.FILE).stat().st_size / 2**30,
-        "workers": imagenet.workers(),
+        "workers": reader_count(),
     }  # fmt: skip
 
 

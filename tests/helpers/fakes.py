@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 import torch
 
-from gaf_lab.data import archives
-from gaf_lab.data.archives import Archive, Source
+from gaf_lab.data import sources
+from gaf_lab.data.sources import Archive, Source
 
 
 def md5(content: bytes) -> str:
@@ -68,7 +68,7 @@ def human(**changes: Any) -> dict[str, Any]:
 
 
 def save_human(folder: Path, **changes: Any) -> None:
-    torch.save(human(**changes), folder / archives.HUMAN.file)
+    torch.save(human(**changes), folder / sources.HUMAN_LABELS.file)
 
 
 def pack(folder: Path, archive: Archive, contents: dict[str, bytes], level: int = 1) -> Path:
@@ -92,9 +92,9 @@ def unpack(folder: Path, archive: Archive, contents: dict[str, bytes]) -> Path:
 def trust(monkeypatch: pytest.MonkeyPatch, which: str, contents: dict[str, bytes]) -> Archive:
     """The archive named `which` ("CIFAR10", "CIFAR100"), as if these contents had been published."""
     archive = dataclasses.replace(
-        getattr(archives, which), md5={name: md5(content) for name, content in contents.items()}
+        getattr(sources, which), md5={name: md5(content) for name, content in contents.items()}
     )
-    monkeypatch.setattr(archives, which, archive)
+    monkeypatch.setattr(sources, which, archive)
     return archive
 
 

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from gaf_lab.data import archives
+from gaf_lab.data import sources
 
-HUMAN = archives.HUMAN.file
+HUMAN = sources.HUMAN_LABELS.file
 
 
 @pytest.fixture(scope="session")
@@ -15,8 +15,8 @@ def real() -> Path:
     """The folder with the real CIFAR-100 archive and human labels."""
     beside = Path(__file__).parents[3] / "shared" / "data"
     for folder in filter(None, (os.environ.get("GAF_DATA"), beside)):
-        if all((Path(folder) / file).is_file() for file in (archives.CIFAR100.source.file, HUMAN)):
+        if all((Path(folder) / file).is_file() for file in (sources.CIFAR100.source.file, HUMAN)):
             return Path(folder)
     pytest.skip(
-        f"needs {archives.CIFAR100.source.file} and {HUMAN} in the folder GAF_DATA, or in {beside}"
+        f"needs {sources.CIFAR100.source.file} and {HUMAN} in the folder GAF_DATA, or in {beside}"
     )

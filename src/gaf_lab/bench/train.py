@@ -30,9 +30,9 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from gaf_lab.bench.ddp import spread
 from gaf_lab.bench.ways import filtered
-from gaf_lab.data.augment import shifted
+from gaf_lab.data.augment import shift
 from gaf_lab.data.problem import Problem
-from gaf_lab.data.sampling import key
+from gaf_lab.data.sampling import derive_seed
 from gaf_lab.progress import Tell, silent
 from gaf_lab.records import checkpoint
 from gaf_lab.records import run as records
@@ -299,7 +299,7 @@ def device_data(training: Training, engine: OnDevice) -> Callable[[], None]:
     def made() -> None:
         for i in range(training.config.k):
             index = tables["index"][0][i]
-            problem.inputs(shifted(pictures[index], tables["shifts"][0][i]))
+            problem.inputs(shift(pictures[index], tables["shifts"][0][i]))
             problem.train.observed[index]
 
     replay = captured(made, training.device)
@@ -327,7 +327,7 @@ def captured(work: Callable[[], None], device: torch.device) -> Callable[[], Non
 
 
 def fresh_model(config: TrainConfig, problem: Problem, device: torch.device) -> nn.Module:
-    torch.manual_seed(key(config.seed, "weights"))
+    torch.manual_seed(derive_seed(config.seed, "weights"))
     return models.build(config.model, problem.shape, problem.classes, config.stem).to(device)
 
 

@@ -543,15 +543,16 @@ def data(words: Words, console: Console) -> int:
     options = tyro.cli(Data, prog="gaf data", args=words)
     from rich.table import Table
 
-    from gaf_lab.data.sets import describe, load
+    from gaf_lab.data.dataset import describe_dataset
+    from gaf_lab.data.sets import load_dataset
     from gaf_lab.training.console import Progress
 
     table = Table(show_header=False)
     with Progress(console, "part") as progress:
         progress(f"reading {options.name}", 1, 2)
-        loaded = load(options.name, options.data)
+        loaded = load_dataset(options.name, options.data)
         progress(f"counting {options.name}", 2, 2)
-        facts = describe(loaded)
+        facts = describe_dataset(loaded)
     for fact, value in facts.items():
         table.add_row(fact, value)
     console.print(table)
@@ -924,7 +925,7 @@ def overview(console: Console) -> int:
 
 def mendable() -> tuple[type[Exception], ...]:
     """Errors whose message says all that a user needs."""
-    from gaf_lab.data.archives import DataError
+    from gaf_lab.data.sources import DataError
     from gaf_lab.records.checkpoint import CheckpointError
     from gaf_lab.training.run import Diverged
 

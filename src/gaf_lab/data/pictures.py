@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gaf_lab.data.imagenet import Files
+from gaf_lab.data.files import Files
 
 
 @dataclass(frozen=True, eq=False)

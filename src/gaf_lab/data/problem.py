@@ -1,8 +1,7 @@
-"""From a config to what is trained on: pictures on the device, noisy labels, the split, and one micro-batch at a time."""
+"""From a config to training data: noisy labels, the split, and one micro-batch at a time."""
 
 import dataclasses
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +9,14 @@ import torch
 from torch import Tensor
 
 from gaf_lab.data import noise
-from gaf_lab.data.augment import normalise, shifted, shifts
-from gaf_lab.data.imagenet import MicroBatches, Reader
+from gaf_lab.data.augment import draw_shifts, normalise, shift
+from gaf_lab.data.dataset import DataSet
+from gaf_lab.data.files import MicroBatches
 from gaf_lab.data.pictures import Pictures
+from gaf_lab.data.read_ahead import Reader
 from gaf_lab.data.sampling import Iid, Sampler, Stratified, generator
-from gaf_lab.data.sets import DataSet, imagenet_of, load
+from gaf_lab.data.sets import imagenet_of, load_once
 from gaf_lab.settings.config import ConfigError, TrainConfig
-
-loaded = lru_cache(maxsize=1)(load)  # a sweep's process trains on the same data set run after run
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,10 +24,12 @@ class Problem:
     """All the data of one run, on its device.
 
     Attributes:
-        train, heldout: disjoint parts of the training set, with noisy labels. test: clean, only reported.
+        train, heldout: disjoint parts of the training set, with noisy labels.
+        test: clean, only reported.
         probe: the training samples on which memorisation is measured.
-        reader: of micro-batches whose pictures are in files; None where they are in memory.
-        origin: which of the data set's training pictures, in its own order, each of `train` is, (N,) on the CPU.
+        reader: reads micro-batches whose pictures are in files; None if they are in memory.
+        origin: position of each picture of `train` in the data set's training pictures, (N,) on
+            the CPU.
     """
 
     config: TrainConfig
@@ -56,13 +57,16 @@ class Problem:
         return self.data.classes
 
     def evaluation(self, step: int) -> int | None:
-        """Which evaluation, counted from 1, is due after `step` steps; None where none is."""
+        """The number, counted from 1, of the evaluation due after `step` steps; None if none is."""
         between = self.config.eval_every * len(self.train) / (self.config.k * self.config.b)
         number = max(1, round(step / between))
         return number if step == max(1, round(number * between)) else None
 
     def micro_batch(self, step: int, i: int) -> tuple[Tensor, Tensor]:
-        """Micro-batch i of a step: pictures (b, C, H, W) float32 and observed labels (b,). Depends on seed, step and i alone."""
+        """Micro-batch i of a step: pictures (b, C, H, W) float32 and observed labels (b,).
+
+        Depends on seed, step and i alone.
+        """
         return self.inputs(self.pictures(step, i)), self.train.observed[self.index(step, i)]
 
     def pictures(self, step: int, i: int) -> Tensor:
@@ -71,98 +75,102 @@ class Problem:
             return self.reader(step * self.config.k + i).to(self.train.clean.device)
         assert isinstance(self.train.x, Tensor)
         x = self.train.x[self.index(step, i)]
-        return (
-            shifted(x, self.shifts(step, i).to(x.device, non_blocking=True))
-            if self.config.augment
-            else x
-        )
+        if not self.config.augment:
+            return x
+        return shift(x, self.shifts(step, i).to(x.device, non_blocking=True))
 
     def shifts(self, step: int, i: int) -> Tensor:
-        """How micro-batch i of a step is augmented, (3, b, 1) on the CPU; see `gaf_lab.data.augment.shifts`."""
-        return shifts(self.config.b, generator(self.config.seed, "augment", step, i))
+        """The augmentation of micro-batch i of a step, (3, b, 1) on the CPU.
+
+        See `gaf_lab.data.augment.draw_shifts`.
+        """
+        return draw_shifts(self.config.b, generator(self.config.seed, "augment", step, i))
 
     def index(self, step: int, i: int) -> Tensor:
-        """Which training samples micro-batch i of a step holds, (b,)."""
+        """The training samples of micro-batch i of a step, (b,)."""
         return self.sampler.draw(step * self.config.k + i).to(self.train.clean.device)
 
     def inputs(self, x: Tensor) -> Tensor:
+        """Pictures as the model takes them: normalised, in the config's memory format."""
         x = normalise(x, self.data.mean, self.data.std)
         return x.to(memory_format=torch.channels_last) if self.config.channels_last else x
 
 
-def build(
+def make_problem(
     config: TrainConfig, folder: Path | None, device: torch.device, world: int = 1
 ) -> Problem:
-    """Loads the data, flips labels, splits, all from the config's seed. world: ranks that share the run."""
-    found = (
-        imagenet_of(config.size, folder)
-        if config.dataset == "imagenet"
-        else loaded(config.dataset, folder)
-    )
-    data = limited(found, config.limit)
+    """Loads the data, flips labels, splits: all from the config's seed.
+
+    world: the number of ranks that share the run.
+    """
+    complete = load_data(config, folder)
+    data = take_subset(complete, config.limit)
     observed = observed_labels(config, data)
     whole = Pictures(data.train_x, observed, data.train_y)
     order = torch.randperm(len(whole), generator=generator(config.seed, "split"))
     kept = round(config.heldout * len(whole))
     train, heldout = whole[order[kept:]], whole[order[:kept]]
-    probe = train[
-        torch.randperm(len(train), generator=generator(config.seed, "probe"))[: config.probe]
-    ]
-    test = Pictures(data.test_x, data.test_y, data.test_y)
+    probed = torch.randperm(len(train), generator=generator(config.seed, "probe"))[: config.probe]
     if config.b > len(train):
         raise ConfigError(
-            f"b must not exceed the training samples; got {config.b} of {len(train)}. Lower b or heldout."
+            f"b must not exceed the training samples; got {config.b} of {len(train)}. "
+            "Lower b or heldout."
         )
     sampler = make_sampler(config, train, data.classes)
-    reader = make_reader(config, train, sampler, world)
-    origin = chosen(data.name, len(found.train_y), config.limit)[order[kept:]]
     return Problem(
         config,
         data,
-        train.to(device),
-        heldout.to(device),
-        test.to(device),
-        probe.to(device),
-        sampler,
-        reader,
-        origin,
+        train=train.to(device),
+        heldout=heldout.to(device),
+        test=Pictures(data.test_x, data.test_y, data.test_y).to(device),
+        probe=train[probed].to(device),
+        sampler=sampler,
+        reader=make_reader(config, train, sampler, world),
+        origin=subset(data.name, len(complete.train_y), config.limit)[order[kept:]],
     )
 
 
-def chosen(name: str, n: int, limit: int) -> Tensor:
-    """Which of a data set's n pictures are used: at most `limit`, the same for every seed; all of them, in order, for 0."""
-    return (
-        torch.randperm(n, generator=generator(0, name, "limit"))[:limit]
-        if limit
-        else torch.arange(n)
-    )
+def load_data(config: TrainConfig, folder: Path | None) -> DataSet:
+    if config.dataset == "imagenet":
+        return imagenet_of(config.size, folder)
+    return load_once(config.dataset, folder)
 
 
-def limited(data: DataSet, limit: int) -> DataSet:
-    """At most `limit` training and as many test pictures, the same for every seed; all of them for 0."""
+def subset(name: str, n: int, limit: int) -> Tensor:
+    """The indices used of a data set's n pictures: at most `limit`, the same for every seed.
+
+    limit: 0 for all of them, in order.
+    """
+    if not limit:
+        return torch.arange(n)
+    return torch.randperm(n, generator=generator(0, name, "limit"))[:limit]
+
+
+def take_subset(data: DataSet, limit: int) -> DataSet:
+    """The data set with at most `limit` training and as many test pictures; all of them for 0."""
     if not limit:
         return data
-    train, test = (chosen(data.name, len(labels), limit) for labels in (data.train_y, data.test_y))
-    human = None if data.human is None else data.human[train]
+    train = subset(data.name, len(data.train_y), limit)
+    test = subset(data.name, len(data.test_y), limit)
     parts: dict[str, Any] = {
         "train_x": data.train_x[train],
         "train_y": data.train_y[train],
         "test_x": data.test_x[test],
         "test_y": data.test_y[test],
+        "human": None if data.human is None else data.human[train],
     }
-    return dataclasses.replace(data, **parts, human=human)
+    return dataclasses.replace(data, **parts)
 
 
 def observed_labels(config: TrainConfig, data: DataSet) -> Tensor:
+    y, rate = data.train_y, config.noise_rate
     if config.noise == "human":
-        return noise.human(data.train_y, data.human)[0]
+        return noise.human(y, data.human)[0]
     if config.noise == "symmetric":
-        return noise.symmetric(data.train_y, config.noise_rate, data.classes, config.seed)[0]
+        return noise.symmetric(y, rate, data.classes, config.seed)[0]
     if config.noise == "asymmetric":
-        return noise.asymmetric(
-            data.train_y, config.noise_rate, data.classes, config.seed, data.coarse
-        )[0]
-    return data.train_y
+        return noise.asymmetric(y, rate, data.classes, config.seed, data.coarse)[0]
+    return y
 
 
 def make_sampler(config: TrainConfig, train: Pictures, classes: int) -> Sampler:
@@ -175,7 +183,7 @@ def make_sampler(config: TrainConfig, train: Pictures, classes: int) -> Sampler:
 def make_reader(
     config: TrainConfig, train: Pictures, sampler: Sampler, world: int
 ) -> Reader | None:
-    """Each of `world` ranks computes one micro-batch of a step, so a rank reads every world-th micro-batch."""
+    """Each of `world` ranks computes one micro-batch of a step: it reads every world-th."""
     if isinstance(train.x, Tensor):
         return None
     micro_batches = MicroBatches(train.x, sampler, config.seed, config.k, config.augment)

@@ -1,7 +1,8 @@
-"""Which samples a micro-batch holds: a function of the seed and of the micro-batch's number, and of nothing else.
+"""The samples of a micro-batch: a function of the seed and of the micro-batch's number alone.
 
-Micro-batches are numbered over the whole run: number = step * k + i for the i-th of step `step`. A resumed run, or a rank
-that draws only its own numbers, therefore sees exactly what an uninterrupted run on one device saw.
+Micro-batches are numbered over the whole run: number = step * k + i for the i-th of step `step`.
+A resumed run, or a rank that draws only its own numbers, therefore gets exactly the samples of an
+uninterrupted run on one device.
 """
 
 import hashlib
@@ -12,15 +13,18 @@ import torch
 from torch import Tensor
 
 
-def key(seed: int, *parts: int | str) -> int:
-    """A number in [0, 2^63) that depends on the seed and all parts in order, the same on every machine and in every run."""
+def derive_seed(seed: int, *parts: int | str) -> int:
+    """A number in [0, 2^63) from the seed and all parts in order.
+
+    It is the same on every machine and in every run.
+    """
     digest = hashlib.blake2b(json.dumps([seed, *parts]).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
 
 def generator(seed: int, *parts: int | str) -> torch.Generator:
-    """A CPU generator for one purpose: what is drawn for one never moves what is drawn for another."""
-    return torch.Generator().manual_seed(key(seed, *parts))
+    """A CPU generator for one purpose: draws for one purpose never change those for another."""
+    return torch.Generator().manual_seed(derive_seed(seed, *parts))
 
 
 class Sampler(Protocol):
@@ -34,7 +38,7 @@ class Sampler(Protocol):
 
 
 class Stream:
-    """An endless row of permutations of `items`, one after the other, the p-th keyed by (seed, name, p)."""
+    """Permutations of `items`, one after the other without end; the p-th is seeded by (seed, name, p)."""
 
     def __init__(self, items: Tensor, seed: int, name: str) -> None:
         self.items, self.seed, self.name = items, seed, name
@@ -57,18 +61,21 @@ class Stream:
 
 
 class Iid:
-    """Micro-batch m is positions m b to (m + 1) b of the permutations, laid end to end: each pass visits every sample once.
+    """Micro-batch m is positions m b to (m + 1) b of the permutations, laid end to end.
 
-    A micro-batch across the end of a pass can hold a sample twice.
+    Each pass visits every sample once. A micro-batch across the end of a pass can hold a sample
+    twice.
 
     Args:
-        n: samples in the training set, at least 1. b: samples per micro-batch, at least 1.
+        n: samples in the training set, at least 1.
+        b: samples per micro-batch, at least 1.
     """
 
     def __init__(self, n: int, b: int, seed: int) -> None:
         if n < 1 or b < 1:
             raise ValueError(
-                f"iid: needs at least one sample, and one per micro-batch; got n={n}, b={b}. Give positive numbers."
+                f"iid: needs at least one sample, and one per micro-batch; got n={n}, b={b}. "
+                "Give positive numbers."
             )
         self.b = b
         self._stream = Stream(torch.arange(n), seed, "iid")
@@ -79,45 +86,50 @@ class Iid:
 
 
 class Stratified:
-    """b / classes samples of each class, each class in an `Iid` row of its own; within a micro-batch ordered by class.
+    """b / classes samples of each class, ordered by class; each class has its own `Stream`.
 
     Args:
-        labels: (N,) int64 in [0, classes): those observed, or the clean ones, if the experiment may know them.
-        b: samples per micro-batch: a multiple of `classes`, with at most as many per class as the rarest class has.
+        labels: (N,) int64 in [0, classes): the observed ones, or the clean ones if the experiment
+            may use them.
+        b: samples per micro-batch: a multiple of `classes`, with at most as many per class as the
+            rarest class has.
     """
 
     def __init__(self, labels: Tensor, classes: int, b: int, seed: int) -> None:
         if b < 1 or b % classes:
-            raise ValueError(f"stratified: b must be a multiple of the {classes} classes; got {b}. "
-                             f"Use b={max(round(b / classes), 1) * classes}, or the iid sampler.")  # fmt: skip
+            raise ValueError(
+                f"stratified: b must be a multiple of the {classes} classes; got {b}. "
+                f"Use b={max(round(b / classes), 1) * classes}, or the iid sampler."
+            )
         self.b, self._each = b, b // classes
         counts = torch.bincount(labels, minlength=classes).tolist()
         for label, count in enumerate(counts):
             if count < self._each:
                 smaller = f"b={min(counts) * classes} or fewer, or " if min(counts) else ""
-                raise ValueError(f"stratified: every class must have b / classes = {self._each} samples; class {label} has {count}. "
-                                 f"Use {smaller}the iid sampler.")  # fmt: skip
+                raise ValueError(
+                    f"stratified: every class must have b / classes = {self._each} samples; "
+                    f"class {label} has {count}. Use {smaller}the iid sampler."
+                )
         self._streams = [
             Stream((labels == c).nonzero().flatten(), seed, f"class {c}") for c in range(classes)
         ]
         self._last: tuple[int, Tensor] | None = None
 
     def draw(self, number: int) -> Tensor:
-        """A micro-batch is asked for by its pictures, its labels and its loss: the last one is kept, for a hundred classes take a while."""
+        """The samples of a micro-batch, kept for the next call.
+
+        A run needs them three times: for pictures, labels and loss. A hundred classes take a while.
+        """
         _check_number(number)
-        last = self._last
-        if last is None or last[0] != number:
-            last = self._last = (
-                number,
-                torch.cat(
-                    [stream.take(number * self._each, self._each) for stream in self._streams]
-                ),
-            )
-        return last[1].clone()
+        if self._last is None or self._last[0] != number:
+            parts = [stream.take(number * self._each, self._each) for stream in self._streams]
+            self._last = number, torch.cat(parts)
+        return self._last[1].clone()
 
 
 def _check_number(number: int) -> None:
     if number < 0:
         raise ValueError(
-            f"draw: the micro-batch's number must be at least 0; got {number}. Count from the start of the run."
+            f"draw: the micro-batch's number must be at least 0; got {number}. "
+            "Count from the start of the run."
         )

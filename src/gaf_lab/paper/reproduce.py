@@ -10,7 +10,9 @@ from rich.console import Console
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from gaf_lab.data import archives, imagenet
+from gaf_lab.data.download import cache
+from gaf_lab.data.generated import make_pictures
+from gaf_lab.data.imagenet import PLACES
 from gaf_lab.paper import items as paper
 from gaf_lab.paper import page as paper_page
 from gaf_lab.paper.items import Configs, Item, Reading, Scale
@@ -98,8 +100,8 @@ def announce(configs: Configs, workers: int, console: Console) -> None:
 
 def has_imagenet(folder: Path | None) -> bool:
     """Whether there is something of ImageNet; what is wrong with it, a run will say."""
-    place = folder or archives.cache()
-    return any((place / name / "train").is_dir() for name in imagenet.PLACES)
+    place = folder or cache()
+    return any((place / name / "train").is_dir() for name in PLACES)
 
 
 def places(
@@ -107,7 +109,7 @@ def places(
 ) -> list[tuple[Path | None, Configs]]:
     """The runs by where their data are: those of ImageNet in `pictures`, which are generated there, where that is given."""
     if pictures is not None:  # the same ones again, where they are there already
-        imagenet.make_pictures(pictures, classes=10, per_class=40, size=48)
+        make_pictures(pictures, classes=10, per_class=40, size=48)
     drawn = [config for config in configs if config.dataset == "imagenet" and pictures is not None]
     rest = [config for config in configs if config not in drawn]
     return [(place, part) for place, part in ((folder, rest), (pictures, drawn)) if part]

@@ -24,7 +24,7 @@ from gaf.rules.contract import Policy, is_planned, tau_given
 from gaf.rules.decision import Evidence
 from gaf.rules.policies import streams
 from gaf.rules.thresholds import Threshold
-from gaf_lab.data.augment import affine, shifted
+from gaf_lab.data.augment import affine, shift
 from gaf_lab.data.problem import Problem
 from gaf_lab.settings.config import ConfigError, TrainConfig
 from gaf_lab.training.controls import as_planned
@@ -167,7 +167,7 @@ class DeviceStep:
         index = self.row("index", self.at)[i]
         assert isinstance(self.problem.train.x, Tensor)
         x = self.problem.train.x[index]
-        return (shifted(x, self.row("shifts", self.at)[i]) if self.config.augment else x), index
+        return (shift(x, self.row("shifts", self.at)[i]) if self.config.augment else x), index
 
     def decide(self, rows: Streamed | Stacked) -> tuple[gaf.Decision, Evidence]:
         decision, evidence = rows.decide()

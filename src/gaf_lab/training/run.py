@@ -24,9 +24,9 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, MultiStepLR
 
 import gaf
 from gaf.rules.policies import streams
-from gaf_lab.data.imagenet import lost
-from gaf_lab.data.problem import Problem, build
-from gaf_lab.data.sampling import key
+from gaf_lab.data.problem import Problem, make_problem
+from gaf_lab.data.read_ahead import worker_died
+from gaf_lab.data.sampling import derive_seed
 from gaf_lab.records import checkpoint, environment
 from gaf_lab.records import run as records
 from gaf_lab.records.locks import check_free, own_folder
@@ -123,8 +123,10 @@ class Training:
     def __init__(self, config: TrainConfig, data_folder: Path | None, group: Group = ALONE) -> None:
         self.config, self.group = config, group
         self.device = group.each(lambda: pick_device(config.device, group))
-        self.problem = group.each(lambda: build(config, data_folder, self.device, group.world))
-        torch.manual_seed(key(config.seed, "weights"))
+        self.problem = group.each(
+            lambda: make_problem(config, data_folder, self.device, group.world)
+        )
+        torch.manual_seed(derive_seed(config.seed, "weights"))
         self.model = models.build(
             config.model, self.problem.shape, self.problem.classes, config.stem
         ).to(self.device)
@@ -438,7 +440,7 @@ def train_in_turns(
             f"{error} {last_good(kept)} A lower learning rate is the usual way out."
         ) from None
     except RuntimeError as error:
-        raise lost(error) from None
+        raise worker_died(error) from None
     finally:
         if group.leads:
             with contextlib.suppress(OSError):  # a full disk: the error under way says more

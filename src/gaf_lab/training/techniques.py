@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy, log_softmax, softmax
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from gaf_lab.data.sampling import generator, key
+from gaf_lab.data.sampling import derive_seed, generator
 from gaf_lab.settings.config import TrainConfig
 
 Forward = Callable[[Tensor], Tensor]
@@ -62,7 +62,7 @@ def mixed(
     x: Tensor, y: Tensor, alpha: float, seed: int, *parts: int
 ) -> tuple[Tensor, Tensor, float]:
     """m x + (1 - m) x', the labels y' of x', and m ~ Beta(alpha, alpha); x' is x in another order (Zhang et al., arXiv 1710.09412)."""
-    m = random.Random(key(seed, "mixup", *parts)).betavariate(alpha, alpha)
+    m = random.Random(derive_seed(seed, "mixup", *parts)).betavariate(alpha, alpha)
     order = torch.randperm(len(x), generator=generator(seed, "mixup order", *parts)).to(x.device)
     return m * x + (1 - m) * x[order], y[order], m
 

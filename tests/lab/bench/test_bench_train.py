@@ -42,7 +42,7 @@ from gaf_lab.bench.train import (
 )
 from gaf_lab.commands import main as cli
 from gaf_lab.data.augment import normalise
-from gaf_lab.data.problem import build
+from gaf_lab.data.problem import make_problem
 from gaf_lab.settings.config import TrainConfig
 from gaf_lab.training.run import Training, make_optimizer
 from helpers.fakes import Silent
@@ -208,7 +208,7 @@ def test_the_plain_loop_transforms_like_a_shift_and_a_mirror_of_the_padded_pictu
 
 
 def test_the_plain_loop_takes_the_steps_that_gaf_takes_on_the_same_micro_batches():
-    problem = build(SMALL, None, CPU)
+    problem = make_problem(SMALL, None, CPU)
     loop = PlainLoop(SMALL, problem, CPU, workers=0)
     x, y = problem.inputs(problem.train.x[:80]), problem.train.observed[:80]  # type: ignore[index]
     loop.data = TensorDataset(x, y)  # type: ignore[assignment]
@@ -230,7 +230,7 @@ def test_the_plain_loop_takes_the_steps_that_gaf_takes_on_the_same_micro_batches
 
 @pytest.mark.parametrize("sampler", ["iid", "stratified-clean"])
 def test_the_plain_loop_draws_as_many_of_each_class_where_it_is_to(sampler):
-    problem = build(dataclasses.replace(SMALL, sampler=sampler), None, CPU)
+    problem = make_problem(dataclasses.replace(SMALL, sampler=sampler), None, CPU)
     loop = PlainLoop(problem.config, problem, CPU, workers=0)
     drawn = loop.draw()
     assert len(set(drawn)) == SMALL.b
@@ -481,12 +481,12 @@ class Pipe:
 
 
 def test_a_process_goes_on_after_a_setting_that_fails(monkeypatch):
-    def build(config: TrainConfig, folder: Path | None) -> Training:
+    def make_problem(config: TrainConfig, folder: Path | None) -> Training:
         if config.compile:
             raise RuntimeError("no compiler\nand a long trace")
         return Training(config, folder)
 
-    monkeypatch.setattr(bench_cpu, "Training", build)
+    monkeypatch.setattr(bench_cpu, "Training", make_problem)
     pipe, threads = Pipe([(False, True, 1), (True, False, 2), None]), torch.get_num_threads()
     bench_cpu.serve(pipe, threads, SMALL)
     assert pipe.said[0] == "RuntimeError: no compiler"

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from gaf_lab import progress as telling
 from gaf_lab.commands import main as cli
-from gaf_lab.data import archives
+from gaf_lab.data import download
 from gaf_lab.settings.plan import folder_name
 from gaf_lab.settings.presets import DEMO
 from gaf_lab.sweeps.board import Board
@@ -108,7 +108,7 @@ def test_a_sweeps_board_says_how_many_runs_and_samples_are_done(tmp_path):
 
 def test_a_download_says_how_many_bytes_have_come():
     console = pipe()
-    with archives.Download(console) as bar:
+    with download.Download(console) as bar:
         bar.update(bar.add_task("cifar-100", total=200_000_000, completed=0), completed=50_000_000)
         bar.pulse.say()
     assert said(console) == ["downloading cifar-100: 50.0 of 200.0 MB, 0:00:00 so far"]

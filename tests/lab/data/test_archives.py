@@ -18,18 +18,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gaf_lab.data import archives
-from gaf_lab.data.archives import (
-    CIFAR100,
-    DataError,
-    Resumable,
-    fetch,
-    load_pt,
-    locate,
-    read_archive,
-    read_idx,
-    unpickle,
-)
+from gaf_lab.data import download, sources
+from gaf_lab.data.archives import locate, read_archive, read_idx
+from gaf_lab.data.download import Resumable, fetch
+from gaf_lab.data.sources import CIFAR100, DataError
+from gaf_lab.data.unpickle import load_pt, unpickle
 from helpers import fakes
 
 
@@ -227,7 +220,7 @@ def test_archive_folder_and_the_folder_itself_are_the_same_data(
     fakes.pack(packed, CIFAR100, contents)
     root = fakes.unpack(unpacked, CIFAR100, contents)
     for folder in (packed, unpacked, root):
-        assert read_archive(archives.CIFAR100, folder) == contents
+        assert read_archive(sources.CIFAR100, folder) == contents
 
 
 @pytest.mark.parametrize("level", [0, 1, 9])
@@ -235,7 +228,7 @@ def test_a_repacked_archive_is_as_good(
     level: int, contents: dict[str, bytes], tmp_path: Path
 ) -> None:
     fakes.pack(tmp_path, CIFAR100, contents, level)
-    assert read_archive(archives.CIFAR100, tmp_path) == contents
+    assert read_archive(sources.CIFAR100, tmp_path) == contents
 
 
 def test_a_read_only_folder_is_enough_and_nothing_is_written_to_it(
@@ -248,7 +241,7 @@ def test_a_read_only_folder_is_enough_and_nothing_is_written_to_it(
     folder.chmod(stat.S_IRUSR | stat.S_IXUSR)
     path.chmod(stat.S_IRUSR)
     try:
-        assert read_archive(archives.CIFAR100, folder) == contents
+        assert read_archive(sources.CIFAR100, folder) == contents
         assert list(folder.iterdir()) == [path]
         assert (folder.stat().st_mtime_ns, path.stat().st_mtime_ns) == before
     finally:
@@ -276,7 +269,7 @@ def test_the_message_of_a_cut_off_archive_says_what_to_do(
     path = fakes.pack(tmp_path, CIFAR100, contents)
     path.write_bytes(path.read_bytes()[:-3000])
     with pytest.raises(DataError) as error:
-        read_archive(archives.CIFAR100, tmp_path)
+        read_archive(sources.CIFAR100, tmp_path)
     assert str(error.value).startswith(
         f"{path}: must be a whole .tar.gz archive; it is cut off or damaged ("
     )
@@ -293,7 +286,7 @@ def test_a_changed_file_inside_is_named_with_both_checksums(
         DataError,
         match=rf"tar\.gz: test: its md5 must be {want}; got {got}\. .*get it again from https://",
     ):
-        read_archive(archives.CIFAR100, tmp_path)
+        read_archive(sources.CIFAR100, tmp_path)
 
 
 def test_a_changed_pickle_is_not_even_opened(contents: dict[str, bytes], tmp_path: Path) -> None:
@@ -302,7 +295,7 @@ def test_a_changed_pickle_is_not_even_opened(contents: dict[str, bytes], tmp_pat
         tmp_path, CIFAR100, contents | {"meta": pickle.dumps(hostile(marker)["posix.system"])}
     )
     with pytest.raises(DataError, match="cifar-100-python: meta: its md5 must be"):
-        read_archive(archives.CIFAR100, root)
+        read_archive(sources.CIFAR100, root)
     assert not marker.exists()
 
 
@@ -313,13 +306,13 @@ def test_a_file_missing_in_the_archive_is_named(contents: dict[str, bytes], tmp_
     with pytest.raises(
         DataError, match=r"must hold cifar-100-python/train, test, meta; meta is missing"
     ):
-        read_archive(archives.CIFAR100, tmp_path)
+        read_archive(sources.CIFAR100, tmp_path)
 
 
 def test_a_file_missing_in_the_folder_is_named(contents: dict[str, bytes], tmp_path: Path) -> None:
     (fakes.unpack(tmp_path, CIFAR100, contents) / "test").unlink()
     with pytest.raises(DataError, match=r"got no archive, and no test\."):
-        read_archive(archives.CIFAR100, tmp_path)
+        read_archive(sources.CIFAR100, tmp_path)
 
 
 def test_an_incomplete_folder_beside_a_whole_archive_does_no_harm(
@@ -327,7 +320,7 @@ def test_an_incomplete_folder_beside_a_whole_archive_does_no_harm(
 ) -> None:
     (fakes.unpack(tmp_path, CIFAR100, contents) / "test").unlink()
     fakes.pack(tmp_path, CIFAR100, contents)
-    assert read_archive(archives.CIFAR100, tmp_path) == contents
+    assert read_archive(sources.CIFAR100, tmp_path) == contents
 
 
 def test_an_empty_folder_says_what_to_put_there(tmp_path: Path) -> None:
@@ -351,7 +344,7 @@ def test_a_folder_that_is_none(tmp_path: Path) -> None:
         DataError,
         match="^data folder .*: must be a folder; it is a file. Give the folder it lies in, or leave out --data",
     ):
-        locate(archives.HUMAN, tmp_path / "file")
+        locate(sources.HUMAN_LABELS, tmp_path / "file")
 
 
 # IDX
@@ -363,7 +356,7 @@ def idx(array: np.ndarray[Any, np.dtype[np.uint8]]) -> bytes:
 
 def test_an_idx_file_is_read_as_it_was_written_and_a_cut_one_refused(tmp_path: Path) -> None:
     array = np.arange(24, dtype=np.uint8).reshape(4, 3, 2)
-    source = archives.Source("images.gz", "http://nowhere/images.gz", "0" * 32)
+    source = sources.Source("images.gz", "http://nowhere/images.gz", "0" * 32)
     path = tmp_path / "images.gz"
     path.write_bytes(gzip.compress(idx(array)))
     assert np.array_equal(read_idx(source, fakes.md5(idx(array)), tmp_path), array)
@@ -472,7 +465,7 @@ def test_an_archive_without_a_folder_is_downloaded_into_the_cache(
     contents = fakes.cifar100()
     body = fakes.pack(tmp_path, CIFAR100, contents).read_bytes()
     with fakes.Server(body, cuts=(len(body) // 2,)) as server:
-        archive = archives.Archive(
+        archive = sources.Archive(
             server.source(CIFAR100.source.file),
             CIFAR100.folder,
             {k: fakes.md5(v) for k, v in contents.items()},
@@ -486,9 +479,9 @@ def test_the_cache_is_the_users_unless_the_environment_says_otherwise(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("GAF_DATA", str(tmp_path))
-    assert archives.cache() == tmp_path
+    assert download.cache() == tmp_path
     monkeypatch.delenv("GAF_DATA")
-    assert archives.cache().name == "gaf"
+    assert download.cache().name == "gaf"
 
 
 def test_the_errors_of_requests_are_caught_as_oserror() -> None:

@@ -11,17 +11,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gaf_lab.data import archives
-from gaf_lab.data import sets as data
-from gaf_lab.data.archives import DataError
+from gaf_lab.data import sources
+from gaf_lab.data.dataset import DataSet, describe_dataset, moments
+from gaf_lab.data.generated import white_noise
+from gaf_lab.data.sets import LOADERS, load_dataset
+from gaf_lab.data.sources import DataError
 from helpers import fakes
 
-HUMAN = archives.HUMAN.file
+HUMAN = sources.HUMAN_LABELS.file
 
 
 @pytest.fixture(scope="module")
-def cifar100n(real: Path) -> data.DataSet:
-    return data.load("cifar100n", real)
+def cifar100n(real: Path) -> DataSet:
+    return load_dataset("cifar100n", real)
 
 
 @pytest.fixture
@@ -29,7 +31,7 @@ def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A folder with a small CIFAR-100 and human labels."""
     contents = fakes.cifar100()
     fakes.trust(monkeypatch, "CIFAR100", contents)
-    fakes.pack(tmp_path, archives.CIFAR100, contents)
+    fakes.pack(tmp_path, sources.CIFAR100, contents)
     fakes.save_human(tmp_path)
     return tmp_path
 
@@ -38,11 +40,11 @@ def write(monkeypatch: pytest.MonkeyPatch, folder: Path, **changes: Any) -> None
     """The small CIFAR-100, published with these entries in its training set."""
     contents = fakes.cifar100(**changes)
     fakes.trust(monkeypatch, "CIFAR100", contents)
-    fakes.pack(folder, archives.CIFAR100, contents)
+    fakes.pack(folder, sources.CIFAR100, contents)
 
 
 def assert_sound(
-    read: data.DataSet, shape: tuple[int, ...], train: int, test: int, classes: int
+    read: DataSet, shape: tuple[int, ...], train: int, test: int, classes: int
 ) -> None:
     assert (read.train_x.shape, read.test_x.shape) == ((train, *shape), (test, *shape))
     assert (read.train_x.dtype, read.test_x.dtype) == (torch.uint8, torch.uint8)
@@ -51,7 +53,7 @@ def assert_sound(
         assert set(y.tolist()) == set(range(classes))
     assert len(read.mean) == len(read.std) == shape[0]
     assert read.classes == classes
-    measured = torch.tensor(data.moments(read.train_x))
+    measured = torch.tensor(moments(read.train_x))
     assert torch.allclose(
         measured, torch.tensor([read.mean, read.std], dtype=measured.dtype), atol=5e-4
     )
@@ -61,7 +63,7 @@ def assert_sound(
 
 
 def test_digits_are_scikit_learns_in_two_parts() -> None:
-    read = data.load("digits")
+    read = load_dataset("digits")
     assert_sound(read, (1, 8, 8), 1438, 359, 10)
     from sklearn.datasets import load_digits
 
@@ -74,7 +76,7 @@ def test_digits_are_scikit_learns_in_two_parts() -> None:
 
 
 def test_mnist5k_is_mlxtends_in_two_balanced_parts() -> None:
-    read = data.load("mnist5k")
+    read = load_dataset("mnist5k")
     assert_sound(read, (1, 28, 28), 4000, 1000, 10)
     assert torch.bincount(read.train_y).tolist() == [400] * 10
     assert torch.bincount(read.test_y).tolist() == [100] * 10
@@ -84,7 +86,7 @@ def test_mnist5k_is_mlxtends_in_two_balanced_parts() -> None:
 
 @pytest.mark.parametrize("name", ["digits", "mnist5k"])
 def test_the_split_is_the_same_each_time(name: str) -> None:
-    first, second = data.load(name), data.load(name)
+    first, second = load_dataset(name), load_dataset(name)
     assert torch.equal(first.test_x, second.test_x)
     assert torch.equal(first.train_y, second.train_y)
 
@@ -92,7 +94,7 @@ def test_the_split_is_the_same_each_time(name: str) -> None:
 # CIFAR-100, the real one
 
 
-def test_cifar100n_is_what_its_publishers_say(cifar100n: data.DataSet) -> None:
+def test_cifar100n_is_what_its_publishers_say(cifar100n: DataSet) -> None:
     assert_sound(cifar100n, (3, 32, 32), 50_000, 10_000, 100)
     assert torch.bincount(cifar100n.train_y).tolist() == [500] * 100
     assert cifar100n.coarse is not None
@@ -104,9 +106,9 @@ def test_cifar100n_is_what_its_publishers_say(cifar100n: data.DataSet) -> None:
 
 
 def test_the_coarse_human_labels_are_the_super_classes_of_the_fine_ones(
-    cifar100n: data.DataSet, real: Path
+    cifar100n: DataSet, real: Path
 ) -> None:
-    read = data.load("cifar100n-coarse", real)
+    read = load_dataset("cifar100n-coarse", real)
     assert cifar100n.coarse is not None
     assert cifar100n.human is not None
     assert read.human is not None
@@ -117,8 +119,8 @@ def test_the_coarse_human_labels_are_the_super_classes_of_the_fine_ones(
     assert (read.classes, read.coarse) == (20, None)
 
 
-def test_describe_says_what_is_in_it(cifar100n: data.DataSet) -> None:
-    assert data.describe(cifar100n) == {
+def test_describe_says_what_is_in_it(cifar100n: DataSet) -> None:
+    assert describe_dataset(cifar100n) == {
         "name": "cifar100n",
         "pictures": "3 x 32 x 32",
         "classes": "100",
@@ -135,7 +137,7 @@ def test_describe_says_what_is_in_it(cifar100n: data.DataSet) -> None:
 
 
 def test_cifar100_lays_the_planes_out_as_red_green_blue(fake: Path) -> None:
-    read = data.load("cifar100", fake)
+    read = load_dataset("cifar100", fake)
     rows = torch.from_numpy(fakes.rows(200))
     assert torch.equal(read.train_x[7, 1, 2], rows[7, 1024 + 64 : 1024 + 96])
     assert read.human is None
@@ -145,8 +147,8 @@ def test_cifar100_lays_the_planes_out_as_red_green_blue(fake: Path) -> None:
 
 @pytest.mark.parametrize("name", ["cifar100n", "cifar100n-coarse"])
 def test_the_human_labels_are_found_beside_the_unpacked_folder(name: str, fake: Path) -> None:
-    root = fakes.unpack(fake, archives.CIFAR100, fakes.cifar100())
-    read = data.load(name, root)
+    root = fakes.unpack(fake, sources.CIFAR100, fakes.cifar100())
+    read = load_dataset(name, root)
     assert read.human is not None
     assert (read.human != read.train_y).sum() == 50
 
@@ -156,7 +158,7 @@ def test_cifar10_is_its_five_batches_in_order(
 ) -> None:
     contents = fakes.cifar10()
     fakes.pack(tmp_path, fakes.trust(monkeypatch, "CIFAR10", contents), contents)
-    read = data.load("cifar10", tmp_path)
+    read = load_dataset("cifar10", tmp_path)
     assert read.train_y.tolist() == list(range(10)) * 5
     assert torch.equal(
         read.train_x, torch.from_numpy(fakes.rows(10)).view(-1, 3, 32, 32).repeat(5, 1, 1, 1)
@@ -170,10 +172,10 @@ def test_a_label_out_of_range_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_pa
         DataError,
         match=r"^cifar100: train labels must lie in \[0, 100\); got 0 to 100\. Is it the file of another data set\?",
     ):
-        data.load("cifar100", tmp_path)
+        load_dataset("cifar100", tmp_path)
     write(monkeypatch, tmp_path, coarse_labels=[-1] * 200)
     with pytest.raises(DataError, match=r"coarse train labels must lie in \[0, 20\); got -1 to -1"):
-        data.load("cifar100", tmp_path)
+        load_dataset("cifar100", tmp_path)
 
 
 def test_a_human_label_out_of_range_is_refused(fake: Path) -> None:
@@ -181,7 +183,7 @@ def test_a_human_label_out_of_range_is_refused(fake: Path) -> None:
     with pytest.raises(
         DataError, match=r"human labels in .*human\.pt must lie in \[0, 100\); got 100 to 100"
     ):
-        data.load("cifar100n", fake)
+        load_dataset("cifar100n", fake)
 
 
 def test_human_labels_of_other_pictures_are_refused(fake: Path) -> None:
@@ -190,22 +192,22 @@ def test_human_labels_of_other_pictures_are_refused(fake: Path) -> None:
         DataError,
         match=r"human\.pt: its clean labels must be those of CIFAR-100 in the same order; they are not",
     ):
-        data.load("cifar100n", fake)
+        load_dataset("cifar100n", fake)
 
 
 def test_too_few_human_labels_are_refused(fake: Path) -> None:
     fakes.save_human(fake, noisy_label=np.zeros(199, np.int64))
     with pytest.raises(DataError, match=r"there must be 200 human labels; got 199"):
-        data.load("cifar100n", fake)
+        load_dataset("cifar100n", fake)
 
 
 def test_missing_human_labels_say_where_they_come_from(fake: Path) -> None:
     (fake / HUMAN).unlink()
     with pytest.raises(
         DataError,
-        match=rf"must hold {HUMAN}; it does not\. Download https://.*\(md5 {archives.HUMAN.md5}\) into {fake}",
+        match=rf"must hold {HUMAN}; it does not\. Download https://.*\(md5 {sources.HUMAN_LABELS.md5}\) into {fake}",
     ):
-        data.load("cifar100n", fake)
+        load_dataset("cifar100n", fake)
 
 
 @pytest.mark.parametrize(
@@ -241,7 +243,7 @@ def test_a_training_set_that_does_not_fit_is_refused(
 ) -> None:
     write(monkeypatch, tmp_path, **changes)
     with pytest.raises(DataError, match=message):
-        data.load("cifar100", tmp_path)
+        load_dataset("cifar100", tmp_path)
 
 
 def test_the_pickle_of_another_data_set_is_refused(
@@ -250,7 +252,7 @@ def test_the_pickle_of_another_data_set_is_refused(
     contents = fakes.cifar100() | {"train": pickle.dumps({"labels": [1]}, 2)}
     fakes.pack(tmp_path, fakes.trust(monkeypatch, "CIFAR100", contents), contents)
     with pytest.raises(DataError, match=r"cifar100: train: must hold 'data'; got \['labels'\]"):
-        data.load("cifar100", tmp_path)
+        load_dataset("cifar100", tmp_path)
 
 
 # Fashion-MNIST
@@ -260,7 +262,7 @@ def test_the_pickle_of_another_data_set_is_refused(
 def fashion(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """Its four files, with 20 pictures to train on and 10 to test."""
     trusted = {}
-    for source in archives.FASHION:
+    for source in sources.FASHION_MNIST:
         n = 20 if source.file.startswith("train") else 10
         shape = (n, 28, 28) if "images" in source.file else (n,)
         content = (
@@ -270,19 +272,19 @@ def fashion(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
         )
         (tmp_path / source.file).write_bytes(gzip.compress(content))
         trusted[source] = fakes.md5(content)
-    monkeypatch.setattr(archives, "FASHION", trusted)
+    monkeypatch.setattr(sources, "FASHION_MNIST", trusted)
     return tmp_path
 
 
 def test_fashion_mnist_is_read_from_a_folder_or_from_debians_package(
     fashion: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    given_ = data.load("fashion-mnist", fashion)
+    given_ = load_dataset("fashion-mnist", fashion)
     assert (given_.train_x.shape, given_.test_x.shape) == ((20, 1, 28, 28), (10, 1, 28, 28))
     assert given_.train_y.tolist() == [i % 10 for i in range(20)]
-    monkeypatch.setattr(archives, "DEBIAN_FASHION", fashion)
+    monkeypatch.setattr(sources, "DEBIAN_FASHION", fashion)
     monkeypatch.setenv("GAF_DATA", str(fashion / "cache"))
-    assert torch.equal(data.load("fashion-mnist").train_x, given_.train_x)
+    assert torch.equal(load_dataset("fashion-mnist").train_x, given_.train_x)
     assert not (fashion / "cache").exists()
 
 
@@ -290,20 +292,20 @@ def test_fashion_mnist_in_a_folder_without_it(tmp_path: Path) -> None:
     with pytest.raises(
         DataError, match=r"must hold train-images-idx3-ubyte\.gz; it does not\. Download https://"
     ):
-        data.load("fashion-mnist", tmp_path)
+        load_dataset("fashion-mnist", tmp_path)
 
 
 # The rest
 
 
 def test_white_noise_is_uniform_and_the_same_for_the_same_seed() -> None:
-    read = data.white_noise(2000, 500, classes=100)
+    read = white_noise(2000, 500, classes=100)
     assert_sound(read, (3, 32, 32), 2000, 500, 100)
     counts = torch.bincount(read.train_x.flatten(), minlength=256).double()
     # 24,000 per value: five deviations are 3.2%
     assert ((counts / counts.mean() - 1).abs() < 0.04).all()
-    assert torch.equal(read.test_x, data.white_noise(2000, 500, classes=100).test_x)
-    assert not torch.equal(read.test_x, data.white_noise(2000, 500, classes=100, seed=1).test_x)
+    assert torch.equal(read.test_x, white_noise(2000, 500, classes=100).test_x)
+    assert not torch.equal(read.test_x, white_noise(2000, 500, classes=100, seed=1).test_x)
 
 
 @given(st.integers(1, 3), st.integers(1, 20), st.integers(0, 2**32))
@@ -311,7 +313,7 @@ def test_moments_are_those_of_the_pictures(channels: int, n: int, seed: int) -> 
     x = torch.randint(
         256, (n, channels, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)
     )
-    mean, std = data.moments(x)
+    mean, std = moments(x)
     direct = x.double().div(255).transpose(0, 1).flatten(1)
     assert torch.allclose(torch.tensor(mean, dtype=torch.float64), direct.mean(1))
     assert torch.allclose(torch.tensor(std, dtype=torch.float64), direct.std(1, correction=0))
@@ -331,20 +333,18 @@ def test_an_unknown_name_is_answered_with_the_nearest(name: str, nearest: str) -
         ValueError,
         match=rf"^data: the name must be one of digits, .*; got '{name}'\. Did you mean '{nearest}'\?",
     ):
-        data.load(name)
+        load_dataset(name)
 
 
 @pytest.mark.parametrize("name", ["coco", "svhn", "x"])
 def test_a_name_that_is_near_to_none_is_answered_with_all_of_them(name: str) -> None:
-    with pytest.raises(
-        ValueError, match=rf"must be one of {', '.join(data.LOADERS)}; got '{name}'\.$"
-    ):
-        data.load(name)
+    with pytest.raises(ValueError, match=rf"must be one of {', '.join(LOADERS)}; got '{name}'\.$"):
+        load_dataset(name)
 
 
 def test_a_class_without_samples_is_described_as_such() -> None:
     x, y = torch.zeros(3, 1, 2, 2, dtype=torch.uint8), torch.tensor([0, 0, 2])
-    facts = data.describe(data.DataSet("tiny", x, y, x, y, 3, None, None, (0.0,), (1.0,)))
+    facts = describe_dataset(DataSet("tiny", x, y, x, y, 3, None, None, (0.0,), (1.0,)))
     assert facts["training samples"] == "3, 0 to 2 per class"
     assert facts["super-classes"] == "none"
     assert "human labels" not in facts

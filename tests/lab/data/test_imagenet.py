@@ -16,12 +16,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from gaf_lab.data import imagenet
-from gaf_lab.data import sets as data
-from gaf_lab.data.archives import DataError
-from gaf_lab.data.imagenet import Chunks, Files, MicroBatches, Reader, ahead, make_pictures
-from gaf_lab.data.problem import build
+from gaf_lab.data import jpeg
+from gaf_lab.data.dataset import describe_dataset
+from gaf_lab.data.files import Chunks, Files, MicroBatches
+from gaf_lab.data.generated import make_pictures
+from gaf_lab.data.imagenet import find_imagenet
+from gaf_lab.data.problem import make_problem
+from gaf_lab.data.read_ahead import PREFETCH, Reader, read_ahead, reader_count, worker_died
 from gaf_lab.data.sampling import Iid, generator
+from gaf_lab.data.sets import load_dataset
+from gaf_lab.data.sources import DataError
 from gaf_lab.records import run as records
 from gaf_lab.settings.config import TrainConfig
 from gaf_lab.training import models
@@ -82,7 +86,7 @@ def test_classes_and_files_are_found_in_order_and_whatever_else_lies_there_is_no
     ):
         (tmp_path / place / name).parent.mkdir(exist_ok=True)
         (tmp_path / place / name).write_text("")
-    classes, (train_files, train_y), (val_files, val_y) = imagenet.find(tmp_path, 224)
+    classes, (train_files, train_y), (val_files, val_y) = find_imagenet(tmp_path, 224)
     assert classes == ["n01", "n02"]
     assert train_files.names.tolist() == [b"n01/x.jpeg", b"n01/z.PNG", b"n02/a.jpg", b"n02/b.JPEG"]
     assert (train_y.tolist(), val_y.tolist()) == ([0, 0, 1, 1], [1])
@@ -90,7 +94,7 @@ def test_classes_and_files_are_found_in_order_and_whatever_else_lies_there_is_no
 
 
 def test_data_shows_classes_and_counts(pictures):
-    facts = data.describe(data.load("imagenet", pictures))
+    facts = describe_dataset(load_dataset("imagenet", pictures))
     assert facts["classes"] == "4"
     assert facts["training samples"] == "96, 24 per class"
     assert facts["test samples"] == "24, 6 per class"
@@ -126,11 +130,11 @@ def test_a_folder_that_is_not_imagenets_is_refused_with_what_it_lacks(tmp_path, 
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     with pytest.raises(DataError, match=message):
-        imagenet.find(tmp_path, 224)
+        find_imagenet(tmp_path, 224)
 
 
 def test_labels_are_flipped_split_and_limited_as_those_of_other_sets(pictures):
-    problem = build(
+    problem = make_problem(
         dataclasses.replace(SMALL, limit=80, heldout=0.25, noise_rate=0.5), pictures, CPU
     )
     parts = problem.train, problem.heldout
@@ -157,7 +161,7 @@ def test_grey_and_cmyk_pictures_and_those_with_another_files_suffix_become_rgb(t
         save(tmp_path / "alpha.JPEG", smooth, "RGBA", format="PNG"),
     ]
     for path in paths:
-        image = imagenet.decoded(path)
+        image = jpeg.decode(path)
         assert image.mode == "RGB"
         # what JPEG loses of a slope at quality 95
         assert np.abs(np.asarray(image).astype(int) - smooth).max() <= 4, path
@@ -172,19 +176,19 @@ def test_a_file_that_is_no_whole_picture_is_named(tmp_path, damage):
         DataError,
         match=f"{path} must be a whole JPEG or PNG file; it cannot be read .*. Unpack it again.",
     ):
-        imagenet.decoded(path)
+        jpeg.decode(path)
 
 
 def test_a_test_picture_is_the_middle_of_what_has_256_pixels_on_its_shorter_side():
     pixels = random_pixels(256, 356)
-    found = imagenet.cropped(Image.fromarray(pixels), 224, None)
+    found = jpeg.crop(Image.fromarray(pixels), 224, None)
     assert torch.equal(found, torch.from_numpy(pixels[16:240, 66:290]).permute(2, 0, 1))
 
 
 @given(st.integers(1, 600), st.integers(1, 600), st.integers(0, 2**31))
 def test_random_crops_lie_in_the_picture_with_area_and_ratio_in_their_ranges(width, height, seed):
-    tries = imagenet.draws(1, generator(seed))[0, :-1].tolist()
-    left, top, right, bottom = imagenet.random_box(width, height, tries)
+    tries = jpeg.draw_crops(1, generator(seed))[0, :-1].tolist()
+    left, top, right, bottom = jpeg.random_box(width, height, tries)
     assert 0 <= left < right <= width
     assert 0 <= top < bottom <= height
     across, down = right - left, bottom - top
@@ -199,21 +203,21 @@ def test_a_random_crop_is_the_one_that_its_numbers_stand_for():
     pixels = random_pixels(64, 64)
     # of the range of areas, for a quarter of the picture; 0.5 for as wide as high
     share = (0.25 - 0.08) / 0.92
-    draw = torch.zeros(imagenet.TRIES + 1, 4, dtype=torch.float64)
+    draw = torch.zeros(jpeg.CROP_TRIES + 1, 4, dtype=torch.float64)
     draw[0] = torch.tensor([share, 0.5, 10 / 33, 32.9 / 33])
     draw[-1, 0] = 0.7
-    plain = imagenet.cropped(Image.fromarray(pixels), 32, draw)
+    plain = jpeg.crop(Image.fromarray(pixels), 32, draw)
     assert torch.equal(plain, torch.from_numpy(pixels[32:64, 10:42]).permute(2, 0, 1))
     draw[-1, 0] = 0.3
-    assert torch.equal(imagenet.cropped(Image.fromarray(pixels), 32, draw), plain.flip(2))
+    assert torch.equal(jpeg.crop(Image.fromarray(pixels), 32, draw), plain.flip(2))
 
 
 def test_where_no_try_fits_the_crop_is_the_largest_in_the_middle():
-    wide = [[0.999, 0.5, 0.0, 0.0]] * imagenet.TRIES  # nearly the whole area as a square
-    assert imagenet.random_box(400, 100, wide) == pytest.approx(
+    wide = [[0.999, 0.5, 0.0, 0.0]] * jpeg.CROP_TRIES  # nearly the whole area as a square
+    assert jpeg.random_box(400, 100, wide) == pytest.approx(
         (400 / 2 - 200 / 3, 0, 400 / 2 + 200 / 3, 100)
     )
-    assert imagenet.random_box(100, 400, wide) == pytest.approx(
+    assert jpeg.random_box(100, 400, wide) == pytest.approx(
         (0, 400 / 2 - 200 / 3, 100, 400 / 2 + 200 / 3)
     )
 
@@ -222,14 +226,14 @@ def test_where_no_try_fits_the_crop_is_the_largest_in_the_middle():
 
 
 def micro_batches(folder, size=16, augment=True):
-    _, (files, labels), _ = imagenet.find(folder, size)
+    _, (files, labels), _ = find_imagenet(folder, size)
     return MicroBatches(files, Iid(len(labels), 6, seed=3), seed=3, k=2, augment=augment)
 
 
 @pytest.mark.parametrize("sampler", ["iid", "stratified-observed"])
 def test_a_micro_batch_depends_on_seed_step_and_i_alone(pictures, sampler):
     config = dataclasses.replace(SMALL, sampler=sampler, b=8)
-    one, other = (build(config, pictures, CPU) for _ in range(2))
+    one, other = (make_problem(config, pictures, CPU) for _ in range(2))
     positions = [(0, 0), (0, 1), (1, 0), (7, 1), (8, 0), (3, 1), (0, 0)]
     for step, i in positions:
         x, y = one.micro_batch(step, i)
@@ -241,7 +245,7 @@ def test_a_micro_batch_depends_on_seed_step_and_i_alone(pictures, sampler):
     for step, i in reversed(positions):
         assert torch.equal(other.pictures(step, i), one.pictures(step, i))
     assert not torch.equal(
-        build(dataclasses.replace(config, seed=1), pictures, CPU).pictures(0, 0),
+        make_problem(dataclasses.replace(config, seed=1), pictures, CPU).pictures(0, 0),
         other.pictures(0, 0),
     )
 
@@ -251,13 +255,13 @@ def pids():
 
 
 def test_each_rank_reads_its_own_micro_batches_of_the_same_run_ahead(pictures):
-    alone = build(SMALL, pictures, CPU)
+    alone = make_problem(SMALL, pictures, CPU)
     for rank in range(2):
-        problem, before, used = build(SMALL, pictures, CPU, world=2), pids(), set()
+        problem, before, used = make_problem(SMALL, pictures, CPU, world=2), pids(), set()
         for step in range(3):
             x = problem.pictures(step, rank)
             used |= pids() - before  # without what reads for the other problem
-            assert len(used) == imagenet.workers()  # the same workers at every step
+            assert len(used) == reader_count()  # the same workers at every step
             assert torch.equal(x, alone.pictures(step, rank))
             before |= pids() - used
 
@@ -268,7 +272,7 @@ def test_a_jump_starts_new_workers_and_ends_those_before(pictures):
     first = pids() - others
     reader(5)
     second = pids() - others
-    assert len(first) == len(second) == imagenet.workers()
+    assert len(first) == len(second) == reader_count()
     assert not first & second
 
 
@@ -300,24 +304,24 @@ class Counting:
 def test_workers_read_ahead_and_stop_there_so_that_pictures_are_never_all_in_memory(
     pictures, monkeypatch
 ):
-    monkeypatch.setattr(imagenet, "workers", lambda: 1)
-    _, (files, _), _ = imagenet.find(pictures, 16)
+    monkeypatch.setattr("gaf_lab.data.read_ahead.reader_count", lambda: 1)
+    _, (files, _), _ = find_imagenet(pictures, 16)
     counted = Counting(Chunks(files, 2))
-    stream = ahead(counted, range(48))
+    stream = read_ahead(counted, range(48))
     next(stream)
-    bound, deadline = 1 + imagenet.AHEAD, time.monotonic() + 30
+    bound, deadline = 1 + PREFETCH, time.monotonic() + 600
     while counted.count.value < bound and time.monotonic() < deadline:
         time.sleep(0.01)
     time.sleep(0.3)  # for a worker that does not stop: it reads a chunk in a millisecond
     assert counted.count.value == bound
     for taken, _ in enumerate(stream, 2):
-        assert taken <= counted.count.value <= taken + imagenet.AHEAD
+        assert taken <= counted.count.value <= taken + PREFETCH
     assert counted.count.value == taken == 48
 
 
 @pytest.mark.parametrize("n", [7, 96, 1000])
 def test_a_streamed_part_gives_all_its_pictures_in_order(pictures, n):
-    problem = build(dataclasses.replace(SMALL, heldout=0.0), pictures, CPU)
+    problem = make_problem(dataclasses.replace(SMALL, heldout=0.0), pictures, CPU)
     parts = list(problem.train.batches(n))
     assert [len(x) for x in parts[:-1]] == [n] * (len(parts) - 1)
     assert torch.equal(torch.cat(parts), problem.train.x.read(range(96)))
@@ -325,7 +329,7 @@ def test_a_streamed_part_gives_all_its_pictures_in_order(pictures, n):
 
 def test_evaluation_sees_each_test_picture_once_by_as_many_at_a_time_as_fit(pictures, monkeypatch):
     monkeypatch.setattr("gaf_lab.training.evaluate.PIXELS", 16 * 16 * 5)  # 5 of the 24 at a time
-    problem = build(SMALL, pictures, CPU)
+    problem = make_problem(SMALL, pictures, CPU)
     model = models.build("convnet", problem.shape, problem.classes, "cifar")
     scores = logits(model, problem, problem.test)
     whole = model.eval()(problem.inputs(problem.test.x.read(range(24))))
@@ -340,11 +344,11 @@ def test_a_damaged_file_ends_a_stream_with_its_name_and_nothing_around_it(tmp_pa
 
 
 def test_only_a_lost_workers_error_is_told_anew():
-    told = imagenet.lost(RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "))
+    told = worker_died(RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "))
     assert isinstance(told, DataError)
     assert "one did not (DataLoader worker (pid 7) is killed by signal: Killed. )" in str(told)
     other = RuntimeError("out of memory")
-    assert imagenet.lost(other) is other
+    assert worker_died(other) is other
 
 
 # Runs
@@ -417,7 +421,7 @@ def endless(pictures, tmp_path):
     }
     process = subprocess.Popen([sys.executable, "-m", "gaf_lab", *map(str, words)], **pipes)
     workers: list[int] = []
-    while len(workers) < imagenet.workers() and process.poll() is None:
+    while len(workers) < reader_count() and process.poll() is None:
         time.sleep(0.05)
         # git, asked for the header, is gone by then
         workers = read_by(process.pid) if (tmp_path / records.FILE).exists() else []
@@ -447,7 +451,7 @@ def test_a_run_that_is_killed_leaves_no_worker_behind(endless):
     process, workers = endless
     process.kill()
     process.wait()
-    assert len(workers) == imagenet.workers()
+    assert len(workers) == reader_count()
     deadline = time.monotonic() + 60
     while any(Path(f"/proc/{pid}").exists() for pid in workers):
         assert time.monotonic() < deadline

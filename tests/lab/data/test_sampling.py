@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gaf_lab.data.sampling import Iid, Sampler, Stratified, Stream, generator, key
+from gaf_lab.data.sampling import Iid, Sampler, Stratified, Stream, derive_seed, generator
 
 seeds = st.integers(0, 2**40)
 
@@ -95,17 +95,17 @@ def test_classes_of_different_size_are_drawn_alike() -> None:
 def test_keys_are_distinct_for_distinct_parts_and_fit_a_generator(
     seed: int, a: list[int | str], b: list[int | str]
 ) -> None:
-    assert 0 <= key(seed, *a) < 2**63
-    assert (key(seed, *a) == key(seed, *b)) == (a == b)
+    assert 0 <= derive_seed(seed, *a) < 2**63
+    assert (derive_seed(seed, *a) == derive_seed(seed, *b)) == (a == b)
     assert torch.rand(1, generator=generator(seed, *a)) == torch.rand(
         1, generator=generator(seed, *a)
     )
 
 
 def test_keys_are_the_same_on_every_machine() -> None:
-    assert key(0, "iid", 1) == 4_979_827_171_985_336_229
-    assert key(1, 23) != key(12, 3)
-    assert key(0, "1") != key(0, 1)
+    assert derive_seed(0, "iid", 1) == 4_979_827_171_985_336_229
+    assert derive_seed(1, 23) != derive_seed(12, 3)
+    assert derive_seed(0, "1") != derive_seed(0, 1)
 
 
 def test_more_per_class_than_there_is() -> None:

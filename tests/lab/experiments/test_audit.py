@@ -14,8 +14,8 @@ from matplotlib.image import imread
 
 import gaf
 from gaf_lab.commands.main import main
-from gaf_lab.data.problem import build
-from gaf_lab.data.sets import load
+from gaf_lab.data.problem import make_problem
+from gaf_lab.data.sets import load_dataset
 from gaf_lab.experiments import audit
 from gaf_lab.experiments.audit import Tally, spelled
 from gaf_lab.report.figures import canvas
@@ -74,8 +74,8 @@ def test_of_two_micro_batches_both_are_as_far_from_each_other():
 
 @pytest.mark.parametrize("limit", [0, 300])
 def test_the_list_names_samples_as_the_data_set_does(limit):
-    problem = build(dataclasses.replace(SMALL, limit=limit), None, torch.device("cpu"))
-    data = load("digits", None)
+    problem = make_problem(dataclasses.replace(SMALL, limit=limit), None, torch.device("cpu"))
+    data = load_dataset("digits", None)
     torch.testing.assert_close(data.train_x[problem.origin], problem.train.x, rtol=0, atol=0)
     assert data.train_y[problem.origin].equal(problem.train.clean)
 
@@ -148,7 +148,7 @@ def test_the_command_writes_a_ranked_list_a_figure_and_lines(tmp_path, capsys):
     assert quality == sorted(quality)
     assert all(0 <= value <= 1 for value in quality)
     assert {row["flipped"] for row in rows} == {"0", "1"}
-    data = load("digits", None).train_y.tolist()
+    data = load_dataset("digits", None).train_y.tolist()
     for row in rows:
         assert int(row["true_label"]) == data[int(row["index"])]
         assert (row["given_label"] != row["true_label"]) == (row["flipped"] == "1")

@@ -18,7 +18,7 @@ import pytest
 from rich.console import Console
 
 from gaf_lab.commands import main as cli
-from gaf_lab.data.sets import load
+from gaf_lab.data.sets import load_dataset
 from gaf_lab.records import checkpoint
 from gaf_lab.records import run as records
 from gaf_lab.records.locks import LOCK
@@ -458,7 +458,7 @@ def test_the_bar_over_all_runs_counts_samples_and_starts_at_what_checkpoints_hol
 
 @pytest.mark.parametrize("name", ["digits", "mnist5k"])
 def test_the_work_of_a_run_is_about_what_it_draws(name):
-    data = load(name)
+    data = load_dataset(name)
     assert PICTURES[name] == len(data.train_x)
 
 

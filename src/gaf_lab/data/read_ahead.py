@@ -1,0 +1,124 @@
+"""Worker processes that read pictures ahead while the model computes."""
+
+import itertools
+import multiprocessing
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from gaf_lab.data.sources import DataError
+
+PREFETCH = 2  # items that each worker has read and not handed over
+MOST_READERS = 16  # worker processes
+
+Read = Callable[[int], Tensor]
+
+
+class Reader:
+    """Reads items by number.
+
+    Any number may come first. The numbers that follow it, `stride` apart, have been read ahead.
+    """
+
+    def __init__(self, read: Read, stride: int) -> None:
+        self._read, self._stride = read, stride
+        self._due: int | None = None
+        self._stream: Iterator[Tensor] = iter(())
+
+    def __call__(self, number: int) -> Tensor:
+        if number != self._due:
+            self._stream = iter(())  # ends the previous stream's workers first
+            self._stream = read_ahead(self._read, itertools.count(number, self._stride))
+        self._due = None  # remains so if the reading fails
+        found = next(self._stream)
+        self._due = number + self._stride
+        return found
+
+
+def read_ahead(read: Read, numbers: Iterable[int]) -> Iterator[Tensor]:
+    """read(n) for each number in order, by worker processes, each at most PREFETCH items ahead.
+
+    Raises:
+        DataError: raised by a worker, or because a worker was killed from outside.
+    """
+    loader: DataLoader[Any] = DataLoader(
+        Guarded(read),
+        batch_size=None,
+        sampler=numbers,
+        num_workers=reader_count(),
+        prefetch_factor=PREFETCH,
+        # The workers' seeds come from this generator, not from torch's global one: a resumed run
+        # must find that one unmoved.
+        generator=torch.Generator(),
+        worker_init_fn=exit_with_parent,
+    )
+    try:
+        for found in loader:
+            if isinstance(found, DataError):
+                raise found
+            yield found
+    except RuntimeError as error:
+        raise worker_died(error) from None
+
+
+class Guarded(Dataset[Tensor | DataError]):
+    """Returns a worker's DataError as a value.
+
+    If it were raised there, its message would reach the user wrapped in a traceback.
+    """
+
+    def __init__(self, read: Read) -> None:
+        self._read = read
+
+    def __getitem__(self, number: int) -> Tensor | DataError:
+        try:
+            return self._read(number)
+        except DataError as error:
+            return error
+
+
+def exit_with_parent(worker: int) -> None:
+    """Ends this worker as soon as its run has exited.
+
+    The DataLoader itself checks every five seconds, and misses a run that exits before the worker
+    is ready. A worker that stays keeps the connections of its rank open, so that the other ranks
+    do not notice.
+    """
+    run = multiprocessing.parent_process()
+    assert run is not None
+
+    def wait() -> None:
+        run.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def reader_count() -> int:
+    """Worker processes for one rank: one per core of its share, at most MOST_READERS."""
+    share = cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, min(share, MOST_READERS))
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def worker_died(error: RuntimeError) -> Exception:
+    """What to raise in place of the DataLoader's error: for a killed worker, one with a remedy."""
+    if not str(error).startswith("DataLoader worker"):
+        return error
+    seen = str(error).splitlines()[0]
+    return DataError(
+        "imagenet: every process that reads pictures must live as long as the run; "
+        f"one did not ({seen}) The system ends processes when memory is short: "
+        "free some, or lower b, and go on with --resume."
+    )
