@@ -256,7 +256,7 @@ def meta(monkeypatch):
 
     def make(**changes):
         config = dataclasses.replace(SMALL, engine="device", **changes)
-        problem = module.build(config, None, torch.device("cpu"))
+        problem = module.make_problem(config, None, torch.device("cpu"))
         train = Pictures(
             *(t.to("meta") for t in (problem.train.x, problem.train.observed, problem.train.clean))
         )
