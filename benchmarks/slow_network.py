@@ -24,7 +24,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, get_args
 
-from gaf_lab.settings.config import ModelName
+from gaf_lab.settings.fields import ModelName
 
 NOT_HERE = 77
 NETWORK = "10.213.77"

@@ -34,7 +34,7 @@ import gaf
 from gaf_lab.commands import main as cli
 from gaf_lab.commands.plans import find_plan
 from gaf_lab.paper import items as paper
-from gaf_lab.settings.config import tomllib
+from gaf_lab.settings.reading import tomllib
 from helpers.browser import WIDER, WIDTHS, chromium, complaints, emulate, settled
 from test_readme import README, ROOT
 

@@ -53,7 +53,6 @@ LONGER = {  # may only shrink
     "gaf_lab/report/figures.py": 783,
     "gaf_lab/report/page.py": 889,
     "gaf_lab/report/statistics.py": 486,
-    "gaf_lab/settings/config.py": 461,
     "gaf_lab/training/engine.py": 364,
     "gaf_lab/training/parallel.py": 216,
     "gaf_lab/training/run.py": 703,

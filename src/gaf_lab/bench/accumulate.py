@@ -23,7 +23,7 @@ import gaf
 from gaf_lab.progress import Tell, silent
 from gaf_lab.records import environment
 from gaf_lab.records import run as records
-from gaf_lab.settings.config import ModelName
+from gaf_lab.settings.fields import ModelName
 from gaf_lab.training import models
 
 MICRO_BATCHES = tuple[Tensor, Tensor]

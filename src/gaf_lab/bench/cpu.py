@@ -24,7 +24,8 @@ from rich.table import Table
 
 from gaf_lab.bench.ddp import spread
 from gaf_lab.progress import Tell, silent
-from gaf_lab.settings.config import ConfigError, TrainConfig
+from gaf_lab.settings.checks import ConfigError
+from gaf_lab.settings.config import TrainConfig
 from gaf_lab.settings.presets import CIFAR100_GAF, DEMO
 from gaf_lab.training.run import Training
 

@@ -31,7 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 from gaf_lab.bench.bytes_sent import counting, interface_bytes, ring_all_reduce, volume
 from gaf_lab.bench.ways import PLAIN, WAYS, Step, build, make_aggregate, make_step
 from gaf_lab.progress import Tell, silent
-from gaf_lab.settings.config import ModelName
+from gaf_lab.settings.fields import ModelName
 from gaf_lab.training import models
 
 FRESH = 10  # rounds with the same models: where they lie in memory moves times by some percent

@@ -36,7 +36,9 @@ from gaf_lab.data.sampling import derive_seed
 from gaf_lab.progress import Tell, silent
 from gaf_lab.records import checkpoint
 from gaf_lab.records import run as records
-from gaf_lab.settings.config import ConfigError, DataName, ModelName, TrainConfig
+from gaf_lab.settings.checks import ConfigError
+from gaf_lab.settings.config import TrainConfig
+from gaf_lab.settings.fields import DataName, ModelName
 from gaf_lab.settings.presets import CIFAR100_GAF
 from gaf_lab.training import models
 from gaf_lab.training.console import ConsoleListener

@@ -19,19 +19,19 @@ from rich.text import Text
 from tyro.conf import OmitArgPrefixes, Positional
 
 from gaf_lab.records import run as records
-from gaf_lab.settings.config import (
+from gaf_lab.settings.checks import (
     MOST_SEEDS,
     MOST_WORKERS,
     ConfigError,
-    ModelName,
-    TrainConfig,
     check_count,
     check_tau,
     first_line,
-    from_toml,
     nearest,
 )
+from gaf_lab.settings.config import TrainConfig
+from gaf_lab.settings.fields import ModelName
 from gaf_lab.settings.presets import DEMO
+from gaf_lab.settings.reading import from_toml
 
 Words = list[str]
 Command = Callable[[Words, Console], int]

@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gaf_lab.settings.config import MOST_SEEDS, ConfigError, check_count, nearest
+from gaf_lab.settings.checks import MOST_SEEDS, ConfigError, check_count, nearest
 from gaf_lab.settings.plan import Configs, from_file
 from gaf_lab.settings.presets import PRESETS
 

@@ -16,7 +16,8 @@ from gaf_lab.data.pictures import Pictures
 from gaf_lab.data.read_ahead import Reader
 from gaf_lab.data.sampling import Iid, Sampler, Stratified, generator
 from gaf_lab.data.sets import imagenet_of, load_once
-from gaf_lab.settings.config import ConfigError, TrainConfig
+from gaf_lab.settings.checks import ConfigError
+from gaf_lab.settings.config import TrainConfig
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,7 +15,7 @@ from gaf_lab.data.cifar import cifar10, cifar100, cifar100n, cifar100n_coarse
 from gaf_lab.data.dataset import DataSet, split_off_test
 from gaf_lab.data.generated import white_noise
 from gaf_lab.data.sources import DataError
-from gaf_lab.settings.config import nearest
+from gaf_lab.settings.checks import nearest
 
 
 def load_dataset(name: str, folder: Path | None = None) -> DataSet:

@@ -50,7 +50,8 @@ from gaf_lab.data.problem import Problem
 from gaf_lab.records import run as records
 from gaf_lab.report import statistics as st
 from gaf_lab.report.figures import DPI, INK, SOFT, canvas, plain
-from gaf_lab.settings.config import ConfigError, TrainConfig
+from gaf_lab.settings.checks import ConfigError
+from gaf_lab.settings.config import TrainConfig
 from gaf_lab.training.evaluate import logits
 from gaf_lab.training.run import Training
 

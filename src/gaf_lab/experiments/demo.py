@@ -13,7 +13,8 @@ from rich.console import Console
 
 from gaf_lab.paper.reproduce import announce
 from gaf_lab.records import run as records
-from gaf_lab.settings.config import ConfigError, TrainConfig
+from gaf_lab.settings.checks import ConfigError
+from gaf_lab.settings.config import TrainConfig
 from gaf_lab.settings.presets import DEMO
 from gaf_lab.sweeps.jobs import is_finished
 from gaf_lab.sweeps.sweep import sweep

@@ -36,7 +36,9 @@ from gaf_lab.progress import Tell, silent
 from gaf_lab.records import environment
 from gaf_lab.records import run as records
 from gaf_lab.report.figures import DPI, INK, SOFT, canvas, plain
-from gaf_lab.settings.config import MOST_STEPS, ConfigError, TrainConfig
+from gaf_lab.settings.checks import ConfigError
+from gaf_lab.settings.config import TrainConfig
+from gaf_lab.settings.rules import MOST_STEPS
 from gaf_lab.training.run import Training
 
 if TYPE_CHECKING:

@@ -13,14 +13,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gaf_lab.settings import presets
-from gaf_lab.settings.config import (
-    MOST_SEEDS,
-    ConfigError,
-    PolicyName,
-    TrainConfig,
-    check_count,
-    nearest,
-)
+from gaf_lab.settings.checks import MOST_SEEDS, ConfigError, check_count, nearest
+from gaf_lab.settings.config import TrainConfig
+from gaf_lab.settings.fields import PolicyName
 from gaf_lab.settings.plan import follow
 
 Scale = Literal["smoke", "small", "full"]

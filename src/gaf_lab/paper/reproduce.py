@@ -17,7 +17,8 @@ from gaf_lab.paper import items as paper
 from gaf_lab.paper import page as paper_page
 from gaf_lab.paper.items import Configs, Item, Reading, Scale
 from gaf_lab.progress import Tell, line, silent
-from gaf_lab.settings.config import PICTURES, TrainConfig
+from gaf_lab.settings.config import TrainConfig
+from gaf_lab.settings.sizes import PICTURES
 from gaf_lab.sweeps.jobs import jobs
 from gaf_lab.sweeps.sweep import SweepResult, sweep
 from gaf_lab.training import models

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from gaf_lab.records import run as records
-from gaf_lab.settings.config import LATER, TrainConfig, first_line
+from gaf_lab.settings.checks import first_line
+from gaf_lab.settings.config import LATER, TrainConfig
 
 FILE = "checkpoint.pt"
 

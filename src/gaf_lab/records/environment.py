@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 import gaf
-from gaf_lab.settings.config import ConfigError
+from gaf_lab.settings.checks import ConfigError
 
 
 def versions() -> dict[str, str]:

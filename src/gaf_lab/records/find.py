@@ -18,12 +18,12 @@ def find_runs(places: list[Path]) -> list[Run]:
             "runs: must have at least one place; got none. "
             f"Give the folder of a run, which has a file {FILE}."
         )
-    folders = sorted({folder for place in places for folder in folders_in(place)})
+    folders = sorted({folder for place in places for folder in run_folders(place)})
     files = [place for place in places if place.is_file() and place.name != FILE]
     return [*map(read, folders), *(run for file in files for run in read_pack(file))]
 
 
-def folders_in(place: Path) -> list[Path]:
+def run_folders(place: Path) -> list[Path]:
     """The folders of runs at a place; none for a pack."""
     if not place.exists():
         raise ValueError(

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO
 
 from gaf_lab.records import run as records
-from gaf_lab.settings.config import ConfigError
+from gaf_lab.settings.checks import ConfigError
 
 LOCK = "lock"
 # a network file system without locks: there, as before, whoever starts two runs in a folder must know

@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gaf_lab.settings.config import ConfigError
+from gaf_lab.settings.checks import ConfigError
 
 FILE = "records.jsonl"
 

@@ -1,14 +1,16 @@
-"""Configs by name. Where the paper and its released code differ, both readings stand here (docs/differences.md)."""
+"""Configs by name. Some are read twice: the paper, and its code (docs/differences.md)."""
 
 import dataclasses
 
-from gaf_lab.settings.config import ConfigError, TrainConfig, nearest
+from gaf_lab.settings.checks import ConfigError, nearest
+from gaf_lab.settings.config import TrainConfig
 
 DEMO = TrainConfig()
 
-# Paper, section 4.1: ResNet18, k = 2, b = 100 with one picture of each class, SGD 0.01, decay 0.01, plateau, 500k steps.
-# 500k steps of 200 samples are 2,000 passes over 50,000. What the text leaves open is filled in from the code:
-# the ImageNet stem, Nesterov momentum 0.9, crops and flips, selection on the test set.
+# Paper, section 4.1: ResNet18, k = 2, b = 100 with one picture of each class, SGD 0.01, decay
+# 0.01, plateau, 500k steps. 500k steps of 200 samples are 2,000 passes over 50,000. What the text
+# leaves open is taken from the code: the ImageNet stem, Nesterov momentum 0.9, crops and flips,
+# selection on the test set.
 CIFAR100_GAF = TrainConfig(
     dataset="cifar100",
     noise="symmetric",
@@ -35,13 +37,13 @@ CIFAR100_GAF = TrainConfig(
 )
 CIFAR100_MEAN = dataclasses.replace(CIFAR100_GAF, policy="mean")
 
-# The released code: tau is never passed on and stays 1.0, the average halves, the schedule looks at the loss every
-# second evaluation, and the baseline is a loop of its own with one batch of 128.
+# The released code: tau is never passed on and stays 1.0, the average halves, the schedule looks at
+# the loss every second evaluation, and the baseline is a separate loop with one batch of 128.
 CIFAR100_GAF_CODE = dataclasses.replace(CIFAR100_GAF, tau=1.0, average="halving", plateau_every=2)
 CIFAR100_MEAN_CODE = dataclasses.replace(CIFAR100_MEAN, k=1, b=128, sampler="iid", plateau_every=2)
 
-# Section 4.2: CIFAR-100N-Fine. The text has a PreAct ResNet34; the code a plain one, and micro-batches stratified by
-# the noisy labels.
+# Section 4.2: CIFAR-100N-Fine. The text has a PreAct ResNet34; the code has a plain ResNet34, and
+# micro-batches stratified by the noisy labels.
 CIFAR100N_GAF = dataclasses.replace(
     CIFAR100_GAF,
     dataset="cifar100n",
@@ -63,7 +65,7 @@ CIFAR100N_MEAN_CODE = dataclasses.replace(
     CIFAR100N_GAF_CODE, policy="mean", k=1, b=128, sampler="iid", average="mean"
 )
 
-# Figure 5: nothing can be learned from white noise with random labels, so nothing should agree.
+# Figure 5: white noise with random labels has nothing to learn, so nothing should agree.
 NOISE_MEAN = dataclasses.replace(
     CIFAR100_MEAN, dataset="noise", noise="none", noise_rate=0.0, augment=False, sampler="iid"
 )

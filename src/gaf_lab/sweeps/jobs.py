@@ -9,8 +9,10 @@ from typing import Any, Literal, Protocol
 
 from gaf_lab.records import checkpoint
 from gaf_lab.records import run as records
-from gaf_lab.settings.config import PICTURES, ConfigError, TrainConfig
+from gaf_lab.settings.checks import ConfigError
+from gaf_lab.settings.config import TrainConfig
 from gaf_lab.settings.plan import folder_name
+from gaf_lab.settings.sizes import PICTURES
 from gaf_lab.training.console import percent
 from gaf_lab.training.run import completed
 

@@ -13,7 +13,7 @@ import ray
 import ray.exceptions
 import torch
 
-from gaf_lab.settings.config import ConfigError
+from gaf_lab.settings.checks import ConfigError
 from gaf_lab.sweeps.jobs import Job, JobEnd, JobProgress
 from gaf_lab.sweeps.worker import work
 

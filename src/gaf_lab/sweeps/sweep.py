@@ -20,7 +20,8 @@ from typing import Literal
 from rich.console import Console
 
 from gaf_lab.records import run as records
-from gaf_lab.settings.config import MOST_WORKERS, ConfigError, TrainConfig, check_count
+from gaf_lab.settings.checks import MOST_WORKERS, ConfigError, check_count
+from gaf_lab.settings.config import TrainConfig
 from gaf_lab.sweeps.board import Board
 from gaf_lab.sweeps.jobs import Engine, Job, JobEnd, JobProgress, jobs
 from gaf_lab.sweeps.worker import add_to_index

@@ -11,7 +11,7 @@ from rich.progress import Progress as Bars
 import gaf
 from gaf_lab.data.problem import Problem
 from gaf_lab.progress import Pulse, format_duration
-from gaf_lab.settings.config import TrainConfig, label_noise
+from gaf_lab.settings.config import TrainConfig
 from gaf_lab.training.run import Listener
 
 
@@ -77,6 +77,15 @@ def percent(value: float | None) -> str:
 
 def number(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
+
+
+def label_noise(config: TrainConfig) -> str:
+    """The fault of the training labels: "40% symmetric label noise", "human labels"; "" if clean."""
+    if config.noise == "human":
+        return "human labels"
+    if config.noise == "none" or not config.noise_rate:
+        return ""
+    return f"{100 * config.noise_rate:g}% {config.noise} label noise"
 
 
 def labelled(config: TrainConfig) -> str:

@@ -26,7 +26,8 @@ from gaf.rules.policies import streams
 from gaf.rules.thresholds import Threshold
 from gaf_lab.data.augment import affine, shift
 from gaf_lab.data.problem import Problem
-from gaf_lab.settings.config import ConfigError, TrainConfig
+from gaf_lab.settings.checks import ConfigError
+from gaf_lab.settings.config import TrainConfig
 from gaf_lab.training.controls import as_planned
 from gaf_lab.training.tables import Tables, draws, empty
 from gaf_lab.training.techniques import Objective

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from gaf_lab.settings.config import ConfigError
+from gaf_lab.settings.checks import ConfigError
 
 Stem = Literal["imagenet", "cifar"]
 

@@ -30,7 +30,8 @@ from gaf_lab.data.sampling import derive_seed
 from gaf_lab.records import checkpoint, environment
 from gaf_lab.records import run as records
 from gaf_lab.records.locks import check_free, own_folder
-from gaf_lab.settings.config import ConfigError, TrainConfig
+from gaf_lab.settings.checks import ConfigError
+from gaf_lab.settings.config import TrainConfig
 from gaf_lab.training import engine, models, parallel
 from gaf_lab.training.buckets import PerBucket
 from gaf_lab.training.controls import RandomSubset, ReplaySkip

@@ -8,7 +8,7 @@ from typing import Any
 
 import gaf
 from gaf_lab.data.problem import Problem
-from gaf_lab.settings.config import ConfigError
+from gaf_lab.settings.checks import ConfigError
 
 Numbers = dict[str, float]
 Log = Callable[[Numbers, int], Any]

@@ -19,7 +19,8 @@ from gaf_lab.data.sets import load_dataset
 from gaf_lab.experiments import audit
 from gaf_lab.experiments.audit import Tally, spelled
 from gaf_lab.report.figures import canvas
-from gaf_lab.settings.config import ConfigError, TrainConfig
+from gaf_lab.settings.checks import ConfigError
+from gaf_lab.settings.config import TrainConfig
 
 ROOT = Path(__file__).parents[3]
 SMALL = TrainConfig(dataset="digits", k=4, b=8, passes=3.0, eval_every=1.0, tau=0.9)

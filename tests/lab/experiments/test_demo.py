@@ -12,7 +12,7 @@ from rich.console import Console
 
 from gaf_lab.experiments.demo import arms, clear, demo
 from gaf_lab.records import run as records
-from gaf_lab.settings.config import ConfigError
+from gaf_lab.settings.checks import ConfigError
 from gaf_lab.settings.presets import DEMO
 from gaf_lab.training.run import train
 from helpers.fakes import Silent, hear_ctrl_c

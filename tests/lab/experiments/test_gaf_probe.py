@@ -12,7 +12,8 @@ import gaf
 from gaf.measure.probe import Probe
 from gaf_lab.commands import main as cli
 from gaf_lab.experiments import probe
-from gaf_lab.settings.config import ConfigError, TrainConfig
+from gaf_lab.settings.checks import ConfigError
+from gaf_lab.settings.config import TrainConfig
 from gaf_lab.training.run import Training
 
 SMALL = ("--dataset", "digits", "--k", 4, "--b", 16, "--rows", 64)

@@ -11,7 +11,7 @@ from gaf_lab.paper import items as paper
 from gaf_lab.paper import reproduce
 from gaf_lab.records.run import Run
 from gaf_lab.settings import presets
-from gaf_lab.settings.config import ConfigError
+from gaf_lab.settings.checks import ConfigError
 from gaf_lab.settings.plan import folder_name
 from gaf_lab.sweeps.jobs import jobs
 

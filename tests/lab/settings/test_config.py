@@ -14,23 +14,27 @@ from gaf_lab.commands.main import parsed_train
 from gaf_lab.paper.items import every_arm
 from gaf_lab.records import run as records
 from gaf_lab.settings import config as module
-from gaf_lab.settings.config import ConfigError, TrainConfig, from_dict, from_toml, label_noise
+from gaf_lab.settings import fields
+from gaf_lab.settings.checks import ConfigError
+from gaf_lab.settings.config import TrainConfig
 from gaf_lab.settings.plan import from_file
 from gaf_lab.settings.presets import PRESETS, preset
+from gaf_lab.settings.reading import from_dict, from_toml
+from gaf_lab.training.console import label_noise
 from gaf_lab.training.run import learning_rate, make_policy
 
 
 def test_every_field_has_a_docstring():
     (tree,) = (
         n
-        for n in ast.parse(inspect.getsource(module)).body
-        if isinstance(n, ast.ClassDef) and n.name == "TrainConfig"
+        for n in ast.parse(inspect.getsource(fields)).body
+        if isinstance(n, ast.ClassDef) and n.name == "TrainFields"
     )
-    fields = [
+    written = [
         (n, after) for n, after in itertools.pairwise(tree.body) if isinstance(n, ast.AnnAssign)
     ]
-    assert len(fields) == len(dataclasses.fields(TrainConfig))
-    for field, after in fields:
+    assert len(written) == len(dataclasses.fields(TrainConfig))
+    for field, after in written:
         assert isinstance(after, ast.Expr), field.target.id
         assert isinstance(after.value, ast.Constant), field.target.id
 

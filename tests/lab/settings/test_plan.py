@@ -7,7 +7,8 @@ import pytest
 
 from gaf_lab.commands.plans import find_plan
 from gaf_lab.paper import items as paper
-from gaf_lab.settings.config import ConfigError, TrainConfig
+from gaf_lab.settings.checks import ConfigError
+from gaf_lab.settings.config import TrainConfig
 from gaf_lab.settings.plan import folder_name, follow, from_file
 from gaf_lab.settings.presets import PRESETS
 

@@ -22,8 +22,10 @@ from gaf_lab.data.sets import load_dataset
 from gaf_lab.records import checkpoint
 from gaf_lab.records import run as records
 from gaf_lab.records.locks import LOCK
-from gaf_lab.settings.config import PICTURES, ConfigError, TrainConfig
+from gaf_lab.settings.checks import ConfigError
+from gaf_lab.settings.config import TrainConfig
 from gaf_lab.settings.plan import folder_name, follow, from_file
+from gaf_lab.settings.sizes import PICTURES
 from gaf_lab.sweeps import processes
 from gaf_lab.sweeps.board import Board
 from gaf_lab.sweeps.jobs import JobEnd, JobProgress, jobs

@@ -12,7 +12,7 @@ from test_sweep import BASE, assert_index_is_whole, assert_same_runs, subset, wa
 from gaf_lab.records import checkpoint
 from gaf_lab.records import run as records
 from gaf_lab.records.locks import LOCK
-from gaf_lab.settings.config import ConfigError
+from gaf_lab.settings.checks import ConfigError
 from gaf_lab.settings.plan import folder_name
 from gaf_lab.sweeps.sweep import sweep
 from gaf_lab.training.run import train

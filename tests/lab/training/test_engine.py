@@ -19,7 +19,8 @@ from gaf.device.rows import Stacked, rows_on_device
 from gaf_lab.data.pictures import Pictures
 from gaf_lab.records import checkpoint
 from gaf_lab.records import run as records
-from gaf_lab.settings.config import ConfigError, TrainConfig
+from gaf_lab.settings.checks import ConfigError
+from gaf_lab.settings.config import TrainConfig
 from gaf_lab.training import engine
 from gaf_lab.training import run as module
 from gaf_lab.training.engine import DeviceStep, OnDevice

@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 
-from gaf_lab.settings.config import ConfigError
+from gaf_lab.settings.checks import ConfigError
 from gaf_lab.training.models import build
 
 

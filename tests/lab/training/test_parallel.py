@@ -22,7 +22,9 @@ import torch.multiprocessing as mp
 from gaf_lab.commands import main as cli
 from gaf_lab.records import checkpoint
 from gaf_lab.records import run as records
-from gaf_lab.settings.config import ConfigError, TrainConfig, from_dict
+from gaf_lab.settings.checks import ConfigError
+from gaf_lab.settings.config import TrainConfig
+from gaf_lab.settings.reading import from_dict
 from gaf_lab.training import parallel
 from gaf_lab.training.run import Diverged, restarted, train
 from helpers.fakes import Silent

@@ -13,7 +13,8 @@ from torch.nn.functional import cross_entropy, one_hot
 from gaf_lab.data.sampling import generator
 from gaf_lab.records import checkpoint
 from gaf_lab.records import run as records
-from gaf_lab.settings.config import ConfigError, TrainConfig
+from gaf_lab.settings.checks import ConfigError
+from gaf_lab.settings.config import TrainConfig
 from gaf_lab.training import parallel, techniques
 from gaf_lab.training import run as module
 from gaf_lab.training.run import Training, train

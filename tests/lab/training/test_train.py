@@ -17,7 +17,8 @@ import torch
 from gaf_lab.records import checkpoint
 from gaf_lab.records import run as records
 from gaf_lab.records.checkpoint import CheckpointError
-from gaf_lab.settings.config import ConfigError, TrainConfig
+from gaf_lab.settings.checks import ConfigError
+from gaf_lab.settings.config import TrainConfig
 from gaf_lab.training import run as module
 from gaf_lab.training.run import Diverged, train
 from helpers.fakes import Silent

@@ -1,0 +1,59 @@
+"""The name of an arm, from what its config does with micro-gradients, loss and weights."""
+
+from typing import Any
+
+from gaf_lab.settings.fields import TrainFields
+
+POLICY_NAMES = {
+    "mean": "averaging",
+    "gaf": "GAF",
+    "random-skip": "random skip",
+    "replay-skip": "replay skip",
+    "random-subset": "random subset",
+    "scaled-lr": "averaging, scaled rate",
+}
+OPTIMIZER_NAMES = {"sgd": "SGD", "adam": "Adam", "adamw": "AdamW", "rmsprop": "RMSprop"}
+
+
+def name_arm(config: TrainFields) -> str:
+    """What distinguishes an arm: "GAF, start best", "label smoothing", "averaging, AdamW"."""
+    used = techniques(config)
+    base = [] if config.policy == "mean" and used else [POLICY_NAMES[config.policy]]
+    variants = filter_variants(config) if config.policy == "gaf" else []
+    if config.optimizer != "sgd":
+        variants.append(OPTIMIZER_NAMES[config.optimizer])
+    return ", ".join([" + ".join(base + used), *variants])
+
+
+def techniques(config: TrainFields) -> list[str]:
+    """Names of the techniques that the config uses against memorised labels."""
+    uses: dict[str, Any] = {
+        "GCE": config.loss == "gce",
+        "ELR": config.loss == "elr",
+        "label smoothing": config.label_smoothing,
+        "mixup": config.mixup,
+        "SAM": config.sam,
+        "EMA of weights": config.ema,
+        "early stopping": config.early_stopping,
+    }
+    return [name for name, used in uses.items() if used]
+
+
+def filter_variants(config: TrainFields) -> list[str]:
+    """How GAF differs from the paper's rule with a fixed tau."""
+    variants: dict[str, Any] = {
+        name_threshold(config): config.threshold != "fixed",
+        f"half-life {config.half_life}": config.half_life,
+        f"start {config.start}": config.start != "first",
+        "halving": config.average == "halving",
+        "per bucket": config.scope == "group",
+        "per layer": config.scope == "layer",
+    }
+    return [name for name, differs in variants.items() if differs]
+
+
+def name_threshold(config: TrainFields) -> str:
+    if config.threshold == "auto":
+        return "tau auto"
+    by = "" if config.threshold_by is None else f" {config.threshold_by:g}"
+    return config.threshold + by

@@ -1,0 +1,158 @@
+"""Rules of a run's config: the range of each number, and which fields go together."""
+
+import math
+
+from gaf_lab.settings.checks import ConfigError
+from gaf_lab.settings.fields import TrainFields
+from gaf_lab.settings.sizes import PICTURES
+
+MOST_STEPS = 10**9
+LEAST_PASSES = 1e-6
+MOST_PIXELS = 4096
+REPLAYING = ("replay-skip", "random-subset", "scaled-lr")  # policies that follow a recorded run
+
+
+def check_rules(config: TrainFields) -> None:
+    """Refuses a config that breaks a rule; the message names the field, its value and the fix."""
+    check_data(config)
+    check_loss(config)
+    check_optimizer(config)
+    check_filter(config)
+    check_length(config)
+
+
+def require(config: TrainFields, name: str, holds: bool, requirement: str, fix: str) -> None:
+    if not holds:
+        raise ConfigError(f"{name} {requirement}; got {getattr(config, name)!r}. {fix}")
+
+
+def check_data(c: TrainFields) -> None:
+    """Pictures, labels, and how they are divided into steps and evaluations."""
+    finite = f"must be at least {LEAST_PASSES:g} and finite"
+    shares = "It is the share of labels that are flipped."
+    require(c, "noise_rate", 0 <= c.noise_rate < 1, "must lie in [0, 1)", shares)
+    require(c, "heldout", 0 <= c.heldout < 1, "must lie in [0, 1)", "0.1 keeps a tenth.")
+    require(c, "k", c.k >= 1, "must be at least 1", "It is the number of micro-batches per step.")
+    require(c, "b", c.b >= 1, "must be at least 1", "It is the number of samples per micro-batch.")
+    length = "It is the length of the run."
+    require(c, "passes", 0 < c.passes < math.inf, "must be above 0 and finite", length)
+    require(c, "eval_every", LEAST_PASSES <= c.eval_every < math.inf, finite, "It is in passes.")
+    require(c, "probe", c.probe >= 1, "must be at least 1", "5000 is usual.")
+    require(c, "limit", c.limit >= 0, "must be at least 0", "0 uses all pictures.")
+    pixels = f"must lie in [16, {MOST_PIXELS}]"
+    require(c, "size", 16 <= c.size <= MOST_PIXELS, pixels, "224 is usual.")
+    if c.noise == "human" and c.dataset not in ("cifar100n", "cifar100n-coarse"):
+        raise ConfigError(
+            f"noise 'human' needs a data set with human labels; got {c.dataset!r}. "
+            "Use cifar100n or cifar100n-coarse."
+        )
+
+
+def check_loss(c: TrainFields) -> None:
+    """The loss, and techniques against memorised labels."""
+    require(
+        c,
+        "label_smoothing",
+        0 <= c.label_smoothing < 1 and (not c.label_smoothing or c.loss == "cross-entropy"),
+        "must lie in [0, 1), and goes with cross-entropy alone",
+        "Set it to 0, or loss to 'cross-entropy'.",
+    )
+    at_least_0 = "must be at least 0 and finite"
+    require(c, "gce_q", 0 < c.gce_q <= 1, "must lie in (0, 1]", "0.7 is usual.")
+    require(c, "elr_beta", 0 <= c.elr_beta < 1, "must lie in [0, 1)", "0.7 is usual.")
+    require(c, "elr_lambda", 0 <= c.elr_lambda < math.inf, at_least_0, "3 is usual.")
+    require(c, "mixup", 0 <= c.mixup < math.inf, at_least_0, "1 is usual.")
+    require(c, "sam", 0 <= c.sam < math.inf, at_least_0, "0.05 is usual.")
+    require(c, "ema", 0 <= c.ema < 1, "must lie in [0, 1)", "0.99 is usual.")
+    require(
+        c,
+        "early_stopping",
+        c.early_stopping >= 0 and (c.heldout > 0 or not c.early_stopping),
+        "must be at least 0, and needs heldout above 0",
+        "It counts evaluations on held-out labels.",
+    )
+    alone = c.loss != "elr" or not (c.sam or c.mixup)
+    require(c, "loss", alone, "elr goes neither with sam nor with mixup", "Set both to 0.")
+
+
+def check_optimizer(c: TrainFields) -> None:
+    """The optimizer and the learning rate's schedule."""
+    rate = "must be above 0 and finite"
+    require(c, "lr", 0 < c.lr < math.inf, rate, "0.05 suits the demo.")
+    require(c, "momentum", 0 <= c.momentum < 1, "must lie in [0, 1)", "0.9 is usual.")
+    decay = "must be at least 0 and finite"
+    require(c, "weight_decay", 0 <= c.weight_decay < math.inf, decay, "5e-4 is usual.")
+    require(c, "gamma", 0 < c.gamma < 1, "must lie in (0, 1)", "0.1 is usual.")
+    inside = all(0 < m < 1 for m in c.milestones)
+    require(c, "milestones", inside, "must lie in (0, 1)", "They are shares of the run.")
+    require(c, "patience", c.patience >= 0, "must be at least 0", "It counts looks at the loss.")
+    require(
+        c, "plateau_every", c.plateau_every >= 1, "must be at least 1", "It counts evaluations."
+    )
+    moving = not c.nesterov or c.momentum > 0
+    require(c, "nesterov", moving, "needs momentum above 0", "Set momentum, or nesterov off.")
+    require(
+        c,
+        "select_on",
+        c.select_on == "test" or c.heldout > 0 or c.schedule != "plateau",
+        "needs heldout above 0 for a plateau schedule",
+        "Set heldout, or select_on 'test'.",
+    )
+
+
+def check_filter(c: TrainFields) -> None:
+    """The policy and its settings."""
+    paper = "It is a cosine distance; the paper uses 0.97."
+    require(c, "tau", 0 <= c.tau <= 2, "must lie in [0, 2]", paper)
+    # k = 1 passes with the default; the commands that refuse k = 1 have a better message
+    most_accepted = max(c.k, 2) if c.policy == "gaf" else math.inf
+    require(
+        c,
+        "min_accepted",
+        1 <= c.min_accepted <= most_accepted,
+        f"must be at least 1 and at most k = {c.k}, or no step is ever taken",
+        "The paper uses 2.",
+    )
+    chance = 0 <= c.step_probability <= 1
+    require(c, "step_probability", chance, "must lie in [0, 1]", "Give GAF's share of steps.")
+    require(
+        c,
+        "scope",
+        c.scope == "all" or (c.bn == "all" and c.threshold == "fixed"),
+        "'group' and 'layer' go with bn 'all' and a fixed threshold alone: each part accepts other "
+        "micro-batches",
+        "Set bn 'all' and threshold 'fixed', or scope 'all'.",
+    )
+    require(
+        c,
+        "threshold_by",
+        c.threshold_by is None or math.isfinite(c.threshold_by),
+        "must be finite",
+        "Leave it out for the threshold's own default.",
+    )
+    require(
+        c,
+        "half_life",
+        c.half_life >= 0 and (not c.half_life or c.threshold == "quantile"),
+        "must be at least 0, and goes with threshold 'quantile' alone",
+        "It counts steps; 0 is never.",
+    )
+    replayed = c.replay is not None or c.policy not in REPLAYING
+    needed = f"must be set for policy {c.policy!r}"
+    require(c, "replay", replayed, needed, "Give the folder of a gaf run.")
+
+
+def check_length(c: TrainFields) -> None:
+    """Refuses a step with more samples than the run, and a run of absurdly many steps."""
+    samples = max(c.passes, 1) * PICTURES[c.dataset]
+    if c.k * c.b > samples:
+        raise ConfigError(
+            f"k and b must not make a step hold more samples than the whole run, {samples:,.0f}; "
+            f"got k = {c.k:,} and b = {c.b:,}. Lower them."
+        )
+    steps = samples / (c.k * c.b)
+    if steps >= MOST_STEPS:
+        raise ConfigError(
+            f"passes must need fewer than {MOST_STEPS:,} steps; got {c.passes:g}, "
+            f"which need {steps:.2g}. Lower passes."
+        )
