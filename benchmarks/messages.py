@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gaf.ranks import exchange
+from gaf.ranks import messages
 from gaf_lab.records import environment
 
 COORDINATES = 11_227_812
@@ -113,14 +113,14 @@ def rank_main() -> None:
         "in: all_to_all_single": lambda i, p, s: [
             dist.all_to_all_single(s.view(-1), p.view(-1), async_op=True)
         ],
-        "in: messages": lambda i, p, s: exchange.all_to_all(s, p, group, i),
+        "in: messages": lambda i, p, s: messages.all_to_all(s, p, group, i),
         "out: all_gather_into_tensor": lambda i, p, s: [
-            exchange._all_gather(p.view(-1), p[mine], async_op=True)
+            messages._all_gather(p.view(-1), p[mine], async_op=True)
         ],
         "out: broadcasts": lambda i, p, s: [
             dist.broadcast(p[r], r, async_op=True) for r in range(k)
         ],
-        "out: messages": lambda i, p, s: exchange.all_gather(p, group, i),
+        "out: messages": lambda i, p, s: messages.all_gather(p, group, i),
     }
     taken: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(ROUNDS + 1):

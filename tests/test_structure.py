@@ -30,7 +30,6 @@ LONGER = {  # may only shrink
     "gaf/measure/probe.py": 359,
     "gaf/ranks/attach.py": 261,
     "gaf/ranks/ddp.py": 342,
-    "gaf/ranks/exchange.py": 309,
     "gaf/ranks/fsdp.py": 218,
     "gaf/ranks/handle.py": 514,
     "gaf/record/telemetry.py": 289,

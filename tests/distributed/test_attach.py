@@ -17,8 +17,9 @@ from torch.optim import SGD, Adam
 from torch.optim.lr_scheduler import LambdaLR
 
 import gaf
-from gaf.ranks import exchange
-from gaf.ranks.exchange import Exchange, add_in_rank_order
+from gaf.ranks import messages
+from gaf.ranks.exchange import Exchange
+from gaf.ranks.messages import add_in_rank_order
 from helpers.problems import (
     KINDS,
     Odd,
@@ -783,7 +784,7 @@ def cost(micro_group: int) -> dict[str, float]:
         sent["scalars" if tensor.dtype == torch.float64 else "gradient"] += tensor.numel() * share
 
     def counted(name: str, share: float) -> Callable[..., Any]:
-        real = getattr(exchange if name == "_all_gather" else dist, name)
+        real = getattr(messages if name == "_all_gather" else dist, name)
 
         def call(*tensors: Tensor, **options: Any) -> Any:
             count(tensors[-1], share)
@@ -795,7 +796,7 @@ def cost(micro_group: int) -> dict[str, float]:
         patch.setattr(dist, "all_reduce", counted("all_reduce", 2 * (W - 1) / W))
         patch.setattr(dist, "all_to_all_single", counted("all_to_all_single", (W - 1) / W))
         patch.setattr(dist, "isend", counted("isend", 1))
-        patch.setattr(exchange, "_all_gather", counted("_all_gather", W - 1))
+        patch.setattr(messages, "_all_gather", counted("_all_gather", W - 1))
         plain_loss(model, 1, dist.get_rank()).backward()
     n = sum(p.numel() for p in model.parameters())
     held = sum(t.numel() for t in hook.way.exchange._spare.flats)  # the pair keeps p.grad instead
@@ -824,9 +825,9 @@ def many_ranks() -> None:
     partial_sum = torch.randn(11, dtype=torch.float64) * 10.0 ** torch.arange(-5, 6)
     partial_sum = partial_sum * (dist.get_rank() + 1)
     few = add_in_rank_order(partial_sum, dist.group.WORLD)
-    saved, exchange.FEW = exchange.FEW, 1
+    saved, messages.FEW = messages.FEW, 1
     many = add_in_rank_order(partial_sum, dist.group.WORLD)
-    exchange.FEW = saved
+    messages.FEW = saved
     assert torch.equal(few, many)
     same_everywhere(few)
 

@@ -11,8 +11,9 @@ from torch import Tensor
 from torch._C._distributed_c10d import GradBucket
 from torch.nn.parallel import DistributedDataParallel
 
-from gaf.ranks.exchange import Exchange, Pair
+from gaf.ranks.exchange import Exchange, Pieces
 from gaf.ranks.handle import Handle, raise_thawed
+from gaf.ranks.pair import Pair
 from gaf.rules.contract import Policy, scope_of
 from gaf.rules.policies import GAF, averages
 
@@ -36,10 +37,7 @@ class Filtered:
             self.waiting, self.params, self.aside = [], [], []
         flat, future = bucket.buffer(), future_on(bucket.buffer())
         self.aside += set_aside(bucket, self.handle)
-        if isinstance(self.exchange, Pair):
-            self.exchange.send(flat, *self._unchanged(bucket))
-        else:
-            self.exchange.send(flat)
+        self.exchange.send(flat, partial(self._kept_by_parameters, bucket))
         self.params += bucket.parameters()
         self.waiting.append((future, flat))
         if last:
@@ -51,7 +49,7 @@ class Filtered:
             self.waiting, self.params = [], []  # DDP may free its buckets
         return future
 
-    def _unchanged(self, bucket: GradBucket) -> tuple[list[Tensor], list[Tensor]]:
+    def _kept_by_parameters(self, bucket: GradBucket) -> Pieces:
         """This rank's gradients in p.grad, where DDP leaves them until the pass is over, and their places in the bucket.
 
         Empty where p.grad is a view of the bucket, and where there was no backward pass: for a rank that has joined.

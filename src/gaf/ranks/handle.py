@@ -21,7 +21,8 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from gaf.ranks.exchange import Exchange, add_in_rank_order
+from gaf.ranks.exchange import Exchange
+from gaf.ranks.messages import add_in_rank_order
 from gaf.ranks.stale import CLEAR_FIRST, IN_PART, StaleGradients, is_set
 from gaf.ranks.steps import fused_overflow, parameters_of, place_of_closure
 from gaf.record.gate import gate, ungate
@@ -304,7 +305,7 @@ class Handle:
             over: groups over whose ranks the coordinates are spread; the Gram matrix is added up over each in turn.
         """
         exchange.receive()
-        gram = exchange.gram(self.total(exchange.partial(), over))
+        gram = exchange.gram(self.total(exchange.partial_gram(), over))
         weights, filler = self.judge(gram, params)
         if weights is None:
             exchange.fill(filler)

@@ -11,7 +11,7 @@ from unittest import mock
 import torch.distributed as dist
 from torch import Tensor
 
-import gaf.ranks.exchange
+import gaf.ranks.messages
 
 
 def ring_all_reduce(size: float, k: int) -> float:
@@ -54,7 +54,7 @@ def counting_versions(
         lambda group, tensors, *a, **kw: broadcast(volume(*tensors), k),
     )
     yield (
-        gaf.ranks.exchange,
+        gaf.ranks.messages,
         "_all_gather",
         lambda whole, tensor, *a, **kw: all_gather(volume(tensor), k),
     )

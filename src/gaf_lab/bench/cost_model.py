@@ -24,7 +24,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from gaf.ranks.exchange import FEW
+from gaf.ranks.messages import FEW
 from gaf_lab.bench.bytes_sent import all_gather, all_to_all, ring_all_reduce
 from gaf_lab.bench.ways import GAF, PLAIN
 

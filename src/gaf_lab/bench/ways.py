@@ -9,7 +9,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import gaf
-from gaf.ranks.exchange import Exchange, Pair, add_in_rank_order
+from gaf.ranks.exchange import Exchange
+from gaf.ranks.messages import add_in_rank_order
+from gaf.ranks.pair import Pair
 from gaf_lab.training import models
 
 Step = Callable[[], None]
@@ -95,7 +97,7 @@ def exchanged(exchange: Exchange, policy: gaf.GAF, buckets: list[Tensor]) -> Non
     for bucket in buckets:
         exchange.send(bucket)
     exchange.receive()
-    partial = exchange.partial()
+    partial = exchange.partial_gram()
     total = add_in_rank_order(partial.reshape(-1), exchange.group).view_as(partial)
     exchange.give_back(policy(exchange.gram(total)).weights.tolist())
     exchange.end()

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 
-import gaf.ranks.exchange
+import gaf.ranks.messages
 from gaf_lab.bench import bytes_sent as bench_bytes
 from gaf_lab.bench import cost_model as predict
 from gaf_lab.bench import ddp as bench_ddp
@@ -66,7 +66,7 @@ def test_calls_are_counted_and_still_do_their_work():
         dist.broadcast(t, 0)
         dist.all_to_all_single(torch.empty(10), t)
         dist.all_gather([torch.empty(10)], t)
-        gaf.ranks.exchange._all_gather(whole, torch.ones(10, dtype=torch.float64))
+        gaf.ranks.messages._all_gather(whole, torch.ones(10, dtype=torch.float64))
     assert sent == {
         "all_reduce": 60,
         "broadcast": 30,

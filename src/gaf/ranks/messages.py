@@ -1,0 +1,85 @@
+"""What travels between ranks: slices of a gradient by all-to-all and all-gather, and shares of K.
+
+Between gloo processes on a CPU the slices travel as messages from rank to rank.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+TAG = 2**20  # of the first message between gloo processes; a user's own are numbered lower
+# ranks up to which every rank adds up all shares of K; beyond, each rank adds a block of entries
+FEW = 32
+
+# torch 2.13's name
+_all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(
+    dist, "all_gather_into_tensor", None
+)
+
+
+def all_to_all(slices: Tensor, places: Tensor, group: "dist.ProcessGroup", tag: int) -> list[Any]:
+    """Starts: slices[r] <- rank r's places[this rank]. (W, c) each."""
+    if not sends_messages(group, places):
+        into, out = slices.view(-1), places.view(-1)
+        return [dist.all_to_all_single(into, out, group=group, async_op=True)]
+    me = dist.get_rank(group)
+    works = start_messages(list(slices), list(places), group, tag)
+    slices[me].copy_(places[me])
+    return works
+
+
+def all_gather(places: Tensor, group: "dist.ProcessGroup", tag: int) -> list[Any]:
+    """Starts: places[r] <- rank r's places[r]. (W, c)."""
+    mine = places[dist.get_rank(group)]
+    if not sends_messages(group, places):
+        return [_all_gather(places.view(-1), mine, group=group, async_op=True)]
+    return start_messages(list(places), [mine] * len(places), group, tag)
+
+
+def sends_messages(group: "dist.ProcessGroup", tensor: Tensor) -> bool:
+    """Whether slices travel as messages.
+
+    Over a slow link gloo's own all-to-all takes longer than messages whose receivers are posted
+    first (docs/cost.md has figures).
+    """
+    return dist.get_backend(group) == "gloo" and tensor.device.type == "cpu"
+
+
+def start_messages(
+    into: list[Tensor], out: list[Tensor], group: "dist.ProcessGroup", tag: int
+) -> list[Any]:
+    """Starts: into[r] <- rank r's out[this rank], for every other rank, the nearest first."""
+    me, W = dist.get_rank(group), dist.get_world_size(group)
+    before = [(me - d) % W for d in range(1, W)]
+    after = [(me + d) % W for d in range(1, W)]
+    receiving = [dist.irecv(into[r], group=group, group_src=r, tag=tag) for r in before]
+    return receiving + [dist.isend(out[r], group=group, group_dst=r, tag=tag) for r in after]
+
+
+def add_in_rank_order(partial: Tensor, group: "dist.ProcessGroup") -> Tensor:
+    """The sum over ranks, the same bits on each, on the host: a step reads its decision here only.
+
+    Args:
+        partial: (p,) float64, this rank's share.
+        group: the ranks to add over.
+    """
+    W, p = dist.get_world_size(group), partial.numel()
+    if W <= FEW:
+        shares = partial.new_empty(W, p)
+        _all_gather(shares.view(-1), partial, group=group)
+        return sum_of(shares.cpu())
+    padded = torch.cat([partial, partial.new_zeros(-p % W)])
+    shares = torch.empty_like(padded).view(W, -1)
+    dist.all_to_all_single(shares.view(-1), padded, group=group)
+    _all_gather(padded, sum_of(shares), group=group)
+    return padded[:p].cpu()
+
+
+def sum_of(shares: Tensor) -> Tensor:
+    """(p,) from (W, p), added in the order of the rows."""
+    total: Tensor = shares[0].clone()
+    for share in shares[1:]:
+        total += share
+    return total
