@@ -1,4 +1,4 @@
-"""gaf.aggregate and gaf.combine.combine: w^T G, and nothing of what has weight zero."""
+"""gaf.aggregate and the sums behind it: w^T G, and nothing of what has weight zero."""
 
 import math
 

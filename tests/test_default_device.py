@@ -21,7 +21,7 @@ from gaf.record.audit import Excess
 from gaf.record.telemetry import Outcome, Telemetry, packed
 from gaf.rules import agreement
 from gaf.rules.decision import Evidence
-from gaf.rules.gram import gram_of, inner_products, quick_gram, quick_products
+from gaf.rules.gram import gram_by_blas, gram_of, inner_products, products_by_blas
 
 ROWS = torch.randn(6, 20, generator=torch.Generator().manual_seed(0)) + 0.5
 ROWS[3] = math.nan
@@ -128,7 +128,7 @@ def multiplied() -> Any:
     one, other = ROWS[0], ROWS[1]
     nothing = [[None, torch.empty(0, device="cpu")], [None, None]]
     return (
-        gaf.gram(ROWS), gaf.gram(ROWS[:2].bfloat16()), gaf.gram(1e30 * ROWS[:2]), quick_gram(ROWS[:2]), quick_products(one, other),
+        gaf.gram(ROWS), gaf.gram(ROWS[:2].bfloat16()), gaf.gram(1e30 * ROWS[:2]), gram_by_blas(ROWS[:2]), products_by_blas(one, other),
         gram_of(nothing), gram_of([[], []]), inner_products([[one], [None]], [(0, 1), (0, 0)]), gaf.gram(torch.empty(2, 0, device="cpu")),
     )  # fmt: skip
 

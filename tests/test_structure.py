@@ -68,10 +68,8 @@ TWICE = {  # names that several files define
         "check_model",
         "check_state",
         "checked_tau",
-        "combine",
         "install",
         "parameters",
-        "wide",
     },
     "gaf_lab": {
         "ARMS",

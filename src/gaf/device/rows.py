@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from gaf.device.sums import Buffers, SumOnCpu, SumOnDevice, norm2_of_rest, voting
+from gaf.rules.combine import combine, weighted_sum
 from gaf.rules.contract import Policy
 from gaf.rules.decision import Decision, Evidence, check_decision
 from gaf.rules.gram import gram_of
@@ -166,12 +167,12 @@ class Stacked:
     def update(self, weights: list[float]) -> Buffers:
         """w^T G; None for a parameter that no accepted row has a gradient for."""
         used = [(row, w) for row, w in zip(self.rows, weights, strict=True) if w]
-        return [weighted([(row[j], w) for row, w in used]) for j in range(len(self.voters))]
+        return [weighted_sum([(row[j], w) for row, w in used]) for j in range(len(self.voters))]
 
     def combined(self, weights: Float64[Tensor, " k"]) -> list[Tensor]:
         """w^T G for weights that stay on the device, where every row has a gradient for every parameter; of no meaning after a skip."""
         return [
-            chosen([g for g in column if g is not None], weights)
+            combine(weights, [g for g in column if g is not None])
             for column in zip(*self.rows, strict=True)
         ]
 
@@ -242,22 +243,3 @@ class Layered:
                 for h, w, i in zip(self.holders, own, self.layers, strict=True)
             ]
         )
-
-
-def weighted(terms: list[tuple[Tensor | None, float]]) -> Tensor | None:
-    """The weighted sum of one parameter's gradients, added in float32 or wider."""
-    total, dtype = None, None
-    for grad, weight in terms:
-        if grad is not None:
-            dtype = grad.dtype
-            term = grad.to(torch.promote_types(dtype, torch.float32)) * weight
-            total = term if total is None else total.add_(term)
-    return None if total is None else total.to(dtype)
-
-
-def chosen(grads: Sequence[Tensor], weights: Float64[Tensor, " k"]) -> Tensor:
-    """`weighted` for weights on the device: the same numbers; a gradient of weight zero counts as zeros, whatever it holds."""
-    total = torch.zeros_like(grads[0], dtype=torch.promote_types(grads[0].dtype, torch.float32))
-    for grad, weight in zip(grads, weights.to(total.dtype), strict=True):
-        total.add_(torch.where(weight != 0, grad.to(total.dtype) * weight, 0))
-    return total.to(grads[0].dtype)

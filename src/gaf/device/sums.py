@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gaf.rules.gram import HALF, has_float64, inner_products, quick_products
+from gaf.rules.gram import HALF, has_float64, inner_products, products_by_blas
 from gaf.shapes import Bool, Float64
 
 Buffers = list[Tensor | None]  # one per parameter
@@ -44,12 +44,12 @@ class SumOnCpu:
         """Parameter j's gradient: adds its share to <s, g> and |g|^2, and makes its part of the candidate."""
         total = self.total[j]
         if self.voters[j]:
-            inner, own = quick_products(total, grad)
+            inner, own = products_by_blas(total, grad)
             self.inner, self.own = self.inner + inner, self.own + own
         else:
             # NaN where it is not finite: the row counts as absent
-            self.own += 0.0 * quick_products(None, grad)[1]
-        self.candidate[j] = wide(grad) if total is None else self._with(total, grad, j)
+            self.own += 0.0 * products_by_blas(None, grad)[1]
+        self.candidate[j] = half_to_float32(grad) if total is None else self._with(total, grad, j)
         if self.all_rows is not None:
             self.row.append((j, grad))
 
@@ -93,7 +93,9 @@ class SumOnCpu:
             self.candidate = [None] * len(self.voters)
         for j, grad in self.row:
             before = self.all_rows[j]
-            self.all_rows[j] = wide(grad).clone() if before is None else before.add_(grad)
+            self.all_rows[j] = (
+                half_to_float32(grad).clone() if before is None else before.add_(grad)
+            )
         self.row = []
 
     def drop(self) -> None:
@@ -106,8 +108,11 @@ class SumOnCpu:
         self.inner = self.own = 0.0
 
 
-def wide(grad: Tensor) -> Tensor:
-    """Half precision is added up in float32: float16's sums leave its range where their mean does not, and bfloat16's lose rows."""
+def half_to_float32(grad: Tensor) -> Tensor:
+    """Half precision is added up in float32.
+
+    Sums of float16 leave its range even if their mean does not, and bfloat16's lose rows.
+    """
     return grad.float() if grad.dtype in HALF else grad
 
 
@@ -172,7 +177,10 @@ def add(total: Buffers, row: Buffers) -> Buffers:
     pairs = [(s, g) for s, g in zip(total, row, strict=True) if s is not None and g is not None]
     if pairs:
         torch._foreach_add_([s for s, _ in pairs], [g for _, g in pairs])
-    return [wide(g) if s is None and g is not None else s for s, g in zip(total, row, strict=True)]
+    return [
+        half_to_float32(g) if s is None and g is not None else s
+        for s, g in zip(total, row, strict=True)
+    ]
 
 
 def voting(row: Sequence[Tensor | None], voters: Sequence[bool]) -> Buffers:

@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
 from gaf.measure.untouched import untouched
-from gaf.rules.gram import no_autocast, quick_gram
+from gaf.rules.gram import gram_by_blas, no_autocast
 from gaf.shapes import Float64
 
 FSDP1 = "FullyShardedDataParallel"  # by name, for importing it takes a second
@@ -54,7 +54,7 @@ def grams(losses: Losses, part: Named) -> list[Float64[Tensor, "r r"]]:
             if gradient is not None:
                 row[i] = gradient.to_dense().reshape(-1)
                 finite[i] &= bool(row[i].isfinite().all())
-    return [spread_out(quick_gram(row if finite.all() else row[finite]), finite) for row in held]
+    return [spread_out(gram_by_blas(row if finite.all() else row[finite]), finite) for row in held]
 
 
 def gradients(loss: Tensor, params: list[nn.Parameter]) -> Sequence[Tensor | None]:

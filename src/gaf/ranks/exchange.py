@@ -28,7 +28,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gaf.ranks.messages import TAG, all_gather, all_to_all
-from gaf.rules.gram import HALF, quick_gram
+from gaf.rules.combine import combine_into, sum_dtype
+from gaf.rules.gram import gram_by_blas
 from gaf.shapes import Float64
 
 # coordinates below which a piece is joined with others: a message costs more than a copy
@@ -105,13 +106,13 @@ class Exchange:
         if self.micro_group > 1:
             for parcel in self.parcels:
                 for members in parcel.slices.split(self.micro_group):
-                    members[0].copy_(members.mean(0, dtype=wide(members.dtype)))
+                    members[0].copy_(members.mean(0, dtype=sum_dtype(members.dtype)))
 
     def partial_gram(self) -> Float64[Tensor, "k k"]:
         """This rank's share of K, over its slice of the coordinates. K is the sum of all shares."""
         total = torch.zeros(self.k, self.k, dtype=torch.float64, device=self.device)
         for parcel in self.parcels:
-            total += quick_gram(parcel.rows)
+            total += gram_by_blas(parcel.rows)
         return total
 
     def gram(self, total: Float64[Tensor, "k k"]) -> Float64[Tensor, "k k"]:
@@ -122,7 +123,7 @@ class Exchange:
         """w^T G on every rank, in the places that the pieces came from."""
         for i, parcel in enumerate(self.parcels):
             places = parcel.whole.view(self.W, -1)
-            combine(parcel.rows, weights, out=places[dist.get_rank(self.group)])
+            combine_into(places[dist.get_rank(self.group)], parcel.rows, weights)
             parcel.works = all_gather(places, self.group, self.tag + 2 * i + 1)
         self._wait()
         for joined, rests in self.returns:
@@ -174,25 +175,3 @@ class SpareMemory:
         if len(best) > len(flat):
             self.flats.append(best[len(flat) :])
         return best[: len(flat)]
-
-
-def combine(rows: Tensor, weights: Sequence[float], out: Tensor) -> None:
-    """out <- w^T G of a slice, (c,) from (k, c).
-
-    Rows of weight zero are not touched: 0 x NaN is NaN.
-    """
-    used: list[tuple[Tensor, float]] = [(row, w) for row, w in zip(rows, weights, strict=True) if w]
-    if not used:
-        out.zero_()
-        return
-    (first, w), *others = used
-    exact = wide(out.dtype)
-    total = torch.mul(first, w, out=out) if out.dtype == exact else first.to(exact).mul_(w)
-    for row, w in others:
-        total.add_(row, alpha=w)
-    if total is not out:
-        out.copy_(total)
-
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if dtype in HALF else dtype

@@ -11,8 +11,9 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultReduceScatter
 from torch.distributed.tensor import DTensor
 
-from gaf.ranks.exchange import Exchange, combine
+from gaf.ranks.exchange import Exchange
 from gaf.ranks.handle import Handle
+from gaf.rules.combine import combine_into
 from gaf.rules.contract import scope_of
 
 Groups = Sequence[dist.ProcessGroup]
@@ -210,7 +211,7 @@ class OneWay(Exchange):
         self._post(whole)
 
     def give_back(self, weights: Sequence[float]) -> None:
-        combine(self.parcels[0].rows, [w * self.factor for w in weights], out=self.shard)
+        combine_into(self.shard, self.parcels[0].rows, [w * self.factor for w in weights])
 
     def fill(self, value: float) -> None:
         self.shard.fill_(value)

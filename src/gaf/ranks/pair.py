@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gaf.ranks.exchange import Exchange, Parcel, Pieces, no_pieces
-from gaf.rules.gram import CHUNK, inner_products, quick_products
+from gaf.rules.gram import CHUNK, inner_products, products_by_blas
 from gaf.shapes import Float64
 
 
@@ -67,6 +67,6 @@ def products_with_sum(own: Sequence[Tensor], total: Sequence[Tensor]) -> Float64
     """|g|^2 and <g, S> of one piece, each given as a tensor per parameter."""
     if own[0].device.type != "cpu":
         return inner_products([own, total], [(0, 0), (0, 1)]).to(own[0].device)
-    found = [quick_products(s, g, CHUNK) for s, g in zip(total, own, strict=True)]
+    found = [products_by_blas(s, g, CHUNK) for s, g in zip(total, own, strict=True)]
     norm2, inner = sum(norm2 for _, norm2 in found), sum(inner for inner, _ in found)
     return torch.tensor([norm2, inner], dtype=torch.float64)

@@ -1,4 +1,15 @@
-"""From rows and a Decision to the update: w^T G."""
+"""From rows and a Decision to the update: w^T G.
+
+Three forms of one sum, which give the same update up to rounding:
+
+    combine        weights on the rows' device: the host is not waited for
+    combine_into   weights on the host, into a buffer: one pass over each row
+    weighted_sum   weights on the host, for one parameter that some rows have no gradient for
+
+In all of them a row of weight zero is left out and not multiplied, since 0 x NaN is NaN.
+"""
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -20,10 +31,12 @@ def aggregate(rows: Float[Tensor, "k n"], policy: Policy) -> tuple[Float[Tensor,
         The update, (n,) in the rows' dtype, zeros where not stepped, and the Decision.
 
     Raises:
-        ValueError, TypeError: where `rows` is not such a matrix, the policy no callable, or what it returns no Decision about them.
+        ValueError, TypeError: if `rows` is not such a matrix, `policy` is not callable, or what
+            it returns is not a Decision about these rows.
 
     >>> from gaf import GAF
-    >>> update, decision = aggregate(torch.tensor([[1.0, 0.0], [0.8, 0.6], [-1.0, 0.0]]), GAF(tau=0.5))
+    >>> rows = torch.tensor([[1.0, 0.0], [0.8, 0.6], [-1.0, 0.0]])
+    >>> update, decision = aggregate(rows, GAF(tau=0.5))
     >>> update, decision.accepted
     (tensor([0.9000, 0.3000]), tensor([ True,  True, False]))
     """
@@ -34,10 +47,51 @@ def aggregate(rows: Float[Tensor, "k n"], policy: Policy) -> tuple[Float[Tensor,
     return combine(decision.weights, rows), decision
 
 
-def combine(weights: Float64[Tensor, " k"], rows: Float[Tensor, "k n"]) -> Float[Tensor, " n"]:
-    """w^T G, in row order; a row of weight zero is never multiplied, since 0 x NaN is NaN. Half precision adds in float32."""
-    wide = rows.dtype if rows.dtype in (torch.float32, torch.float64) else torch.float32
-    total = torch.zeros(rows.shape[1], dtype=wide, device=rows.device)
-    for weight, row in zip(weights.to(wide), rows, strict=True):
-        total += torch.where(weight != 0, weight * row.to(wide), 0)
-    return total.to(rows.dtype)
+def combine(weights: Float64[Tensor, " k"], rows: Tensor | Sequence[Tensor]) -> Tensor:
+    """w^T G for weights on the rows' device, added in row order.
+
+    Args:
+        weights: (k,).
+        rows: k tensors of one shape and dtype, or a matrix of k rows.
+
+    Returns:
+        The sum, in the rows' shape and dtype.
+    """
+    dtype = rows[0].dtype
+    total = torch.zeros_like(rows[0], dtype=sum_dtype(dtype))
+    for weight, row in zip(weights.to(total.dtype), rows, strict=True):
+        total.add_(torch.where(weight != 0, row.to(total.dtype) * weight, 0))
+    return total.to(dtype)
+
+
+def combine_into(out: Tensor, rows: Tensor, weights: Sequence[float]) -> None:
+    """out <- w^T G for weights on the host; out (c,), rows (k, c)."""
+    used: list[tuple[Tensor, float]] = [(row, w) for row, w in zip(rows, weights, strict=True) if w]
+    if not used:
+        out.zero_()
+        return
+    (first, weight), *others = used
+    exact = sum_dtype(out.dtype)
+    total = (
+        torch.mul(first, weight, out=out) if out.dtype == exact else first.to(exact).mul_(weight)
+    )
+    for row, weight in others:
+        total.add_(row, alpha=weight)  # rounds once where weighted_sum rounds twice
+    if total is not out:
+        out.copy_(total)
+
+
+def weighted_sum(terms: Sequence[tuple[Tensor | None, float]]) -> Tensor | None:
+    """The sum of weight x gradient over those terms that have a gradient; None if none has."""
+    total, dtype = None, None
+    for grad, weight in terms:
+        if grad is not None:
+            dtype = grad.dtype
+            term = grad.to(sum_dtype(dtype)) * weight
+            total = term if total is None else total.add_(term)
+    return None if total is None else total.to(dtype)
+
+
+def sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    """In which gradients of this dtype are added up: float32 or wider."""
+    return torch.promote_types(dtype, torch.float32)
