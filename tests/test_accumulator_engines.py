@@ -14,7 +14,8 @@ from torch.optim import SGD, Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 import gaf
-from gaf.checks import bare_names, check_optimizers
+from gaf.checks import check_optimizers
+from gaf.device.parameters import bare_names
 from gaf.device.sums import SumOnDevice
 
 ROWS = torch.tensor([[1.0, 2.0, 3.0, 4.0], [1.0, 2.0, 3.0, 5.0], [-3.0, 1.0, 0.5, -1.0]])

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 from torch.optim import SGD
 
 import gaf
-from gaf.device.accumulate import unshared
+from gaf.device.backward import unshared
 from gaf.rules.decision import Decision
 
 # ----------------------------------------------------------------------------------------------------- shared memory

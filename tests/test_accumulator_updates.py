@@ -12,7 +12,7 @@ from torch.optim import SGD, Adam, Optimizer
 from torch.optim.lr_scheduler import StepLR
 
 import gaf
-from gaf.device.accumulate import unshared
+from gaf.device.backward import unshared
 from gaf.device.placed import Placed
 
 ROWS = torch.tensor([[1.0, 2.0, -3.0], [1.0, 2.0, -2.0]])

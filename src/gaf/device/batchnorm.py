@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
-from gaf.checks import goes_through
+from gaf.device.graph import goes_through
 
 State = list[Tensor]  # mean, variance, number of forward passes
 
@@ -22,8 +22,8 @@ class BatchNormStatistics:
     training mode BatchNorm normalises by the statistics of the batch.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self.layers = [Layer(norm) for norm in batch_norms(model)]
+    def __init__(self, model: nn.Module | None) -> None:
+        self.layers = [] if model is None else [Layer(norm) for norm in batch_norms(model)]
 
     def begin(self) -> None:
         """Starts a macro-batch from the statistics as they are."""
@@ -36,6 +36,8 @@ class BatchNormStatistics:
         Raises:
             RuntimeError: where the forward passes since the one before are not this loss's. The statistics are put back.
         """
+        if not self.layers:
+            return
         latest = max((layer.latest for layer in self.layers), default=-1)
         later = loss.grad_fn is not None and loss.grad_fn._sequence_nr() < latest
         if later or (self._stands_still() and goes_through(loss, "BatchNorm", "Compiled")):
@@ -84,7 +86,7 @@ class Layer:
             (norm.register_forward_hook, self._after_pass),
             (norm.register_load_state_dict_post_hook, self._restart),
         ):
-            finalize(self, register(Hook(WeakMethod(method))).remove)
+            finalize(self, register(WeakHook(WeakMethod(method))).remove)
         self.begin()
 
     def begin(self) -> None:
@@ -139,7 +141,7 @@ class Layer:
         self._rest()
 
 
-class Hook:
+class WeakHook:
     """A method of a layer, called for as long as the layer is there. A copied or unpickled model has none, nor has a compiled pass."""
 
     def __init__(self, method: "WeakMethod[Any] | None" = None) -> None:
@@ -152,7 +154,7 @@ class Hook:
                 method(*args)
 
     def __reduce__(self) -> Any:
-        return Hook, ()
+        return WeakHook, ()
 
 
 def batch_norms(model: nn.Module) -> list[_BatchNorm]:

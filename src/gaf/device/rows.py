@@ -1,7 +1,6 @@
 """Holds the micro-gradients of one macro-batch until the decision: added up as they come, or kept apart."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +10,7 @@ from gaf.rules.combine import combine, weighted_sum
 from gaf.rules.contract import Policy
 from gaf.rules.decision import Decision, Evidence, check_decision
 from gaf.rules.gram import gram_of
-from gaf.rules.judging import decide_with_evidence, join_layer_decisions, tau_of
+from gaf.rules.judging import decide_with_evidence, tau_of
 from gaf.rules.policies import streams
 from gaf.rules.sequential import Seen, Sequential, norm2_after, signal
 from gaf.shapes import Float64
@@ -175,71 +174,3 @@ class Stacked:
             combine(weights, [g for g in column if g is not None])
             for column in zip(*self.rows, strict=True)
         ]
-
-
-class Layered:
-    """scope="layer": each layer's rows are held, judged and combined by themselves, in one backward pass.
-
-    Args:
-        layers: for each layer, the indices of its parameters; together all of them, each once.
-        holders: for each layer, of its rows.
-    """
-
-    def __init__(
-        self, layers: Sequence[Sequence[int]], holders: Sequence[Streamed | Stacked]
-    ) -> None:
-        self.layers, self.holders = layers, holders
-        self.decisions: list[Decision] = []
-        self._place = {
-            j: (holder, i)
-            for indices, holder in zip(layers, holders, strict=True)
-            for i, j in enumerate(indices)
-        }
-
-    def __len__(self) -> int:
-        return len(self.holders[0])
-
-    def _whole(self, parts: Sequence[Sequence[Any]]) -> list[Any]:
-        """The layers' lists as one, in the order of the parameters."""
-        found = {
-            j: one
-            for indices, part in zip(self.layers, parts, strict=True)
-            for j, one in zip(indices, part, strict=True)
-        }
-        return [found[j] for j in range(len(found))]
-
-    @property
-    def spare(self) -> Buffers:
-        return self._whole([holder.spare for holder in self.holders])
-
-    @property
-    def got(self) -> list[bool]:
-        return self._whole([holder.got for holder in self.holders])
-
-    def take(self, j: int, grad: Tensor) -> None:
-        holder, i = self._place[j]
-        holder.take(i, grad)
-
-    def drop(self) -> None:
-        for holder in self.holders:
-            holder.drop()
-
-    def add(self) -> None:
-        for holder in self.holders:
-            holder.add()
-
-    def decide(self) -> tuple[Decision, Evidence]:
-        """The layers' decisions as one; each is kept in `decisions`."""
-        found = [holder.decide() for holder in self.holders]
-        self.decisions = [decision for decision, _ in found]
-        return join_layer_decisions(self.decisions, [evidence for _, evidence in found])
-
-    def update(self, weights: list[float]) -> Buffers:
-        """w^T G with each layer's own weights; None for the parameters of a layer that does not step."""
-        own = torch.stack([decision.weights for decision in self.decisions]).tolist()
-        return self._whole(
-            [
-                h.update(w) if any(w) else [None] * len(i)
-                for h, w, i in zip(self.holders, own, self.layers, strict=True)
-            ]
-        )

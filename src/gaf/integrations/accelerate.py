@@ -12,7 +12,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 import gaf
-from gaf.device.accumulate import Accumulator, has_gradients
+from gaf.device.accumulate import Accumulator
+from gaf.device.parameters import parameters_of
+from gaf.device.scaler import has_gradients
 from gaf.integrations.options import check_options
 from gaf.ranks.handle import Handle
 from gaf.rules.contract import Policy, check_policy
@@ -132,7 +134,7 @@ class MicroBatches(Accumulator):
         """The macro-batch before."""
         if self.waiting:
             return
-        if any(p.grad is not None for p in self._parameters()):
+        if any(p.grad is not None for p in parameters_of(self.optimizers)):
             raise RuntimeError(f"{SUBJECT}: p.grad must be empty when a macro-batch begins; it holds an update or a gradient from "
                                "elsewhere. Call optimizer.zero_grad() after optimizer.step(), and leave accumulation to "
                                "Accelerator(gradient_accumulation_steps=k) and accelerator.accumulate(model).")  # fmt: skip

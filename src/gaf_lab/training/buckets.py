@@ -27,5 +27,5 @@ class PerBucket(gaf.Accumulator):
     def __init__(self, optimizer: Optimizer, policy: gaf.GAF, model: nn.Module) -> None:
         super().__init__(optimizer, dataclasses.replace(policy, scope="layer"), model=model)
 
-    def _parts(self) -> dict[str, list[int]]:
-        return {f"bucket {i}": bucket for i, bucket in enumerate(buckets(self._params))}
+    def _layers(self) -> dict[str, list[int]]:
+        return {f"bucket {i}": bucket for i, bucket in enumerate(buckets(self._params.current))}

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 import gaf
-from gaf.device.accumulate import unshared
+from gaf.device.backward import unshared
 from gaf.device.rows import Stacked, Streamed, rows_on_device
 from gaf.record.ledger import Ledger
 from gaf.record.telemetry import packed

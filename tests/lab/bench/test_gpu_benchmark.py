@@ -168,7 +168,7 @@ def restless(step):
 
     def wrong(acc):
         decision = step(acc)
-        acc._parameters()[0].data.view(-1)[0] += 1
+        acc.optimizers[0].param_groups[0]["params"][0].data.view(-1)[0] += 1
         return decision
 
     return wrong
