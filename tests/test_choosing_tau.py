@@ -12,8 +12,9 @@ import pytest
 import gaf
 from gaf_lab.records import packs
 from gaf_lab.records.run import Run
+from gaf_lab.report import measures
 from gaf_lab.report import statistics as st
-from gaf_lab.report.statistics import Arm
+from gaf_lab.report.arms import Arm, group_by_arm
 from test_reproduction import gap, spelled
 
 ROOT = Path(__file__).parent.parent
@@ -30,13 +31,13 @@ def runs() -> list[Run]:
 
 def at(task: str, b: int, rate: float) -> dict[str, Arm]:
     wanted = {"dataset": task, "b": b, "noise_rate": rate}
-    found = st.arms(
+    found = group_by_arm(
         run for run in runs() if {key: run.header["config"][key] for key in wanted} == wanted
     )
     return {arm.name: arm for arm in found}
 
 
-def accuracies(rate: float, measure: st.Measure) -> str:
+def accuracies(rate: float, measure: measures.Measure) -> str:
     """Every arm at a noise level: a column for each task and micro-batch size."""
     columns = [(task, b) for task in TASKS for b in SIZES]
     lines = [
@@ -69,8 +70,8 @@ def auto() -> str:
                 }
                 best = max(fixed, key=lambda name: mean(fixed[name]))
                 differences = (
-                    gap(arms[AUTO], arms["averaging"], st.LAST),
-                    gap(arms[AUTO], arms[best], st.LAST),
+                    gap(arms[AUTO], arms["averaging"], measures.LAST),
+                    gap(arms[AUTO], arms[best], measures.LAST),
                 )
                 lines.append(
                     f"| {task} | {b} | {100 * rate:.0f}% | {differences[0]} | {best[4:]} | {differences[1]} |"
@@ -79,7 +80,7 @@ def auto() -> str:
 
 
 def mean(arm: Arm) -> float:
-    found = st.spread(arm, st.LAST)
+    found = st.spread_over_seeds(arm, measures.LAST)
     assert found is not None
     return found.mean
 
@@ -105,10 +106,10 @@ def agreement() -> str:
 
 
 TABLES = {
-    "last 40": lambda: accuracies(0.4, st.LAST),
-    "selected 40": lambda: accuracies(0.4, st.SELECTED),
-    "last 0": lambda: accuracies(0.0, st.LAST),
-    "accepted 40": lambda: accuracies(0.4, st.ACCEPTANCE),
+    "last 40": lambda: accuracies(0.4, measures.LAST),
+    "selected 40": lambda: accuracies(0.4, measures.SELECTED),
+    "last 0": lambda: accuracies(0.0, measures.LAST),
+    "accepted 40": lambda: accuracies(0.4, measures.ACCEPTANCE),
     "auto": auto,
     "agreement": agreement,
 }
@@ -126,7 +127,7 @@ def test_every_arm_has_three_finished_runs_with_the_same_seeds():
                 arms = at(task, b, rate)
                 assert len(arms) == 12
                 assert all(sorted(arm.seeds) == [0, 1, 2] for arm in arms.values())
-    assert {st.status(run) for run in runs()} == {"finished"}
+    assert {measures.status(run) for run in runs()} == {"finished"}
 
 
 def test_auto_is_the_one_that_the_page_recommends():

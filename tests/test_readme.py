@@ -12,7 +12,9 @@ import pytest
 
 from gaf_lab.bench import cost_model as predict
 from gaf_lab.records.find import find_runs
+from gaf_lab.report import measures
 from gaf_lab.report import statistics as st
+from gaf_lab.report.arms import group_by_arm
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -20,14 +22,21 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 def demo_table() -> str:
-    columns = (st.SELECTED, st.LAST, st.MEMORISED, st.CORRECTED, st.ACCEPTANCE, st.STEPS)
+    columns = (
+        measures.SELECTED,
+        measures.LAST,
+        measures.MEMORISED,
+        measures.CORRECTED,
+        measures.ACCEPTANCE,
+        measures.STEPS_TAKEN,
+    )
     lines = [
         "| arm | n | selected | last | memorised | corrected | accepted | steps taken |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    arms = st.arms(find_runs([ROOT / "results" / "demo"]))
+    arms = group_by_arm(find_runs([ROOT / "results" / "demo"]))
     for arm in arms:
-        found = [st.spread(arm, measure) for measure in columns]
+        found = [st.spread_over_seeds(arm, measure) for measure in columns]
         lines.append(
             f"| {arm.name} | {found[0].n} | "
             + " | ".join(f"{100 * s.mean:.1f} ± {100 * s.deviation:.1f}" for s in found)
@@ -42,8 +51,8 @@ def demo_table() -> str:
         ("GAF", "random subset"),
     ):
         both = [
-            st.difference(named[first], named[second], measure)
-            for measure in (st.SELECTED, st.LAST)
+            st.paired_difference(named[first], named[second], measure)
+            for measure in (measures.SELECTED, measures.LAST)
         ]
         cells = (f"{100 * d.mean:+.1f} ({100 * d.low:.1f} to {100 * d.high:.1f})" for d in both)
         lines.append(f"| {first} - {second} | " + " | ".join(cells) + " |")

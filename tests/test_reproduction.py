@@ -12,8 +12,10 @@ import pytest
 from gaf_lab.paper import items as paper
 from gaf_lab.records import packs
 from gaf_lab.records.run import Run
+from gaf_lab.report import measures
 from gaf_lab.report import statistics as st
-from gaf_lab.report.statistics import Arm, Measure
+from gaf_lab.report.arms import Arm, group_by_arm
+from gaf_lab.report.measures import Measure
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "reproduction.md"
@@ -25,11 +27,11 @@ def runs(name: str) -> list[Run]:
 
 
 def at(name: str, field: str, value: object) -> list[Arm]:
-    return st.arms(run for run in runs(name) if run.header["config"][field] == value)
+    return group_by_arm(run for run in runs(name) if run.header["config"][field] == value)
 
 
 def spelled(arm: Arm, measure: Measure) -> str:
-    found = st.spread(arm, measure)
+    found = st.spread_over_seeds(arm, measure)
     if found is None:
         return "-"
     return f"{100 * found.mean:.1f}" + (
@@ -38,7 +40,7 @@ def spelled(arm: Arm, measure: Measure) -> str:
 
 
 def gap(arm: Arm, other: Arm, measure: Measure) -> str:
-    found = st.difference(arm, other, measure)
+    found = st.paired_difference(arm, other, measure)
     assert found is not None
     assert found.low is not None
     return f"{100 * found.mean:+.1f} ({100 * found.low:.1f} to {100 * found.high:.1f})"
@@ -46,7 +48,13 @@ def gap(arm: Arm, other: Arm, measure: Measure) -> str:
 
 def accuracies(rate: float) -> str:
     """Every arm of table 1 at a noise level."""
-    columns = (st.SELECTED, st.LAST, st.MEMORISED, st.ACCEPTANCE, st.STEPS)
+    columns = (
+        measures.SELECTED,
+        measures.LAST,
+        measures.MEMORISED,
+        measures.ACCEPTANCE,
+        measures.STEPS_TAKEN,
+    )
     lines = ["| arm | n | selected | last | memorised | accepted | steps taken |", "|---" * 7 + "|"]
     for arm in at("table1", "noise_rate", rate):
         lines.append(
@@ -65,7 +73,7 @@ def gaps(rate: float) -> str:
     for name, arm in arms.items():
         lines.append(
             f"| {name} | {len(arm.seeds)} | "
-            + " | ".join(gap(gaf, arm, m) for m in (st.SELECTED, st.LAST))
+            + " | ".join(gap(gaf, arm, m) for m in (measures.SELECTED, measures.LAST))
             + " |"
         )
     return "\n".join(lines)
@@ -135,8 +143,12 @@ def courses(name: str) -> str:
                 for pick in (lambda t: t[0], min, lambda t: t[-1])
             ]
             shown = [number(one) for one in found if one is not None]
-            known = Measure("clean", "clean", "share", lambda run: st.last(run, "clean_accuracy"))
-            rest = [spelled(arm, measure) for measure in (st.LAST, known, st.ACCEPTANCE)]
+            known = Measure(
+                "clean", "clean", "share", lambda run: measures.last_value(run, "clean_accuracy")
+            )
+            rest = [
+                spelled(arm, measure) for measure in (measures.LAST, known, measures.ACCEPTANCE)
+            ]
             lines.append(
                 f"| {data} | {arm.name} | {len(arm.seeds)} | " + " | ".join(shown + rest) + " |"
             )
@@ -168,17 +180,18 @@ def shares(name: str, field: str, form: str, head: str) -> str:
     for value in sorted({run.header["config"][field] for run in runs(name)}):
         found = {arm.name: arm for arm in at(name, field, value)}
         cells = [
-            spelled(found["GAF"], measure) for measure in (st.ACCEPTANCE, st.STEPS, st.MEMORISED)
+            spelled(found["GAF"], measure)
+            for measure in (measures.ACCEPTANCE, measures.STEPS_TAKEN, measures.MEMORISED)
         ]
         lines.append(
-            f"| {format(value, form)} | {' | '.join([*cells, spelled(found['averaging'], st.MEMORISED)])} |"
+            f"| {format(value, form)} | {' | '.join([*cells, spelled(found['averaging'], measures.MEMORISED)])} |"
         )
     return "\n".join(lines)
 
 
 def memorising() -> str:
     """Figure 8 along its runs: every fourth evaluation."""
-    averaging, gaf = (arm.runs[0].evals[1::4] for arm in st.arms(runs("fig8")))
+    averaging, gaf = (arm.runs[0].evals[1::4] for arm in group_by_arm(runs("fig8")))
     lines = [
         "| steps | memorised, averaging | memorised, GAF | accepted, GAF | steps taken, GAF | mean distance, GAF |",
         "|---" * 6 + "|",
@@ -197,7 +210,13 @@ BY_NOISE, BY_SIZE = ("fig6", "noise_rate"), ("fig9", "b")
 
 def thresholds() -> str:
     """Figure 7; averaging is tau = 2."""
-    columns = (st.SELECTED, st.LAST, st.MEMORISED, st.ACCEPTANCE, st.STEPS)
+    columns = (
+        measures.SELECTED,
+        measures.LAST,
+        measures.MEMORISED,
+        measures.ACCEPTANCE,
+        measures.STEPS_TAKEN,
+    )
     lines = ["| tau | n | selected | last | memorised | accepted | steps taken |", "|---" * 7 + "|"]
     for tau in sorted({run.header["config"]["tau"] for run in runs("fig7")}):
         arm = at("fig7", "tau", tau)[0]
@@ -214,9 +233,10 @@ TABLES = {
     "gaps 0": lambda: gaps(0.0), "gaps 40": lambda: gaps(0.4), "gaps 60": lambda: gaps(0.6), "fig4": sizes,
     "fig1": lambda: courses("fig1"), "fig5": lambda: courses("fig5"), "fig8": lambda: courses("fig8"), "fig8 course": memorising,
     "fig7": thresholds,
-    "fig6 last": lambda: along(*BY_NOISE, st.LAST, ".0%", "wrong"), "fig6 selected": lambda: along(*BY_NOISE, st.SELECTED, ".0%", "wrong"),
-    "fig6 shares": lambda: shares(*BY_NOISE, ".0%", "wrong"), "fig9 last": lambda: along(*BY_SIZE, st.LAST, "d", "b"),
-    "fig9 selected": lambda: along(*BY_SIZE, st.SELECTED, "d", "b"), "fig9 shares": lambda: shares(*BY_SIZE, "d", "b"),
+    "fig6 last": lambda: along(*BY_NOISE, measures.LAST, ".0%", "wrong"),
+    "fig6 selected": lambda: along(*BY_NOISE, measures.SELECTED, ".0%", "wrong"),
+    "fig6 shares": lambda: shares(*BY_NOISE, ".0%", "wrong"), "fig9 last": lambda: along(*BY_SIZE, measures.LAST, "d", "b"),
+    "fig9 selected": lambda: along(*BY_SIZE, measures.SELECTED, "d", "b"), "fig9 shares": lambda: shares(*BY_SIZE, "d", "b"),
 }  # fmt: skip
 
 
@@ -231,7 +251,7 @@ def test_the_records_are_finished_runs_of_the_figures_plan(name):
         config.hash for config in paper.plan(name, "small", seeds=1 if name == "fig8" else None)
     }
     assert {run.header["config_hash"] for run in runs(name)} == planned
-    assert {st.status(run) for run in runs(name)} == {"finished"}
+    assert {measures.status(run) for run in runs(name)} == {"finished"}
 
 
 if __name__ == "__main__":

@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Any
 from gaf_lab.paper.items import HUMAN, Item
 from gaf_lab.paper.sheet import head_height, heading, sheet, write_head
 from gaf_lab.records.run import Run
+from gaf_lab.report import measures
 from gaf_lab.report import statistics as st
+from gaf_lab.report.arms import BASELINE, Arm, gaf_of, group_by_arm, is_gaf
 from gaf_lab.report.figures import (
     CHARTS,
     CROWD,
@@ -49,8 +51,9 @@ from gaf_lab.report.figures import (
     thresholds,
     traces,
 )
-from gaf_lab.report.page import MINUS, NONE, is_gaf, reference, signed, spelled
-from gaf_lab.report.statistics import Arm, Difference, Measure
+from gaf_lab.report.measures import Measure
+from gaf_lab.report.page import MINUS, NONE, signed, spelled
+from gaf_lab.report.statistics import Difference
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -68,28 +71,34 @@ DISTANCES = (
         "distance",
         "cosine distance, mean over the run",
         "distance",
-        partial(st.throughout, key="distance_mean"),
+        partial(measures.mean_over_run, key="distance_mean"),
     ),
     Measure(
         "lowest",
         "cosine distance, lowest evaluation",
         "distance",
-        partial(st.lowest, key="distance_mean"),
+        partial(measures.lowest_value, key="distance_mean"),
     ),
     Measure(
-        "distance_last", "cosine distance, last", "distance", partial(st.last, key="distance_mean")
+        "distance_last",
+        "cosine distance, last",
+        "distance",
+        partial(measures.last_value, key="distance_mean"),
     ),
 )
 CLEAN = Measure(
     "clean_accuracy",
     "accuracy on correctly labelled training samples",
     "share",
-    partial(st.last, key="clean_accuracy"),
+    partial(measures.last_value, key="clean_accuracy"),
 )
-MEASURES = {
-    "test_accuracy": (st.LAST, st.SELECTED), "distance_mean": DISTANCES, "memorised": (st.MEMORISED,), "corrected": (st.CORRECTED,),
+PANEL_MEASURES = {
+    "test_accuracy": (measures.LAST, measures.SELECTED),
+    "distance_mean": DISTANCES,
+    "memorised": (measures.MEMORISED,),
+    "corrected": (measures.CORRECTED,),
     "clean_accuracy": (CLEAN,),
-}  # fmt: skip
+}
 ACROSS = {
     "noise_rate": "training labels flipped (%)",
     "tau": "τ, the largest cosine distance that is accepted",
@@ -131,7 +140,9 @@ def ordered(places: Sequence[Place]) -> list[Place]:
 def grouped(item: Item, runs: list[Run]) -> dict[Place, list[Arm]]:
     """The arms at each place, in order."""
     at = [(place(item, run), run) for run in runs]
-    return {x: st.arms(run for other, run in at if other == x) for x in ordered([x for x, _ in at])}
+    return {
+        x: group_by_arm(run for other, run in at if other == x) for x in ordered([x for x, _ in at])
+    }
 
 
 def comparable(item: Item, groups: dict[Place, list[Arm]], x: Place) -> list[Arm]:
@@ -171,10 +182,10 @@ def printed(item: Item, arm: str, x: Place, key: str) -> float | None:
 
 def pairs(of: list[Arm]) -> list[tuple[Arm, Arm]]:
     """GAF with each arm under another policy, averaging first, and each of its variants with GAF."""
-    gaf = reference(of)
+    gaf = gaf_of(of)
     if gaf is None:
         return []
-    others = sorted((arm for arm in of if not is_gaf(arm)), key=lambda arm: arm.name != st.BASELINE)
+    others = sorted((arm for arm in of if not is_gaf(arm)), key=lambda arm: arm.name != BASELINE)
     return [(gaf, arm) for arm in others] + [
         (arm, gaf) for arm in of if is_gaf(arm) and arm is not gaf
     ]
@@ -189,7 +200,7 @@ def differences(item: Item, runs: list[Run], measure: Measure) -> list[tuple[Pla
         for one, other in pairs(comparable(item, groups, x))
         if (
             any(arm in groups[x] for arm in (one, other))
-            and (gap := st.difference(one, other, measure))
+            and (gap := st.paired_difference(one, other, measure))
         )
     ]
 
@@ -286,7 +297,7 @@ def nothing(item: Item, notes: Sequence[str]) -> "Figure":
 
 
 def has_values(of: list[Arm], panel: Panel) -> bool:
-    return any(st.points(run, panel.key)[0].size for arm in of for run in arm.runs)
+    return any(st.values_along(run, panel.key)[0].size for arm in of for run in arm.runs)
 
 
 def panels_of(item: Item, runs: list[Run]) -> list[Panel]:
@@ -393,7 +404,11 @@ def series(item: Item, runs: list[Run], key: str, measure: Measure) -> list[Seri
     found = []
     for name in names_of(item, runs):
         at = [(x, arm) for x, arms in groups.items() for arm in arms if arm.name == name]
-        spreads = [(x, spread) for x, arm in at if (spread := st.spread(arm, measure)) is not None]
+        spreads = [
+            (x, spread)
+            for x, arm in at
+            if (spread := st.spread_over_seeds(arm, measure)) is not None
+        ]
         mean = [
             (x, s.mean * factor, None if s.deviation is None else s.deviation * factor, s.n)
             for x, s in spreads
@@ -401,7 +416,7 @@ def series(item: Item, runs: list[Run], key: str, measure: Measure) -> list[Seri
         dots = [
             (x, value * factor)
             for x, arm in at
-            for value in st.by_seed(arm.counted, measure).values()
+            for value in st.values_by_seed(arm.counted_runs, measure).values()
         ]
         paper = [
             (x, v * factor)
@@ -443,8 +458,8 @@ def rows_of(item: Item, runs: list[Run]) -> list[tuple[str, Measure]]:
     return [
         (key, measure)
         for key in item.keys
-        for measure in MEASURES[key]
-        if measure.name != "lowest" and any(st.spread(arm, measure) for arm in arms)
+        for measure in PANEL_MEASURES[key]
+        if measure.name != "lowest" and any(st.spread_over_seeds(arm, measure) for arm in arms)
     ]
 
 
@@ -533,18 +548,19 @@ def blocks(item: Item, runs: list[Run]) -> list[tuple[str, list[Row]]]:
     groups, columns, key = grouped(item, runs), columns_of(item, runs), item.keys[0]
     at = {(x, arm.name): arm for x, arms in groups.items() for arm in arms}
     found = []
-    for measure in MEASURES[key]:
+    for measure in PANEL_MEASURES[key]:
         rows: list[Row] = []
-        if runs and not any(st.spread(arm, measure) for arm in at.values()):
+        if runs and not any(st.spread_over_seeds(arm, measure) for arm in at.values()):
             continue
         for name in names_of(item, runs):
             spreads = [
-                st.spread(at[x, name], measure) if (x, name) in at else None for x in columns
+                st.spread_over_seeds(at[x, name], measure) if (x, name) in at else None
+                for x in columns
             ]
             rows.append(Row(name, name, [spelled(spread, measure, 1.0) for spread in spreads]))
         gaps = {(x, gap.arm, gap.other): gap for x, gap in differences(item, runs, measure)}
         for one, other in dict.fromkeys((one, other) for _, one, other in gaps):
-            if (one, other) == ("GAF", st.BASELINE) or other in CONTROLS:
+            if (one, other) == ("GAF", BASELINE) or other in CONTROLS:
                 rows.append(
                     Row(
                         f"{one} {MINUS} {other}",

@@ -10,10 +10,12 @@ from gaf_lab.paper.figures import Place
 from gaf_lab.paper.items import Item
 from gaf_lab.progress import Tell, silent
 from gaf_lab.records.run import Run
+from gaf_lab.report import measures
 from gaf_lab.report import page as report
 from gaf_lab.report import statistics as st
+from gaf_lab.report.arms import BASELINE, Arm, group_by_arm
 from gaf_lab.report.figures import SOFT, Shade, palette
-from gaf_lab.report.statistics import Arm, Measure
+from gaf_lab.report.measures import Measure
 
 # a figure, its runs, and what must be said of how they came to be
 Section = tuple[Item, list[Run], Sequence[str]]
@@ -53,7 +55,7 @@ def section(item: Item, runs: list[Run], notes: Sequence[str], out: Path) -> dic
     colours = palette(list(dict.fromkeys([*pf.names_of(item, runs), *item.paper])))
     compared = gaps(item, runs)
     measured = item.kind != "plane"
-    common, _ = report.conditions(st.arms(runs)) if runs else ([], [])
+    common, _ = report.conditions(group_by_arm(runs)) if runs else ([], [])
     return {
         "id": item.id,
         "heading": sheet.heading(item),
@@ -122,10 +124,10 @@ def outcome(item: Item, runs: list[Run]) -> list[str]:
     if "test_accuracy" in item.keys:
         for measure, when in report.SPOKEN:
             gaps = pf.differences(item, runs, measure)
-            for other in (st.BASELINE, *pf.CONTROLS):
+            for other in (BASELINE, *pf.CONTROLS):
                 of = [(x, gap) for x, gap in gaps if (gap.arm, gap.other) == ("GAF", other)]
                 found += [counted(item, when, of)] if of else []
-        found += report.narrow(gap.n for _, gap in pf.differences(item, runs, st.LAST))
+        found += report.narrow(gap.n for _, gap in pf.differences(item, runs, measures.LAST))
     if "distance_mean" in item.keys:
         found += reached(item, runs)
     return [report.unbroken(sentence) for sentence in found]
@@ -137,8 +139,8 @@ def counted(item: Item, when: str, of: list[tuple[Place, st.Difference]]) -> str
     if len(of) == 1:
         return f"{when}, {gap.arm} is {report.amount(gap)} {gap.other} {report.certainty(gap)}."
     above, below = (
-        sum(g.told and g.mean > 0 for _, g in of),
-        sum(g.told and g.mean < 0 for _, g in of),
+        sum(g.clear and g.mean > 0 for _, g in of),
+        sum(g.clear and g.mean < 0 for _, g in of),
     )
     ends = sorted(of, key=lambda one: one[1].mean)
     low, high = (
@@ -154,7 +156,7 @@ def counted(item: Item, when: str, of: list[tuple[Place, st.Difference]]) -> str
 def reached(item: Item, runs: list[Run]) -> list[str]:
     """How far cosine distances reach, over all arms."""
     values = {measure.name: [(value, x, arm.name) for x, of in pf.grouped(item, runs).items() for arm in of
-                             if (spread := st.spread(arm, measure)) and (value := spread.mean) is not None]
+                             if (spread := st.spread_over_seeds(arm, measure)) and (value := spread.mean) is not None]
               for measure in pf.DISTANCES}  # fmt: skip
     if not values["distance"]:
         return []
@@ -172,7 +174,7 @@ def headings(item: Item) -> list[str]:
     """The columns of the table beside a figure: each key's measures, and the paper's value where it prints one."""
     found = []
     for key in item.keys:
-        found += [pf.titled(key, measure) for measure in pf.MEASURES[key]]
+        found += [pf.titled(key, measure) for measure in pf.PANEL_MEASURES[key]]
         found += (
             ["paper" + (f" ({pf.PANELS[key].unit})" if pf.PANELS[key].unit else "")]
             if has_paper(item, key)
@@ -216,7 +218,8 @@ def cells(item: Item, x: Place, arm: Arm) -> list[tuple[str, str]]:
     found = []
     for key in item.keys:
         found += [
-            report.spelled(st.spread(arm, measure), measure, 1.0) for measure in pf.MEASURES[key]
+            report.spelled(st.spread_over_seeds(arm, measure), measure, 1.0)
+            for measure in pf.PANEL_MEASURES[key]
         ]
         if has_paper(item, key):
             value, panel = pf.printed(item, arm.name, x, key), pf.PANELS[key]
@@ -229,7 +232,10 @@ def cells(item: Item, x: Place, arm: Arm) -> list[tuple[str, str]]:
 def gaps(item: Item, runs: list[Run]) -> list[dict[str, Any]]:
     """The paired differences by measure, each with the place that it holds at."""
     shares = [
-        measure for key in item.keys for measure in pf.MEASURES[key] if measure.unit == "share"
+        measure
+        for key in item.keys
+        for measure in pf.PANEL_MEASURES[key]
+        if measure.unit == "share"
     ]
     return [group for measure in shares if (group := compared(item, runs, measure))["rows"]]
 

@@ -18,20 +18,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gaf_lab.progress import Tell, silent
 from gaf_lab.records.run import Run
-from gaf_lab.report.statistics import (
-    PAIRS,
-    Arm,
-    Curve,
-    Values,
-    arms,
-    by_point,
-    curve,
-    last,
-    point_names,
-    points,
-    selected,
-    status,
-)
+from gaf_lab.report.arms import Arm, group_by_arm, group_by_point, is_gaf, point_names
+from gaf_lab.report.measures import PAIR_DISTANCE, last_value, selected_evaluation, status
+from gaf_lab.report.statistics import Curve, Values, curve, values_along
 
 if TYPE_CHECKING:  # importing them takes a second, and a terminal table needs neither
     from matplotlib.axes import Axes
@@ -108,7 +97,7 @@ def fitted(axis: Axis, runs: list[Run]) -> Axis:
     """The axis; that of time in the unit that suits these runs."""
     if axis.key != TIME.key:
         return axis
-    unit, second = clock(max((last(run, axis.key) or 0.0 for run in runs), default=0.0))
+    unit, second = clock(max((last_value(run, axis.key) or 0.0 for run in runs), default=0.0))
     return axis._replace(label=f"time ({unit})", unit=second, hover=f"%{{x:,.1f}} {unit}")
 
 
@@ -161,7 +150,7 @@ CHARTS = (
         "distance",
         "Cosine distance between micro-gradients",
         (
-            Panel(PAIRS, "mean distance of two micro-gradients", 1.0, "", 3),
+            Panel(PAIR_DISTANCE, "mean distance of two micro-gradients", 1.0, "", 3),
             Panel("distance_mean", "mean distance to the running sum", 1.0, "", 3),
         ),
         "Mean over the steps between two evaluations; 0: same direction, 1: orthogonal. Distance of two micro-gradients: estimated from "
@@ -194,10 +183,10 @@ def caption(chart: Chart, runs: Sequence[Run]) -> str:
     lines = [
         (run, line)
         for run in runs
-        if any(panel.key == PAIRS for panel in chart.panels)
+        if any(panel.key == PAIR_DISTANCE for panel in chart.panels)
         for line in run.evals
     ]
-    older = {id(run) for run, line in lines if PAIRS not in line}
+    older = {id(run) for run, line in lines if PAIR_DISTANCE not in line}
     if not older:
         return chart.caption
     which = "these runs" if len(older) == len(runs) else f"{len(older)} of {len(runs)} runs"
@@ -224,7 +213,7 @@ class Cell:
 
 def cells(runs: list[Run], chart: Chart, axis: Axis = SAMPLES) -> list[Cell]:
     """The panels of a chart that some run has values for, at every point of the grid."""
-    groups = by_point(arms(runs))
+    groups = group_by_point(group_by_arm(runs))
     places = [
         (where, [dataclasses.replace(arm, name=arm.method) for arm in group])
         for where, group in zip(point_names(groups), groups, strict=True)
@@ -233,7 +222,7 @@ def cells(runs: list[Run], chart: Chart, axis: Axis = SAMPLES) -> list[Cell]:
         Cell(panel, where, group)
         for panel in chart.panels
         for where, group in places
-        if any(points(run, panel.key, axis.key)[0].size for arm in group for run in arm.runs)
+        if any(values_along(run, panel.key, axis.key)[0].size for arm in group for run in arm.runs)
     ]
 
 
@@ -315,7 +304,7 @@ def thresholds(of: list[Arm]) -> dict[float, list[str]]:
 
 def marked(run: Run, panel: Panel, axis: Axis) -> tuple[float, float] | None:
     """Where the held-out labels select, in the units of axis and panel."""
-    line = selected(run)
+    line = selected_evaluation(run)
     if line is None or line.get(panel.key) is None or line.get(axis.key) is None:
         return None
     return line[axis.key] / axis.unit, line[panel.key] * panel.factor
@@ -478,7 +467,7 @@ def draw(
 
 def track(run: Run, panel: Panel, axis: Axis) -> tuple[Values, Values]:
     """Where on the axis (p,), and the panel's values (p,)."""
-    x, y = points(run, panel.key, axis.key)
+    x, y = values_along(run, panel.key, axis.key)
     return x / axis.unit, y * panel.factor
 
 
@@ -637,10 +626,6 @@ def interactive(runs: list[Run], chart: Chart, axis: Axis = SAMPLES) -> Any:
         figure.update_yaxes(matches="y")
     figure.update_xaxes(unifiedhovertitle_text=axis.hover)
     return figure
-
-
-def is_gaf(arm: Arm) -> bool:
-    return bool(arm.config.get("policy") == "gaf")
 
 
 def draw_tau(figure: Any, tau: float, row: int) -> None:

@@ -12,10 +12,21 @@ from typing import TYPE_CHECKING, Any
 
 from gaf_lab.progress import Tell, silent
 from gaf_lab.records.run import Run
-from gaf_lab.report import figures, sheets
+from gaf_lab.report import figures, measures, sheets
 from gaf_lab.report import statistics as st
+from gaf_lab.report.arms import (
+    Arm,
+    baseline_of,
+    gaf_of,
+    group_by_arm,
+    group_by_point,
+    is_gaf,
+    point_names,
+)
+from gaf_lab.report.fields import FILTER_FIELDS
 from gaf_lab.report.figures import CROWD, clock
-from gaf_lab.report.statistics import Arm, Difference, Measure, Spread
+from gaf_lab.report.measures import Measure
+from gaf_lab.report.statistics import Difference, Spread
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -28,8 +39,8 @@ OPENING = 100  # words that stand before the page's first table, at most
 TALL = 1800  # pixels
 COLOURS = 64  # of a picture inside a page
 SPOKEN = (
-    (st.LAST, "At the last evaluation"),
-    (st.SELECTED, "At the evaluation selected on noisy held-out labels"),
+    (measures.LAST, "At the last evaluation"),
+    (measures.SELECTED, "At the evaluation selected on noisy held-out labels"),
 )
 BRIEF = {
     "selected": "selected",
@@ -102,9 +113,15 @@ def spelled(found: Spread | None, measure: Measure, second: float) -> tuple[str,
 
 def headings(of: list[Arm]) -> tuple[list[tuple[Measure, str]], float]:
     """The measures that some arm has, each with its heading and unit, and the length of the time unit in seconds."""
-    times = [value for arm in of if (value := st.spread(arm, st.SECONDS)) is not None]
+    times = [
+        value for arm in of if (value := st.spread_over_seeds(arm, measures.SECONDS)) is not None
+    ]
     unit, second = clock(max((one.mean for one in times), default=0.0))
-    had = [measure for measure in st.MEASURES if any(st.spread(arm, measure) for arm in of)]
+    had = [
+        measure
+        for measure in measures.MEASURES
+        if any(st.spread_over_seeds(arm, measure) for arm in of)
+    ]
     return [
         (measure, f"{measure.label} ({'%' if measure.unit == 'share' else unit})")
         for measure in had
@@ -117,7 +134,7 @@ def marked(arm: Arm) -> str:
 
 
 def with_star(name: str, arm: Arm) -> str:
-    return name + ("" if arm.finished else " *")
+    return name + ("" if arm.finished_runs else " *")
 
 
 def table(runs: list[Run]) -> "Table":
@@ -146,15 +163,15 @@ def table(runs: list[Run]) -> "Table":
     for measure, heading in columns:
         unit = heading[heading.rindex("(") :]
         shown.add_column(
-            BRIEF[measure.name] + (f" {unit}" if measure is st.SECONDS else ""),
+            BRIEF[measure.name] + (f" {unit}" if measure is measures.SECONDS else ""),
             justify="right",
             no_wrap=True,
         )
-    groups = st.by_point(of)
-    for where, group in zip(st.point_names(groups), groups, strict=True):
+    groups = group_by_point(of)
+    for where, group in zip(point_names(groups), groups, strict=True):
         if where:
             shown.add_row(Text(where, style="bold"))
-        there = [any(st.spread(arm, measure) for arm in group) for measure, _ in columns]
+        there = [any(st.spread_over_seeds(arm, measure) for arm in group) for measure, _ in columns]
         for arm in group:
             cells = [
                 cell(arm, measure, second) if some else ""
@@ -166,8 +183,8 @@ def table(runs: list[Run]) -> "Table":
 
 def cell(arm: Arm, measure: Measure, second: float) -> str:
     """The mean; for accuracies with the deviation."""
-    mean, deviation = spelled(st.spread(arm, measure), measure, second)
-    return f"{mean} {deviation}".strip() if measure in (st.SELECTED, st.LAST) else mean
+    mean, deviation = spelled(st.spread_over_seeds(arm, measure), measure, second)
+    return f"{mean} {deviation}".strip() if measure in (measures.SELECTED, measures.LAST) else mean
 
 
 def reading(of: list[Arm]) -> list[str]:
@@ -175,16 +192,16 @@ def reading(of: list[Arm]) -> list[str]:
     scattered = any(
         found.n > 1
         for arm in of
-        for measure in (st.SELECTED, st.LAST)
-        if (found := st.spread(arm, measure))
+        for measure in (measures.SELECTED, measures.LAST)
+        if (found := st.spread_over_seeds(arm, measure))
     )
     lines = [
         "in %, means over n seeds; selected, last: test accuracy"
         + (" ± standard deviation" if scattered else "")
     ]
-    if any(not arm.finished for arm in of):
+    if any(not arm.finished_runs for arm in of):
         lines.append("* unfinished runs only, as far as they got")
-    gaps = differences(of, st.LAST)
+    gaps = differences(of, measures.LAST)
     if len(gaps) > 2 * CROWD:
         return lines + overall_tally(of) + ["Every difference stands on the page."]
     lines += [
@@ -199,25 +216,15 @@ def arms_of(runs: list[Run]) -> list[Arm]:
         raise ValueError(
             "report: must have at least one run; got none. Give the folder that `gaf train --out` wrote."
         )
-    return st.arms(runs)
+    return group_by_arm(runs)
 
 
 # --- sentences ---------------------------------------------------------------------------------------------------
 
 
-def is_gaf(arm: Arm) -> bool:
-    policy = arm.config.get("policy")
-    return policy == "gaf" or (policy is None and arm.name.lower().startswith("gaf"))
-
-
-def reference(of: list[Arm]) -> Arm | None:
-    """The arm "GAF"; the first under its policy where there is none of that name."""
-    return next((arm for arm in of if arm.kind == "GAF"), next(filter(is_gaf, of), None))
-
-
 def pairs(of: list[Arm]) -> list[tuple[Arm, Arm]]:
     """What is compared, point by point of the grid."""
-    return [pair for group in st.by_point(of) for pair in pairs_at(group)]
+    return [pair for group in group_by_point(of) for pair in pairs_at(group)]
 
 
 def pairs_at(of: list[Arm]) -> list[tuple[Arm, Arm]]:
@@ -227,7 +234,7 @@ def pairs_at(of: list[Arm]) -> list[tuple[Arm, Arm]]:
     only before a comma, as "GAF, AdamW" and "averaging, AdamW". Not each variant with each control: a control replays
     GAF's steps, not the variant's.
     """
-    baseline, gaf = st.baseline(of), reference(of)
+    baseline, gaf = baseline_of(of), gaf_of(of)
     rest = [arm for arm in of if arm is not baseline]
     found = [(arm, one) for arm in rest if (one := partner(baseline, arm, of)) is not None]
     for arm in rest:
@@ -259,14 +266,16 @@ def meet(gaf: Arm, other: Arm, of: list[Arm]) -> bool:
     return alone or all(
         other.settings.get(field, value) == value
         for field, value in gaf.settings.items()
-        if field in st.FILTER
+        if field in FILTER_FIELDS
     )
 
 
 def differences(of: list[Arm], measure: Measure) -> list[Difference]:
     """Those of the pairs that have a seed in common."""
     return [
-        gap for one, other in pairs(of) if (gap := st.difference(one, other, measure)) is not None
+        gap
+        for one, other in pairs(of)
+        if (gap := st.paired_difference(one, other, measure)) is not None
     ]
 
 
@@ -276,7 +285,7 @@ def summary(of: list[Arm]) -> str:
 
 
 def sentences(of: list[Arm]) -> list[str]:
-    groups = st.by_point(of)
+    groups = group_by_point(of)
     each = [sentence for group in groups for sentence in outcome(group)]
     return [setting(of), *(each if len(groups) <= SHOWN else overall_tally(of)), *caveats(of)]
 
@@ -288,7 +297,7 @@ def opening(of: list[Arm]) -> tuple[str, list[str]]:
     """
     first, *found = sentences(of)
     caveat = caveats(of)[:1]
-    told = [] if len(st.by_point(of)) == 1 else overall_tally(of)
+    told = [] if len(group_by_point(of)) == 1 else overall_tally(of)
     for sentence in found if not told else ():
         if length([first, *told, sentence, *caveat]) <= OPENING and sentence not in caveat:
             told.append(sentence)
@@ -304,12 +313,12 @@ def length(sentences: Iterable[str]) -> int:
 
 def overall_tally(of: list[Arm]) -> list[str]:
     """How many arms are above, below and level with the baseline of their point."""
-    return tally([(arm, st.baseline(group)) for group in st.by_point(of) for arm in group])
+    return tally([(arm, baseline_of(group)) for group in group_by_point(of) for arm in group])
 
 
 def outcome(of: list[Arm]) -> list[str]:
     """What came out at a point of the grid."""
-    baseline = st.baseline(of)
+    baseline = baseline_of(of)
     focus, others = spoken(of)
     sentences = [] if focus else alone(baseline)
     sentences += [
@@ -323,12 +332,12 @@ def outcome(of: list[Arm]) -> list[str]:
 
 def spoken(of: list[Arm]) -> tuple[list[Arm], list[Arm]]:
     """The arms that the summary speaks of, and those that it compares them with: GAF, the baseline and the controls where they are many."""
-    baseline = st.baseline(of)
+    baseline = baseline_of(of)
     rest = [arm for arm in of if arm is not baseline]
     focus = [arm for arm in rest if is_gaf(arm)] or rest
     others = [baseline, *(arm for arm in rest if arm not in focus)]
     if len(focus) > SHOWN:
-        focus = [gaf] if (gaf := reference(of)) in rest and gaf is not None else []
+        focus = [gaf] if (gaf := gaf_of(of)) in rest and gaf is not None else []
     if len(others) > SHOWN:
         others = [baseline, *(arm for arm in others if arm.config.get("policy") in REPLAYED)]
     return focus, others
@@ -357,7 +366,7 @@ def setting(of: list[Arm]) -> str:
         )
     if common.get("k") and common.get("b"):
         on += f", k = {common['k']} micro-batches of b = {common['b']} samples a step"
-    points, methods = st.by_point(of), {arm.method for arm in of}
+    points, methods = group_by_point(of), {arm.method for arm in of}
     what = (
         f"{count(len(methods), 'method')} at {len(points)} points"
         if len(points) > 1
@@ -371,10 +380,10 @@ def count(n: int, noun: str) -> str:
 
 
 def alone(arm: Arm) -> list[str]:
-    found = st.spread(arm, st.LAST)
+    found = st.spread_over_seeds(arm, measures.LAST)
     if found is None:
         return ["No test accuracy was recorded yet."]
-    value, deviation = spelled(found, st.LAST, 1.0)
+    value, deviation = spelled(found, measures.LAST, 1.0)
     return [f"{arm.name} has a test accuracy of {value}%{' ' + deviation if deviation else ''} at the last evaluation (n = {found.n}). "
             "There is no other arm of the same data to compare it with."]  # fmt: skip
 
@@ -383,12 +392,18 @@ def against(arm: Arm, others: list[Arm]) -> list[str]:
     """A sentence on the arm's test accuracy against the others', at the last evaluation and at the selected one."""
     found = []
     for measure, when in SPOKEN:
-        gaps = [gap for other in others if (gap := st.difference(arm, other, measure)) is not None]
+        gaps = [
+            gap
+            for other in others
+            if (gap := st.paired_difference(arm, other, measure)) is not None
+        ]
         if gaps:
             found.append(
                 f"{when}, {arm.name}'s test accuracy is {listing([f'{amount(gap)} {gap.other} {certainty(gap)}' for gap in gaps])}."
             )
-    missing = [other.name for other in others if st.difference(arm, other, st.LAST) is None]
+    missing = [
+        other.name for other in others if st.paired_difference(arm, other, measures.LAST) is None
+    ]
     if missing:
         found.append(
             f"{arm.name} cannot be compared with {listing(missing)}: there is no seed that both have finished."
@@ -413,7 +428,7 @@ def certainty(gap: Difference) -> str:
     if gap.low is None or gap.high is None:
         return f"(n = {gap.n})"
     interval = f"95% CI {signed(gap.low * 100).lstrip('+')} to {signed(gap.high * 100).lstrip('+')}, n = {gap.n}"
-    if gap.told:
+    if gap.clear:
         return f"({interval})"
     why = "too few seeds to tell a difference" if gap.n < st.ENOUGH else "no difference can be told"
     return f"({interval}: {why})"
@@ -427,11 +442,11 @@ def tally(found: list[tuple[Arm, Arm]]) -> list[str]:
     gaps = [
         gap
         for arm, baseline in compared
-        if (gap := st.difference(arm, baseline, st.LAST)) is not None
+        if (gap := st.paired_difference(arm, baseline, measures.LAST)) is not None
     ]
     above, below = (
-        sum(gap.told and gap.mean > 0 for gap in gaps),
-        sum(gap.told and gap.mean < 0 for gap in gaps),
+        sum(gap.clear and gap.mean > 0 for gap in gaps),
+        sum(gap.clear and gap.mean < 0 for gap in gaps),
     )
     names = listing(list(dict.fromkeys(baseline.kind for _, baseline in compared)))
     return [f"Of {len(compared)} arms compared with {names} in test accuracy at the last evaluation, {above} can be told to be above, "
@@ -445,14 +460,19 @@ def caveats(of: list[Arm]) -> list[str]:
         if any(gap.n == 1 for measure, _ in SPOKEN for gap in differences(of, measure))
         else []
     )
-    found += narrow([gap.n for gap in differences(of, st.LAST)])
-    left = [run for arm in of for run in arm.runs if arm.finished and run not in arm.finished]
+    found += narrow([gap.n for gap in differences(of, measures.LAST)])
+    left = [
+        run for arm in of for run in arm.runs if arm.finished_runs and run not in arm.finished_runs
+    ]
     if left:
         found.append(
             f"{count(len(left), 'unfinished run')} {'is' if len(left) == 1 else 'are'} left out of these numbers."
         )
     diverged = [
-        arm.name for arm in of for run in arm.runs if run in left and st.status(run) == "diverged"
+        arm.name
+        for arm in of
+        for run in arm.runs
+        if run in left and measures.status(run) == "diverged"
     ]
     if diverged:
         found.append(
@@ -601,17 +621,18 @@ def bars(gaps: list[Difference]) -> list[Bar]:
 
 
 def verdict(gap: Difference) -> str:
-    if gap.told:
+    if gap.clear:
         return "higher" if gap.mean > 0 else "lower"
     return "too few seeds" if gap.n < st.ENOUGH else "cannot be told"
 
 
 def compared(of: list[Arm]) -> list[dict[str, Any]]:
     """The paired differences, by measure."""
-    groups = st.by_point(of)
+    groups = group_by_point(of)
     places = list(zip(groups, at_points(groups), strict=True))
     found = [
-        {"label": measure.label, "rows": compared_at(places, measure)} for measure in st.COMPARED
+        {"label": measure.label, "rows": compared_at(places, measure)}
+        for measure in measures.COMPARED
     ]
     return [group for group in found if group["rows"]]
 
@@ -622,7 +643,7 @@ def compared_at(places: list[tuple[list[Arm], str]], measure: Measure) -> list[d
         (gap, one.method, other.method, at)
         for group, at in places
         for one, other in pairs_at(group)
-        if (gap := st.difference(one, other, measure)) is not None
+        if (gap := st.paired_difference(one, other, measure)) is not None
     ]
     scale = bars([gap for gap, *_ in found])
     return [
@@ -633,18 +654,18 @@ def compared_at(places: list[tuple[list[Arm], str]], measure: Measure) -> list[d
 
 def at_points(groups: list[list[Arm]]) -> list[str]:
     """What follows a name at each point of the grid: ", noise rate 0.4"."""
-    return [f", {name}" if name else "" for name in st.point_names(groups)]
+    return [f", {name}" if name else "" for name in point_names(groups)]
 
 
 def listed(run: Run, arm: Arm) -> dict[str, Any]:
     """A run in one row, under its arm's name."""
-    passes, last = st.last(run, "passes"), st.last(run, "test_accuracy")
+    passes, last = measures.last_value(run, "passes"), measures.last_value(run, "test_accuracy")
     return {
         "name": str(run.header.get("name") or run.folder.name),
         "arm": arm.name,
         "method": arm.method,
         "seed": run.seed,
-        "status": st.status(run),
+        "status": measures.status(run),
         "samples": f"{run.evals[-1]['samples']:,}" if run.evals else "0",
         "passes": NONE if passes is None else f"{passes:g}",
         "last": NONE if last is None else percent(last),
@@ -695,10 +716,10 @@ def blocks(
     of: list[Arm], columns: list[tuple[Measure, str]], second: float
 ) -> list[tuple[str, list[dict[str, Any]]]]:
     """The table's rows by point of the grid: the point in words, and an entry for each of its arms."""
-    groups = st.by_point(of)
+    groups = group_by_point(of)
     return [
         (where, without_dashes([row(arm, columns, second) for arm in group]))
-        for where, group in zip(st.point_names(groups), groups, strict=True)
+        for where, group in zip(point_names(groups), groups, strict=True)
     ]
 
 
@@ -720,7 +741,7 @@ def without_dashes(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def row(arm: Arm, columns: list[tuple[Measure, str]], second: float) -> dict[str, Any]:
-    cells = [spelled(st.spread(arm, measure), measure, second) for measure, _ in columns]
+    cells = [spelled(st.spread_over_seeds(arm, measure), measure, second) for measure, _ in columns]
     return {"arm": arm, "name": with_star(arm.method, arm), "cells": cells}
 
 
@@ -738,7 +759,12 @@ def explanations(of: list[Arm]) -> list[tuple[str, str]]:
 
 def averaged(of: list[Arm]) -> str:
     """What a cell of the results is, with the deviation only where there is one."""
-    sizes = {found.n for arm in of for measure in st.MEASURES if (found := st.spread(arm, measure))}
+    sizes = {
+        found.n
+        for arm in of
+        for measure in measures.MEASURES
+        if (found := st.spread_over_seeds(arm, measure))
+    }
     if max(sizes, default=1) == 1:
         return "Of finished runs."
     return (
@@ -752,7 +778,7 @@ def meanings(columns: list[tuple[Measure, str]]) -> list[tuple[str, str]]:
     """What the columns' names mean, (name, sentence)."""
     shown = [measure for measure, _ in columns if measure.name in MEANING]
     return [
-        ("selected" if measure is st.SELECTED else measure.label, MEANING[measure.name])
+        ("selected" if measure is measures.SELECTED else measure.label, MEANING[measure.name])
         for measure in shown
     ]
 
@@ -763,7 +789,7 @@ def titled(of: list[Arm], title: str | None) -> str:
     listed = (
         listing(names)
         if len(names) <= SHOWN
-        else f"{(reference(of) or of[0]).method} and {len(names) - 1} other arms"
+        else f"{(gaf_of(of) or of[0]).method} and {len(names) - 1} other arms"
     )
     return title or listed[:1].upper() + listed[1:]
 
@@ -772,7 +798,7 @@ def departures(
     of: list[Arm], differing: list[tuple[str, list[str]]]
 ) -> list[tuple[str, list[tuple[str, str]]]]:
     """For each method, (name, value) of the conditions in which it departs from the baseline of its point; by arm where points differ."""
-    bases = {id(arm): of.index(st.baseline(group)) for group in st.by_point(of) for arm in group}
+    bases = {id(arm): of.index(baseline_of(group)) for group in group_by_point(of) for arm in group}
     found = [
         [(name, values[i]) for name, values in differing if values[i] != values[bases[id(arm)]]]
         for i, arm in enumerate(of)
@@ -859,7 +885,7 @@ def write(runs: list[Run], out: Path, title: str | None = None, tell: Tell = sil
         files=sheets.write(*sheet(columns, blocked), out / "report"),
         averaged=averaged(of),
         meanings=meanings(columns),
-        starred=any(not arm.finished for arm in of),
+        starred=any(not arm.finished_runs for arm in of),
         compared=compared(of),
         charts=charts(runs, figures.write(runs, out, tell), tell),
         palette=figures.palette(methods),

@@ -16,7 +16,9 @@ from gaf_lab.paper import page as paper_page
 from gaf_lab.paper import plane, sheet
 from gaf_lab.paper.items import HUMAN, Item
 from gaf_lab.records.run import Run
+from gaf_lab.report import measures
 from gaf_lab.report import statistics as st
+from gaf_lab.report.arms import group_by_arm
 from gaf_lab.report.figures import CROWD, KNOWN, STEPS
 from helpers.reports import Page, share_of
 
@@ -148,7 +150,7 @@ def test_micro_batch_sizes_stand_by_their_logarithm_and_thresholds_one_after_the
 
 
 def test_means_seeds_and_the_papers_values():
-    last = {one.arm: one for one in pf.series(NOISE, noisy(), "test_accuracy", st.LAST)}
+    last = {one.arm: one for one in pf.series(NOISE, noisy(), "test_accuracy", measures.LAST)}
     gaf = last["GAF"]
     assert [(x, round(mean, 6), n) for x, mean, _, n in gaf.mean] == [
         (0.0, 83.0, 2),
@@ -166,8 +168,13 @@ def test_means_seeds_and_the_papers_values():
 
 
 def test_last_and_selected_are_panels_of_their_own():
-    assert [measure for _, measure in pf.rows_of(NOISE, noisy())] == [st.LAST, st.SELECTED]
-    selected = {one.arm: one for one in pf.series(NOISE, noisy(), "test_accuracy", st.SELECTED)}
+    assert [measure for _, measure in pf.rows_of(NOISE, noisy())] == [
+        measures.LAST,
+        measures.SELECTED,
+    ]
+    selected = {
+        one.arm: one for one in pf.series(NOISE, noisy(), "test_accuracy", measures.SELECTED)
+    }
     # ten points above each run's first level
     assert [round(mean, 6) for _, mean, *_ in selected["GAF"].mean] == [92, 80]
 
@@ -175,7 +182,7 @@ def test_last_and_selected_are_panels_of_their_own():
 def test_distances_are_means_over_the_run_lowest_and_last():
     for measure, value in zip(pf.DISTANCES, (0.9375, 0.9, 0.95), strict=True):
         arm = next(arm for x, (arm,) in pf.grouped(SIZE, by_size()).items() if x == 100)
-        spread = st.spread(arm, measure)
+        spread = st.spread_over_seeds(arm, measure)
         assert spread is not None
         assert spread.mean == pytest.approx(
             value if measure.name != "distance" else (0.9 + 0.95) / 2
@@ -186,7 +193,7 @@ def test_distances_are_means_over_the_run_lowest_and_last():
 
 
 def test_differences_are_paired_at_each_place():
-    found = {(x, gap.other): gap for x, gap in pf.differences(NOISE, noisy(), st.LAST)}
+    found = {(x, gap.other): gap for x, gap in pf.differences(NOISE, noisy(), measures.LAST)}
     assert {key: round(gap.mean, 6) for key, gap in found.items()} == {
         (0.0, "averaging"): 0.02, (0.4, "averaging"): 0.2, (0.4, "random subset"): 0.1,
     }  # fmt: skip
@@ -195,17 +202,19 @@ def test_differences_are_paired_at_each_place():
 
 
 def test_averaging_has_no_tau_and_is_compared_at_all_and_drawn_all_along():
-    found = pf.differences(TAU, along_tau(), st.LAST)
+    found = pf.differences(TAU, along_tau(), measures.LAST)
     assert [(x, gap.arm, gap.other, round(gap.mean, 6)) for x, gap in found] == [
         (tau, "GAF", "averaging", round(tau / 10, 6)) for tau in (0.8, 0.9, 1.0)
     ]
     assert [
-        one.arm for one in pf.series(TAU, along_tau(), "test_accuracy", st.LAST) if one.everywhere
+        one.arm
+        for one in pf.series(TAU, along_tau(), "test_accuracy", measures.LAST)
+        if one.everywhere
     ] == ["averaging"]
 
 
 def test_variants_are_compared_with_gaf_and_gaf_with_the_others():
-    of = st.arms(
+    of = group_by_arm(
         [
             run(arm, policy="gaf" if "GAF" in arm else "mean")
             for arm in ("mixup", "GAF, halving", "GAF", "averaging")
@@ -434,7 +443,7 @@ def test_what_nobody_recorded_has_no_panel_no_column_and_no_picture(tmp_path):
     runs = noisy()
     for each in runs:
         each.evals[:] = [line | {"heldout_accuracy": None} for line in each.evals]
-    assert [measure for _, measure in pf.rows_of(NOISE, runs)] == [st.LAST]
+    assert [measure for _, measure in pf.rows_of(NOISE, runs)] == [measures.LAST]
     assert len(pf.static(NOISE, runs).axes) == 1
     part = paper_page.section(NOISE, runs, NOTES, tmp_path)
     assert part["columns"] == ["test accuracy, last (%)", "paper (%)", "n"]

@@ -8,7 +8,9 @@ import pytest
 from gaf_lab.records import packs
 from gaf_lab.records import run as records
 from gaf_lab.records.find import find_runs
+from gaf_lab.report import measures
 from gaf_lab.report import statistics as st
+from gaf_lab.report.arms import group_by_arm
 
 DEMO = Path(__file__).parents[3] / "results" / "demo"
 
@@ -23,9 +25,9 @@ def test_headers_ends_and_statistics_survive(runs, tmp_path):
     again = packs.read(tmp_path / "p.jsonl")
     assert [run.header for run in again] == [run.header for run in runs]
     assert [run.end for run in again] == [run.end for run in runs]
-    for arm, same in zip(st.arms(runs), st.arms(again), strict=True):
-        for measure in st.MEASURES:
-            one, other = st.spread(arm, measure), st.spread(same, measure)
+    for arm, same in zip(group_by_arm(runs), group_by_arm(again), strict=True):
+        for measure in measures.MEASURES:
+            one, other = st.spread_over_seeds(arm, measure), st.spread_over_seeds(same, measure)
             assert one is not None
             assert other is not None
             assert other.mean == pytest.approx(one.mean, rel=1e-5)  # five digits

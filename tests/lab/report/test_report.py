@@ -20,8 +20,9 @@ from gaf_lab.paper import items as paper
 from gaf_lab.records import run as records
 from gaf_lab.records.find import find_runs
 from gaf_lab.records.run import Run
-from gaf_lab.report import figures, statistics
+from gaf_lab.report import figures, measures, statistics
 from gaf_lab.report import page as report
+from gaf_lab.report.arms import Arm, group_by_arm
 from gaf_lab.training.run import Interval
 from helpers.reports import POLICIES, Page, head, nine, share_of, simulate
 
@@ -134,7 +135,7 @@ def test_the_same_runs_give_the_same_page(runs, out, nine_page, tmp_path):
 
 def test_the_title(runs, nine_page, tmp_path):
     assert "<h1>Nine runs</h1>" in nine_page.source
-    assert report.titled(statistics.arms(runs), None) == "Averaging, GAF and random subset"
+    assert report.titled(group_by_arm(runs), None) == "Averaging, GAF and random subset"
 
 
 @pytest.mark.parametrize("name", NASTY)
@@ -162,9 +163,7 @@ def test_hover_labels_show_names_as_they_are(runs, tmp_path):
 
 def test_the_summary_says_how_far_and_how_sure(tmp_path):
     text = report.summary(
-        statistics.arms(
-            flat_runs(tmp_path, {"averaging": [0.6, 0.6, 0.7], "GAF": [0.8, 0.81, 0.92]})
-        )
+        group_by_arm(flat_runs(tmp_path, {"averaging": [0.6, 0.6, 0.7], "GAF": [0.8, 0.81, 0.92]}))
     )
     assert (
         "GAF's test accuracy is 21.0 points above averaging (95%\xa0CI 20.0 to 22.0, n\xa0=\xa03)"
@@ -175,9 +174,7 @@ def test_the_summary_says_how_far_and_how_sure(tmp_path):
 
 def test_the_summary_says_where_no_difference_can_be_told(tmp_path):
     text = report.summary(
-        statistics.arms(
-            flat_runs(tmp_path, {"averaging": [0.6, 0.6, 0.7], "GAF": [0.61, 0.61, 0.6]})
-        )
+        group_by_arm(flat_runs(tmp_path, {"averaging": [0.6, 0.6, 0.7], "GAF": [0.61, 0.61, 0.6]}))
     )
     assert (
         "2.7 points below averaging (95%\xa0CI \N{MINUS SIGN}10.0 to 1.0, n\xa0=\xa03: no difference can be told)"
@@ -191,7 +188,7 @@ def test_the_summary_says_where_no_difference_can_be_told(tmp_path):
 )
 def test_the_summary_claims_nothing_from_one_or_two_seeds(seeds, words, tmp_path):
     text = report.summary(
-        statistics.arms(flat_runs(tmp_path, {"averaging": [0.6] * seeds, "GAF": [0.9] * seeds}))
+        group_by_arm(flat_runs(tmp_path, {"averaging": [0.6] * seeds, "GAF": [0.9] * seeds}))
     )
     assert words in text
 
@@ -224,7 +221,7 @@ def test_the_page_explains_its_columns(nine_page, tmp_path):
 
 def test_the_summary_compares_gaf_with_its_controls(tmp_path):
     text = report.summary(
-        statistics.arms(
+        group_by_arm(
             flat_runs(
                 tmp_path, {"averaging": [0.6] * 6, "GAF": [0.8] * 6, "random subset": [0.75] * 6}
             )
@@ -243,7 +240,7 @@ def test_one_arm_is_compared_with_nothing(tmp_path):
 
 def test_seeds_that_never_meet_are_said_to_be_incomparable(tmp_path):
     runs = [simulate(tmp_path / "a", "averaging", 0), simulate(tmp_path / "b", "GAF", 1)]
-    assert "GAF cannot be compared with averaging" in report.summary(statistics.arms(runs))
+    assert "GAF cannot be compared with averaging" in report.summary(group_by_arm(runs))
 
 
 def test_unfinished_runs_are_named_and_left_out(runs, tmp_path):
@@ -259,7 +256,7 @@ def test_unfinished_runs_are_named_and_left_out(runs, tmp_path):
         for word in ("interrupted", "diverged", "unfinished", "flatters averaging")
     )
     before, after = (
-        statistics.spread(statistics.arms(group)[1], statistics.LAST)
+        statistics.spread_over_seeds(group_by_arm(group)[1], measures.LAST)
         for group in (runs, [*runs, *more])
     )
     assert before == after
@@ -291,7 +288,7 @@ def test_runs_without_values_still_make_a_page(passes, tmp_path):
 
 
 def test_conditions_stand_once_where_common_and_by_arm_where_not(runs):
-    common, differing = report.conditions(statistics.arms(runs))
+    common, differing = report.conditions(group_by_arm(runs))
     assert ("noise rate", "0.4") in common
     assert ("torch", "2.13.0") in common
     assert differing == [("policy", ["mean", "gaf", "random-subset"])]
@@ -299,7 +296,7 @@ def test_conditions_stand_once_where_common_and_by_arm_where_not(runs):
 
 def test_a_condition_that_varies_within_an_arm_shows_all_its_values(runs):
     other = Run(Path(), runs[0].header | {"commit": "0a1b2c3d"}, runs[0].evals, runs[0].end)
-    _, differing = report.conditions(statistics.arms([*runs, other]))
+    _, differing = report.conditions(group_by_arm([*runs, other]))
     assert ("commit", ["b3bf7001 / 0a1b2c3d", "b3bf7001", "b3bf7001"]) in differing
 
 
@@ -360,14 +357,14 @@ def test_the_distance_of_pairs_is_that_of_all_rows_in_every_arm_and_that_to_the_
 )
 def test_older_records_tell_the_distance_of_pairs_by_the_noise_scale(line, value, tmp_path):
     run = Run(tmp_path, head("x", "GAF", 0), [line], None)
-    assert statistics.value_in(run, line, statistics.PAIRS) == value
+    assert measures.value_in(run, line, measures.PAIR_DISTANCE) == value
 
 
 def test_the_caption_says_what_each_distance_is_to_and_which_records_are_older(runs):
     (chart,) = [chart for chart in figures.CHARTS if chart.name == "distance"]
     assert "under averaging that is the sum of all earlier" in figures.caption(chart, runs)
     newer = [
-        Run(r.folder, r.header, [line | {statistics.PAIRS: 0.9} for line in r.evals], r.end)
+        Run(r.folder, r.header, [line | {measures.PAIR_DISTANCE: 0.9} for line in r.evals], r.end)
         for r in runs[1:]
     ]
     assert "records" not in figures.caption(chart, newer)
@@ -396,7 +393,7 @@ def across(folder: Path, field: str, values: tuple[float, ...]) -> list[Run]:
 
 
 def test_at_several_taus_each_is_compared_with_averaging_and_with_its_own_control(tmp_path):
-    of = statistics.arms(across(tmp_path, "tau", (0.5, 0.9)))
+    of = group_by_arm(across(tmp_path, "tau", (0.5, 0.9)))
     assert {(one.name, other.name) for one, other in report.pairs(of)} == {
         ("GAF, tau 0.5", "averaging"), ("GAF, tau 0.9", "averaging"), ("random subset, tau 0.5", "averaging"),
         ("random subset, tau 0.9", "averaging"), ("GAF, tau 0.9", "GAF, tau 0.5"), ("GAF, tau 0.5", "random subset, tau 0.5"),
@@ -405,7 +402,7 @@ def test_at_several_taus_each_is_compared_with_averaging_and_with_its_own_contro
     text = report.summary(of)
     assert "GAF, tau 0.9's test accuracy is 20.0 points above averaging" in text
     assert text.count("random subset, tau 0.9") == text.count("random subset, tau 0.5") == 1
-    without = statistics.arms(
+    without = group_by_arm(
         run for run in across(tmp_path, "tau", (0.5, 0.9)) if run.arm != "averaging"
     )
     assert ("random subset, tau 0.9", "GAF, tau 0.5") not in [
@@ -414,7 +411,7 @@ def test_at_several_taus_each_is_compared_with_averaging_and_with_its_own_contro
 
 
 def test_across_noise_levels_only_arms_of_one_level_are_compared(tmp_path):
-    of = statistics.arms(across(tmp_path, "noise_rate", (0.2, 0.4)))
+    of = group_by_arm(across(tmp_path, "noise_rate", (0.2, 0.4)))
     found = [
         (one.name.partition(", ")[2], other.name.partition(", ")[2])
         for one, other in report.pairs(of)
@@ -430,7 +427,7 @@ def test_across_noise_levels_only_arms_of_one_level_are_compared(tmp_path):
 
 
 def test_the_summary_of_many_points_counts(tmp_path):
-    text = report.summary(statistics.arms(across(tmp_path, "noise_rate", (0.1, 0.2, 0.3, 0.4))))
+    text = report.summary(group_by_arm(across(tmp_path, "noise_rate", (0.1, 0.2, 0.3, 0.4))))
     assert (
         "Of 8 arms compared with averaging in test accuracy at the last evaluation, 8 can be told to be above"
         in text
@@ -441,7 +438,7 @@ def test_the_page_of_a_grid_names_each_run_by_its_arm(tmp_path):
     runs = across(tmp_path, "tau", (0.5, 0.9))
     found = page(runs, tmp_path)
     arms = [attrs["data-arm"] for tag, attrs in found.elements if "data-arm" in attrs]
-    assert arms == [arm.name for arm in statistics.arms(runs)]
+    assert arms == [arm.name for arm in group_by_arm(runs)]
     assert "GAF, tau 0.9 0 finished" in found.text
 
 
@@ -542,8 +539,8 @@ def test_the_table_is_there_for_other_programs(runs, out, nine_page):
     assert links == ["report.csv", "report.tex"]
     rows = list(csv.DictReader((out / "report.csv").read_text().splitlines()))
     assert [row["arm"] for row in rows] == list(POLICIES)
-    for row, arm in zip(rows, statistics.arms(runs), strict=True):
-        spread = statistics.spread(arm, statistics.LAST)
+    for row, arm in zip(rows, group_by_arm(runs), strict=True):
+        spread = statistics.spread_over_seeds(arm, measures.LAST)
         assert float(row["test accuracy, last (%)"]) == round(100 * spread.mean, 1)
         assert float(row["test accuracy, last (%), deviation"]) == round(100 * spread.deviation, 1)
         assert row["seeds"] == "3"
@@ -576,7 +573,7 @@ def test_every_figure_shows_every_arm(out):
 
 
 def test_pages_and_pictures_show_the_same_numbers(runs):
-    gaf = next(arm for arm in statistics.arms(runs) if arm.name == "GAF")
+    gaf = next(arm for arm in group_by_arm(runs) if arm.name == "GAF")
     curve = statistics.curve(gaf, "test_accuracy")
     (bold,) = [
         trace
@@ -609,7 +606,7 @@ def test_tau_is_drawn_for_gaf_alone(tau, lines, tmp_path):
     for run in runs:
         run.header["config"]["tau"] = tau
     assert len(figures.interactive(runs, figures.CHARTS[1]).layout.shapes) == lines
-    assert figures.thresholds(statistics.arms(runs[:1])) == {}
+    assert figures.thresholds(group_by_arm(runs[:1])) == {}
 
 
 def test_an_arm_keeps_its_colour_whatever_it_is_shown_with():
@@ -703,7 +700,7 @@ def crowd(tmp_path_factory) -> list[Run]:
 
 
 def test_many_arms_are_compared_in_a_number_of_pairs_that_grows_as_they_do(crowd):
-    of = statistics.arms(crowd)
+    of = group_by_arm(crowd)
     names = [(one.name, other.name) for one, other in report.pairs(of)]
     # with averaging; with GAF; one with its namesake
     assert len(names) == len(set(names)) == 2 * len(of) - 3 + 1
@@ -741,7 +738,7 @@ def test_names_of_many_arms_do_not_touch(crowd):
 
 
 def test_the_summary_of_many_arms_speaks_of_gaf_and_its_controls_and_counts_the_rest(crowd):
-    text = report.summary(statistics.arms(crowd))
+    text = report.summary(group_by_arm(crowd))
     assert "random subset" in text
     assert "SAM" not in text
     assert f"Of {len(figures.KNOWN) - 1} arms compared with averaging" in text
@@ -750,7 +747,7 @@ def test_the_summary_of_many_arms_speaks_of_gaf_and_its_controls_and_counts_the_
 def test_the_page_of_many_arms_says_in_what_each_departs_from_averaging(crowd, tmp_path):
     found = page(crowd, tmp_path)
     assert "What differs from averaging" in found.text
-    assert found.tags.count("details") == len(statistics.COMPARED)
+    assert found.tags.count("details") == len(measures.COMPARED)
     assert [attrs["data-arm"] for tag, attrs in found.elements if "data-arm" in attrs] == list(
         figures.KNOWN
     )
@@ -824,7 +821,7 @@ def test_every_arm_of_the_lab_is_described_as_what_it_is(tmp_path):
     texts = {}
     for config in paper.every_arm(paper.FASHION):
         run = records.Run(tmp_path, {"arm": config.arm, "config": config.plain()}, [], None)
-        texts[config.arm] = report.described(statistics.Arm(config.arm, [run]))
+        texts[config.arm] = report.described(Arm(config.arm, [run]))
     assert "policy" not in " ".join(texts.values())
     sizes = {
         "GAF, k = 2",
