@@ -1,8 +1,9 @@
-"""Every annotated shape in `gaf` is checked at every call while the tests run."""
+"""Every annotated shape in `gaf` is checked at every call while the library's tests run."""
 
 import jaxtyping
 
-# Before the first import of gaf: gaf.shapes looks for jaxtyping in sys.modules, and the hook sees only what is imported later.
+# Before the first import of gaf: gaf.shapes looks for jaxtyping in sys.modules, and the hook sees
+# only what is imported later.
 jaxtyping.install_import_hook("gaf", "typechecker.check")
 
 from collections.abc import Iterator  # noqa: E402
@@ -10,6 +11,8 @@ from collections.abc import Iterator  # noqa: E402
 import hypothesis  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
+
+from typechecker import without_type_checks  # noqa: E402
 
 torch.set_num_threads(1)
 hypothesis.settings.register_profile(
@@ -31,7 +34,10 @@ LONG = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Long files first, so that two workers end at about the same time. (xdist's own order is by the number of tests.)"""
+    """Long files first, so that two workers end at about the same time.
+
+    The order that xdist makes goes by the number of tests.
+    """
     items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
 
 
@@ -42,8 +48,5 @@ def _same_random_numbers() -> None:
 
 @pytest.fixture
 def unchecked() -> Iterator[None]:
-    """Without the type checks, as for users: an argument of the wrong type reaches gaf's own message."""
-    before = jaxtyping.config.jaxtyping_disable
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", before)
+    """Without the type checks, as for users: a wrong type reaches the message of gaf itself."""
+    yield from without_type_checks()

@@ -1,4 +1,4 @@
-"""The rooms keep their order: who may import whom, how long a file may be, and one meaning to a name."""
+"""The rooms keep their order: who imports whom, how long a file is, one meaning to a name."""
 
 import ast
 from collections.abc import Iterator

@@ -1,13 +1,20 @@
-"""The real CIFAR-100, where it is at hand."""
+"""The real CIFAR-100, where it is at hand; no type checks at every call: whole runs train here."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from gaf_lab.data import sources
+from typechecker import without_type_checks
 
 HUMAN = sources.HUMAN_LABELS.file
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _fast() -> Iterator[None]:
+    yield from without_type_checks()
 
 
 @pytest.fixture(scope="session")
