@@ -20,8 +20,9 @@ from gaf.ranks.handle import Handle
 from gaf.record.audit import Excess
 from gaf.record.telemetry import Outcome, Telemetry, packed
 from gaf.rules import agreement
+from gaf.rules.blas import gram_by_blas, products_by_blas
 from gaf.rules.decision import Evidence
-from gaf.rules.gram import gram_by_blas, gram_of, inner_products, products_by_blas
+from gaf.rules.gram import gram_of, inner_products
 
 ROWS = torch.randn(6, 20, generator=torch.Generator().manual_seed(0)) + 0.5
 ROWS[3] = math.nan

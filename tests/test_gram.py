@@ -9,7 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import gaf
-from gaf.rules.gram import CHUNK, gram_by_blas, gram_of, inner_products
+from gaf.rules.blas import gram_by_blas
+from gaf.rules.gram import gram_of, inner_products
+from gaf.rules.slices import CHUNK
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 MILLIONS = 10_000_000

@@ -31,7 +31,6 @@ LONGER = {  # may only shrink
     "gaf/ranks/fsdp.py": 218,
     "gaf/ranks/handle.py": 514,
     "gaf/record/telemetry.py": 289,
-    "gaf/rules/gram.py": 283,
     "gaf/rules/policies.py": 356,
     "gaf/rules/thresholds.py": 364,
     "gaf_lab/bench/accumulate.py": 230,

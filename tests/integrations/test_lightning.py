@@ -680,7 +680,7 @@ class Again(GAFCallback):
 @pytest.mark.parametrize("make", [GAFCallback, GAFDDPStrategy])
 @pytest.mark.parametrize(("given", "options", "message"), [
     (0.97, {}, r"policy must be a callable .* got 0.97. Use gaf.GAF\(tau=0.97\)"),
-    (gaf.GAF, {}, r"policy must be a callable .* got <class 'gaf.policies.GAF'>"),
+    (gaf.GAF, {}, r"policy must be a callable .* got <class 'gaf\..*GAF'>"),
     (gaf.GAF(), {"b": 0}, r"b must be a number of samples per row, above 0; got 0."),
     (gaf.GAF(), {"b": "20"}, r"b must be a number of samples per row, above 0; got '20'."),
 ])  # fmt: skip

@@ -5,7 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gaf.rules.gram import HALF, has_float64, inner_products, products_by_blas
+from gaf.rules.blas import products_by_blas
+from gaf.rules.gram import inner_products
+from gaf.rules.slices import half_to_float32, has_float64
 from gaf.shapes import Bool, Float64
 
 Buffers = list[Tensor | None]  # one per parameter
@@ -106,14 +108,6 @@ class SumOnCpu:
         ]
         self.candidate = [None] * len(self.voters)
         self.inner = self.own = 0.0
-
-
-def half_to_float32(grad: Tensor) -> Tensor:
-    """Half precision is added up in float32.
-
-    Sums of float16 leave its range even if their mean does not, and bfloat16's lose rows.
-    """
-    return grad.float() if grad.dtype in HALF else grad
 
 
 def alike(a: Tensor, b: Tensor) -> bool:

@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
 from gaf.measure.untouched import untouched
-from gaf.rules.gram import gram_by_blas, no_autocast
+from gaf.rules.blas import gram_by_blas, no_autocast
 from gaf.shapes import Float64
 
 FSDP1 = "FullyShardedDataParallel"  # by name, for importing it takes a second

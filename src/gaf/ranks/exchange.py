@@ -28,8 +28,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gaf.ranks.messages import TAG, all_gather, all_to_all
+from gaf.rules.blas import gram_by_blas
 from gaf.rules.combine import combine_into, sum_dtype
-from gaf.rules.gram import gram_by_blas
 from gaf.shapes import Float64
 
 # coordinates below which a piece is joined with others: a message costs more than a copy

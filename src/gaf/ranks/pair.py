@@ -7,7 +7,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gaf.ranks.exchange import Exchange, Parcel, Pieces, no_pieces
-from gaf.rules.gram import CHUNK, inner_products, products_by_blas
+from gaf.rules.blas import products_by_blas
+from gaf.rules.gram import inner_products
+from gaf.rules.slices import CHUNK
 from gaf.shapes import Float64
 
 

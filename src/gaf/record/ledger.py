@@ -1,4 +1,4 @@
-"""What came of the steps: the one record that every owner of steps keeps, on one device and across ranks."""
+"""What came of the steps: the record that an Accumulator, a Handle and their like keep."""
 
 import copy
 from typing import Any
@@ -50,7 +50,7 @@ class Ledger:
         self.last, self.outcome = as_skip(self.last), self.outcome.skipped()
 
     def gate(self, scheduler: LRScheduler) -> LRScheduler:
-        """Makes a scheduler skip its step after a step that was not taken; see `gaf.Accumulator`."""
+        """Makes a scheduler stand still on a skip; see `gaf.Accumulator.gate`."""
         return gate(scheduler, lambda: self.progress)
 
     def stats(self, b: float = 1) -> dict[str, Any]:

@@ -1,17 +1,18 @@
 """What a policy is: a callable from K to a Decision, and what it may have beside.
 
-Everything that a policy may have beside its call is optional, so that a plain function is a policy. Nothing
-else in the package looks for these attributes: it calls the functions below.
+All that a policy may have beside its call is optional, so a plain function is a policy. The
+functions at the right read these attributes:
 
-    scope            "all", "group" or "layer": what one decision is about         scope_of
-    min_accepted     rows without which it never steps                             min_accepted_of
-    max_norm_ratio   rows longer than this many times the median count as absent   max_norm_ratio_of
-    tau              its threshold, a number or an object that adapts              tau_given
-    planned          (step, k) -> the k weights of a step, known before its rows   is_planned
-    state_dict       () -> what it has learned                                     learned_state
-    load_state_dict  takes that back                                               load_learned_state
+    scope            "all", "group" or "layer": what one decision covers        scope_of
+    min_accepted     the policy never steps on fewer accepted rows              min_accepted_of
+    max_norm_ratio   a row of more than this many median norms is absent        max_norm_ratio_of
+    tau              its threshold, a number or an object that adapts           tau_given
+    planned          (step, k) -> the k weights of a step, whatever its rows    is_planned
+    state_dict       () -> what it has learned                                  learned_state
+    load_state_dict  takes back what state_dict gave                            load_learned_state
 
-`Sequential` policies have more (`visit`, `conclude`, `streams`): rows may be added up as they come.
+A `Sequential` policy also gives a rule for rows one by one, so that they can be added up as they
+arrive: see `gaf.rules.sequential`.
 """
 
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""What every engine does with a policy: ask it about K, keep the evidence, and take an overflow for a skip."""
+"""What every engine does with a policy: decide from K, keep the evidence, notice overflows."""
 
 import math
 from collections.abc import Iterable, Sequence

@@ -1,0 +1,91 @@
+"""Cuts rows into slices: the same coordinates of every row, few enough at a time to add up exactly.
+
+A row is a tensor, or a list with a tensor for each parameter. Every slice is k vectors (c,) whose
+coordinates stand in the same order. Long tensors are split, and short ones joined to save calls.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+# coordinates in a slice on a CPU: few enough for float32's digits, and k rows of them stay in cache
+CHUNK = 2**14
+DEVICE_CHUNK = 2**22  # an accelerator does few large products faster than many small ones
+SHORT = 2**12  # vectors below this are joined first
+
+HALF = (torch.float16, torch.bfloat16)
+
+Row = Sequence[Tensor | None]  # one micro-gradient, a tensor per parameter; None counts as zeros
+Vectors = Sequence[Tensor]  # the same coordinates of all k rows, each (c,)
+
+
+def slices_of(rows: Sequence[Row]) -> Iterator[Vectors]:
+    """The rows slice by slice; long vectors as they lie in memory, short ones joined."""
+    waiting: list[Vectors] = []
+    for piece in pieces_of(rows):
+        if piece[0].numel() >= SHORT:
+            yield piece
+            continue
+        if waiting and not fits(piece, waiting):
+            yield join(waiting)
+            waiting = []
+        waiting.append(piece)
+    if waiting:
+        yield join(waiting)
+
+
+def fits(piece: Vectors, waiting: list[Vectors]) -> bool:
+    """Whether a short piece may be joined to those that wait: same device, still short."""
+    same_device = waiting[0][0].device == piece[0].device
+    return same_device and sum(vectors[0].numel() for vectors in waiting) < SHORT
+
+
+def join(pieces: list[Vectors]) -> Vectors:
+    return [torch.cat(vectors) for vectors in zip(*pieces, strict=True)]
+
+
+def pieces_of(rows: Sequence[Row]) -> Iterator[Vectors]:
+    """The rows parameter by parameter, in pieces of at most a chunk."""
+    for column in zip(*rows, strict=True):
+        some = next((t for t in column if t is not None), None)
+        if some is not None and some.numel():
+            vectors = flatten([torch.zeros_like(some) if t is None else t for t in column])
+            yield from split(vectors, chunk_on(some.device))
+
+
+def chunk_on(device: torch.device) -> int:
+    return CHUNK if device.type == "cpu" else DEVICE_CHUNK
+
+
+def split(vectors: Vectors, chunk: int) -> Iterable[Vectors]:
+    """The vectors, cut alike into pieces of at most `chunk` coordinates."""
+    if vectors[0].numel() <= chunk:
+        return (vectors,)
+    return zip(*(v.split(chunk) for v in vectors), strict=True)
+
+
+def flatten(tensors: list[Tensor]) -> Vectors:
+    """Vectors of the same coordinates in the same order; views if the tensors lie alike in memory."""
+    first = tensors[0]
+    if first.ndim == 1 and all(t.stride() == (1,) for t in tensors):
+        return tensors
+    if all(t.is_contiguous() for t in tensors):
+        return [t.view(-1) for t in tensors]
+    if all(t.stride() == first.stride() for t in tensors):
+        # channels_last becomes contiguous
+        order = sorted(range(first.ndim), key=first.stride, reverse=True)
+        tensors = [t.permute(order) for t in tensors]
+    return [t.reshape(-1) for t in tensors]
+
+
+def has_float64(device: torch.device) -> bool:
+    return device.type != "mps"
+
+
+def half_to_float32(tensor: Tensor) -> Tensor:
+    """Half precision is added up in float32.
+
+    Sums of float16 leave its range even if their mean does not, and bfloat16's lose rows.
+    """
+    return tensor.float() if tensor.dtype in HALF else tensor
