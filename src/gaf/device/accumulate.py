@@ -38,7 +38,7 @@ class Accumulator:
     """Gradient accumulation that filters: k micro-gradients, one decision, a step or none.
 
         acc = gaf.Accumulator(optimizer, gaf.GAF(tau=0.97))
-        for x, y in micro_batches:                # k of them; a loss is the mean over its micro-batch
+        for x, y in micro_batches:                # k of them; each loss is a micro-batch's mean
             acc.backward(loss_fn(model(x), y))
         decision = acc.step()
 

@@ -63,7 +63,7 @@ class Backward:
 
 
 def check_reentrant(loss: Tensor) -> None:
-    """A backward pass that names its inputs skips reentrant checkpoints: gradients would be lost."""
+    """Refuses reentrant checkpoints: a backward pass that names its inputs skips them silently."""
     if goes_through(loss, "CheckpointFunctionBackward"):
         raise RuntimeError(
             "Accumulator: activation checkpoints must not be reentrant; the loss went through one "

@@ -1,4 +1,4 @@
-"""Lets BatchNorm's running statistics move only for the micro-batches that a decision accepts."""
+"""Moves BatchNorm's running statistics only for the micro-batches that a decision accepts."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,20 +10,31 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
 from gaf.device.graph import goes_through
-
-State = list[Tensor]  # mean, variance, number of forward passes
+from gaf.device.running_statistics import (
+    State,
+    batch_norms,
+    buffers,
+    replay,
+    state_of,
+    versions,
+    write_state,
+)
 
 
 class BatchNormStatistics:
-    """Holds the running statistics still while a macro-batch is collected, then replays what was accepted.
+    """Holds running statistics still during a macro-batch, then replays the accepted moves.
 
-    A forward pass in training mode moves r to (1 - m) r + m x. Each micro-batch's move is noted and taken back; the
-    moves of the accepted ones are made again, in order. Training itself does not see the difference, since in
-    training mode BatchNorm normalises by the statistics of the batch.
+    A forward pass in training mode moves r to (1 - m) r + m x. Each micro-batch's move is noted and
+    taken back; the moves of the accepted ones are made again, in order. Training itself does not
+    see the difference, since in training mode BatchNorm normalises by the statistics of the batch.
+
+    Args:
+        model: whose layers; None for no layers, and then every method does nothing.
     """
 
     def __init__(self, model: nn.Module | None) -> None:
-        self.layers = [] if model is None else [Layer(norm) for norm in batch_norms(model)]
+        norms = [] if model is None else batch_norms(model)
+        self.layers = [Layer(norm) for norm in norms]
 
     def begin(self) -> None:
         """Starts a macro-batch from the statistics as they are."""
@@ -31,43 +42,45 @@ class BatchNormStatistics:
             layer.begin()
 
     def check(self, loss: Tensor) -> None:
-        """Before a micro-batch's backward pass.
+        """Called before a micro-batch's backward pass.
 
         Raises:
-            RuntimeError: where the forward passes since the one before are not this loss's. The statistics are put back.
+            RuntimeError: where the last forward passes are not this loss's. The statistics are put
+                back.
         """
         if not self.layers:
             return
-        latest = max((layer.latest for layer in self.layers), default=-1)
-        later = loss.grad_fn is not None and loss.grad_fn._sequence_nr() < latest
-        if later or (self._stands_still() and goes_through(loss, "BatchNorm", "Compiled")):
-            self.settle([])
-            seen = (
-                "came after this loss's own" if later else "was the micro-batch's before this one"
-            )
-            raise RuntimeError("Accumulator: bn='accepted' needs each micro-batch's forward pass and its acc.backward(loss) to follow each "
-                               f"other, to know whose statistics are whose; the last forward pass in training mode {seen}. "
-                               "Call acc.backward(loss) right after each forward pass, add up the losses of one, run other passes in "
-                               "evaluation mode; or use bn='all'.")  # fmt: skip
+        latest = max(layer.latest for layer in self.layers)
+        if loss.grad_fn is not None and loss.grad_fn._sequence_nr() < latest:
+            self._refuse("came after this loss's own")
+        if self._stands_still() and goes_through(loss, "BatchNorm", "Compiled"):
+            self._refuse("was the micro-batch's before this one")
+
+    def _refuse(self, what: str) -> None:
+        self.settle([])
+        raise RuntimeError(
+            "Accumulator: bn='accepted' needs each micro-batch's forward pass and its "
+            "acc.backward(loss) to follow each other, to know whose statistics are whose; the last "
+            f"forward pass in training mode {what}. Call acc.backward(loss) right after each "
+            "forward pass, add up the losses of one, run other passes in evaluation mode; or use "
+            "bn='all'."
+        )
 
     def _stands_still(self) -> bool:
-        """Whether no layer has run for this micro-batch, although they train and did run for an earlier one."""
+        """Whether no layer ran for this micro-batch, although layers train and ran before."""
         began = any(move is not None for layer in self.layers for move in layer.moves)
-        return (
-            began
-            and not any(layer.moved for layer in self.layers)
-            and any(layer.norm.training for layer in self.layers)
-        )
+        moved = any(layer.moved for layer in self.layers)
+        return began and not moved and any(layer.norm.training for layer in self.layers)
 
     @torch.no_grad()
     def note(self) -> None:
-        """After a micro-batch: keep its statistics and put those of the macro-batch's start back."""
+        """Keeps a micro-batch's statistics, and puts back those of the macro-batch's start."""
         for layer in self.layers:
             layer.note()
 
     @torch.no_grad()
     def settle(self, accepted: Sequence[bool]) -> None:
-        """Put the start back and replay the accepted micro-batches."""
+        """Puts the start back and replays the accepted micro-batches."""
         for layer in self.layers:
             layer.settle(accepted)
 
@@ -75,8 +88,9 @@ class BatchNormStatistics:
 class Layer:
     """One layer's statistics: where the macro-batch starts from, and each micro-batch's move.
 
-    Statistics that somebody else writes (a checkpoint, a reset) are a new start. That is looked for before each forward pass; a
-    compiled model calls no hooks in it, so that there only `load_state_dict` is seen.
+    Statistics that other code writes (a checkpoint, a reset) are a new start. They are noticed
+    before each forward pass. A compiled model calls no hooks in it, so that only `load_state_dict`
+    is noticed there.
     """
 
     def __init__(self, norm: _BatchNorm) -> None:
@@ -95,11 +109,12 @@ class Layer:
         self._restart()
 
     def _restart(self, *_: Any) -> None:
-        self.start = None if is_lazy(buffers(self.norm)[0]) else state_of(self.norm)
-        self._rest()
+        lazy = is_lazy(buffers(self.norm)[0])
+        self.start = None if lazy else state_of(self.norm)
+        self._mark()
 
-    def _rest(self) -> None:
-        """What is there now is what this object knows of."""
+    def _mark(self) -> None:
+        """Takes the layer as it is now as known: what changes from here on is a pass or a write."""
         self._ran, self.latest = False, -1
         self._written, self._count = versions(self.norm)
 
@@ -112,37 +127,42 @@ class Layer:
     def _after_pass(self, norm: nn.Module, inputs: Any, output: Tensor) -> None:
         if norm.training:
             self._written = versions(self.norm)[0]
-            if (
-                norm is self.norm and output.grad_fn is not None
-            ):  # not a replica in a thread of its own
+            replica = norm is not self.norm  # of nn.DataParallel, in a thread of its own
+            if output.grad_fn is not None and not replica:
                 self.latest = output.grad_fn._sequence_nr()
 
     @property
     def moved(self) -> bool:
-        """Whether a forward pass in training mode came since the last note. Asks no device for a value."""
+        """Whether a forward pass in training mode came since the last note.
+
+        Does not wait for a device.
+        """
         return self._ran or (self.norm.training and versions(self.norm)[1] != self._count)
 
     def note(self) -> None:
-        moved = self.moved and self.start is not None
-        self.moves.append((self.start, state_of(self.norm)) if moved else None)  # type: ignore[arg-type]
+        move = None
+        if self.moved and self.start is not None:
+            move = self.start, state_of(self.norm)
+        self.moves.append(move)
         self.settle([])
 
     def settle(self, accepted: Sequence[bool]) -> None:
-        moves = [
-            m for m, taken in zip(self.moves, accepted, strict=False) if taken and m is not None
-        ]
+        pairs = zip(self.moves, accepted, strict=False)
+        moves = [move for move, taken in pairs if taken and move is not None]
         if self.start is None or not (moves or self.moved):
             return
         state = self.start
         for move in moves:
             state = replay(state, *move, self.norm.momentum)
-        for buffer, value in zip(buffers(self.norm), state, strict=True):
-            buffer.copy_(value)
-        self._rest()
+        write_state(self.norm, state)
+        self._mark()
 
 
 class WeakHook:
-    """A method of a layer, called for as long as the layer is there. A copied or unpickled model has none, nor has a compiled pass."""
+    """A method of an object as a hook, called for as long as the object exists.
+
+    A copied or unpickled model has none, and a compiled pass calls none.
+    """
 
     def __init__(self, method: "WeakMethod[Any] | None" = None) -> None:
         self.method = method
@@ -155,57 +175,3 @@ class WeakHook:
 
     def __reduce__(self) -> Any:
         return WeakHook, ()
-
-
-def batch_norms(model: nn.Module) -> list[_BatchNorm]:
-    """The layers that keep running statistics.
-
-    Raises:
-        TypeError: for statistics that are kept by something else.
-    """
-    found = [
-        m
-        for m in model.modules()
-        if isinstance(m, _BatchNorm) and m.num_batches_tracked is not None
-    ]
-    for name, m in model.named_modules():
-        if "num_batches_tracked" in dict(m.named_buffers(recurse=False)) and m not in found:
-            raise TypeError("Accumulator: bn='accepted' holds the statistics of torch's BatchNorm layers still, and of no others; "
-                            f"{name!r} keeps its own and is a {type(m).__name__}. Use bn='all', or track_running_stats=False "
-                            "there.")  # fmt: skip
-    return found
-
-
-def buffers(norm: _BatchNorm) -> list[Tensor]:
-    return [norm.running_mean, norm.running_var, norm.num_batches_tracked]  # type: ignore[list-item]
-
-
-def state_of(norm: _BatchNorm) -> State:
-    return [b.detach().clone() for b in buffers(norm)]
-
-
-def versions(norm: _BatchNorm) -> tuple[tuple[int, ...], int]:
-    """What changes when somebody writes mean or variance, and when the forward passes are counted. In eager mode a pass counts, and
-    torch does not call it writing; one that is compiled is both."""
-    mean, variance, passes = buffers(norm)
-    return (id(mean), mean._version, id(variance), variance._version), passes._version
-
-
-def replay(state: State, start: State, after: State, momentum: float | None) -> State:
-    """Makes upon `state` the move that led from `start` to `after`; momentum None is the cumulative average."""
-    # forward passes in this micro-batch: two for a GAN's discriminator
-    passes = after[2] - start[2]
-    if not passes:
-        return state
-    if momentum is None:
-        count = state[2] + passes
-        moved = [
-            (s * state[2] + a * after[2] - b * start[2]) / count
-            for s, b, a in zip(state[:2], start[:2], after[:2], strict=True)
-        ]
-    else:
-        decay = (1 - momentum) ** passes
-        moved = [
-            a + decay * (s - b) for s, b, a in zip(state[:2], start[:2], after[:2], strict=True)
-        ]
-    return [*moved, state[2] + passes]

@@ -38,9 +38,9 @@ def check_types(model: Any, scaler: Any, leave_out: Any) -> None:
 def check_loss(loss: Any) -> None:
     if not isinstance(loss, Tensor):
         raise TypeError(
-            "Accumulator: backward() needs the loss of one micro-batch, a tensor of one number; got "
-            f"{text_of(loss)}. Pass what the loss function returns, not its .item(), and several "
-            "losses added up or one by one."
+            "Accumulator: backward() needs the loss of one micro-batch, a tensor of one number; "
+            f"got {text_of(loss)}. Pass what the loss function returns, not its .item(), and "
+            "several losses added up or one by one."
         )
     if loss.numel() != 1 or not loss.dtype.is_floating_point:
         raise ValueError(
@@ -127,7 +127,7 @@ def check_parameter(name: str, p: nn.Parameter) -> None:
 
 
 def check_engines(params: list[nn.Parameter]) -> None:
-    """Refuses parameters of a data-parallel model, which leaves no mark that a user sees on them."""
+    """Refuses parameters of a data-parallel model, which bear no mark of it that a user sees."""
     from torch.distributed.fsdp import FullyShardedDataParallel
 
     mine = set(map(id, params))

@@ -45,7 +45,7 @@ class Parameters:
         self._ever_left_out = leave_out is None
         if model is not None:
             check_accumulator_model(model, self.names)
-        check_parameters(self.names, parameters_of(optimizers))
+        check_parameters(self.names, all_parameters(optimizers))
 
     def __len__(self) -> int:
         return len(self.current)
@@ -55,7 +55,7 @@ class Parameters:
 
     def refresh(self) -> bool:
         """Looks the parameters up. Returns whether they differ from the last macro-batch's."""
-        params = parameters_of(self.optimizers)
+        params = all_parameters(self.optimizers)
         changed = list(map(id, params)) != list(map(id, self.current))
         if changed:
             self.names = names_of(self.optimizers, self.model)
@@ -109,7 +109,7 @@ class Parameters:
             p.grad = None
 
 
-def parameters_of(optimizers: Sequence[Optimizer]) -> list[nn.Parameter]:
+def all_parameters(optimizers: Sequence[Optimizer]) -> list[nn.Parameter]:
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     return [p for group in groups for p in group["params"]]
 

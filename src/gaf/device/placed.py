@@ -1,4 +1,4 @@
-"""The update that decide() has put into p.grad: whether it is still one when step() comes."""
+"""Checks at step() that the update which decide() put into p.grad is still there."""
 
 from collections.abc import Sequence
 from typing import NoReturn
@@ -7,30 +7,31 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-SOME = 16  # gradients of an optimizer that are looked at first, at least, where there are so many
+SOME = 16  # gradients of an optimizer that are sampled first, at least, if it has as many
 EACH = 32  # coordinates of each
-RARELY = 100  # a look at an accelerator's memory waits for it: only at every so many updates
+RARELY = 100  # reading an accelerator's memory waits for it: only at every so many updates
 
 
 class Placed:
-    """Between decide() and step() an update may be clipped, scaled, edited, or replaced by other tensors.
+    """The update between decide() and step(): it may be clipped, scaled, edited, or replaced.
 
-    It may not be gone, as after zero_grad(), nor may all of an optimizer's be overwritten with zeros, as after
-    zero_grad(set_to_none=False). The second is looked for where somebody wrote to all of it.
+    It may not be gone, as after zero_grad(), and an optimizer's whole part of it may not be
+    overwritten with zeros, as after zero_grad(set_to_none=False). The second is checked only if
+    all of the part was written to.
     """
 
     def __init__(self, optimizers: Sequence[Optimizer]) -> None:
         self.optimizers = optimizers
-        self.looks = 0  # at updates on an accelerator that somebody wrote to
+        self.looks = 0  # checks of updates on an accelerator that were written to
         self.parts: list[Part] = []
 
     def note(self) -> None:
-        """The update is placed."""
+        """Remembers the update as it is now."""
         self.parts = [part for part in map(Part, self.optimizers) if part.params]
 
     @torch.no_grad()
     def check(self, names: dict[nn.Parameter, str]) -> None:
-        """Raises RuntimeError where the update, or a part of it, is no longer there."""
+        """RuntimeError where the update, or a part of it, is no longer there."""
         gone = [p for part in self.parts for p in part.params if p.grad is None]
         if gone:
             whole = len(gone) == sum(len(part.params) for part in self.parts)
@@ -58,11 +59,14 @@ class Part:
         self.before = sample(some)
 
     def is_written(self) -> bool:
-        """Whether somebody wrote to every gradient of the sample in its place."""
+        """Whether every gradient of the sample was written to in place."""
         return all(id(p.grad) == there and p.grad._version != v for p, there, v in self.marks)
 
     def is_zeros(self) -> bool:
-        """Whether nothing but zeros is left of an update that was none. What was multiplied by zero has kept its signs."""
+        """Whether an update that was not zero is all zeros now.
+
+        An update that was multiplied by zero has kept its signs, and is not meant.
+        """
         was = (self.before.isfinite() & (self.before != 0)).any()
         now = sample([p for p, _, _ in self.marks])
         cleared = was & ~now.any() & ~now.signbit().any()
@@ -70,13 +74,15 @@ class Part:
 
 
 def sample(params: Sequence[nn.Parameter]) -> Tensor:
-    """Coordinates spread over each gradient's memory, without a look at the host."""
+    """Coordinates spread over each gradient's memory, taken without waiting for the device."""
     grads = [p.grad for p in params if p.grad is not None and p.grad.numel()]
     spread = [g.as_strided((min(g.numel(), EACH),), (max(g.numel() // EACH, 1),)) for g in grads]
     return torch.cat(spread) if spread else torch.zeros(0, device="cpu")
 
 
 def raise_lost(what: str) -> NoReturn:
-    raise RuntimeError(f"Accumulator: the update that decide() put into p.grad must still be there; {what}, and no step was "
-                       "taken. Leave out zero_grad(): step() clears the gradients itself. To hold a parameter still, freeze it with "
-                       "requires_grad_(False) before the macro-batch.")  # fmt: skip
+    raise RuntimeError(
+        f"Accumulator: the update that decide() put into p.grad must still be there; {what}, and "
+        "no step was taken. Leave out zero_grad(): step() clears the gradients itself. To hold a "
+        "parameter still, freeze it with requires_grad_(False) before the macro-batch."
+    )

@@ -1,4 +1,7 @@
-"""Holds the micro-gradients of one macro-batch until the decision: added up as they come, or kept apart."""
+"""Holds the micro-gradients of one macro-batch until the decision.
+
+They are added up as they come (`Streamed`) or kept apart (`Stacked`).
+"""
 
 from collections.abc import Sequence
 
@@ -23,7 +26,7 @@ def rows_for(
 
     Args:
         policy: what will decide.
-        voters: which parameters the decision looks at.
+        voters: which parameters take part in the decision.
         spare: buffers of an earlier macro-batch, which may be written over.
         device: of the parameters.
     """
@@ -35,27 +38,27 @@ def rows_for(
 def rows_on_device(
     policy: Policy, voters: Sequence[bool], device: torch.device
 ) -> "Streamed | Stacked":
-    """The holder that a policy needs and that never asks the host, on any device."""
-    return (
-        Streamed(policy, SumOnDevice(voters, policy.average == "halving", device))
-        if streams(policy)
-        else Stacked(policy, voters)
-    )
+    """The holder that a policy needs and that never waits for the device, on any device."""
+    if not streams(policy):
+        return Stacked(policy, voters)
+    return Streamed(policy, SumOnDevice(voters, policy.average == "halving", device))
 
 
 class Streamed:
-    """The running sum and the current row: one gradient-sized buffer beyond plain accumulation, whatever k.
+    """The running sum and the current row.
+
+    One gradient-sized buffer beyond plain accumulation, whatever k.
 
     Args:
-        policy: gives the accept rule (`visit`) and the verdict (`conclude`).
+        policy: gives the accept rule (`visit`) and the decision (`conclude`).
         sum: holds s, and takes the rows.
     """
 
     def __init__(self, policy: Sequential, sum: SumOnCpu | SumOnDevice) -> None:
         self.policy, self.sum = policy, sum
-        # the current row's parameters that have a gradient
+        # whether the current row has a gradient for each parameter
         self.got: list[bool] = [False] * len(sum.voters)
-        self.holds: list[list[bool]] = []  # the same of each row
+        self.holds: list[list[bool]] = []  # the same for every row before
         self.count = torch.zeros((), dtype=torch.int64, device=sum.device)
         self.norm2 = torch.zeros((), dtype=torch.float64, device=sum.device)  # |s|^2
         self.accepted: list[Tensor] = []
@@ -72,17 +75,17 @@ class Streamed:
         return self.sum.spare
 
     def take(self, j: int, grad: Tensor) -> None:
-        """Parameter j's gradient, as it arrives in the backward pass."""
+        """Adds parameter j's gradient to the row, as it arrives in the backward pass."""
         self.got[j] = True
         self.sum.take(j, grad)
 
     def drop(self) -> None:
-        """Forgets the row whose backward pass failed."""
+        """Drops the row whose backward pass failed."""
         self.got = [False] * len(self.got)
         self.sum.drop()
 
     def add(self) -> None:
-        """Visits the row, which is whole now."""
+        """Visits the row, which is complete now."""
         inner, own = self.sum.measure()
         count, norm2 = self.count, self.norm2
         joins, distance = self.policy.visit(count, inner, norm2, own)
@@ -99,11 +102,8 @@ class Streamed:
 
     def decide(self) -> tuple[Decision, Evidence]:
         accepted, distances = torch.stack(self.accepted), torch.stack(self.distances)
-        norms2, signals, tau = (
-            torch.stack(self.norms2),
-            torch.stack(self.signals),
-            tau_of(self.policy, self.norm2),
-        )
+        norms2, signals = torch.stack(self.norms2), torch.stack(self.signals)
+        tau = tau_of(self.policy, self.norm2)
         decision = self.policy.conclude(accepted, distances)
         check_decision(decision, self.policy, len(self), accepted.device)
         self.policy.learn(Seen(accepted, distances, norms2, signals, gram=None))
@@ -113,18 +113,22 @@ class Streamed:
         """w^T G; None for a parameter that no accepted row has a gradient for."""
         used = [holds for holds, weight in zip(self.holds, weights, strict=True) if weight]
         if self.policy.average == "mean" and {w for w in weights if w} != {max(weights)}:
-            raise ValueError(f"policy {self.policy!r}: a policy whose rows stream must weigh them alike; got weights {weights}. "
-                             "Override __call__, not conclude: then the rows are kept.")  # fmt: skip
-        total = [
-            s if any(column) else None
-            for s, column in zip(self.sum.update, zip(*used, strict=True), strict=True)
-        ]
+            raise ValueError(
+                f"policy {self.policy!r}: a policy whose rows stream must weigh them alike; got "
+                f"weights {weights}. Override __call__, not conclude: then the rows are kept."
+            )
+        columns = zip(*used, strict=True)
+        pairs = zip(self.sum.update, columns, strict=True)
+        total = [s if any(column) else None for s, column in pairs]
         if self.policy.average == "mean":
             torch._foreach_mul_([t for t in total if t is not None], max(weights))
         return total
 
     def combined(self, weights: Float64[Tensor, " k"]) -> list[Tensor]:
-        """w^T G for weights that stay on the device, where every row has a gradient for every parameter; of no meaning after a skip."""
+        """w^T G for weights that stay on the device.
+
+        Every row must have a gradient for every parameter. Has no meaning after a skip.
+        """
         total = [s for s in self.sum.update if s is not None]
         if self.policy.average == "mean":
             torch._foreach_mul_(total, weights.max().to(total[0].dtype))
@@ -149,10 +153,6 @@ class Stacked:
     def drop(self) -> None:
         self.row = [None] * len(self.voters)
 
-    @property
-    def got(self) -> list[bool]:
-        return [g is not None for g in self.row]
-
     def add(self) -> None:
         self.rows.append(self.row)
         self.drop()
@@ -169,8 +169,6 @@ class Stacked:
         return [weighted_sum([(row[j], w) for row, w in used]) for j in range(len(self.voters))]
 
     def combined(self, weights: Float64[Tensor, " k"]) -> list[Tensor]:
-        """w^T G for weights that stay on the device, where every row has a gradient for every parameter; of no meaning after a skip."""
-        return [
-            combine(weights, [g for g in column if g is not None])
-            for column in zip(*self.rows, strict=True)
-        ]
+        """w^T G for weights that stay on the device, as `Streamed.combined`."""
+        columns = zip(*self.rows, strict=True)
+        return [combine(weights, [g for g in column if g is not None]) for column in columns]

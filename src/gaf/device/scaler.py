@@ -8,7 +8,7 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from gaf.device.claims import Claimant, claim_scaler
-from gaf.device.parameters import grad_dtype, parameters_of
+from gaf.device.parameters import all_parameters, grad_dtype
 from gaf.rules.judging import has_overflow
 
 
@@ -71,10 +71,10 @@ class LossScaling:
 
 
 def has_gradients(optimizer: Optimizer) -> bool:
-    return any(p.grad is not None for p in parameters_of([optimizer]))
+    return any(p.grad is not None for p in all_parameters([optimizer]))
 
 
 def some_trained(optimizer: Optimizer) -> nn.Parameter | None:
     """The first parameter that can have a gradient with numbers in it."""
-    trained = (p for p in parameters_of([optimizer]) if p.requires_grad and p.numel())
+    trained = (p for p in all_parameters([optimizer]) if p.requires_grad and p.numel())
     return next(trained, None)

@@ -1,4 +1,4 @@
-"""The running sum s of the accepted rows, and what is measured of a row against it as autograd delivers the row."""
+"""The running sum s of the accepted rows, and each row's products <s, g> and |g|^2 with it."""
 
 from collections.abc import Sequence
 
@@ -17,12 +17,12 @@ PAIR = [(0, 1), (1, 1)]  # of the rows (s, g): <s, g> and |g|^2
 class SumOnCpu:
     """s, and beside it the candidate s + g, made parameter by parameter while g is in the cache.
 
-    A row that is accepted is there already; one that is refused leaves s bit for bit as it was. Autograd's own memory
-    is free for the next layer at once, and the buffers go to and fro: memory given back and asked for anew at every
-    micro-batch would cost page faults.
+    An accepted row is in the candidate already; a rejected one leaves s bit for bit as it was.
+    Autograd's own memory is free for the next layer at once. The two buffers swap places: memory
+    freed and allocated anew at every micro-batch would cost page faults.
 
     Args:
-        voters: which parameters the decision looks at.
+        voters: which parameters take part in the decision.
         spare: buffers that may be written over.
     """
 
@@ -33,17 +33,18 @@ class SumOnCpu:
         self.total: Buffers = [None] * len(voters)
         self.candidate: Buffers = [None] * len(voters)
         self.inner = self.own = 0.0
-        # the sum of all rows, once one is absent that counts all the same; and then the current one
+        # the sum of all rows, from the first absent row on that counts in the update all the same
         self.all_rows: Buffers | None = None
+        # the current row's gradients, from then on
         self.row: list[tuple[int, Tensor]] = []
 
     @property
     def update(self) -> Buffers:
-        """The sum that the update is made of."""
+        """The sum that becomes the update."""
         return self.total if self.all_rows is None else self.all_rows
 
     def take(self, j: int, grad: Tensor) -> None:
-        """Parameter j's gradient: adds its share to <s, g> and |g|^2, and makes its part of the candidate."""
+        """Adds parameter j's share to <s, g> and |g|^2, and makes its part of the candidate."""
         total = self.total[j]
         if self.voters[j]:
             inner, own = products_by_blas(total, grad)
@@ -56,16 +57,14 @@ class SumOnCpu:
             self.row.append((j, grad))
 
     def _with(self, total: Tensor, grad: Tensor, j: int) -> Tensor:
-        """s + g, in the spare buffer where there is one that fits."""
+        """s + g, in the spare buffer if it fits."""
         spare, self.spare[j] = self.spare[j], None
-        return (
-            torch.add(total, grad, out=spare)
-            if spare is not None and alike(spare, total)
-            else torch.add(total, grad)
-        )
+        if spare is not None and alike(spare, total):
+            return torch.add(total, grad, out=spare)
+        return torch.add(total, grad)
 
     def measure(self) -> tuple[Float64[Tensor, ""], Float64[Tensor, ""]]:
-        """<s, g> and |g|^2 of the row that was taken."""
+        """<s, g> and |g|^2 of the row."""
         found = torch.tensor([self.inner, self.own], dtype=torch.float64, device=self.device)
         self.inner = self.own = 0.0
         return found[0], found[1]
@@ -73,7 +72,13 @@ class SumOnCpu:
     def absorb(
         self, joins: Bool[Tensor, ""], shrink: Float64[Tensor, ""], counts: bool = False
     ) -> None:
-        """s <- shrink (s + g) where the row joins, else s stays. counts: in the update it is in any case, see `Sequential`."""
+        """s <- shrink (s + g) where the row joins; else s stays.
+
+        Args:
+            joins: whether the row is accepted.
+            shrink: what halving multiplies the sum by.
+            counts: whether the row is in the update in any case, see `Sequential`.
+        """
         if counts and not (joins and self.all_rows is None):
             self._count()
         if not joins:
@@ -88,7 +93,7 @@ class SumOnCpu:
         return None
 
     def _count(self) -> None:
-        """Adds the row to the sum of all rows. The first absent one leaves the candidate to it: s + g."""
+        """Adds the row to the sum of all rows, which begins as the first absent row's candidate."""
         if self.all_rows is None:
             pairs = zip(self.total, self.candidate, strict=True)
             self.all_rows = [s.clone() if c is None and s is not None else c for s, c in pairs]
@@ -101,11 +106,10 @@ class SumOnCpu:
         self.row = []
 
     def drop(self) -> None:
-        """Forgets the row."""
+        """Drops the row. Its candidate becomes spare."""
         self.row = []
-        self.spare = [
-            s if c is None else c for s, c in zip(self.spare, self.candidate, strict=True)
-        ]
+        pairs = zip(self.spare, self.candidate, strict=True)
+        self.spare = [s if c is None else c for s, c in pairs]
         self.candidate = [None] * len(self.voters)
         self.inner = self.own = 0.0
 
@@ -115,7 +119,9 @@ def alike(a: Tensor, b: Tensor) -> bool:
 
 
 class SumOnDevice:
-    """s and the current row on an accelerator: measured at once when the row is whole, added without asking the host.
+    """s and the current row on an accelerator.
+
+    A row is measured when it is complete, and added without waiting for the host.
 
     Args:
         voters: which parameters the decision looks at.
@@ -134,7 +140,7 @@ class SumOnDevice:
 
     @property
     def update(self) -> Buffers:
-        """The sum that the update is made of."""
+        """The sum that becomes the update."""
         return self.total if self.all_rows is None else self.all_rows
 
     def take(self, j: int, grad: Tensor) -> None:
@@ -182,6 +188,9 @@ def voting(row: Sequence[Tensor | None], voters: Sequence[bool]) -> Buffers:
 
 
 def norm2_of_rest(row: Sequence[Tensor | None], voters: Sequence[bool]) -> Tensor | float:
-    """0 x |the coordinates that do not vote|^2: NaN where one of them is not finite, so that the row counts as absent."""
+    """0 x |the coordinates that do not vote|^2.
+
+    NaN where one of them is not finite: the row then counts as absent.
+    """
     rest = [t for t, votes in zip(row, voters, strict=True) if not votes]
     return 0.0 * inner_products([rest], [(0, 0)])[0] if any(t is not None for t in rest) else 0.0

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 import gaf
 from gaf.device.accumulate import Accumulator
-from gaf.device.parameters import parameters_of
+from gaf.device.parameters import all_parameters
 from gaf.device.scaler import has_gradients
 from gaf.integrations.options import check_options
 from gaf.ranks.handle import Handle
@@ -134,7 +134,7 @@ class MicroBatches(Accumulator):
         """The macro-batch before."""
         if self.waiting:
             return
-        if any(p.grad is not None for p in parameters_of(self.optimizers)):
+        if any(p.grad is not None for p in all_parameters(self.optimizers)):
             raise RuntimeError(f"{SUBJECT}: p.grad must be empty when a macro-batch begins; it holds an update or a gradient from "
                                "elsewhere. Call optimizer.zero_grad() after optimizer.step(), and leave accumulation to "
                                "Accelerator(gradient_accumulation_steps=k) and accelerator.accumulate(model).")  # fmt: skip
