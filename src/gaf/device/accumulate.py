@@ -12,6 +12,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from gaf.checks import check_optimizers
 from gaf.device.backward import Backward
 from gaf.device.batchnorm import BatchNormStatistics
+from gaf.device.buffers import Buffers
 from gaf.device.checks import (
     check_accumulator_state,
     check_bn,
@@ -25,7 +26,6 @@ from gaf.device.parameters import LeaveOut, Parameters
 from gaf.device.placed import Placed
 from gaf.device.rows import Stacked, Streamed, rows_for
 from gaf.device.scaler import LossScaling
-from gaf.device.sums import Buffers
 from gaf.record.ledger import Ledger
 from gaf.record.telemetry import Outcome
 from gaf.rules.contract import Policy, check_policy, scope_of

@@ -13,9 +13,9 @@ from gaf.device.graph import goes_through
 from gaf.device.running_statistics import (
     State,
     batch_norms,
-    buffers,
     replay,
     state_of,
+    statistics_of,
     versions,
     write_state,
 )
@@ -109,7 +109,7 @@ class Layer:
         self._restart()
 
     def _restart(self, *_: Any) -> None:
-        lazy = is_lazy(buffers(self.norm)[0])
+        lazy = is_lazy(statistics_of(self.norm)[0])
         self.start = None if lazy else state_of(self.norm)
         self._mark()
 

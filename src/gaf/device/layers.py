@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gaf.device.buffers import Buffers
 from gaf.device.checks import Names
 from gaf.device.rows import Stacked, Streamed, rows_for
-from gaf.device.sums import Buffers
 from gaf.rules.contract import Policy
 from gaf.rules.decision import Decision, Evidence
 from gaf.rules.judging import join_layer_decisions

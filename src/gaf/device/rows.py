@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gaf.device.sums import Buffers, SumOnCpu, SumOnDevice, norm2_of_rest, voting
+from gaf.device.buffers import Buffers, norm2_of_rest, voting
+from gaf.device.sums import SumOnCpu, SumOnDevice
 from gaf.rules.combine import combine, weighted_sum
 from gaf.rules.contract import Policy
 from gaf.rules.decision import Decision, Evidence, check_decision

@@ -24,17 +24,17 @@ def batch_norms(model: nn.Module) -> list[_BatchNorm]:
     return found
 
 
-def buffers(norm: _BatchNorm) -> list[Tensor]:
+def statistics_of(norm: _BatchNorm) -> list[Tensor]:
     found = norm.running_mean, norm.running_var, norm.num_batches_tracked
     return list(found)  # type: ignore[arg-type]
 
 
 def state_of(norm: _BatchNorm) -> State:
-    return [b.detach().clone() for b in buffers(norm)]
+    return [b.detach().clone() for b in statistics_of(norm)]
 
 
 def write_state(norm: _BatchNorm, state: State) -> None:
-    for buffer, value in zip(buffers(norm), state, strict=True):
+    for buffer, value in zip(statistics_of(norm), state, strict=True):
         buffer.copy_(value)
 
 
@@ -44,7 +44,7 @@ def versions(norm: _BatchNorm) -> tuple[tuple[int, ...], int]:
     In eager mode a pass changes only the second, because torch does not count it as a write. A
     compiled pass changes both.
     """
-    mean, variance, passes = buffers(norm)
+    mean, variance, passes = statistics_of(norm)
     return (id(mean), mean._version, id(variance), variance._version), passes._version
 
 

@@ -5,12 +5,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from gaf.device.buffers import Buffers, add_in_place, alike, norm2_of_rest, voting
 from gaf.rules.blas import products_by_blas
 from gaf.rules.gram import inner_products
 from gaf.rules.slices import half_to_float32, has_float64
 from gaf.shapes import Bool, Float64
 
-Buffers = list[Tensor | None]  # one per parameter
 PAIR = [(0, 1), (1, 1)]  # of the rows (s, g): <s, g> and |g|^2
 
 
@@ -99,10 +99,9 @@ class SumOnCpu:
             self.all_rows = [s.clone() if c is None and s is not None else c for s, c in pairs]
             self.candidate = [None] * len(self.voters)
         for j, grad in self.row:
-            before = self.all_rows[j]
-            self.all_rows[j] = (
-                half_to_float32(grad).clone() if before is None else before.add_(grad)
-            )
+            total = self.all_rows[j]
+            new = half_to_float32(grad).clone() if total is None else total.add_(grad)
+            self.all_rows[j] = new
         self.row = []
 
     def drop(self) -> None:
@@ -114,17 +113,13 @@ class SumOnCpu:
         self.inner = self.own = 0.0
 
 
-def alike(a: Tensor, b: Tensor) -> bool:
-    return a.dtype == b.dtype and a.shape == b.shape and a.stride() == b.stride()
-
-
 class SumOnDevice:
     """s and the current row on an accelerator.
 
     A row is measured when it is complete, and added without waiting for the host.
 
     Args:
-        voters: which parameters the decision looks at.
+        voters: which parameters take part in the decision.
         halving: whether `shrink` is ever other than 1.
         device: of the parameters.
     """
@@ -147,9 +142,8 @@ class SumOnDevice:
         self.row[j] = grad
 
     def measure(self) -> tuple[Float64[Tensor, ""], Float64[Tensor, ""]]:
-        found = inner_products(
-            [voting(self.total, self.voters), voting(self.row, self.voters)], PAIR
-        ).to(self.device)
+        pair = [voting(self.total, self.voters), voting(self.row, self.voters)]
+        found = inner_products(pair, PAIR).to(self.device)
         return found[0], found[1] + norm2_of_rest(self.row, self.voters)
 
     def absorb(
@@ -159,9 +153,9 @@ class SumOnDevice:
             whole = self.all_rows or [None] * len(self.row)
             pairs = zip(whole, self.row, strict=True)
             copies = [g.clone() if s is None and g is not None else g for s, g in pairs]
-            self.all_rows = add(whole, copies)
+            self.all_rows = add_in_place(whole, copies)
         row = [None if g is None else g.masked_fill_(~joins.to(g.device), 0) for g in self.row]
-        self.total = add(self.total, row)
+        self.total = add_in_place(self.total, row)
         if self.halving:
             for total in self.total:
                 if total is not None:
@@ -170,27 +164,3 @@ class SumOnDevice:
 
     def drop(self) -> None:
         self.row = [None] * len(self.voters)
-
-
-def add(total: Buffers, row: Buffers) -> Buffers:
-    """total + row, in the memory of total; a part that it lacks is taken over from the row."""
-    pairs = [(s, g) for s, g in zip(total, row, strict=True) if s is not None and g is not None]
-    if pairs:
-        torch._foreach_add_([s for s, _ in pairs], [g for _, g in pairs])
-    return [
-        half_to_float32(g) if s is None and g is not None else s
-        for s, g in zip(total, row, strict=True)
-    ]
-
-
-def voting(row: Sequence[Tensor | None], voters: Sequence[bool]) -> Buffers:
-    return [t for t, votes in zip(row, voters, strict=True) if votes]
-
-
-def norm2_of_rest(row: Sequence[Tensor | None], voters: Sequence[bool]) -> Tensor | float:
-    """0 x |the coordinates that do not vote|^2.
-
-    NaN where one of them is not finite: the row then counts as absent.
-    """
-    rest = [t for t, votes in zip(row, voters, strict=True) if not votes]
-    return 0.0 * inner_products([rest], [(0, 0)])[0] if any(t is not None for t in rest) else 0.0
