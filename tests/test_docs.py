@@ -319,9 +319,9 @@ def parse_gaf(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(Parsed):
         cli.COMMANDS[words[0]][0](words[1:], Console(quiet=True))
     (options,) = given
-    if isinstance(options, cli.Paper):
+    if isinstance(options, cli.PaperOptions):
         assert [paper.item(name) for name in options.ids if name != "all"] or options.list
-    if isinstance(options, cli.Sweep) and not options.plan.endswith(".toml"):
+    if isinstance(options, cli.SweepOptions) and not options.plan.endswith(".toml"):
         assert find_plan(options.plan, options.seeds, options.scale, options.reading)
 
 

@@ -1,6 +1,7 @@
-"""The main job in a minute: label noise on MNIST-5k; averaging, GAF, and the control that has GAF's steps and batch sizes.
+"""The main job in a minute: label noise on MNIST-5k.
 
-One process with one thread for each core: the network is small, and a second thread would not make it faster.
+The arms are averaging, GAF, and the control with GAF's steps and batch sizes. Each core has a
+process of one thread; the network is too small to gain from a second thread.
 """
 
 import dataclasses
@@ -20,7 +21,7 @@ from gaf_lab.sweeps.jobs import is_finished
 from gaf_lab.sweeps.sweep import sweep
 
 
-def arms(seed: int, base: TrainConfig) -> dict[str, TrainConfig]:
+def demo_arms(seed: int, base: TrainConfig) -> dict[str, TrainConfig]:
     """Runs of one seed by the names of their folders."""
     seeded = dataclasses.replace(base, seed=seed)
     return {
@@ -33,10 +34,10 @@ def arms(seed: int, base: TrainConfig) -> dict[str, TrainConfig]:
 
 
 def clear(folder: Path) -> None:
-    """Removes the runs of an earlier demo from the folder, and leaves everything else.
+    """Removes the runs of an earlier demo from the folder, and keeps everything else.
 
     Raises:
-        ConfigError: where another run stands in the place of a demo's.
+        ConfigError: if another run has the folder of a demo's run.
     """
     for file in folder.glob(f"*/{records.FILE}"):
         if not re.fullmatch(r"(gaf|averaging|random-subset)-\d+", file.parent.name):
@@ -45,8 +46,8 @@ def clear(folder: Path) -> None:
             header = lines.readline()
         if header and '"command": "gaf demo' not in header:
             raise ConfigError(
-                f"output folder {folder}: must hold no runs but a demo's under a demo's names; {file.parent.name} is another "
-                "run. Give another folder with --out."
+                f"output folder {folder}: must hold no runs but a demo's under a demo's names; "
+                f"{file.parent.name} is another run. Give another folder with --out."
             )
         shutil.rmtree(file.parent)
 
@@ -57,25 +58,34 @@ def demo(
     seeds: int = 3,
     base: TrainConfig = DEMO,
     workers: int | None = None,
-) -> list[records.Run]:
-    """Runs all arms for all seeds and returns what is finished; Ctrl-C stops early and keeps that."""
-    plan = {name: config for seed in range(seeds) for name, config in arms(seed, base).items()}
-    command = f"gaf demo --seeds {seeds} --passes {base.passes:g} --out {folder}"
-    at_once = workers or os.cpu_count() or 1
-    announce(list(plan.values()), at_once, console)
-    try:
-        sweep(
-            list(plan.values()),
-            folder,
-            workers=at_once,
-            data_folder=None,
-            console=console,
-            command=command,
-            keep_checkpoints=False,
-            names=list(plan),
-        )
-    except KeyboardInterrupt:
-        console.print(
-            "\nStopped. The page holds the finished runs. The next demo in this folder starts anew."
-        )
-    return [records.read(folder / name) for name in plan if is_finished(folder / name)]
+) -> None:
+    """Runs all arms for all seeds, and announces how long that takes.
+
+    Raises:
+        KeyboardInterrupt: after the processes have been stopped; finished runs are kept.
+    """
+    plan = demo_plan(seeds, base)
+    configs = list(plan.values())
+    workers = workers or os.cpu_count() or 1
+    announce(configs, workers, console)
+    sweep(
+        configs,
+        folder,
+        workers=workers,
+        data_folder=None,
+        console=console,
+        command=f"gaf demo --seeds {seeds} --passes {base.passes:g} --out {folder}",
+        keep_checkpoints=False,
+        names=list(plan),
+    )
+
+
+def finished_runs(folder: Path, seeds: int, base: TrainConfig) -> list[records.Run]:
+    """The demo's finished runs in a folder, in the order of its plan."""
+    folders = [folder / name for name in demo_plan(seeds, base)]
+    return [records.read(place) for place in folders if is_finished(place)]
+
+
+def demo_plan(seeds: int, base: TrainConfig) -> dict[str, TrainConfig]:
+    """The demo's runs by the names of their folders."""
+    return {name: config for seed in range(seeds) for name, config in demo_arms(seed, base).items()}

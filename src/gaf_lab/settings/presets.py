@@ -85,7 +85,7 @@ PRESETS: dict[str, TrainConfig] = {
 }
 
 
-def preset(name: str) -> TrainConfig:
+def find_preset(name: str) -> TrainConfig:
     if name not in PRESETS:
         raise ConfigError(
             f"unknown preset {name!r}.{nearest(name, PRESETS)} Known presets: {', '.join(PRESETS)}."

@@ -136,7 +136,7 @@ def test_a_download_says_how_many_bytes_have_come():
 def test_a_command_says_in_a_pipe_how_far_it_is(words, progress, tmp_path):
     console = pipe()
     out = ("--out", str(tmp_path / "out" / "x")) if words[0] in ("audit", "probe") else ()
-    assert cli.command([*words, *out], console) == 0
+    assert cli.run_command([*words, *out], console) == 0
     lines = said(console)
     places = [next(i for i, line in enumerate(lines) if line.startswith(p)) for p in progress]
     assert places == sorted(places)
@@ -147,7 +147,7 @@ def test_training_says_how_far_it_is_between_evaluations(tmp_path, monkeypatch):
     monkeypatch.setattr(telling, "EVERY", 0.001)
     console = pipe()
     words = ["train", *DIGITS, "--eval-every", "1", "--out", str(tmp_path / "run")]
-    assert cli.command(words, console) == 0
+    assert cli.run_command(words, console) == 0
     assert [line for line in said(console) if line.startswith("training: step ")]
 
 
@@ -161,7 +161,7 @@ def test_the_listener_of_a_run_can_begin_twice(tmp_path):
 def test_a_report_says_which_figure_it_draws(tmp_path):
     nine(tmp_path / "runs")
     console = pipe()
-    assert cli.command(["report", str(tmp_path / "runs")], console) == 0
+    assert cli.run_command(["report", str(tmp_path / "runs")], console) == 0
     lines = said(console)
     assert [line for line in lines if line.startswith("drawing: figure 1 of 5")]
     assert [line for line in lines if line.startswith("writing the page: figure 1 of 3")]

@@ -10,7 +10,7 @@ import time
 import pytest
 from rich.console import Console
 
-from gaf_lab.experiments.demo import arms, clear, demo
+from gaf_lab.experiments.demo import clear, demo, demo_arms, finished_runs
 from gaf_lab.records import run as records
 from gaf_lab.settings.checks import ConfigError
 from gaf_lab.settings.presets import DEMO
@@ -21,7 +21,8 @@ TINY = dataclasses.replace(DEMO, passes=2.0, eval_every=1.0)
 
 
 def test_the_demo_runs_every_arm_for_every_seed_with_the_control_bound_to_its_own_gaf_run(tmp_path):
-    runs = demo(tmp_path, Console(quiet=True), seeds=2, base=TINY)
+    demo(tmp_path, Console(quiet=True), seeds=2, base=TINY)
+    runs = finished_runs(tmp_path, 2, TINY)
     assert [(r.arm, r.seed) for r in runs] == [
         (a, s) for s in range(2) for a in ("GAF", "averaging", "random subset")
     ]
@@ -33,7 +34,7 @@ def test_the_demo_runs_every_arm_for_every_seed_with_the_control_bound_to_its_ow
 
 
 def test_arms_of_one_seed_differ_in_the_policy_alone():
-    for config in arms(3, DEMO).values():
+    for config in demo_arms(3, DEMO).values():
         assert dataclasses.replace(config, policy="gaf", replay=None) == dataclasses.replace(
             DEMO, seed=3
         )
@@ -58,6 +59,7 @@ def test_ctrl_c_leaves_what_is_finished_and_reports_it(tmp_path):
     assert 0 < len(list(finished(tmp_path))) < 9
     assert (tmp_path / "report.html").is_file()
     assert "Traceback" not in out
+    assert process.returncode == 130
 
 
 def finished(folder):

@@ -15,7 +15,7 @@ IDS = tuple(paper.ITEMS)
 
 def said_by(words, code):
     out = io.StringIO()
-    assert cli.command(["paper", *words], Console(file=out, width=160)) == code
+    assert cli.run_command(["paper", *words], Console(file=out, width=160)) == code
     return out.getvalue()
 
 
@@ -65,4 +65,4 @@ def test_again_nothing_is_run(everything):
 
 
 def test_a_figure_that_does_not_exist_is_refused_with_the_nearest():
-    assert cli.command(["paper", "tabel1"], Console(file=io.StringIO())) == 2
+    assert cli.run_command(["paper", "tabel1"], Console(file=io.StringIO())) == 2

@@ -10,6 +10,7 @@ import time
 import pytest
 
 from gaf_lab.commands import main as cli
+from gaf_lab.commands.train import words_to_resume
 from gaf_lab.records import checkpoint
 from gaf_lab.records import run as records
 from gaf_lab.records.locks import LOCK, FolderBusy, check_free, own_folder
@@ -129,7 +130,7 @@ def test_what_ctrl_c_proposes_before_the_first_evaluation_goes_on(tmp_path):
     out = process.communicate(timeout=60)[0]
     assert process.returncode == 130
     (proposed,) = [
-        line.partition("Go on with: gaf ")[2] for line in out.splitlines() if "Go on" in line
+        line.partition("Resume with: gaf ")[2] for line in out.splitlines() if "Resume with" in line
     ]
     assert proposed == f"train {' '.join(words)} --resume"
     assert cli.main([*proposed.split(), "--steps", "3"]) == 0
@@ -153,9 +154,9 @@ def test_a_run_that_was_stopped_between_its_header_and_its_first_checkpoint_begi
 
 def test_before_anything_was_written_ctrl_c_proposes_the_same_command(tmp_path):
     words = ["--dataset", "digits", "--out", str(tmp_path)]
-    assert cli.words_to_go_on(words, tmp_path) == words
+    assert words_to_resume(words, tmp_path) == words
     train(SMALL, tmp_path, Silent(), steps=1)
-    assert cli.words_to_go_on([*words, "--resume"], tmp_path) == [*words, "--resume"]
+    assert words_to_resume([*words, "--resume"], tmp_path) == [*words, "--resume"]
 
 
 @pytest.mark.parametrize("command", ["audit", "data", "report"])

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import gaf
-from gaf_lab.commands.main import parsed_train
+from gaf_lab.commands.train import parse_train
 from gaf_lab.paper.items import every_arm
 from gaf_lab.records import run as records
 from gaf_lab.settings import config as module
@@ -18,7 +18,7 @@ from gaf_lab.settings import fields
 from gaf_lab.settings.checks import ConfigError
 from gaf_lab.settings.config import TrainConfig
 from gaf_lab.settings.plan import from_file
-from gaf_lab.settings.presets import PRESETS, preset
+from gaf_lab.settings.presets import PRESETS, find_preset
 from gaf_lab.settings.reading import from_dict, from_toml
 from gaf_lab.training.console import label_noise
 from gaf_lab.training.run import learning_rate, make_policy
@@ -205,7 +205,7 @@ def test_an_unknown_preset_is_refused_with_the_nearest():
     with pytest.raises(
         ConfigError, match="unknown preset 'cifar100_gaf'. Did you mean 'cifar100-gaf'"
     ):
-        preset("cifar100_gaf")
+        find_preset("cifar100_gaf")
 
 
 def test_a_missing_and_a_broken_toml_file_are_named(tmp_path):
@@ -239,12 +239,12 @@ def test_the_hash_differs_where_the_config_does():
 
 
 def test_the_papers_preset_is_section_4_1():
-    c = preset("cifar100-gaf")
+    c = find_preset("cifar100-gaf")
     assert (c.dataset, c.model, c.stem, c.k, c.b, c.lr, c.momentum, c.nesterov, c.weight_decay, c.schedule, c.tau, c.average) == (
         "cifar100", "resnet18", "imagenet", 2, 100, 0.01, 0.9, True, 0.01, "plateau", 0.97, "mean"
     )  # fmt: skip
     assert c.passes * 50_000 / (c.k * c.b) == 500_000  # iterations
-    code = preset("cifar100-gaf-code")
+    code = find_preset("cifar100-gaf-code")
     assert (code.tau, code.average) == (1.0, "halving")
 
 
@@ -260,7 +260,7 @@ ROWS = [
 
 def in_docs():
     """Arm -> its config as the line in docs/controls.md makes it."""
-    return {row[0].strip(): parsed_train(shlex.split(row[3].strip("`"))).config for row in ROWS}
+    return {row[0].strip(): parse_train(shlex.split(row[3].strip("`"))).config for row in ROWS}
 
 
 def test_every_line_of_the_controls_makes_the_arm_that_it_is_about():

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from gaf_lab.commands import main as cli
+from gaf_lab.commands.train import under_torchrun
 from gaf_lab.records import checkpoint
 from gaf_lab.records import run as records
 from gaf_lab.settings.checks import ConfigError
@@ -473,9 +473,9 @@ def test_torchrun_with_one_process_is_one_process(monkeypatch):
         "MASTER_ADDR": "localhost",
     }.items():
         monkeypatch.setenv(name, value)
-    assert not cli.under_torchrun()
+    assert not under_torchrun()
     assert parallel.here() == parallel.Group()
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert cli.under_torchrun()
+    assert under_torchrun()
     monkeypatch.delenv("MASTER_ADDR")  # another launcher's variables
-    assert not cli.under_torchrun()
+    assert not under_torchrun()

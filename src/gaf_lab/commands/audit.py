@@ -1,0 +1,73 @@
+"""`gaf audit`: training samples ranked by how likely their labels are wrong."""
+
+import dataclasses
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+from rich.console import Console
+from tyro.conf import OmitArgPrefixes
+
+from gaf_lab.commands.common import Words, base_config, say, show_file
+from gaf_lab.settings.checks import MOST_SEEDS, check_count
+from gaf_lab.settings.config import TrainConfig
+
+
+@dataclass
+class AuditOptions:
+    """Ranks training samples by how likely their labels are wrong, with a sheet of pictures."""
+
+    config: OmitArgPrefixes[TrainConfig]
+    out: Path = Path("runs/audit")
+    """Folder for samples.csv, suspects.png, audit.png and audit.jsonl."""
+    preset: str | None = None
+    """A config by name; `gaf presets` lists them."""
+    toml: Path | None = None
+    """A TOML file with config keys."""
+    data: Path | None = None
+    """Folder with the data set's archive or its unpacked folder;
+    without it, the data set is downloaded."""
+    seeds: int = 1
+    """Paired seeds, at least 1, starting at the config's own.
+    samples.csv and the pictures are from the first seed."""
+
+
+def run_audit(words: Words, console: Console) -> int:
+    default = AuditOptions(base_config(words))
+    options = tyro.cli(AuditOptions, prog="gaf audit", args=words, default=default)
+    from gaf_lab.records.locks import own_folder
+
+    check_count("seeds", options.seeds, 1, MOST_SEEDS)
+    command = f"gaf audit {shlex.join(words)}"
+    with own_folder(options.out, command):
+        return audit_and_write(options, command, console)
+
+
+def audit_and_write(options: AuditOptions, command: str, console: Console) -> int:
+    from gaf_lab.bench import accumulate as file
+    from gaf_lab.experiments import audit as job
+    from gaf_lab.training.console import Progress, labelled, trained
+    from gaf_lab.training.run import pick_device
+
+    config, out = options.config, options.out
+    say(console, f"{labelled(config)}; {trained(config)}")
+    found = []
+    with Progress(console) as progress:
+        for seed in range(config.seed, config.seed + options.seeds):
+
+            def tell(what: str, step: int, steps: int, seed: int = seed) -> None:
+                progress(f"seed {seed}, {what}", step, steps)
+
+            found.append(job.audit(dataclasses.replace(config, seed=seed), options.data, tell))
+    lines = [one.line() for one in found]
+    job.write_samples(found[0], out / "samples.csv")
+    job.draw(found[0], out / "audit.png")
+    job.draw_suspects(found[0], out / "suspects.png")
+    conditions = {"command": command, "config": config.plain()}
+    file.write(found, out / "audit.jsonl", conditions, pick_device(config.device))
+    console.print(job.table(lines))
+    say(console, job.verdict(lines))
+    say(console, f"Samples: {out / 'samples.csv'}. Figure: {out / 'audit.png'}")
+    show_file(console, f"The {job.SUSPECTS} first as pictures:", out / "suspects.png")
+    return 0

@@ -1,0 +1,70 @@
+"""`gaf demo`: label noise on MNIST-5k, with a table, figures and a page."""
+
+import dataclasses
+import shlex
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+from rich.console import Console
+
+from gaf_lab.commands.common import Words, say
+from gaf_lab.settings.checks import MOST_SEEDS, check_count
+from gaf_lab.settings.presets import DEMO
+
+QUICK_PASSES = float(round(DEMO.passes / 3))
+
+
+@dataclass
+class DemoOptions:
+    """Label noise on MNIST-5k in about a minute: averaging, GAF and its control; 3 paired seeds."""
+
+    out: Path = Path("runs/demo")
+    """Folder for records, figures and report.html. Replaces an earlier demo's runs in it."""
+    seeds: int = 3
+    """Paired seeds, at least 1. Higher narrows the intervals and takes longer."""
+    passes: float = DEMO.passes
+    """Length of each run in passes over the training set.
+    Lower is faster and shows less memorisation."""
+    quick: bool = False
+    """A first look: one seed and a third of the passes, so no intervals and little memorisation.
+    --seeds and --passes win over it."""
+
+
+def run_demo(words: Words, console: Console) -> int:
+    options = tyro.cli(DemoOptions, prog="gaf demo", args=words, default=default_options(words))
+    from gaf_lab.experiments import demo as job
+    from gaf_lab.records.locks import own_folder
+    from gaf_lab.report import page as report
+
+    check_count("seeds", options.seeds, 1, MOST_SEEDS)
+    base = dataclasses.replace(DEMO, passes=options.passes)
+    started = time.perf_counter()
+    code = 0
+    with own_folder(options.out, f"gaf demo {shlex.join(words)}"):
+        job.clear(options.out)
+        try:
+            job.demo(options.out, console, options.seeds, base)
+        except KeyboardInterrupt:
+            code = 130
+            say(
+                console,
+                "\nStopped. The page holds the finished runs. "
+                "The next demo in this folder starts anew.",
+            )
+        runs = job.finished_runs(options.out, options.seeds, base)
+        if not runs:
+            say(console, "No run was finished; there is nothing to report.")
+            return code or 1
+        console.print(report.table(runs))
+        page = report.write(runs, options.out, title="GAF demo: label noise on MNIST-5k")
+    say(console, f"{len(runs)} runs in {time.perf_counter() - started:.0f} s. Page: {page}")
+    return code
+
+
+def default_options(words: Words) -> DemoOptions:
+    """The options before those of the command line, which replace them."""
+    if "--quick" in words:
+        return DemoOptions(seeds=1, passes=QUICK_PASSES)
+    return DemoOptions()
