@@ -111,7 +111,8 @@ def check_machine() -> None:
 
 
 def measure(hosts: int, options: argparse.Namespace) -> list[object]:
-    from gaf_lab.bench import ddp as bench_ddp
+    from gaf_lab.bench.ddp import ddp_costs
+    from gaf_lab.bench.launch import rank_environment
 
     wanted = {
         "model": options.model,
@@ -121,11 +122,11 @@ def measure(hosts: int, options: argparse.Namespace) -> list[object]:
     }
     with tempfile.TemporaryDirectory() as folder, network(hosts, options.mbit) as names:
         result = Path(folder) / "result.json"
-        command = [sys.executable, "-m", "gaf_lab.bench.ddp", json.dumps(wanted), str(result)]
+        command = [sys.executable, "-m", "gaf_lab.bench.ddp_rank", json.dumps(wanted), str(result)]
         ranks, said = [], [(Path(folder) / f"{name}.txt").open("wb+") for name in names]
         try:
             for rank, name in enumerate(names):
-                place = bench_ddp.environment_of(rank, hosts, f"{NETWORK}.1", PORT, local=1) | {
+                place = rank_environment(rank, hosts, f"{NETWORK}.1", PORT, local=1) | {
                     "GLOO_SOCKET_IFNAME": DEVICE
                 }
                 ranks.append(
@@ -141,7 +142,7 @@ def measure(hosts: int, options: argparse.Namespace) -> list[object]:
                 process.kill()
                 process.wait()
                 file.close()
-        found: list[object] = list(bench_ddp.measured(hosts, json.loads(result.read_text()), {}))
+        found: list[object] = list(ddp_costs(hosts, json.loads(result.read_text()), {}))
         return found
 
 
@@ -227,16 +228,17 @@ def run(*command: str) -> None:
 def show(found: list[object], options: argparse.Namespace) -> None:
     from rich.console import Console
 
-    from gaf_lab.bench import accumulate as bench
-    from gaf_lab.bench import ddp as bench_ddp
+    from gaf_lab.bench.ddp import ddp_conditions, table
+    from gaf_lab.bench.ddp_rank import DDPOptions
+    from gaf_lab.records.measurements import write_measurements
 
-    Console().print(bench_ddp.table(found))
+    Console().print(table(found))
     if options.out is not None:
-        wanted = bench_ddp.Options(options.model, options.stem, options.b, options.rounds)
-        bench.write(
+        wanted = DDPOptions(options.model, options.stem, options.b, options.rounds)
+        write_measurements(
             found,
             options.out,
-            bench_ddp.conditions(wanted) | {"mbit": options.mbit, "network": "namespaces, tc tbf"},
+            ddp_conditions(wanted) | {"mbit": options.mbit, "network": "namespaces, tc tbf"},
         )
         print(f"Figures: {options.out}")
 

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from gaf_lab.bench import cost_model as predict
+from gaf_lab.bench.cost_model import Network
+from gaf_lab.bench.predictions import predict, read_points
 from gaf_lab.records.find import find_runs
 from gaf_lab.report import measures
 from gaf_lab.report import statistics as st
@@ -114,11 +115,11 @@ def messages_table() -> str:
 
 def predicted_table() -> str:
     """The cost model beside the slow link, with the defaults of `gaf bench ddp --against`."""
-    given, points = predict.read(ROOT / "benchmarks" / "slow_network.jsonl")
-    network = predict.Network(20e-6, given["mbit"] * 1e6 / 8, 10e9, 30e9)
+    given, points = read_points(ROOT / "benchmarks" / "slow_network.jsonl")
+    network = Network(20e-6, given["mbit"] * 1e6 / 8, 10e9, 30e9)
     lines = ["| k | way | predicted ms | measured ms |", "|---|---|---|---|"]
     for point in points:
-        seconds, _ = predict.predicted(point, network)
+        seconds, _ = predict(point, network)
         lines.append(
             f"| {point['k']} | {point['way']} | {1000 * seconds:.0f} | {point['alone_ms_median']:.0f} |"
         )

@@ -1,4 +1,4 @@
-"""Bytes that a rank sends: by formula at each collective, and as the kernel counts them at the interface."""
+"""Bytes that a rank sends: by formula at each collective, and by the kernel at the interface."""
 
 import contextlib
 import os
@@ -15,22 +15,28 @@ import gaf.ranks.messages
 
 
 def ring_all_reduce(size: float, k: int) -> float:
-    """A reduce-scatter and an all-gather around a ring of k ranks: 2 size (k-1)/k, the least that a rank can send on average."""
+    """A reduce-scatter and an all-gather around a ring of k ranks: 2 size (k-1)/k.
+
+    A rank cannot send less on average.
+    """
     return 2 * size * (k - 1) / k
 
 
 def all_to_all(size: float, k: int) -> float:
-    """Of a rank's k slices, size bytes in all, k-1 go elsewhere."""
+    """A rank has k slices, `size` bytes in all, and sends k-1 of them."""
     return size * (k - 1) / k
 
 
 def all_gather(share: float, k: int) -> float:
-    """A rank's own share reaches k-1 others; around a ring it hands as much on."""
+    """A rank's share reaches k-1 others. Around a ring, the rank passes on as much."""
     return share * (k - 1)
 
 
 def broadcast(size: float, k: int) -> float:
-    """k-1 ranks receive `size`, whoever sends it: size (k-1)/k for each of the k on average. From every root a slice: all_to_all."""
+    """k-1 ranks receive `size` bytes: size (k-1)/k sent per rank on average.
+
+    If every rank broadcasts a slice, the sum is that of all_to_all.
+    """
     return size * (k - 1) / k
 
 
@@ -38,58 +44,55 @@ def volume(*tensors: Tensor) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
-def counting_versions(
-    sent: Counter[str], k: int
-) -> Iterator[tuple[Any, str, Callable[..., float]]]:
-    """What is counted: where the function is found, its name, and the bytes for its arguments."""
-    yield dist, "all_reduce", lambda tensor, *a, **kw: ring_all_reduce(volume(tensor), k)
-    yield dist, "all_to_all_single", lambda output, input, *a, **kw: all_to_all(volume(input), k)
-    yield dist, "isend", lambda tensor, *a, **kw: volume(tensor)
-    yield dist, "all_gather", lambda outputs, tensor, *a, **kw: all_gather(volume(tensor), k)
-    yield dist, "broadcast", lambda tensor, *a, **kw: broadcast(volume(tensor), k)
+Count = Callable[..., float]  # bytes for a function's arguments
+
+
+def counted_functions(k: int) -> Iterator[tuple[Any, str, Count]]:
+    """The functions that are counted: the module, the name, and the bytes for its arguments."""
+    yield dist, "all_reduce", lambda tensor, *_, **__: ring_all_reduce(volume(tensor), k)
+    yield dist, "all_to_all_single", lambda out, tensor, *_, **__: all_to_all(volume(tensor), k)
+    yield dist, "isend", lambda tensor, *_, **__: volume(tensor)
+    yield dist, "all_gather", lambda out, tensor, *_, **__: all_gather(volume(tensor), k)
+    yield dist, "broadcast", lambda tensor, *_, **__: broadcast(volume(tensor), k)
     # DDP's buffers
-    yield (
-        dist,
-        "_broadcast_coalesced",
-        lambda group, tensors, *a, **kw: broadcast(volume(*tensors), k),
-    )
-    yield (
-        gaf.ranks.messages,
-        "_all_gather",
-        lambda whole, tensor, *a, **kw: all_gather(volume(tensor), k),
-    )
+    yield dist, "_broadcast_coalesced", lambda _, ts, *__, **___: broadcast(volume(*ts), k)
+    exchange = gaf.ranks.messages
+    yield exchange, "_all_gather", lambda out, tensor, *_, **__: all_gather(volume(tensor), k)
 
 
 @contextlib.contextmanager
 def counting(k: int) -> Iterator[Counter[str]]:
-    """Adds up, by collective, what this rank sends to the world of k from Python. C++ (DDP's own all-reduce) is not seen."""
+    """Adds up, by collective, the bytes that this rank sends to the world of k from Python.
+
+    Calls from C++ are not counted, such as DDP's own all-reduce.
+    """
     sent: Counter[str] = Counter()
     with contextlib.ExitStack() as stack:
-        for place, name, size in counting_versions(sent, k):
-            stack.enter_context(
-                mock.patch.object(
-                    place, name, counted(getattr(place, name), name.lstrip("_"), size, sent)
-                )
-            )
+        for place, name, count in counted_functions(k):
+            call = with_count(getattr(place, name), name.lstrip("_"), count, sent)
+            stack.enter_context(mock.patch.object(place, name, call))
         yield sent
 
 
-def counted(
-    function: Callable[..., Any], name: str, size: Callable[..., float], sent: Counter[str]
+def with_count(
+    function: Callable[..., Any], name: str, count: Count, sent: Counter[str]
 ) -> Callable[..., Any]:
+    """The function, which adds to the counter at each call."""
+
     def call(*args: Any, **kwargs: Any) -> Any:
-        sent[name] += size(*args, **kwargs)  # type: ignore[assignment]
+        sent[name] += count(*args, **kwargs)  # type: ignore[assignment]
         return function(*args, **kwargs)
 
     return call
 
 
 def interface_bytes() -> float | None:
-    """Bytes sent so far through gloo's interface, headers and other programs' included, per rank of this machine; Linux only."""
+    """Bytes sent so far through gloo's interface, per rank of this machine; None if not on Linux.
+
+    They include headers, and the bytes of other programs.
+    """
     name = os.environ.get("GLOO_SOCKET_IFNAME", "lo")
-    count = Path(f"/sys/class/net/{name}/statistics/tx_bytes")
-    return (
-        int(count.read_text()) / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        if count.is_file()
-        else None
-    )
+    counter = Path(f"/sys/class/net/{name}/statistics/tx_bytes")
+    if not counter.is_file():
+        return None
+    return int(counter.read_text()) / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

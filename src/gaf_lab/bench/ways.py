@@ -1,6 +1,7 @@
-"""Three ways from k ranks' gradients to one update: DDP's own average, gaf.attach, and gathering every gradient on every rank."""
+"""Three ways from k ranks' gradients to one update: plain DDP, gaf.attach, gathering them all."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,9 +13,8 @@ import gaf
 from gaf.ranks.exchange import Exchange
 from gaf.ranks.messages import add_in_rank_order
 from gaf.ranks.pair import Pair
+from gaf_lab.bench.timing import Step
 from gaf_lab.training import models
-
-Step = Callable[[], None]
 
 PLAIN, GAF, NAIVE = "plain DDP", "gaf.attach", "gather all"
 WAYS = (PLAIN, GAF, NAIVE)
@@ -22,14 +22,17 @@ TAU = 2.0  # accepts every row: the most work, and both ways over the network
 CLASSES = 100
 
 
-def build(name: str, stem: models.Stem) -> nn.Module:
+def build_model(name: str, stem: models.Stem) -> nn.Module:
     torch.manual_seed(0)
     return models.build(name, (3, 32, 32), CLASSES, stem)
 
 
-def make_step(way: str, name: str, stem: models.Stem, b: int) -> tuple[Step, nn.Module]:
-    """A training step of a fresh model on this rank, and that model: bare for NAIVE, else in DistributedDataParallel."""
-    bare = build(name, stem)
+def make_rank_step(way: str, name: str, stem: models.Stem, b: int) -> tuple[Step, nn.Module]:
+    """A training step of a fresh model on this rank, and that model.
+
+    The model is bare for NAIVE, else in DistributedDataParallel.
+    """
+    bare = build_model(name, stem)
     model = bare if way == NAIVE else DistributedDataParallel(bare)
     optimizer = torch.optim.SGD(
         model.parameters(), lr=0.01, momentum=0.9, nesterov=True, weight_decay=0.01
@@ -50,20 +53,21 @@ def make_step(way: str, name: str, stem: models.Stem, b: int) -> tuple[Step, nn.
 
 
 def share_all(params: Sequence[nn.Parameter]) -> None:
-    """The published scripts' way: every rank receives every whole gradient, and decides and averages for itself."""
+    """The published scripts' way: every rank receives every gradient, and filters for itself."""
     grads = [p.grad for p in params if p.grad is not None]
-    update = filtered(gathered(torch.cat([g.view(-1) for g in grads])))
+    update = filter_rows(gather_all(torch.cat([g.view(-1) for g in grads])))
     for p, part in zip(params, update.split([g.numel() for g in grads]), strict=True):
         p.grad = part.view_as(p)
 
 
-def gathered(flat: Tensor) -> list[Tensor]:
+def gather_all(flat: Tensor) -> list[Tensor]:
     rows = [torch.empty_like(flat) for _ in range(dist.get_world_size())]
     dist.all_gather(rows, flat)
     return rows
 
 
-def filtered(rows: list[Tensor], tau: float = TAU) -> Tensor:
+def filter_rows(rows: list[Tensor], tau: float = TAU) -> Tensor:
+    """The average of the rows that agree with the sum of those before them."""
     total, count = rows[0].clone(), 1
     for row in rows[1:]:
         if 1 - nn.functional.cosine_similarity(total, row, dim=0) <= tau:
@@ -73,26 +77,27 @@ def filtered(rows: list[Tensor], tau: float = TAU) -> Tensor:
 
 
 def make_aggregate(way: str) -> Callable[[list[Tensor]], Any]:
-    """The same without forward and backward pass: from flat buckets, each of this rank's values, to their aggregate."""
+    """The aggregation without the passes: takes this rank's flat buckets."""
     if way == PLAIN:
-        return reduced
+        return all_reduce_buckets
     if way == NAIVE:
-        return lambda buckets: filtered(gathered(torch.cat(buckets)))
+        return gather_and_filter
     assert dist.group.WORLD is not None
-    exchange, policy = (
-        (Pair if dist.get_world_size() == 2 else Exchange)(dist.group.WORLD),
-        gaf.GAF(TAU),
-    )
-    return lambda buckets: exchanged(exchange, policy, buckets)
+    kind = Pair if dist.get_world_size() == 2 else Exchange
+    return partial(exchange_buckets, kind(dist.group.WORLD), gaf.GAF(TAU))
 
 
-def reduced(buckets: list[Tensor]) -> None:
+def gather_and_filter(buckets: list[Tensor]) -> Tensor:
+    return filter_rows(gather_all(torch.cat(buckets)))
+
+
+def all_reduce_buckets(buckets: list[Tensor]) -> None:
     works = [dist.all_reduce(bucket, async_op=True) for bucket in buckets]
     for work in works:
         work.wait()
 
 
-def exchanged(exchange: Exchange, policy: gaf.GAF, buckets: list[Tensor]) -> None:
+def exchange_buckets(exchange: Exchange, policy: gaf.GAF, buckets: list[Tensor]) -> None:
     exchange.begin()
     for bucket in buckets:
         exchange.send(bucket)

@@ -1,6 +1,6 @@
 """Many runs, several at a time; each config is run once, whatever dies in between.
 
-plan -> `jobs` -> engine (`processes`: here; `in_turns`: one GPU; `ray_tasks`: a cluster) -> `worker`
+plan -> `jobs` -> engine (`processes` here, `in_turns` on one GPU, `ray_tasks`) -> `worker`
 
 A run is finished if its folder's records say so for this config's hash. Nothing else is remembered,
 so the same command resumes after any interruption, and several sweeps may share a folder. A run

@@ -16,10 +16,11 @@ import torch.distributed as dist
 from rich.console import Console
 
 import gaf.ranks.messages
-from gaf_lab.bench import bytes_sent as bench_bytes
-from gaf_lab.bench import cost_model as predict
-from gaf_lab.bench import ddp as bench_ddp
-from gaf_lab.bench.ways import GAF, NAIVE, PLAIN, WAYS, filtered
+from gaf_lab.bench import bytes_sent, cost_model, predictions
+from gaf_lab.bench.cost_model import Network
+from gaf_lab.bench.ddp import measure_ddp
+from gaf_lab.bench.ddp_rank import DDPOptions
+from gaf_lab.bench.ways import GAF, NAIVE, PLAIN, WAYS, filter_rows
 from gaf_lab.commands import main as cli
 
 SLOW_NETWORK = Path(__file__).parents[3] / "benchmarks" / "slow_network.py"
@@ -33,20 +34,20 @@ FIELDS = {
 
 
 def test_what_a_rank_sends_by_hand():
-    assert bench_bytes.ring_all_reduce(100, 4) == 150  # 3 quarters to reduce, 3 to hand round
-    assert bench_bytes.all_to_all(100, 4) == 75
-    assert bench_bytes.all_gather(100, 4) == 300
-    assert bench_bytes.broadcast(100, 4) == 75
-    assert bench_bytes.ring_all_reduce(100, 2) == 100
+    assert bytes_sent.ring_all_reduce(100, 4) == 150  # 3 quarters to reduce, 3 to hand round
+    assert bytes_sent.all_to_all(100, 4) == 75
+    assert bytes_sent.all_gather(100, 4) == 300
+    assert bytes_sent.broadcast(100, 4) == 75
+    assert bytes_sent.ring_all_reduce(100, 2) == 100
 
 
 @pytest.mark.parametrize("k", [2, 3, 8, 1000])
 def test_all_to_all_in_and_all_gather_out_are_one_all_reduce(k):
     # in slices, either way
-    way_out = (bench_bytes.all_gather(7e6 / k, k), k * bench_bytes.broadcast(7e6 / k, k))
+    way_out = (bytes_sent.all_gather(7e6 / k, k), k * bytes_sent.broadcast(7e6 / k, k))
     for out in way_out:
-        assert bench_bytes.all_to_all(7e6, k) + out == pytest.approx(
-            bench_bytes.ring_all_reduce(7e6, k), rel=1e-12
+        assert bytes_sent.all_to_all(7e6, k) + out == pytest.approx(
+            bytes_sent.ring_all_reduce(7e6, k), rel=1e-12
         )
 
 
@@ -60,7 +61,7 @@ def alone(tmp_path: Path) -> Iterator[None]:
 @pytest.mark.usefixtures("alone")
 def test_calls_are_counted_and_still_do_their_work():
     before = dist.broadcast
-    with bench_bytes.counting(4) as sent:  # as if there were 4
+    with bytes_sent.counting(4) as sent:  # as if there were 4
         t, whole = torch.ones(10), torch.zeros(10, dtype=torch.float64)
         dist.all_reduce(t)
         dist.broadcast(t, 0)
@@ -79,8 +80,8 @@ def test_calls_are_counted_and_still_do_their_work():
 
 def test_the_naive_way_averages_what_it_accepts():
     rows = [torch.tensor([1.0, 0.0]), torch.tensor([0.8, 0.6]), torch.tensor([-1.0, 0.0])]
-    assert filtered(rows, tau=0.5).tolist() == pytest.approx([0.9, 0.3])  # as in the README
-    assert filtered(rows).tolist() == pytest.approx([0.8 / 3, 0.2])
+    assert filter_rows(rows, tau=0.5).tolist() == pytest.approx([0.9, 0.3])  # as in the README
+    assert filter_rows(rows).tolist() == pytest.approx([0.8 / 3, 0.2])
 
 
 # ---------------------------------------------------------------------------------------------- end to end
@@ -133,12 +134,12 @@ def test_a_run_writes_a_whole_line_per_way(measured):
 def test_gaf_sends_what_an_all_reduce_sends_and_the_scalars(measured):
     plain, ours, naive = map(json.loads, measured[0].read_text().splitlines()[1:])
     size = plain["gradient_bytes"]
-    scalars = predict.scalar_bytes(2, 2)
+    scalars = cost_model.scalar_bytes(2, 2)
     assert scalars == 6 * 8  # K, the scaler's factor, and a flag
-    assert plain["sent_bytes"] == bench_bytes.ring_all_reduce(size, 2)
+    assert plain["sent_bytes"] == bytes_sent.ring_all_reduce(size, 2)
     assert ours["sent_bytes"] <= 1.01 * plain["sent_bytes"] + scalars
     # a piece of leftovers is filled up to a whole slice
-    assert ours["sent_bytes"] == pytest.approx(predict.gaf_bytes(2, size), abs=8)
+    assert ours["sent_bytes"] == pytest.approx(cost_model.gaf_bytes(2, size), abs=8)
     assert naive["sent_bytes"] == size
 
 
@@ -170,16 +171,16 @@ def test_a_file_without_points_is_refused(tmp_path, capsys):
 )
 def test_what_cannot_be_measured_is_refused(options, ks, message):
     with pytest.raises(ValueError, match=message):
-        bench_ddp.run(bench_ddp.Options(**options), ks)
+        measure_ddp(DDPOptions(**options), ks)
 
 
 # ---------------------------------------------------------------------------------------------- the cost model
 
 
 def test_predicted_by_hand():
-    network = predict.Network(alpha=1e-3, beta=1e6, memory=1e7)  # 1 ms, 1 MB/s, 10 MB/s
-    assert predict.plain_seconds(4, 4e6, network) == pytest.approx(0.006 + 6)
-    cost = predict.gaf_seconds(4, 4e6, network)
+    network = Network(alpha=1e-3, beta=1e6, memory=1e7)  # 1 ms, 1 MB/s, 10 MB/s
+    assert cost_model.plain_seconds(4, 4e6, network) == pytest.approx(0.006 + 6)
+    cost = cost_model.gaf_seconds(4, 4e6, network)
     assert cost.way_in == cost.way_out == pytest.approx(0.003 + 3)
     assert cost.scalars == pytest.approx(0.003 + 3 * 18 * 8 / 1e6)
     assert cost.gram == pytest.approx(10 * 2 * 1e6 / 1e7)  # 10 pairs of slices of 1 MB
@@ -187,33 +188,33 @@ def test_predicted_by_hand():
 
 
 def test_two_ranks_reduce_the_sum_and_take_two_inner_products():
-    network = predict.Network(1e-3, 1e6, 1e7, flops=1e8)
-    cost = predict.gaf_seconds(2, 4e6, network)
-    assert cost.way_in == predict.plain_seconds(2, 4e6, network) == pytest.approx(0.002 + 4)
+    network = Network(1e-3, 1e6, 1e7, flops=1e8)
+    cost = cost_model.gaf_seconds(2, 4e6, network)
+    assert cost.way_in == cost_model.plain_seconds(2, 4e6, network) == pytest.approx(0.002 + 4)
     assert cost.way_out == 0
     assert cost.gram == pytest.approx(0.8)
-    assert predict.gaf_seconds(4, 4e6, network, micro_group=2).way_out == pytest.approx(
+    assert cost_model.gaf_seconds(4, 4e6, network, micro_group=2).way_out == pytest.approx(
         0.003 + 3
     )  # two rows of four ranks go the general way
 
 
 def test_a_product_reads_once_and_multiplies_all_with_all():
-    network = predict.Network(1e-3, 1e6, 1e7, flops=1e8)
-    assert predict.gram_seconds(4, 1e6, network) == pytest.approx(0.4 + 2 * 16 * 250_000 / 1e8)
+    network = Network(1e-3, 1e6, 1e7, flops=1e8)
+    assert cost_model.gram_seconds(4, 1e6, network) == pytest.approx(0.4 + 2 * 16 * 250_000 / 1e8)
 
 
 def test_scalars_are_gathered_among_few_and_added_up_in_blocks_among_many():
-    assert predict.scalar_bytes(32, 32) == 31 * (32 * 32 + 2) * 8
-    assert predict.scalar_bytes(64, 64) == pytest.approx(2 * (64 * 64 + 2) * 8 * 63 / 64)
-    assert predict.scalar_bytes(64, 2) == pytest.approx(2 * 6 * 8 * 63 / 64)
-    network = predict.Network(1.0, math.inf, math.inf)
-    assert [predict.gaf_seconds(k, 1.0, network).scalars for k in (32, 33)] == [31, 64]
+    assert cost_model.scalar_bytes(32, 32) == 31 * (32 * 32 + 2) * 8
+    assert cost_model.scalar_bytes(64, 64) == pytest.approx(2 * (64 * 64 + 2) * 8 * 63 / 64)
+    assert cost_model.scalar_bytes(64, 2) == pytest.approx(2 * 6 * 8 * 63 / 64)
+    network = Network(1.0, math.inf, math.inf)
+    assert [cost_model.gaf_seconds(k, 1.0, network).scalars for k in (32, 33)] == [31, 64]
 
 
 def test_micro_groups_leave_at_most_32_rows():
-    assert [predict.micro_group_for(k) for k in (2, 32, 64, 4096)] == [1, 1, 2, 128]
-    network = predict.Network(0, 1e9, 1e10)
-    plain, alone, grouped = (predict.gaf_seconds(4096, 1e6, network, m) for m in (1, 1, 128))
+    assert [cost_model.micro_group_for(k) for k in (2, 32, 64, 4096)] == [1, 1, 2, 128]
+    network = Network(0, 1e9, 1e10)
+    plain, alone, grouped = (cost_model.gaf_seconds(4096, 1e6, network, m) for m in (1, 1, 128))
     assert plain == alone
     assert grouped.way_in == alone.way_in
     assert grouped.scalars < alone.scalars / 10_000
@@ -221,25 +222,25 @@ def test_micro_groups_leave_at_most_32_rows():
 
 
 def test_the_bandwidth_is_what_makes_plain_all_reduces_come_out_right():
-    network = predict.Network(1e-4, 5e8, 1e10)
+    network = Network(1e-4, 5e8, 1e10)
     points = [
         {
             "way": way,
             "k": k,
             "gradient_bytes": 1e8,
-            "alone_ms_median": 1000 * predict.plain_seconds(k, 1e8, network),
+            "alone_ms_median": 1000 * cost_model.plain_seconds(k, 1e8, network),
         }
         for k in (2, 4, 8)
         for way in (PLAIN, GAF)
     ]
-    assert predict.fitted_beta(points, 1e-4) == pytest.approx(5e8)
+    assert predictions.fitted_beta(points, 1e-4) == pytest.approx(5e8)
 
 
 def test_predict_prints_every_k_in_80_columns(capsys, monkeypatch):
     monkeypatch.setattr(cli, "Console", lambda **kw: Console(width=80, **kw))
     assert cli.main(["bench", "ddp", "--predict"]) == 0
     shown = capsys.readouterr().out
-    assert all(f" {k} " in shown for k in predict.KS)
+    assert all(f" {k} " in shown for k in predictions.KS)
     assert "…" not in shown
 
 

@@ -21,24 +21,30 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 import gaf
-from gaf_lab.bench import cpu as bench_cpu
-from gaf_lab.bench import train as bench_train
-from gaf_lab.bench.cpu import Measured, Setting
-from gaf_lab.bench.train import (
+from gaf_lab.bench import cpu, crew
+from gaf_lab.bench.cpu import SettingSpeed, advice, measure_settings, setting_cells, table
+from gaf_lab.bench.cpu_settings import (
+    BASE,
+    Setting,
+    all_settings,
+    break_even,
+    describe_choice,
+    fastest,
+)
+from gaf_lab.bench.plain_loop import OnePicture, PlainLoop, fresh_model
+from gaf_lab.bench.timing import StepTime, time_in_turn
+from gaf_lab.bench.train import TIMED_ARMS, TrainOptions, take_training_steps
+from gaf_lab.bench.train_results import (
     ALL,
-    ARMS,
     AVERAGING,
     BOOKS,
     DATA,
     PASSES,
-    PLAIN,
+    PLAIN_LOOP,
     REST,
     SAVING,
-    Arm,
-    Options,
-    Part,
-    PlainLoop,
-    Took,
+    ArmTime,
+    PartTime,
 )
 from gaf_lab.commands import main as cli
 from gaf_lab.data.augment import normalise
@@ -149,7 +155,7 @@ def choices() -> str:
     lines = lines_of("cpu.jsonl", "bench-cpu")
     models = list(dict.fromkeys(line["model"] for line in lines))
     return "\n".join(
-        f"- {model}: {bench_cpu.told([line for line in lines if line['model'] == model])}"
+        f"- {model}: {describe_choice([line for line in lines if line['model'] == model])}"
         for model in models
     )
 
@@ -165,7 +171,7 @@ def test_the_pages_figures_are_the_records(part):
 def test_each_begins_in_turn_and_the_first_round_is_not_counted():
     calls: list[tuple[str, int]] = []
     work = {name: lambda n, name=name: calls.append((name, n)) for name in "abc"}
-    found = bench_train.in_turn(work, rounds=3, block=5, device=CPU)
+    found = time_in_turn(work, rounds=3, block=5, device=CPU)
     assert [name for name, _ in calls] == [*"abc", *"bca", *"cab", *"abc"]
     assert {n for _, n in calls} == {5}
     assert {name: len(times) for name, times in found.items()} == {"a": 3, "b": 3, "c": 3}
@@ -175,8 +181,8 @@ def test_each_begins_in_turn_and_the_first_round_is_not_counted():
 def test_timed_steps_are_those_of_a_run(engine, tmp_path):
     config = dataclasses.replace(SMALL, engine=engine)
     timed, whole = Training(config, None), Training(config, None)
-    bench_train.run(timed, Silent(), 3)  # type: ignore[arg-type]
-    bench_train.run(timed, Silent(), 4)  # type: ignore[arg-type]
+    take_training_steps(timed, Silent(), 3)  # type: ignore[arg-type]
+    take_training_steps(timed, Silent(), 4)  # type: ignore[arg-type]
     whole.run(tmp_path, Silent(), steps=7, keep_checkpoints=False)
     assert timed.step == whole.step == 7
     for p, q in zip(timed.model.parameters(), whole.model.parameters(), strict=True):
@@ -188,7 +194,7 @@ def test_the_plain_loop_transforms_like_a_shift_and_a_mirror_of_the_padded_pictu
         256, (2, 3, 9, 7), generator=torch.Generator().manual_seed(0), dtype=torch.uint8
     )
     mean, std = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
-    data = bench_train.OnePicture(x, torch.tensor([4, 6]), mean, std)
+    data = OnePicture(x, torch.tensor([4, 6]), mean, std)
     padded = nn.functional.pad(x, (4,) * 4)
     cuts = [
         padded[1:, :, top : top + 9, left : left + 7]
@@ -215,7 +221,7 @@ def test_the_plain_loop_takes_the_steps_that_gaf_takes_on_the_same_micro_batches
     parts = list(torch.arange(80).split(20))
     ours = iter([part.tolist() for part in parts])
     loop.draw = lambda: next(ours)  # type: ignore[method-assign]
-    model = bench_train.fresh_model(SMALL, problem, CPU)
+    model = fresh_model(SMALL, problem, CPU)
     accumulator = gaf.Accumulator(
         make_optimizer(SMALL, SMALL.lr, list(model.parameters())), gaf.GAF(2.0)
     )
@@ -242,13 +248,13 @@ def test_the_plain_loop_draws_as_many_of_each_class_where_it_is_to(sampler):
 # ---------------------------------------------------------------------------------------------- what is reported
 
 
-def took(*walls: float) -> list[Took]:
+def took(*walls: float) -> list[StepTime]:
     """Steps that computed for half of their time."""
-    return [Took(wall, wall / 2) for wall in walls]
+    return [StepTime(wall, wall / 2) for wall in walls]
 
 
 def test_lines_by_hand():
-    arm = Arm(
+    arm = ArmTime(
         "GAF", took(10, 20, 30), averaging=took(10, 10, 10), plain=took(100, 100, 60), stepped=0.5
     ).line()
     assert (arm["ms_median"], arm["cpu_ms_median"], arm["steps_per_second"], arm["rounds"]) == (
@@ -261,7 +267,9 @@ def test_lines_by_hand():
     assert (arm["ratio_p10"], arm["times_plain_p10"], arm["times_plain_p90"]) == pytest.approx(
         (1.2, 2.6, 9.0)
     )
-    part = Part("data", [Took(1, 1), Took(2, 1), Took(3, 1)], whole=took(10, 10, 10)).line()
+    part = PartTime(
+        "data", [StepTime(1, 1), StepTime(2, 1), StepTime(3, 1)], whole=took(10, 10, 10)
+    ).line()
     assert (part["ms_median"], part["share_median"], part["share_p90"]) == pytest.approx(
         (2, 0.2, 0.28)
     )
@@ -273,8 +281,7 @@ def test_time_of_the_cpu_is_that_of_all_children_too():
         subprocess.run([sys.executable, "-c", "sum(range(10**7))"], check=True)
 
     alone, idle = (
-        bench_train.in_turn({"": w}, 1, 1, CPU)[""][0]
-        for w in (work, lambda count: time.sleep(0.1))
+        time_in_turn({"": w}, 1, 1, CPU)[""][0] for w in (work, lambda count: time.sleep(0.1))
     )
     assert idle.wall > 100 > idle.cpu
     assert alone.cpu > 20  # ten million additions
@@ -313,9 +320,9 @@ def test_a_run_writes_a_line_per_arm_and_part(benched):
     )
     arms = {line["arm"]: line for line in lines if line["kind"] == "bench-train"}
     parts = {line["part"]: line for line in lines if line["kind"] == "bench-train-part"}
-    assert list(arms) == [*ARMS, PLAIN]
+    assert list(arms) == [*TIMED_ARMS, PLAIN_LOOP]
     assert list(parts) == [DATA, BOOKS, SAVING, PASSES, REST]
-    assert arms[AVERAGING]["ratio_median"] == arms[PLAIN]["times_plain_median"] == 1
+    assert arms[AVERAGING]["ratio_median"] == arms[PLAIN_LOOP]["times_plain_median"] == 1
     assert arms[AVERAGING]["stepped"] == arms[ALL]["stepped"] == 1
     for unit in ("ms_median", "cpu_ms_median"):
         inside = sum(parts[name][unit] for name in (DATA, BOOKS, PASSES, REST))
@@ -326,7 +333,7 @@ def test_a_run_writes_a_line_per_arm_and_part(benched):
 
 
 def test_conditions_are_the_papers_but_for_what_is_given():
-    config = Options(data_folder=Path("data"), rounds=3).config()
+    config = TrainOptions(data_folder=Path("data"), rounds=3).config()
     assert (config.dataset, config.model, config.stem, config.augment) == (
         "cifar100",
         "resnet18",
@@ -355,24 +362,22 @@ def test_what_cannot_be_measured_is_said(words, message, capsys):
 
 
 def test_settings_by_hand():
-    assert [(s.processes, s.threads) for s in bench_cpu.settings(6)[:-1:4]] == [
+    assert [(s.processes, s.threads) for s in all_settings(6)[:-1:4]] == [
         (1, 1),
         (1, 2),
         (1, 4),
         (1, 6),
         (6, 1),
     ]
-    assert bench_cpu.settings(6)[-1] == Setting(1, 6, False, False, spin=True)
-    assert [(s.channels_last, s.compile) for s in bench_cpu.settings(1)] == [
+    assert all_settings(6)[-1] == Setting(1, 6, False, False, spin=True)
+    assert [(s.channels_last, s.compile) for s in all_settings(1)] == [
         (False, False),
         (True, False),
         (False, True),
         (True, True),
     ]
-    assert [s for s in bench_cpu.settings(6) if not s.compile] == bench_cpu.settings(
-        6, compile=False
-    )
-    assert bench_cpu.BASE in bench_cpu.settings(6)
+    assert [s for s in all_settings(6) if not s.compile] == all_settings(6, compile=False)
+    assert BASE in all_settings(6)
 
 
 def test_threads_of_processes_started_meanwhile_sleep_or_do_what_they_do_unasked(monkeypatch):
@@ -380,9 +385,9 @@ def test_threads_of_processes_started_meanwhile_sleep_or_do_what_they_do_unasked
         monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
         for name, value in before.items():
             monkeypatch.setenv(name, value)
-        with bench_cpu.waiting(spin=False):
+        with crew.wait_policy(spin=False):
             assert os.environ["OMP_WAIT_POLICY"] == "passive"
-        with bench_cpu.waiting(spin=True):
+        with crew.wait_policy(spin=True):
             assert "OMP_WAIT_POLICY" not in os.environ
         assert os.environ.get("OMP_WAIT_POLICY") == before.get("OMP_WAIT_POLICY")
 
@@ -404,34 +409,34 @@ class Simulated:
 
 
 @pytest.fixture
-def simulated(monkeypatch: pytest.MonkeyPatch) -> list[Measured]:
-    monkeypatch.setattr(bench_cpu, "Crew", Simulated)
-    return bench_cpu.run(["mlp"], rounds=3, cores=4)
+def simulated(monkeypatch: pytest.MonkeyPatch) -> list[SettingSpeed]:
+    monkeypatch.setattr(cpu, "Crew", Simulated)
+    return measure_settings(["mlp"], rounds=3, cores=4)
 
 
 def test_speeds_are_those_of_all_processes_and_ratios_are_to_one_thread(simulated):
     lines = {m.setting: m.line() for m in simulated}
-    assert list(lines) == bench_cpu.settings(4)
-    assert lines[bench_cpu.BASE]["steps_per_second"] == pytest.approx(10)
+    assert list(lines) == all_settings(4)
+    assert lines[BASE]["steps_per_second"] == pytest.approx(10)
     assert lines[Setting(1, 4, True, False)]["steps_per_second"] == pytest.approx(40)
     assert lines[Setting(4, 1, True, False)]["steps_per_second"] == pytest.approx(80)
     assert lines[Setting(4, 1, True, False)]["ratio_median"] == pytest.approx(8)
     assert lines[Setting(1, 4, False, False, spin=True)]["ratio_median"] == pytest.approx(0.2)
-    assert lines[bench_cpu.BASE]["ratio_median"] == 1
+    assert lines[BASE]["ratio_median"] == 1
     assert lines[Setting(1, 4, False, True)]["failed"] == "no g++"
 
 
 def test_the_choice_is_the_fastest_and_what_failed_is_said(simulated):
-    said = bench_cpu.advice(simulated, "mlp")
+    said = advice(simulated, "mlp")
     assert (
         said
         == "4 threads, channels-last: 40 steps/s; compiling failed; 4 runs at once, one thread each: 2.00 times the steps of one"
     )
-    rows = [bench_cpu.cells(m.line()) for m in simulated]
+    rows = [setting_cells(m.line()) for m in simulated]
     assert sum("failed: no g++" in row for row in rows) == 8
     console = Console(width=100)
     with console.capture() as captured:
-        console.print(bench_cpu.table(simulated))
+        console.print(table(simulated))
     assert "channels-last" in captured.get()
 
 
@@ -449,12 +454,8 @@ def row(
 
 def test_a_gain_within_the_spread_is_none():
     plain = row(False, False, 10, (0.9, 1.0, 1.1))
-    assert (
-        bench_cpu.chosen([row(True, False, 11, (1.05, 1.08, 1.3)), plain], compiled=False) == plain
-    )
-    assert bench_cpu.chosen([plain, row(True, False, 12, (1.05, 1.2, 1.3))], compiled=False)[
-        "channels_last"
-    ]
+    assert fastest([row(True, False, 11, (1.05, 1.08, 1.3)), plain], compiled=False) == plain
+    assert fastest([plain, row(True, False, 12, (1.05, 1.2, 1.3))], compiled=False)["channels_last"]
 
 
 def test_compiling_pays_once_the_steps_have_earned_its_start():
@@ -462,11 +463,13 @@ def test_compiling_pays_once_the_steps_have_earned_its_start():
         row(False, False, 10, (1, 1, 1), start=2),
         row(False, True, 20, (2, 2, 2), start=27),
     )
-    assert bench_cpu.break_even(eager, fast) == pytest.approx(500)  # 25 s at 0.05 s a step
-    assert bench_cpu.break_even(eager, eager) is None
-    assert "compiling pays from 500 steps on" in bench_cpu.told([eager, fast])
-    assert "compiling was not measured" in bench_cpu.told([eager])
-    assert "compiling does not pay" in bench_cpu.told([eager, row(False, True, 9, (0.9, 0.9, 0.9))])
+    assert break_even(eager, fast) == pytest.approx(500)  # 25 s at 0.05 s a step
+    assert break_even(eager, eager) is None
+    assert "compiling pays from 500 steps on" in describe_choice([eager, fast])
+    assert "compiling was not measured" in describe_choice([eager])
+    assert "compiling does not pay" in describe_choice(
+        [eager, row(False, True, 9, (0.9, 0.9, 0.9))]
+    )
 
 
 class Pipe:
@@ -481,22 +484,22 @@ class Pipe:
 
 
 def test_a_process_goes_on_after_a_setting_that_fails(monkeypatch):
-    def make_problem(config: TrainConfig, folder: Path | None) -> Training:
+    def build(config: TrainConfig, folder: Path | None) -> Training:
         if config.compile:
             raise RuntimeError("no compiler\nand a long trace")
         return Training(config, folder)
 
-    monkeypatch.setattr(bench_cpu, "Training", make_problem)
+    monkeypatch.setattr(crew, "Training", build)
     pipe, threads = Pipe([(False, True, 1), (True, False, 2), None]), torch.get_num_threads()
-    bench_cpu.serve(pipe, threads, SMALL)
+    crew.serve_steps(pipe, threads, SMALL)
     assert pipe.said[0] == "RuntimeError: no compiler"
     assert pipe.said[1] > 0
 
 
 @pytest.mark.slow
 def test_processes_measure_every_setting():
-    found = bench_cpu.run(["mlp"], rounds=2, cores=2)
-    assert [m.setting for m in found] == bench_cpu.settings(2)
+    found = measure_settings(["mlp"], rounds=2, cores=2)
+    assert [m.setting for m in found] == all_settings(2)
     assert all(m.failed is None and len(m.speeds) == 2 and min(m.speeds) > 0 for m in found)
 
 

@@ -1,0 +1,175 @@
+"""One rank's part of `gaf bench ddp`: times every way in turn, or finds one way's peak of memory.
+
+`python -m gaf_lab.bench.ddp_rank OPTIONS RESULT` is one rank. It finds the others as torchrun's
+processes do, by RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
+"""
+
+import gc
+import json
+import sys
+import time
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from gaf_lab.bench.bytes_sent import counting, interface_bytes, ring_all_reduce
+from gaf_lab.bench.memory import give_back_freed_memory, process_bytes
+from gaf_lab.bench.timing import Step, rotate
+from gaf_lab.bench.ways import PLAIN, WAYS, make_aggregate, make_rank_step
+from gaf_lab.settings.fields import ModelName
+from gaf_lab.training import models
+
+DDP_ROUNDS = 10  # with the same models: their places in memory move times by some percent
+# Not counted: DDP changes its buckets after the first step, buffers are kept from the second on.
+UNCOUNTED_STEPS = 3
+WIRE_STEPS = 5  # steps between two readings of the interface's counter
+PEAK_STEPS = 3
+
+
+@dataclass(frozen=True)
+class DDPOptions:
+    """The same on every rank. peak: the way whose peak of memory is measured, instead of times."""
+
+    model: ModelName = "resnet18"
+    stem: models.Stem = "imagenet"
+    b: int = 32
+    rounds: int = 20
+    peak: str | None = None
+
+
+def rank_main(options: DDPOptions, result: Path) -> None:
+    """One rank's part; rank 0 writes what was measured to `result` as JSON."""
+    torch.set_num_threads(1)
+    # GAF warns that tau accepts everything, which is meant here.
+    warnings.filterwarnings("ignore", message="gaf:")
+    dist.init_process_group("gloo")
+    try:
+        found = measure_times(options) if options.peak is None else measure_peak(options)
+        if dist.get_rank() == 0:
+            result.write_text(json.dumps(found))
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+
+
+def measure_times(options: DDPOptions) -> dict[str, Any]:
+    """Everything but the memory, of every way."""
+    ways, model = make_warm_steps(options)
+    sizes = bucket_sizes(model)
+    sent = {way: sent_bytes(way, step, sizes) for way, step in ways.items()}
+    wire = {way: wire_bytes(step) for way, step in ways.items()}
+    found: dict[str, list[float]] = {way: [] for way in WAYS}
+    while True:
+        time_ways(ways, found, min(DDP_ROUNDS, options.rounds - len(found[PLAIN])))
+        if len(found[PLAIN]) == options.rounds:
+            break
+        del ways, model
+        ways, model = make_warm_steps(options)
+    alone = alone_times(sizes, options.rounds)
+    return {
+        "gradient_bytes": 4 * sum(sizes),
+        "sent": sent,
+        "wire_bytes": wire,
+        "ms": found,
+        "alone_ms": alone,
+    }
+
+
+def make_warm_steps(options: DDPOptions) -> tuple[dict[str, Step], torch.nn.Module]:
+    """A step of each way, after the uncounted ones, and plain DDP's model."""
+    gc.collect()  # earlier models are in reference cycles
+    made = {way: make_rank_step(way, options.model, options.stem, options.b) for way in WAYS}
+    for step, _ in made.values():
+        for _ in range(UNCOUNTED_STEPS):
+            step()
+    return {way: step for way, (step, _) in made.items()}, made[PLAIN][1]
+
+
+def time_ways(steps: dict[str, Step], found: dict[str, list[float]], rounds: int) -> None:
+    """Adds `rounds` times of each; the way that begins changes from round to round."""
+    for number in range(rounds):
+        for way in rotate(WAYS, number):
+            found[way].append(time_until_last(steps[way]))
+
+
+def time_until_last(step: Step) -> float:
+    """Milliseconds until the last rank has finished."""
+    dist.barrier()
+    started = time.perf_counter()
+    step()
+    dist.barrier()
+    return 1000 * (time.perf_counter() - started)
+
+
+def alone_times(sizes: list[int], rounds: int) -> dict[str, list[float]]:
+    """Milliseconds of the aggregation alone, on tensors as large as DDP's buckets."""
+    own = [torch.randn(n, generator=torch.Generator().manual_seed(dist.get_rank())) for n in sizes]
+    buckets = [torch.empty_like(flat) for flat in own]
+    found: dict[str, list[float]] = {way: [] for way in WAYS}
+    ways = {way: make_aggregate(way) for way in WAYS}
+
+    def time_refilled(way: str) -> float:
+        for bucket, flat in zip(buckets, own, strict=True):
+            bucket.copy_(flat)
+        return time_until_last(lambda: ways[way](buckets))
+
+    for number in range(-1, rounds):  # the first round is not counted
+        for way in rotate(WAYS, number):
+            found[way].append(time_refilled(way))
+    return {way: values[1:] for way, values in found.items()}
+
+
+def sent_bytes(way: str, step: Step, sizes: list[int]) -> dict[str, float]:
+    """Bytes that this rank sends in a step, by collective."""
+    k = dist.get_world_size()
+    with counting(k) as counter:
+        step()
+    if way == PLAIN:  # DDP calls it in C++, bucket by bucket
+        counter["all_reduce"] += ring_all_reduce(4 * sum(sizes), k)  # type: ignore[assignment]
+    return dict(counter)
+
+
+def bucket_sizes(model: torch.nn.Module) -> list[int]:
+    """Coordinates in each of DDP's buckets, as they are after its first step."""
+    assert isinstance(model, DistributedDataParallel)
+    data = model._get_ddp_logging_data()
+    sizes = data.get("rebuilt_bucket_sizes") or data["bucket_sizes"]
+    return [int(size) // 4 for size in str(sizes).split(",")]
+
+
+def wire_bytes(step: Step) -> float | None:
+    """Bytes per rank and step at the interface, headers included; None if there is no counter."""
+    dist.barrier()
+    before = interface_bytes()
+    dist.barrier()
+    for _ in range(WIRE_STEPS):
+        step()
+    dist.barrier()
+    after = interface_bytes()
+    if before is None or after is None:
+        return None
+    mean = torch.tensor((after - before) / WIRE_STEPS / dist.get_world_size(), dtype=torch.float64)
+    dist.all_reduce(mean)
+    return float(mean)
+
+
+def measure_peak(options: DDPOptions) -> dict[str, Any]:
+    """The highest rank's peak in bytes, beyond what its process held before it had a model."""
+    assert options.peak is not None
+    give_back_freed_memory()
+    before = process_bytes("VmRSS")
+    step, _ = make_rank_step(options.peak, options.model, options.stem, options.b)
+    for _ in range(PEAK_STEPS):
+        step()
+    most = torch.tensor(process_bytes("VmHWM") - before)
+    dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    return {"peak_bytes": int(most) if before else None}
+
+
+if __name__ == "__main__":
+    rank_main(DDPOptions(**json.loads(sys.argv[1])), Path(sys.argv[2]))
