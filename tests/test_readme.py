@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from gaf_lab.bench.cost_model import Network
-from gaf_lab.bench.predictions import predict, read_points
+from gaf_lab.bench.predictions import predict_point, read_points
 from gaf_lab.records.find import find_runs
 from gaf_lab.report import measures
 from gaf_lab.report import statistics as st
@@ -119,7 +119,7 @@ def predicted_table() -> str:
     network = Network(20e-6, given["mbit"] * 1e6 / 8, 10e9, 30e9)
     lines = ["| k | way | predicted ms | measured ms |", "|---|---|---|---|"]
     for point in points:
-        seconds, _ = predict(point, network)
+        seconds, _ = predict_point(point, network)
         lines.append(
             f"| {point['k']} | {point['way']} | {1000 * seconds:.0f} | {point['alone_ms_median']:.0f} |"
         )

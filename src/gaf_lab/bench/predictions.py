@@ -95,7 +95,7 @@ def measured_table(points: Sequence[dict[str, Any]], network: Network) -> Table:
 
 
 def point_cells(point: dict[str, Any], network: Network) -> list[str]:
-    seconds, size = predict(point, network)
+    seconds, size = predict_point(point, network)
     measured, wire = point["alone_ms_median"] / 1000, point["wire_bytes"]
     return [
         str(point["k"]),
@@ -115,7 +115,7 @@ def format_excess(ratio: float) -> str:
     return f"{100 * (ratio - 1):+.0f}%"
 
 
-def predict(point: dict[str, Any], network: Network) -> tuple[float, float]:
+def predict_point(point: dict[str, Any], network: Network) -> tuple[float, float]:
     """Seconds of the aggregation and bytes sent for a measured way and k."""
     k, size = point["k"], point["gradient_bytes"]
     if point["way"] == PLAIN:

@@ -45,8 +45,8 @@ def run_audit(words: Words, console: Console) -> int:
 
 
 def audit_and_write(options: AuditOptions, command: str, console: Console) -> int:
-    from gaf_lab.bench import accumulate as file
     from gaf_lab.experiments import audit as job
+    from gaf_lab.records.measurements import write_measurements
     from gaf_lab.training.console import Progress, labelled, trained
     from gaf_lab.training.run import pick_device
 
@@ -65,7 +65,7 @@ def audit_and_write(options: AuditOptions, command: str, console: Console) -> in
     job.draw(found[0], out / "audit.png")
     job.draw_suspects(found[0], out / "suspects.png")
     conditions = {"command": command, "config": config.plain()}
-    file.write(found, out / "audit.jsonl", conditions, pick_device(config.device))
+    write_measurements(found, out / "audit.jsonl", conditions, pick_device(config.device))
     console.print(job.table(lines))
     say(console, job.verdict(lines))
     say(console, f"Samples: {out / 'samples.csv'}. Figure: {out / 'audit.png'}")

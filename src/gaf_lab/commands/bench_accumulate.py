@@ -35,13 +35,14 @@ class BenchAccumulateOptions:
 def run_bench_accumulate(words: Words, console: Console) -> int:
     options: Any = tyro.cli(BenchAccumulateOptions, prog="gaf bench accumulate", args=words)
     check_sizes(options, 1, MOST_MICRO_BATCHES)
-    from gaf_lab.bench import accumulate as job
+    from gaf_lab.bench.accumulate import measure_accumulation, table
+    from gaf_lab.records.measurements import write_measurements
     from gaf_lab.training.console import Progress
 
     with Progress(console, "round") as progress:
         sizes = (options.b, options.k, options.rounds)
-        found = job.accumulate(options.model, options.stem, *sizes, tell=progress)
-    console.print(job.table(found))
+        found = measure_accumulation(options.model, options.stem, *sizes, tell=progress)
+    console.print(table(found))
     if options.out is not None:
         conditions = {
             "model": options.model,
@@ -50,6 +51,6 @@ def run_bench_accumulate(words: Words, console: Console) -> int:
             "rounds": options.rounds,
             "pictures": "3x32x32",
         }
-        job.write(found, options.out, conditions)
+        write_measurements(found, options.out, conditions)
         say(console, f"Figures: {options.out}")
     return 0

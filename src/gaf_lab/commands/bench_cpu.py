@@ -31,16 +31,16 @@ def run_bench_cpu(words: Words, console: Console) -> int:
     check_rounds(options)
     if not options.models:
         raise ConfigError("models must name at least one; got none. Leave it out for all.")
-    from gaf_lab.bench import accumulate as file
-    from gaf_lab.bench import cpu as job
+    from gaf_lab.bench.cpu import advice, measure_settings, table
+    from gaf_lab.records.measurements import write_measurements
     from gaf_lab.training.console import Progress
 
     with Progress(console, "round") as progress:
-        found = job.run(options.models, options.rounds, options.compile, tell=progress)
-    console.print(job.table(found))
+        found = measure_settings(options.models, options.rounds, options.compile, tell=progress)
+    console.print(table(found))
     for model in options.models:
-        say(console, f"{model}: {job.advice(found, model)}")
+        say(console, f"{model}: {advice(found, model)}")
     if options.out is not None:
-        file.write(found, options.out, {"rounds": options.rounds})
+        write_measurements(found, options.out, {"rounds": options.rounds})
         say(console, f"Figures: {options.out}")
     return 0

@@ -58,16 +58,17 @@ def run_bench_ddp(words: Words, console: Console) -> int:
     if options.predict or options.against is not None:
         return predict(options, console)
     check_sizes(options, 2, MOST_PROCESSES)
-    from gaf_lab.bench import accumulate as file
-    from gaf_lab.bench import ddp as job
+    from gaf_lab.bench.ddp import ddp_conditions, measure_ddp, table
+    from gaf_lab.bench.ddp_rank import DDPOptions
+    from gaf_lab.records.measurements import write_measurements
     from gaf_lab.training.console import Progress
 
-    wanted = job.Options(options.model, options.stem, options.b, options.rounds)
+    wanted = DDPOptions(options.model, options.stem, options.b, options.rounds)
     with Progress(console, "part") as progress:
-        found = job.run(wanted, options.k, tell=progress)
-    console.print(job.table(found))
+        found = measure_ddp(wanted, options.k, tell=progress)
+    console.print(table(found))
     if options.out is not None:
-        file.write(found, options.out, job.conditions(wanted))
+        write_measurements(found, options.out, ddp_conditions(wanted))
         say(console, f"Figures: {options.out}")
     return 0
 
@@ -84,23 +85,24 @@ def check_network(options: BenchDDPOptions) -> None:
 
 def predict(options: BenchDDPOptions, console: Console) -> int:
     """Prints what the cost model predicts, beside measured values if --against has a file."""
-    from gaf_lab.bench import cost_model
+    from gaf_lab.bench.cost_model import Network
+    from gaf_lab.bench.predictions import measured_table, read_points, table
 
     check_network(options)
     points: list[dict[str, Any]] = []
     gbit, source = options.bandwidth_gbit or 10.0, "as given"
     if options.against is not None:
-        conditions, points = cost_model.read(options.against)
+        conditions, points = read_points(options.against)
         gbit, source = bandwidth(options, conditions, points)
-    network = cost_model.Network(
+    network = Network(
         options.latency_us * 1e-6, gbit * 1e9 / 8, options.memory_gb * 1e9, options.gflops * 1e9
     )
     local = f"memory {options.memory_gb:g} GB/s, {options.gflops:g} Gflop/s"
     say(console, f"{options.latency_us:g} us a message, {gbit:.3g} Gbit/s ({source}), {local}")
     if points:
-        console.print(cost_model.against(points, network))
+        console.print(measured_table(points, network))
     else:
-        console.print(cost_model.table(options.parameters * options.bytes, network))
+        console.print(table(options.parameters * options.bytes, network))
     return 0
 
 
@@ -108,11 +110,11 @@ def bandwidth(
     options: BenchDDPOptions, conditions: dict[str, Any], points: list[dict[str, Any]]
 ) -> tuple[float, str]:
     """Gigabits per second of the file's network, and their source."""
-    from gaf_lab.bench import cost_model
+    from gaf_lab.bench.predictions import fitted_beta
 
     if options.bandwidth_gbit is not None:
         return options.bandwidth_gbit, "as given"
     if "mbit" in conditions:
         return conditions["mbit"] / 1000, "the limit under which the file was measured"
-    beta = cost_model.fitted_beta(points, options.latency_us * 1e-6)
+    beta = fitted_beta(points, options.latency_us * 1e-6)
     return beta * 8e-9, "fitted to the file's plain DDP"

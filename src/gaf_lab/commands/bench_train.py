@@ -43,19 +43,20 @@ class BenchTrainOptions:
 def run_bench_train(words: Words, console: Console) -> int:
     options: Any = tyro.cli(BenchTrainOptions, prog="gaf bench train", args=words)
     check_rounds(options)
-    from gaf_lab.bench import accumulate as file
-    from gaf_lab.bench import train as job
+    from gaf_lab.bench.train import TrainOptions, measure_training
+    from gaf_lab.bench.train_results import arm_table, part_table
+    from gaf_lab.records.measurements import write_measurements
     from gaf_lab.training.console import Progress
     from gaf_lab.training.run import pick_device
 
     given = {name: value for name, value in vars(options).items() if name not in ("data", "out")}
-    wanted = job.Options(data_folder=options.data, **given)
+    wanted = TrainOptions(data_folder=options.data, **given)
     with Progress(console, "round") as progress:
-        found = job.train(wanted, tell=progress)
+        found = measure_training(wanted, tell=progress)
     say(console, "white noise of CIFAR-100's shape" if options.data is None else "CIFAR-100")
-    console.print(job.arm_table(found))
-    console.print(job.part_table(found))
+    console.print(arm_table(found))
+    console.print(part_table(found))
     if options.out is not None:
-        file.write(found, options.out, job.conditions(wanted), pick_device(options.device))
+        write_measurements(found, options.out, wanted.conditions(), pick_device(options.device))
         say(console, f"Figures: {options.out}")
     return 0

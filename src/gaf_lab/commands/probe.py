@@ -54,8 +54,8 @@ def run_probe(words: Words, console: Console) -> int:
 
 
 def probe_and_write(options: ProbeOptions, command: str, console: Console) -> int:
-    from gaf_lab.bench import accumulate as file
     from gaf_lab.experiments import probe as job
+    from gaf_lab.records.measurements import write_measurements
     from gaf_lab.training.console import Progress, labelled, trained
     from gaf_lab.training.run import pick_device
 
@@ -75,7 +75,7 @@ def probe_and_write(options: ProbeOptions, command: str, console: Console) -> in
         "share": options.share,
         "chance": options.chance,
     }
-    file.write(found, options.out / "probe.jsonl", conditions, pick_device(config.device))
+    write_measurements(found, options.out / "probe.jsonl", conditions, pick_device(config.device))
     job.draw(lines, options.out / "probe.png")
     say(console, f"Figures: {options.out / 'probe.jsonl'}, {options.out / 'probe.png'}")
     say(console, job.recommendation(lines))
