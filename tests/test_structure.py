@@ -31,7 +31,6 @@ LONGER = {  # may only shrink
     "gaf/ranks/handle.py": 508,
     "gaf/record/telemetry.py": 289,
     "gaf/rules/policies.py": 356,
-    "gaf/rules/thresholds.py": 364,
     "gaf_lab/experiments/audit.py": 483,
     "gaf_lab/experiments/probe.py": 509,
     "gaf_lab/paper/figures.py": 798,

@@ -40,7 +40,7 @@ def seen(gram: Tensor, tau: float = 2.0) -> Seen:
 
 
 def now(threshold: Threshold) -> float:
-    return float(threshold.on(torch.device("cpu")))
+    return float(threshold.tau_on(torch.device("cpu")))
 
 
 def test_the_signals_tau_is_one_minus_kappa_times_the_expected_cosine():
@@ -122,7 +122,7 @@ def test_the_quantiles_share_halves_and_tau_stays_below_its_cap():
     policy, highest = gaf.GAF(threshold), 0.0
     for step in range(20):
         policy(gaf.gram(rows(4, 50, 0.0, step)))
-        highest = max(highest, float(threshold.on(torch.device("cpu"))))
+        highest = max(highest, float(threshold.tau_on(torch.device("cpu"))))
     assert threshold.state_dict()["state"][1] == pytest.approx(0.2)
     assert highest == 0.9
 

@@ -96,7 +96,7 @@ class GAF(Sequential):
 
     def tau_on(self, device: torch.device) -> Float64[Tensor, ""]:
         """The largest distance that the step at hand accepts, () on the device."""
-        tau = self.tau.on(device) if isinstance(self.tau, Threshold) else cast(float, self.tau)
+        tau = self.tau.tau_on(device) if isinstance(self.tau, Threshold) else cast(float, self.tau)
         return (
             tau
             if isinstance(tau, Tensor)
@@ -111,7 +111,9 @@ class GAF(Sequential):
             inner,
             norm2,
             own,
-            self.tau.on(inner.device) if isinstance(self.tau, Threshold) else cast(float, self.tau),
+            self.tau.tau_on(inner.device)
+            if isinstance(self.tau, Threshold)
+            else cast(float, self.tau),
         )
 
     def learn(self, seen: Seen) -> None:
