@@ -48,7 +48,6 @@ TWICE = {  # names that several files define
     "gaf": {
         "Gated",
         "Groups",
-        "WINDOW",
         "attach",
         "check",
         "check_loss",
