@@ -1,12 +1,13 @@
-"""The documentation: it builds without a warning, shows everything public, loads in a browser from itself alone, and its code runs.
+"""The documentation builds without a warning, shows everything public, and its code runs.
 
-A block is one of
+In a browser a page loads from itself alone. A block is one of
 
     python      runs: those of a page in order, in one namespace
     sh          each command is parsed by what would run it; a block that begins with cd runs
     toml        is a plan of gaf sweep
     diff, text  not run; what they call of gaf exists and takes these arguments
-    indented    formulas and folders, treated as text; a program there says on its page that it was not run
+    indented    formulas and folders, treated as text; the page of a program states that it was
+                not run
 """
 
 import ast
@@ -34,6 +35,7 @@ import gaf
 from gaf_lab.commands import main as cli
 from gaf_lab.commands.plans import find_plan
 from gaf_lab.paper import items as paper
+from gaf_lab.settings import plan
 from gaf_lab.settings.reading import tomllib
 from helpers.browser import WIDER, WIDTHS, chromium, complaints, emulate, settled
 from test_readme import README, ROOT
@@ -68,10 +70,7 @@ def blocks(page: str, *languages: str) -> list[Block]:
     return [block for block in found if block.language in languages]
 
 
-every_page = pytest.mark.parametrize("page", TEXTS)
-
-
-# --- the site -------------------------------------------------------------------------------------------------------
+# --- the site ----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -89,27 +88,30 @@ def html_of(page: str) -> str:
     return str(Path(page).with_suffix(".html"))
 
 
-@every_page
-def test_a_page_is_in_the_navigation(site: Path, page: str):
+def test_every_page_is_in_the_navigation(site: Path):
     (navigation,) = re.findall(
         r'<nav class="md-nav md-nav--primary.*?</nav>\s*</div>',
         (site / "faq.html").read_text(),
         re.S,
     )
-    assert f'href="{html_of(page)}"' in navigation
+    assert [page for page in TEXTS if f'href="{html_of(page)}"' not in navigation] == []
 
 
-@every_page
-def test_no_formula_is_taken_for_a_tag(site: Path, page: str):
+def test_no_formula_is_taken_for_a_tag(site: Path):
     """<g, S> outside of code vanishes on a page."""
-    assert re.findall(r"<\w+[,_^|][^>]*>", (site / html_of(page)).read_text()) == []
+    found = {
+        page: re.findall(r"<\w+[,_^|][^>]*>", (site / html_of(page)).read_text()) for page in TEXTS
+    }
+    assert {page: tags for page, tags in found.items() if tags} == {}
 
 
 def public() -> set[str]:
     adapters = {
-        "accelerate": ["attach"], "lightning": ["GAFCallback", "GAFDDPStrategy"], "trackers": ["metrics"],
+        "accelerate": ["attach"],
+        "lightning": ["GAFCallback", "GAFDDPStrategy"],
+        "trackers": ["metrics"],
         "transformers": ["GAFMixin", "GAFTrainer"],
-    }  # fmt: skip
+    }
     return {f"gaf.{name}" for name in gaf.__all__} | {
         f"gaf.integrations.{m}.{name}" for m, names in adapters.items() for name in names
     }
@@ -143,7 +145,10 @@ def address(site: Path) -> Iterator[str]:
 
 
 def test_pages_in_a_browser(address: str):
-    """Nothing on the console, nothing asked of another host, nothing wider than the screen; the search finds."""
+    """No message on the console, no request to another host, nothing wider than the screen.
+
+    And the search finds a name.
+    """
     with chromium() as driver:
         for page in ("index", "getting-started", "choosing-tau", "cost", "faq", "reference"):
             driver.get(f"{address}/{page}.html")
@@ -156,33 +161,39 @@ def test_pages_in_a_browser(address: str):
             assert asked
             assert [url for url in asked if not url.startswith(address)] == []
         driver.get(f"{address}/index.html?q=SignalTau")
-        hits = "return document.querySelectorAll('.md-search-result__item').length ? [] : ['nothing is found']"
+        hits = (
+            "return document.querySelectorAll('.md-search-result__item').length"
+            " ? [] : ['nothing is found']"
+        )
         assert settled(lambda: driver.execute_script(hits)) == []
         assert complaints(driver) == []
 
 
-# --- blocks ---------------------------------------------------------------------------------------------------------
+# --- blocks ------------------------------------------------------------------------------------
 
 
-@every_page
-def test_blocks_are_of_a_known_kind(page: str):
-    """Each fence stands at the margin and says a known language, or ends a block; so none escapes the tests below."""
-    fences = re.findall(r"^.*(?:```|~~~).*$", TEXTS[page], re.M)
-    assert set(fences[::2]) <= {f"```{language}" for language in KNOWN}
-    assert set(fences[1::2]) <= {"```"}
-    assert len(blocks(page, *KNOWN)) == len(fences) / 2
+def test_blocks_are_of_a_known_kind():
+    """Each fence is at the margin and names a known language, or ends a block.
+
+    So no block escapes the tests below.
+    """
+    for page, text in TEXTS.items():
+        fences = re.findall(r"^.*(?:```|~~~).*$", text, re.M)
+        assert set(fences[::2]) <= {f"```{language}" for language in KNOWN}, page
+        assert set(fences[1::2]) <= {"```"}, page
+        assert len(blocks(page, *KNOWN)) == len(fences) / 2, page
 
 
-@every_page
-def test_a_program_runs_or_says_that_it_was_not(page: str):
-    programs = [
-        block.text
-        for block in blocks(page, "text", "diff", "")
-        if re.search(r"^\s*(import|from) \w", block.text, re.M)
-    ]
-    assert not programs or re.search(r"\*\*([\w ]+ )?not (been )?run\*\*", TEXTS[page])
-    for program in programs:
-        ast.parse(textwrap.dedent(program))
+def test_a_program_runs_or_its_page_states_that_it_was_not_run():
+    for page, text in TEXTS.items():
+        programs = [
+            block.text
+            for block in blocks(page, "text", "diff", "")
+            if re.search(r"^\s*(import|from) \w", block.text, re.M)
+        ]
+        assert not programs or re.search(r"\*\*([\w ]+ )?not (been )?run\*\*", text), page
+        for program in programs:
+            ast.parse(textwrap.dedent(program))
 
 
 def calls(source: str) -> Iterator[ast.Call]:
@@ -196,13 +207,18 @@ def calls(source: str) -> Iterator[ast.Call]:
             yield node
 
 
-@pytest.mark.parametrize("text", [*TEXTS.values(), README], ids=[*TEXTS, "README"])
-def test_what_fragments_call_exists_and_takes_these_arguments(text: str):
+def fragments(text: str) -> list[str]:
+    """Lines without their comments, and code within a line."""
+    lines = [line.lstrip("+ ").partition("  #")[0] for line in text.splitlines()]
+    return lines + re.findall(r"`([^`\n]+)`", text)
+
+
+def test_what_fragments_call_exists_and_takes_these_arguments():
     """In code within a line, in diffs and in text; ... stands for any arguments."""
-    fragments = [line.lstrip("+ ").partition("  #")[0] for line in text.splitlines()] + re.findall(
-        r"`([^`\n]+)`", text
-    )
-    for call in (found for fragment in fragments for found in calls(fragment)):
+    texts = [*TEXTS.values(), README]
+    found = [call for text in texts for part in fragments(text) for call in calls(part)]
+    assert len(found) > 50
+    for call in found:
         given = [None for argument in call.args if ast.unparse(argument) != "..."]
         signature = inspect.signature(eval(ast.unparse(call.func), {"gaf": gaf}))
         signature.bind_partial(
@@ -219,13 +235,11 @@ for page, blocks in json.load(sys.stdin).items():
 """
 
 
-@pytest.mark.parametrize("group", ["the library", "frameworks"])
-def test_python_blocks_run(tmp_path: Path, group: str):
-    """The pages in one process, so that torch is imported once; an error names page and line."""
-    chosen = [page for page in TEXTS if page.startswith("frameworks/") == (group == "frameworks")]
+def test_python_blocks_run(tmp_path: Path):
+    """All pages in one process, so that torch is imported once; an error names page and line."""
     found = {
         str(DOCS / page): [(block.line, block.text) for block in blocks(page, "python")]
-        for page in chosen
+        for page in TEXTS
     }
     environment = os.environ | {
         "OMP_NUM_THREADS": "1",
@@ -280,7 +294,7 @@ def test_a_toml_block_is_a_plan_of_as_many_runs_as_its_page_says(tmp_path: Path)
         assert len(plan.from_file(tmp_path / "plan.toml")) == math.prod(map(int, counts))
 
 
-# --- commands -------------------------------------------------------------------------------------------------------
+# --- commands ----------------------------------------------------------------------------------
 
 
 def commands() -> list[str]:
