@@ -32,7 +32,7 @@ import tyro
 from rich.console import Console
 
 import gaf
-from gaf_lab.commands import main as cli
+from gaf_lab.commands.main import COMMANDS
 from gaf_lab.commands.plans import find_plan
 from gaf_lab.paper import items as paper
 from gaf_lab.settings import plan
@@ -329,13 +329,13 @@ def parse_gaf(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
         given.append(cli(*args, **kwargs))
         raise Parsed
 
-    monkeypatch.setattr(cli.tyro, "cli", parse)
+    monkeypatch.setattr(tyro, "cli", parse)
     with pytest.raises(Parsed):
-        cli.COMMANDS[words[0]][0](words[1:], Console(quiet=True))
+        COMMANDS[words[0]][0](words[1:], Console(quiet=True))
     (options,) = given
-    if isinstance(options, cli.PaperOptions):
+    if isinstance(options, PaperOptions):
         assert [paper.item(name) for name in options.ids if name != "all"] or options.list
-    if isinstance(options, cli.SweepOptions) and not options.plan.endswith(".toml"):
+    if isinstance(options, SweepOptions) and not options.plan.endswith(".toml"):
         assert find_plan(options.plan, options.seeds, options.scale, options.reading)
 
 
