@@ -33,7 +33,9 @@ from rich.console import Console
 
 import gaf
 from gaf_lab.commands.main import COMMANDS
+from gaf_lab.commands.paper import PaperOptions
 from gaf_lab.commands.plans import find_plan
+from gaf_lab.commands.sweep import SweepOptions
 from gaf_lab.paper import items as paper
 from gaf_lab.settings import plan
 from gaf_lab.settings.reading import tomllib
