@@ -36,7 +36,7 @@ from gaf_lab.commands.main import COMMANDS
 from gaf_lab.commands.paper import PaperOptions
 from gaf_lab.commands.plans import find_plan
 from gaf_lab.commands.sweep import SweepOptions
-from gaf_lab.paper import items as paper
+from gaf_lab.paper.items import find_item
 from gaf_lab.settings import plan
 from gaf_lab.settings.reading import tomllib
 from helpers.browser import WIDER, WIDTHS, chromium, complaints, emulate, settled
@@ -336,7 +336,7 @@ def parse_gaf(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
         COMMANDS[words[0]][0](words[1:], Console(quiet=True))
     (options,) = given
     if isinstance(options, PaperOptions):
-        assert [paper.item(name) for name in options.ids if name != "all"] or options.list
+        assert [find_item(name) for name in options.ids if name != "all"] or options.list
     if isinstance(options, SweepOptions) and not options.plan.endswith(".toml"):
         assert find_plan(options.plan, options.seeds, options.scale, options.reading)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from gaf_lab.paper import items as paper
+from gaf_lab.paper.plans import make_plan
 from gaf_lab.records import packs
 from gaf_lab.records.run import Run
 from gaf_lab.report import measures
@@ -248,7 +248,7 @@ def test_the_pages_tables_are_the_records(name):
 @pytest.mark.parametrize("name", ["table1", "fig1", "fig4", "fig5", "fig6", "fig7", "fig8", "fig9"])
 def test_the_records_are_finished_runs_of_the_figures_plan(name):
     planned = {
-        config.hash for config in paper.plan(name, "small", seeds=1 if name == "fig8" else None)
+        config.hash for config in make_plan(name, "small", seeds=1 if name == "fig8" else None)
     }
     assert {run.header["config_hash"] for run in runs(name)} == planned
     assert {measures.status(run) for run in runs(name)} == {"finished"}

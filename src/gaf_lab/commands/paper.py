@@ -53,7 +53,7 @@ def run_paper(words: Words, console: Console) -> int:
 
     workers = options.workers if options.workers is not None else os.cpu_count() or 1
     check_count("workers", workers, 1, MOST_WORKERS, "One for each core is usual.")
-    names = [items.item(name).id for name in options.ids if name != "all"]
+    names = [items.find_item(name).id for name in options.ids if name != "all"]
     if options.ids == ("all",):
         names = list(items.ITEMS)
     command = f"gaf paper {shlex.join(words)}"
@@ -82,7 +82,7 @@ def list_items(options: Any, console: Console) -> int:
     """A table of all figures and tables."""
     from rich.table import Table
 
-    from gaf_lab.paper.reproduce import described as count_runs
+    from gaf_lab.paper.plans import count_runs
 
     table = Table("id", "figure or table", "the paper's claim", "runs")
     for item, count in count_runs(options.scale, options.seeds):

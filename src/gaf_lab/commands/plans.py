@@ -9,7 +9,7 @@ from gaf_lab.settings.plan import Configs, from_file
 from gaf_lab.settings.presets import PRESETS
 
 if TYPE_CHECKING:
-    from gaf_lab.paper.items import Reading, Scale
+    from gaf_lab.paper.scales import Reading, Scale
 
 
 def find_plan(name: str, seeds: int | None, scale: "Scale", reading: "Reading") -> Configs:
@@ -18,7 +18,7 @@ def find_plan(name: str, seeds: int | None, scale: "Scale", reading: "Reading") 
     Args:
         name: a file's path, or what `gaf presets` and `gaf paper` list.
         seeds: paired seeds from 0 on, at least 1; None takes the plan's own, for a preset one.
-        scale: for the paper's plans, how far they are reduced; see `gaf_lab.paper.items`.
+        scale: for the paper's plans, how far they are reduced; see `gaf_lab.paper.scales`.
         reading: for the paper's plans, the paper's text or its released code.
 
     Raises:
@@ -31,12 +31,13 @@ def find_plan(name: str, seeds: int | None, scale: "Scale", reading: "Reading") 
         return from_file(path, None if seeds is None else range(seeds))
     if name in PRESETS:
         return [dataclasses.replace(PRESETS[name], seed=seed) for seed in range(seeds or 1)]
-    from gaf_lab.paper import items as paper
+    from gaf_lab.paper.items import ITEMS
+    from gaf_lab.paper.plans import make_plan
 
-    if name not in paper.ITEMS:
-        known = [*PRESETS, *paper.ITEMS]
+    if name not in ITEMS:
+        known = [*PRESETS, *ITEMS]
         raise ConfigError(
             f"sweep needs a TOML file, a preset or a figure of the paper; got {name!r}."
             f"{nearest(name, known)} Presets and figures: {', '.join(known)}."
         )
-    return paper.plan(name, scale, reading, seeds)
+    return make_plan(name, scale, reading, seeds)

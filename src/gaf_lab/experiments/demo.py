@@ -12,7 +12,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from gaf_lab.paper.reproduce import announce
+from gaf_lab.paper.estimate import announce
 from gaf_lab.records import run as records
 from gaf_lab.settings.checks import ConfigError
 from gaf_lab.settings.config import TrainConfig

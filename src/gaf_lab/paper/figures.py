@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gaf_lab.paper.items import HUMAN, Item
+from gaf_lab.paper.items import HUMAN_COLUMN, Item
 from gaf_lab.paper.sheet import head_height, heading, sheet, write_head
 from gaf_lab.records.run import Run
 from gaf_lab.report import measures
@@ -59,7 +59,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# where a run stands: a value of the item's x, HUMAN, or network and data of a panel
+# where a run stands: a value of the item's x, HUMAN_COLUMN, or network and data of a panel
 Place = float | str
 
 PANELS = {panel.key: panel for chart in CHARTS for panel in chart.panels}
@@ -124,7 +124,7 @@ def place(item: Item, run: Run) -> Place:
     if item.x is None:
         return f"{NAMES.get(config['model'], config['model'])} on {NAMES.get(config['dataset'], config['dataset'])}"
     if item.x == "noise_rate" and config["dataset"] == "cifar100n":
-        return HUMAN
+        return HUMAN_COLUMN
     return 0.0 if item.x == "noise_rate" and config["noise"] == "none" else float(config[item.x])
 
 
@@ -631,7 +631,7 @@ def tabular(item: Item, runs: list[Run], notes: Sequence[str]) -> "Figure":
         write(
             names + wide * (j + 0.5),
             top - 0.18,
-            text if text == HUMAN else f"{text}%",
+            text if text == HUMAN_COLUMN else f"{text}%",
             ha="center",
             fontsize=9.5,
             color=SOFT,

@@ -6,16 +6,18 @@ from pathlib import Path
 import pytest
 import torch
 
+from gaf_lab.paper import estimate, items, scales
 from gaf_lab.paper import figures as pf
-from gaf_lab.paper import items as paper
-from gaf_lab.paper import reproduce
+from gaf_lab.paper.estimate import START_SECONDS
+from gaf_lab.paper.notes import note_conditions
+from gaf_lab.paper.plans import make_plan
 from gaf_lab.records.run import Run
 from gaf_lab.settings import presets
 from gaf_lab.settings.checks import ConfigError
 from gaf_lab.settings.plan import folder_name
 from gaf_lab.sweeps.jobs import jobs
 
-IDS = tuple(paper.ITEMS)
+IDS = tuple(items.ITEMS)
 
 
 @pytest.mark.parametrize("scale", ["smoke", "small", "full"])
@@ -24,7 +26,7 @@ IDS = tuple(paper.ITEMS)
 def test_every_run_that_is_replayed_is_planned_before_and_of_the_same_point_and_seed(
     name, reading, scale, tmp_path
 ):
-    configs = paper.plan(name, scale, reading)
+    configs = make_plan(name, scale, reading)
     assert bool(configs) == (name != "fig2")
     assert len({config.hash for config in configs}) == len(configs)
     named = {folder_name(config): config for config in configs}
@@ -46,7 +48,7 @@ def test_every_run_that_is_replayed_is_planned_before_and_of_the_same_point_and_
 @pytest.mark.parametrize("reading", ["paper", "code"])
 @pytest.mark.parametrize("name", IDS)
 def test_at_each_place_of_a_figure_an_arms_name_is_one_config(name, reading, scale):
-    item, configs = paper.ITEMS[name], paper.plan(name, scale, reading)
+    item, configs = items.ITEMS[name], make_plan(name, scale, reading)
     runs = [
         Run(Path(folder_name(config)), {"arm": config.arm, "config": config.plain()}, [], None)
         for config in configs
@@ -60,7 +62,7 @@ def test_at_each_place_of_a_figure_an_arms_name_is_one_config(name, reading, sca
 
 @pytest.mark.parametrize("name", [name for name in IDS if name != "fig2"])
 def test_seeds_are_paired(name):
-    configs = paper.plan(name, "full", seeds=3)
+    configs = make_plan(name, "full", seeds=3)
     bare = [
         (c.seed, dataclasses.replace(c, seed=0, replay=c.replay and Path("any")).hash)
         for c in configs
@@ -73,36 +75,39 @@ def test_table1_at_full_is_the_presets_of_the_paper_and_of_its_code():
     for reading, gaf, mean, end in (("paper", presets.CIFAR100_GAF, presets.CIFAR100_MEAN, 0.97),
                                     ("code", presets.CIFAR100_GAF_CODE, presets.CIFAR100_MEAN_CODE, 1.0)):  # fmt: skip
         configs = [
-            c for c in paper.plan("table1", "full", reading, seeds=1) if c.dataset == "cifar100"
+            c for c in make_plan("table1", "full", reading, seeds=1) if c.dataset == "cifar100"
         ]
         filtered = {c.noise_rate: c for c in configs if c.policy == "gaf"}
-        assert tuple(filtered) == paper.NOISE
+        assert tuple(filtered) == items.NOISE_RATES
         assert filtered[0.4].hash == dataclasses.replace(gaf, noise_rate=0.4).hash
         # best on clean labels, says the paper; what the code always has
         assert filtered[0.0].tau == 1.0
         assert filtered[0.75].tau == end
         averaged = next(c for c in configs if c.policy == "mean" and c.noise_rate == 0.4)
         assert dataclasses.replace(averaged, tau=mean.tau).hash == mean.hash
-    human = [c for c in paper.plan("table1", "full", seeds=1) if c.dataset == "cifar100n"]
+    human = [c for c in make_plan("table1", "full", seeds=1) if c.dataset == "cifar100n"]
     assert human[1].hash == presets.CIFAR100N_GAF.hash
 
 
 def test_the_papers_numbers_are_those_of_its_abstract():
-    table = paper.TABLE
+    table = items.TABLE1
     assert all(table["GAF"][x] > table["averaging"][x] for x in table["GAF"])
     assert max(table["GAF"], key=lambda x: table["GAF"][x] - table["averaging"][x]) == 0.6
     assert round(100 * (table["GAF"][0.6] - table["averaging"][0.6])) == 19
-    assert round(1000 * (table["GAF"][paper.HUMAN] - table["averaging"][paper.HUMAN])) == 93
+    assert (
+        round(1000 * (table["GAF"][items.HUMAN_COLUMN] - table["averaging"][items.HUMAN_COLUMN]))
+        == 93
+    )
 
 
 def test_figure_7_averages_where_tau_accepts_everything():
-    configs = paper.plan("fig7", "full", seeds=1)
-    assert [c.tau for c in configs if c.policy == "gaf"] == list(paper.TAUS)
+    configs = make_plan("fig7", "full", seeds=1)
+    assert [c.tau for c in configs if c.policy == "gaf"] == list(scales.PAPER_TAUS)
     assert [c.tau for c in configs if c.policy == "mean"] == [2.0]
 
 
 def test_all_arms_of_table1_at_small_have_names_and_macro_batches_of_their_own():
-    configs = [c for c in paper.plan("table1", "small", seeds=1) if c.noise_rate == 0.4]
+    configs = [c for c in make_plan("table1", "small", seeds=1) if c.noise_rate == 0.4]
     assert len({c.arm for c in configs}) == len(configs) == 22
     sizes = {c.arm: c.k * c.b for c in configs}
     assert sizes.pop("larger batch") == 4 * sizes["averaging"]
@@ -111,7 +116,7 @@ def test_all_arms_of_table1_at_small_have_names_and_macro_batches_of_their_own()
 
 @pytest.mark.parametrize("name", [name for name in IDS if name != "fig2"])
 def test_smoke_takes_seconds_on_the_real_data(name):
-    for config in paper.plan(name, "smoke"):
+    for config in make_plan(name, "smoke"):
         steps = config.passes * config.limit / (config.k * config.b)
         assert steps <= 18  # the code's batches of 128 are not reduced with the others
         assert config.dataset in ("cifar100", "cifar100n", "noise", "imagenet")
@@ -120,8 +125,8 @@ def test_smoke_takes_seconds_on_the_real_data(name):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: paper.plan("fig10"), r"must be one of fig1, .*; got 'fig10'. Did you mean 'fig1'"),
-        (lambda: paper.plan("fig6", "small", "paper", 0), "seeds must be at least 1; got 0"),
+        (lambda: make_plan("fig10"), r"must be one of fig1, .*; got 'fig10'. Did you mean 'fig1'"),
+        (lambda: make_plan("fig6", "small", "paper", 0), "seeds must be at least 1; got 0"),
     ],
 )
 def test_what_cannot_be_planned_is_refused(call, message):
@@ -130,47 +135,47 @@ def test_what_cannot_be_planned_is_refused(call, message):
 
 
 def test_the_estimate_grows_with_the_work_and_shrinks_with_workers():
-    config = dataclasses.replace(paper.FASHION, limit=500)
+    config = dataclasses.replace(scales.SMALL_FASHION, limit=500)
     longer = dataclasses.replace(config, passes=2 * config.passes)
-    assert reproduce.cost(longer, 1e-3, 1e-4) - reproduce.START == pytest.approx(
-        2 * (reproduce.cost(config, 1e-3, 1e-4) - reproduce.START)
+    assert estimate.cost(longer, 1e-3, 1e-4) - START_SECONDS == pytest.approx(
+        2 * (estimate.cost(config, 1e-3, 1e-4) - START_SECONDS)
     )
-    training, looking = reproduce.speed(config)
+    training, looking = estimate.sample_seconds(config)
     assert training > 0
     assert looking > 0
     threads = torch.get_num_threads()
-    assert reproduce.estimate([config, longer], workers=2) > 0
+    assert estimate.estimate([config, longer], workers=2) > 0
     assert torch.get_num_threads() == threads
 
 
 def test_a_sharp_look_costs_twice_the_training():
-    config = dataclasses.replace(paper.FASHION, policy="mean")
-    doubled = reproduce.cost(dataclasses.replace(config, sam=0.05), 1e-3, 0.0) - reproduce.START
-    assert doubled == pytest.approx(2 * (reproduce.cost(config, 1e-3, 0.0) - reproduce.START))
+    config = dataclasses.replace(scales.SMALL_FASHION, policy="mean")
+    doubled = estimate.cost(dataclasses.replace(config, sam=0.05), 1e-3, 0.0) - START_SECONDS
+    assert doubled == pytest.approx(2 * (estimate.cost(config, 1e-3, 0.0) - START_SECONDS))
 
 
 @pytest.mark.parametrize(
     ("seconds", "text"), [(3.4, "3 s"), (600.0, "10 min"), (36_000.0, "10.0 h")]
 )
 def test_times_are_spelled_in_units_that_suit_them(seconds, text):
-    assert reproduce.spelled(seconds) == text
+    assert estimate.format_estimate(seconds) == text
 
 
 def test_notes_say_what_a_figure_is_not():
-    item, plan = paper.ITEMS["fig3"], paper.plan("fig3", "smoke")
+    item, plan = items.ITEMS["fig3"], make_plan("fig3", "smoke")
     assert any(
         "reduced ViT on generated pictures stands in" in line
-        for line in reproduce.notes(item, plan, "smoke", "paper", True)
+        for line in note_conditions(item, plan, "smoke", "paper", True)
     )
     assert not any(
-        "stands in" in line for line in reproduce.notes(item, plan, "smoke", "paper", False)
+        "stands in" in line for line in note_conditions(item, plan, "smoke", "paper", False)
     )
-    small = reproduce.notes(
-        paper.ITEMS["table1"], paper.plan("table1", "small"), "small", "paper", False
+    small = note_conditions(
+        items.ITEMS["table1"], make_plan("table1", "small"), "small", "paper", False
     )
     assert small[0] == "Small scale: not the paper's setting."
     assert any("fashion-mnist" in line for line in small)
     assert (
         "released code"
-        in reproduce.notes(item, paper.plan("fig3", "full", "code"), "full", "code", False)[0]
+        in note_conditions(item, make_plan("fig3", "full", "code"), "full", "code", False)[0]
     )

@@ -14,7 +14,7 @@ import gaf
 from gaf_lab.paper import figures as pf
 from gaf_lab.paper import page as paper_page
 from gaf_lab.paper import plane, sheet
-from gaf_lab.paper.items import HUMAN, Item
+from gaf_lab.paper.items import HUMAN_COLUMN, Item
 from gaf_lab.records.run import Run
 from gaf_lab.report import measures
 from gaf_lab.report import statistics as st
@@ -44,7 +44,7 @@ TRAINING = Item(
     {"GAF": {"test_accuracy": 0.614}},
 )
 TABLE = Item("table1", "Accuracy at every label error", "GAF beats averaging.", "table", "noise_rate", ("test_accuracy",),
-             {"GAF": {0.0: 0.63, 0.4: 0.53, HUMAN: 0.614}, "averaging": {0.0: 0.62, 0.4: 0.38, HUMAN: 0.521}})  # fmt: skip
+             {"GAF": {0.0: 0.63, 0.4: 0.53, HUMAN_COLUMN: 0.614}, "averaging": {0.0: 0.62, 0.4: 0.38, HUMAN_COLUMN: 0.521}})  # fmt: skip
 PLANE = Item(
     "fig2", "The idea in two dimensions", "Those that disagree are left out.", "plane", None, (), {}
 )
@@ -139,7 +139,7 @@ def human() -> list[Run]:
 
 def test_human_labels_stand_beside_the_noise_rates_and_clean_ones_at_zero():
     groups = pf.grouped(TABLE, human())
-    assert list(groups) == [0.0, 0.4, HUMAN]
+    assert list(groups) == [0.0, 0.4, HUMAN_COLUMN]
     assert [arm.name for arm in groups[0.4]] == ["averaging", "GAF", "random subset"]
 
 
@@ -357,7 +357,7 @@ def test_single_seeds_can_be_hidden_and_are_many_as_the_seeds():
 
 
 def test_the_table_has_the_papers_columns_and_its_lines_beneath():
-    assert pf.ticks(TABLE, pf.columns_of(TABLE, human())) == ["0", "40", HUMAN]
+    assert pf.ticks(TABLE, pf.columns_of(TABLE, human())) == ["0", "40", HUMAN_COLUMN]
     (label, rows), (other, _) = pf.blocks(TABLE, human())
     assert (label, other) == ("test accuracy, last (%)", "test accuracy, selected on held-out (%)")
     by_name = {row.name: row.cells for row in rows}
@@ -462,7 +462,7 @@ def test_what_nobody_recorded_has_no_panel_no_column_and_no_picture(tmp_path):
 def test_the_table_has_the_columns_that_were_run_and_names_the_others():
     runs = noisy()
     assert pf.ticks(TABLE, pf.columns_of(TABLE, runs)) == ["0", "40"]
-    assert pf.columns_not_run(TABLE, runs) == [f"Not run here: the paper's columns {HUMAN}."]
+    assert pf.columns_not_run(TABLE, runs) == [f"Not run here: the paper's columns {HUMAN_COLUMN}."]
     assert pf.columns_not_run(TABLE, human()) == []
 
 

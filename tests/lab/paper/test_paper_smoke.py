@@ -6,11 +6,12 @@ import pytest
 from rich.console import Console
 
 from gaf_lab.commands import main as cli
-from gaf_lab.paper import items as paper
+from gaf_lab.paper.items import ITEMS
+from gaf_lab.paper.plans import make_plan
 from gaf_lab.records.find import find_runs
 from helpers.browser import assert_page_is_sound
 
-IDS = tuple(paper.ITEMS)
+IDS = tuple(ITEMS)
 
 
 def said_by(words, code):
@@ -29,7 +30,7 @@ def everything(real, tmp_path_factory):
 
 def test_it_says_beforehand_how_many_runs_there_are_and_how_long_they_take(everything):
     _, _, said = everything
-    runs = {config.hash for name in IDS for config in paper.plan(name)}
+    runs = {config.hash for name in IDS for config in make_plan(name)}
     assert f"{len(runs)} runs, {len(runs)} of them to do." in said
     assert "by a short measurement" in said
 
@@ -43,13 +44,13 @@ def test_every_figure_is_there_with_its_runs(everything, name):
         for run in find_runs([out])
         if run.end and run.end["status"] == "finished"
     }
-    assert {config.hash for config in paper.plan(name)} <= finished
+    assert {config.hash for config in make_plan(name)} <= finished
 
 
 def test_the_page_has_them_all_and_is_sound(everything):
     out, _, _ = everything
     text = (out / "paper.html").read_text()
-    assert all(item.title in text for item in paper.ITEMS.values())
+    assert all(item.title in text for item in ITEMS.values())
     assert (
         "No ImageNet was found: a reduced ViT on generated pictures stands in for ViT-L/16 on ImageNet."
         in text

@@ -16,7 +16,9 @@ from rich.console import Console
 
 import gaf
 from gaf.rules.judging import decide_with_evidence
-from gaf_lab.paper import items as paper
+from gaf_lab.paper.arms import every_arm
+from gaf_lab.paper.plans import make_plan
+from gaf_lab.paper.scales import SMALL_FASHION
 from gaf_lab.records import run as records
 from gaf_lab.records.find import find_runs
 from gaf_lab.records.run import Run
@@ -523,7 +525,7 @@ def test_the_first_table_comes_after_few_words_and_the_page_is_small(table_1):
 
 def test_methods_keep_their_colours_whatever_the_noise_rate(table_1):
     chips = [attrs["data-arm"] for _, attrs in table_1.elements if "data-arm" in attrs]
-    assert chips == list(dict.fromkeys(config.arm for config in paper.plan("table1", "small")))
+    assert chips == list(dict.fromkeys(config.arm for config in make_plan("table1", "small")))
     shown = re.findall(r'--light: (#\w+); --dark: #\w+"></span>([^<]+)</label>', table_1.source)
     assert shown == [(figures.KNOWN[name].light, name) for name in chips]
 
@@ -819,7 +821,7 @@ assert "matplotlib.pyplot" not in sys.modules
 
 def test_every_arm_of_the_lab_is_described_as_what_it_is(tmp_path):
     texts = {}
-    for config in paper.every_arm(paper.FASHION):
+    for config in every_arm(SMALL_FASHION):
         run = records.Run(tmp_path, {"arm": config.arm, "config": config.plain()}, [], None)
         texts[config.arm] = report.described(Arm(config.arm, [run]))
     assert "policy" not in " ".join(texts.values())

@@ -11,7 +11,7 @@ import pytest
 
 import gaf
 from gaf_lab.commands.train import parse_train
-from gaf_lab.paper.items import every_arm
+from gaf_lab.paper.arms import every_arm
 from gaf_lab.records import run as records
 from gaf_lab.settings import config as module
 from gaf_lab.settings import fields

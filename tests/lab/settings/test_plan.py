@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from gaf_lab.commands.plans import find_plan
-from gaf_lab.paper import items as paper
+from gaf_lab.paper.plans import make_plan
 from gaf_lab.settings.checks import ConfigError
 from gaf_lab.settings.config import TrainConfig
 from gaf_lab.settings.plan import folder_name, follow, from_file
@@ -131,7 +131,7 @@ def test_a_plan_is_found_by_its_file_its_preset_or_the_papers_name(plan, tmp_pat
     assert find_plan(str(tmp_path / "plan.toml"), None, **more) == configs
     assert find_plan("demo-gaf", None, **more) == [PRESETS["demo-gaf"]]
     assert [c.seed for c in find_plan("demo-gaf", 3, **more)] == [0, 1, 2]
-    assert find_plan("fig6", 2, **more) == paper.plan("fig6", "smoke", "paper", 2)
+    assert find_plan("fig6", 2, **more) == make_plan("fig6", "smoke", "paper", 2)
     with pytest.raises(
         ConfigError,
         match=f"{tmp_path / 'other.toml'}: must exist; it does not. docs/sweeps.md has the format.",
