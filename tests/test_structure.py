@@ -25,10 +25,6 @@ LONGER = {  # may only shrink
     "gaf/integrations/accelerate.py": 254,
     "gaf/integrations/lightning.py": 321,
     "gaf/measure/probe.py": 359,
-    "gaf/ranks/attach.py": 261,
-    "gaf/ranks/ddp.py": 340,
-    "gaf/ranks/fsdp.py": 218,
-    "gaf/ranks/handle.py": 508,
     "gaf/record/telemetry.py": 289,
     "gaf/rules/policies.py": 356,
     "gaf_lab/experiments/audit.py": 483,
@@ -45,14 +41,11 @@ LONGER = {  # may only shrink
 TWICE = {  # names that several files define
     "gaf": {
         "Gated",
-        "Groups",
         "attach",
         "check",
         "check_loss",
         "check_model",
         "checked_tau",
-        "install",
-        "parameters",
     },
     "gaf_lab": {
         "CONTROLS",

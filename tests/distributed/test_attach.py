@@ -892,7 +892,7 @@ def short_way(scale: float) -> None:
     b = (b - a * (a @ b) / (a @ a) + 0.04 * a) / scale
     model, _, handle = attached(gaf.GAF(1.0), partial(Vector, n))
     torch.dot(model(torch.ones(1)), [a, b][dist.get_rank()]).backward()
-    assert way_of(model) == "Filtered by Pair"
+    assert way_of(model) == "OneDecision by Pair"
     exact = 1 - torch.nn.functional.cosine_similarity(a.double(), b.double(), dim=0)
     assert handle.last is not None
     assert handle.last.distances[1].item() == pytest.approx(exact.item(), abs=1e-6)
@@ -928,5 +928,5 @@ def ways() -> list[str]:
 
 def test_the_policy_may_change_between_steps(world: World) -> None:
     for told in world(2).run(ways):
-        pair, general = "Filtered by Pair", "Filtered by Exchange"
-        assert told == [pair, "Averaged", general, "FilteredApart", pair]
+        pair, general = "OneDecision by Pair", "OneDecision by Exchange"
+        assert told == [pair, "PlainAverage", general, "DecisionPerBucket", pair]

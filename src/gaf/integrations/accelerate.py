@@ -193,7 +193,7 @@ class Gated(AcceleratedOptimizer):  # type: ignore[misc]
 
     def _moved(self) -> bool:
         if isinstance(self.decider, Handle):
-            return self.decider._moves
+            return self.decider.moves
         return self.decider.outcome is None or self.decider.outcome.stepped
 
 

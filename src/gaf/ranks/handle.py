@@ -85,7 +85,7 @@ class Handle:
         self._depth: dict[Optimizer, int] = {}
         self._closures = 0
         self._stepped: set[Optimizer] = set()  # since the last decision
-        self._moves = True  # whether the last pass's decision steps, or any of its groups'
+        self.moves = True  # whether the last pass's decision steps, or any of its groups'
         self.stale = StaleGradients(set(params), not averages(policy))
         self._undo: list[Callable[[], None]] = []
         for optimizer in optimizers:
@@ -170,7 +170,7 @@ class Handle:
         Raises:
             ValueError: for what is no such state, or that of another policy; nothing is taken then.
         """
-        check_state(state)
+        check_handle_state(state)
         self.ledger.load_state_dict(state)
         if len(state["rejected"]) == self._k:
             self._rejected, self._absent = list(state["rejected"]), list(state["absent"])
@@ -221,7 +221,7 @@ class Handle:
         if not self._closures:
             self._depth.clear()  # of a step that an exception ended
         active = self._keep_or_drop(joining, joined)
-        self._moves = self._moves and bool(self._pending)
+        self.moves = self.moves and bool(self._pending)
         self._skipped = []
         self._pending.append(Pending(learned_state(self.policy), joined))
         return active
@@ -350,7 +350,7 @@ class Handle:
             return outcome.weights, 0.0
         return None, float("inf") if overflow else 0.0
 
-    def averaged(self, params: Sequence[Tensor]) -> bool:
+    def decide_unseen(self, params: Sequence[Tensor]) -> bool:
         """Whether to step, of a policy that looks at no row: Mean and its kin."""
         assert isinstance(self.policy, Mean)
         ones = torch.ones(self._k, dtype=torch.bool, device="cpu")
@@ -362,7 +362,7 @@ class Handle:
 
     def _decide(self, decision: Decision, outcome: Outcome, params: Sequence[Tensor]) -> None:
         self.ledger.last, self.ledger.outcome = decision, outcome
-        self._moves = self._moves or outcome.stepped
+        self.moves = self.moves or outcome.stepped
         self._pending[-1].outcomes.append((outcome, self._scale))
         if not outcome.stepped:
             self._skipped += params
@@ -449,7 +449,7 @@ class Handle:
         """Whether a step of one of the optimizers is in progress."""
         return any(self._depth.values())
 
-    def knows(self, optimizer: Optimizer) -> bool:
+    def drives(self, optimizer: Optimizer) -> bool:
         return optimizer in self._progress
 
     def _drop(self) -> None:
@@ -497,7 +497,7 @@ def raise_thawed(name: str) -> None:
     )
 
 
-def check_state(state: Any) -> None:
+def check_handle_state(state: Any) -> None:
     wanted = ("telemetry", "policy", "rejected", "absent")
     sound = isinstance(state, dict) and all(name in state for name in wanted)
     if not sound or not all(isinstance(state[name], list) for name in ("rejected", "absent")):

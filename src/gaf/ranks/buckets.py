@@ -1,0 +1,83 @@
+"""DDP's buckets: what travels in one, and what stays out of the decision about it."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C._distributed_c10d import GradBucket
+from torch.nn.parallel import DistributedDataParallel
+
+from gaf.ranks.exchange import Pieces
+from gaf.ranks.stale import StaleGradients
+
+Future = torch.futures.Future[Tensor]  # of the bucket, updated
+
+
+class SentBucket:
+    """A bucket that waits for its decision, as DDP waits for its future.
+
+    Updates of an earlier pass of the same step are set aside: DDP copies into the bucket whatever
+    a parameter's gradient holds, whether this pass has reached it or not.
+    """
+
+    def __init__(self, bucket: GradBucket, stale: StaleGradients) -> None:
+        self.flat = bucket.buffer()
+        self.params: list[Tensor] = bucket.parameters()
+        self.future = future_on(self.flat)
+        pairs = zip(self.params, bucket.gradients(), strict=True)
+        # places in the bucket, and the updates that lay there
+        self.aside = [(place, place.clone()) for p, place in pairs if stale.waits(p)]
+        for place, _ in self.aside:
+            place.zero_()
+
+    def put_back(self) -> None:
+        """Adds what was set aside: another rank's pass may have put an update in its place."""
+        for place, update in self.aside:
+            place.add_(update)
+
+    def release(self) -> None:
+        self.future.set_result(self.flat)
+
+
+def gradients_kept(bucket: GradBucket, stale: StaleGradients) -> Pieces:
+    """This rank's gradients in p.grad, and their places in the bucket.
+
+    DDP leaves p.grad alone until the pass is over. Empty where p.grad is a view of the bucket, and
+    where there was no backward pass: on a rank that has joined.
+    """
+    if not in_backward():
+        return [], []
+    own, places = [], []
+    for p, flat in zip(bucket.parameters(), bucket.gradients(), strict=True):
+        if p.grad is not None and not stale.waits(p):
+            own.append(p.grad.detach())
+            places.append(place_of(p, flat))
+    if any(a.data_ptr() == b.data_ptr() for a, b in zip(own, places, strict=True)):
+        return [], []
+    return own, places
+
+
+def place_of(p: Tensor, place: Tensor) -> Tensor:
+    """A parameter's gradient in its bucket, with every coordinate where `p` has it.
+
+    DDP lays a parameter out in the order of its own strides, where these leave no gaps, and shows
+    the memory as if it were contiguous.
+    """
+    if p.is_contiguous() or torch.empty_like(p, device="meta").stride() != p.stride():
+        return place
+    return place.as_strided(p.shape, p.stride())
+
+
+def bucket_parameters(model: DistributedDataParallel) -> list[Tensor]:
+    """The parameters that DDP averages: those that were trainable when the model was wrapped."""
+    buckets: list[Any] = model.reducer._get_zeros_like_grad_buckets()
+    return [p for bucket in buckets for p in bucket.parameters()]
+
+
+def in_backward() -> bool:
+    return bool(torch._C._current_graph_task_id() >= 0)
+
+
+def future_on(tensor: Tensor) -> Future:
+    """A future that may hold a CUDA tensor: it carries the order of the streams along."""
+    return torch.futures.Future(devices=[tensor.device] if tensor.device.type == "cuda" else None)

@@ -1,0 +1,102 @@
+"""The data-parallel engine of a model: whose gradients are compared, and what installs a handle.
+
+Engines are imported where they are used.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.nn.parallel import DistributedDataParallel
+
+from gaf.ranks.attach_checks import check_group, check_mesh
+from gaf.ranks.model_checks import (
+    check_ddp,
+    check_fsdp_group,
+    check_fsdp_mesh,
+    raise_not_parallel,
+)
+from gaf.rules.contract import Policy, scope_of
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What attach needs of DistributedDataParallel or FSDP2.
+
+    Attributes:
+        group: the ranks whose rows are compared.
+        scopes: that an attached policy may change between.
+        parameters: (model) -> those that take part in the decision.
+        install: (model, handle, exchange, shards) has the handle decide, until it is detached.
+    """
+
+    group: "dist.ProcessGroup"
+    scopes: tuple[str, ...]
+    parameters: Callable[[Any], Any]
+    install: Callable[[Any, Any, Any, Any], None]
+
+
+def engine_of(model: nn.Module, policy: Policy, group: "dist.ProcessGroup | None") -> Engine:
+    """The model's engine. group: the ranks to compare, if they were given."""
+    if isinstance(model, DistributedDataParallel):
+        return ddp_engine(model, group)
+    from torch.distributed.fsdp import FSDPModule
+
+    if not (isinstance(model, nn.Module) and isinstance(model, FSDPModule)):
+        raise_not_parallel(model)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()  # a root stays whole after an evaluation
+    return fsdp_engine(model, policy, group)
+
+
+def ddp_engine(model: DistributedDataParallel, group: "dist.ProcessGroup | None") -> Engine:
+    from gaf.ranks import ddp
+
+    check_ddp(model, group, ddp.has_other_hook(model))
+    return Engine(
+        group=model.process_group,
+        scopes=("all", "group"),
+        parameters=ddp.averaged_parameters,
+        install=ddp.install_in_ddp,
+    )
+
+
+def fsdp_engine(model: nn.Module, policy: Policy, group: "dist.ProcessGroup | None") -> Engine:
+    from gaf.ranks import fsdp
+
+    return Engine(
+        group=fsdp_group(model, policy, group),
+        scopes=(scope_of(policy),),
+        parameters=fsdp.sharded_parameters,
+        install=fsdp.install_in_fsdp,
+    )
+
+
+def fsdp_group(
+    model: nn.Module, policy: Policy, group: "dist.ProcessGroup | None"
+) -> "dist.ProcessGroup":
+    """An FSDP2 model's replicas, or with scope="group" the ranks that it is sharded over."""
+    mesh: Any = next((p.device_mesh for p in model.parameters() if hasattr(p, "device_mesh")), None)
+    check_fsdp_mesh(model, mesh)
+    check_fsdp_group(policy, group)
+    return mesh.get_group() if group is None else group
+
+
+def unwrap(model: Any) -> Any:
+    """The data-parallel model inside torch.compile's wrapper, or inside Lightning Fabric's."""
+    model = getattr(model, "_orig_mod", model)
+    inner = getattr(model, "_forward_module", None)
+    return inner if isinstance(inner, DistributedDataParallel) else model
+
+
+def process_group(group: Any, name: str) -> Any:
+    """The process group that is meant: None stays None, a mesh of one dimension gives its own."""
+    if isinstance(group, DeviceMesh):
+        check_mesh(group, name)
+        return group.get_group()
+    check_group(group, name)
+    return group

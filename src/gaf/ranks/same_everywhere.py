@@ -1,0 +1,57 @@
+"""What all ranks must have in common before any of them sends: else they wait for each other."""
+
+from collections import Counter
+from typing import Any
+
+import torch.distributed as dist
+from torch import nn
+
+from gaf.rules.contract import Policy
+
+
+def check_same_everywhere(
+    model: nn.Module,
+    policy: Policy,
+    micro_group: int,
+    group: "dist.ProcessGroup",
+    shards: "dist.ProcessGroup | None",
+) -> None:
+    """Ranks that cut or judge their gradients differently would hang, or drift apart."""
+    shapes = [
+        f"{name} {tuple(p.shape)} {p.dtype} trainable={p.requires_grad}"
+        for name, p in model.named_parameters()
+    ]
+    rule = {"policy": describe_policy(policy), "micro_group": str(micro_group)}
+    check_same(rule | {"parameters": "; ".join(shapes)}, group)
+    if shards is not None:
+        check_same(rule, shards)
+
+
+def check_same(mine: dict[str, str], group: "dist.ProcessGroup") -> None:
+    all_of: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(all_of, mine, group=group)
+    for what in mine:
+        found = [other[what] for other in all_of]
+        if len(set(found)) > 1:
+            usual = Counter(found).most_common(1)[0][0]
+            odd = next(r for r, value in enumerate(found) if value != usual)
+            a, b = first_difference(usual, found[odd])
+            raise ValueError(
+                f"attach: all ranks must have the same {what}; rank {odd} of the group has {b}, "
+                f"others {a}. Build the model and the policy alike on all of them."
+            )
+
+
+def describe_policy(policy: Policy) -> str:
+    """A policy's repr, if it shows what the policy does rather than where it lies in memory."""
+    if "object at 0x" not in repr(policy) and not hasattr(policy, "__qualname__"):
+        return repr(policy)
+    return str(getattr(policy, "__qualname__", type(policy).__qualname__))
+
+
+def first_difference(a: str, b: str) -> tuple[str, str]:
+    ours, theirs = a.split("; "), b.split("; ")
+    for x, y in zip(ours, theirs, strict=False):
+        if x != y:
+            return x, y
+    return f"{len(ours)} of them", f"{len(theirs)} of them"
