@@ -232,7 +232,7 @@ class Progress:
     def __init__(self, decider: Accumulator | Handle, steps: Steps, scheduler: LRScheduler) -> None:
         self.steps, self.seen, self.idle = steps, -1, 0
         self.progress: Callable[[], tuple[int, int]] = (
-            decider._progress_of(scheduler)
+            decider.steps.progress_of(scheduler)
             if isinstance(decider, Handle)
             else lambda: decider.ledger.progress
         )

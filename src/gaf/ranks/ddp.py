@@ -14,7 +14,8 @@ from torch.nn.parallel import DistributedDataParallel
 from gaf.ranks.buckets import bucket_parameters, in_backward
 from gaf.ranks.ddp_ways import DecisionPerBucket, OneDecision, PlainAverage, Way
 from gaf.ranks.exchange import Exchange
-from gaf.ranks.handle import Handle, raise_thawed
+from gaf.ranks.handle import Handle
+from gaf.ranks.model_checks import raise_thawed
 from gaf.ranks.pair import Pair
 from gaf.rules.contract import Policy, scope_of
 from gaf.rules.policies import GAF, averages

@@ -52,7 +52,8 @@ def install_in_fsdp(
 
 def check_same_weights(params: list[nn.Parameter], group: dist.ProcessGroup) -> None:
     """FSDP2 does not make replicas equal at the start, as DistributedDataParallel does."""
-    sums = torch.stack([p.detach().to_local().double().sum() for p in params])  # type: ignore[attr-defined]
+    shards: list[Tensor] = [p.detach().to_local() for p in params]  # type: ignore[attr-defined]
+    sums = torch.stack([shard.double().sum() for shard in shards])
     all_of = [torch.empty_like(sums) for _ in range(dist.get_world_size(group))]
     dist.all_gather(all_of, sums, group=group)
     if not all(torch.equal(all_of[0].nan_to_num(), other.nan_to_num()) for other in all_of):

@@ -57,9 +57,10 @@ def check_fsdp_mesh(model: nn.Module, mesh: Any) -> None:
             "attach: fully_shard must be given the shard dimension of the mesh alone; the "
             f"parameters are on {mesh}. "
             'Use fully_shard(model, mesh=mesh["shard"]) and '
-            'gaf.attach(..., group=mesh["replicate"].get_group()): FSDP2\'s own all-reduce over '
-            "the replicas would come before the decision. FSDP2 over a tensor-parallel model is not "
-            "supported; DistributedDataParallel with shards= is."
+            'gaf.attach(..., group=mesh["replicate"].get_group()): '
+            "FSDP2's own all-reduce over the replicas would come before the decision. "
+            "FSDP2 over a tensor-parallel model is not supported; DistributedDataParallel with "
+            "shards= is."
         )
 
 
@@ -144,3 +145,11 @@ def within_micro_group(norm: nn.SyncBatchNorm, exchange: Exchange) -> bool:
     if not set(ranks) <= set(compared):
         return False
     return len({compared.index(r) // exchange.micro_group for r in ranks}) == 1
+
+
+def raise_thawed(name: str) -> NoReturn:
+    raise ValueError(
+        "attach: every trainable parameter must have been trainable when DistributedDataParallel "
+        f"was made, which averages no other; {name!r} was frozen then. "
+        "Wrap the model again, then attach."
+    )

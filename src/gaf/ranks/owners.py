@@ -62,7 +62,7 @@ def watch_optimizers() -> None:
 def refuse_stranger(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     """Before every step of any optimizer: one that attach was not given would step past a skip."""
     for handle in list(_handles):
-        if not handle.attached or handle.drives(optimizer) or handle.stepping:
+        if not handle.attached or handle.steps.drives(optimizer) or handle.steps.stepping:
             continue  # a step within one of the handle's own optimizers belongs to that one
         p = next((p for p in parameters_of(optimizer) if p in handle.stale.params), None)
         if p is not None and not is_alive(owner_of(p)[0]):

@@ -1,8 +1,8 @@
-"""Which gradients hold an update when a backward pass begins, and which of them the pass has added to.
+"""Which gradients hold an update when a backward pass begins, and which the pass has added to.
 
-An update that a new gradient was added to is no micro-gradient: an optimizer must not step on the mixture. A pass that
-no step follows may leave one behind, as a GAN's generator step does in the discriminator, which is cleared before its
-own pass.
+An update to which a new gradient was added is no micro-gradient: an optimizer must not step on the
+mixture. A pass that no step follows may leave an update behind, as a GAN's generator step does in
+the discriminator, which is cleared before its own pass.
 """
 
 from collections.abc import Iterable, Sequence
@@ -12,17 +12,18 @@ from torch import Tensor
 
 IN_PART = 1e6  # of a rank where one optimizer was cleared and another was not; 1 where none was
 CLEAR_FIRST = (
-    "attach: the gradients must be cleared before a backward pass that synchronises; the last update was still there "
-    "and would mix with the new micro-gradients. Call optimizer.zero_grad() first, for every optimizer, or accumulate "
-    "under `with model.no_sync():` (FSDP2: model.set_requires_gradient_sync(False))."
+    "attach: the gradients must be cleared before a backward pass that synchronises; the last "
+    "update was still there and would mix with the new micro-gradients. Call optimizer.zero_grad() "
+    "first, for every optimizer, or accumulate under `with model.no_sync():` "
+    "(FSDP2: model.set_requires_gradient_sync(False))."
 )
 
 
 class StaleGradients:
-    """One pass after the other. A pass here is all that one decision is about: accumulation belongs to it.
+    """Follows one pass after the other; a pass includes the accumulation that its decision covers.
 
-    A gradient that is None was cleared. One that is a tensor may have been filled with zeros: it is looked at, on its
-    device, without waiting for the answer.
+    A gradient that is None was cleared. One that is a tensor may have been filled with zeros: it is
+    looked at, on its device, without waiting for the answer.
 
     Args:
         params: those that are decided on.
@@ -71,15 +72,15 @@ class StaleGradients:
         return set(self._arrived)
 
     def waits(self, p: Tensor) -> bool:
-        """Whether a parameter has an earlier pass's gradient, which this one has not reached on this rank."""
+        """Whether a parameter holds an earlier pass's gradient, not reached on this rank so far."""
         return p in self._updated and p not in self._arrived and p.grad is not None
 
     def found(self, optimizers: Sequence[Sequence[Tensor]] = ()) -> Tensor | None:
-        """() float64, above 0 where an update was added to; None is 0.
+        """() float64, above 0 if a gradient was added to an update; None is 0.
 
         Args:
-            optimizers: the parameters of each, where all of them have stepped on the last update: then one that was
-                cleared and one that was not is a mistake for certain.
+            optimizers: the parameters of each, if all of them have stepped on the last update: then
+                it is certainly a mistake that one was cleared and another was not.
         """
         flags = [flag for p, flag in self._flags.items() if p in self._arrived]
         if not flags:
@@ -94,7 +95,10 @@ class StaleGradients:
 
 
 def is_set(p: Tensor) -> Tensor:
-    """(): whether any coordinate of a parameter's gradient is not zero; of this rank's shard, for a DTensor."""
+    """(): whether any coordinate of a parameter's gradient is not zero.
+
+    For a DTensor: of this rank's shard.
+    """
     assert p.grad is not None
     grad: Tensor = getattr(p.grad, "_local_tensor", p.grad)
     return (grad != 0).any()

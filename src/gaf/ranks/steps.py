@@ -1,4 +1,4 @@
-"""An optimizer's step(): what it moves, where it is given a closure, and whether it saw an overflow."""
+"""An optimizer's step(): what it moves, which argument is its closure, and an overflow in it."""
 
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -16,18 +16,20 @@ def names_of_step(kind: Any) -> list[str]:
 
 
 def place_of_closure(kind: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int | str | None:
-    """Where step() is given what evaluates the loss again: `closure`, or else the first argument that can be called."""
+    """Which argument of step() evaluates the loss again: `closure`, or else the first callable.
+
+    Returns:
+        Its position, or its name if given by name; None without one.
+    """
     names = names_of_step(kind)
-    place: int | str | None
-    if "closure" in kwargs or "closure" in names:
-        place = "closure" if "closure" in kwargs else names.index("closure")
-    else:
-        places: list[int | str] = [i for i, v in enumerate(args) if i and callable(v)]
-        places += [name for name, value in kwargs.items() if callable(value)]
-        place = places[0] if places else None
-    if isinstance(place, int):
+    if "closure" in kwargs:
+        return "closure" if callable(kwargs["closure"]) else None
+    if "closure" in names:
+        place = names.index("closure")
         return place if place < len(args) and callable(args[place]) else None
-    return place if place is not None and callable(kwargs[place]) else None
+    places: list[int | str] = [i for i, v in enumerate(args) if i and callable(v)]
+    places += [name for name, value in kwargs.items() if callable(value)]
+    return places[0] if places else None
 
 
 def parameters_of(optimizer: Optimizer) -> list[Tensor]:

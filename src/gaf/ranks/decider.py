@@ -1,0 +1,199 @@
+"""From the ranks' Gram matrix to a step or none: what every data-parallel engine calls.
+
+    begin -> settle: Gram -> decision -> update -> end -> optimizer.step(): the decision counts
+
+An engine begins and ends each pass, and settles once in it, or once for each group of parameters.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.amp import GradScaler
+from torch.optim import Optimizer
+
+from gaf.ranks.exchange import Exchange
+from gaf.ranks.messages import add_in_rank_order
+from gaf.ranks.model_checks import raise_thawed
+from gaf.ranks.pending import PendingDecisions
+from gaf.ranks.row_ledger import RowLedger
+from gaf.ranks.skips import SkippedParameters
+from gaf.ranks.stale import CLEAR_FIRST, IN_PART, StaleGradients
+from gaf.ranks.step_hooks import StepHooks
+from gaf.ranks.steps import parameters_of
+from gaf.record.telemetry import Outcome
+from gaf.rules.contract import Policy
+from gaf.rules.decision import Decision, Evidence, as_skip, check_weights
+from gaf.rules.judging import decide_with_evidence, has_overflow
+from gaf.rules.policies import Mean, averages
+
+
+class Decider:
+    """One policy's decisions on the gradients of one model.
+
+    Args:
+        params: those that are decided on.
+
+    Attributes:
+        over: the groups over whose ranks the coordinates are spread.
+        moves: whether the last pass's decision steps, or any of its groups'.
+    """
+
+    def __init__(
+        self,
+        optimizers: list[Optimizer],
+        policy: Policy,
+        scaler: GradScaler | None,
+        k: int,
+        params: Sequence[Tensor],
+    ) -> None:
+        self.ledger = RowLedger(policy, k)
+        self.scaler = scaler if scaler is not None and scaler.is_enabled() else None
+        self.k = k
+        self.over: Sequence[dist.ProcessGroup] = []
+        self.moves = True
+        self.stale = StaleGradients(set(params), not averages(policy))
+        self.pending = PendingDecisions(self.ledger)
+        self.skips = SkippedParameters()
+        scaled = self.scaler is not None
+        self.steps = StepHooks(optimizers, scaled, self._prepare_step, self.pending.count)
+        self._scale = 1.0  # what the scaler multiplied the rows by
+        self._outside: dict[Tensor, str] = {}  # frozen parameters that the engine would not average
+        self._undo: list[Callable[[], None]] = [self.steps.remove]
+
+    def on_detach(self, undo: Callable[[], None]) -> None:
+        self._undo.append(undo)
+
+    def refuse_gradients(self, outside: dict[Tensor, str]) -> None:
+        """outside: the model's parameters that no decision covers, with their names."""
+        self._outside = outside
+
+    def arrive(self, p: Tensor) -> None:
+        """Before a backward pass adds to a parameter's gradient: an earlier skip of it is over."""
+        self.stale.open()
+        self.skips.discard(p)
+        self.stale.look(p)
+
+    def begin(self, joining: bool = False, joined: bool = False) -> int:
+        """A pass's first decision is due.
+
+        Args:
+            joining: whether ranks may have joined (DDP.join): those that have are told whether the
+                decision before was followed by a step.
+            joined: whether this rank has: it has no more data, and the pass is that of the others.
+
+        Returns:
+            How many ranks of the first group have not joined; 0 if none may have.
+        """
+        self.stale.open()
+        self.steps.begin_pass()
+        active = self.pending.keep_or_drop(joining, joined, self.stale, self.over)
+        several = bool(self.pending.passes)
+        self.skips.begin_pass(several)
+        self.moves = self.moves and several
+        self.pending.begin_pass(joined)
+        return active
+
+    def end(self) -> None:
+        """The pass's last decision is taken."""
+        self.skips.end_pass(self.stale, several=len(self.pending.passes) > 1)
+        reached = self.stale.reached()
+        self.stale.close()
+        self.steps.end_pass()
+        self.pending.end_pass(reached)
+
+    def settle(
+        self, exchange: Exchange, params: Sequence[Tensor], over: "Sequence[dist.ProcessGroup]"
+    ) -> None:
+        """Pieces on their way in -> Gram -> decision -> update on its way out.
+
+        Args:
+            exchange: what was sent.
+            params: those that the pieces belong to.
+            over: groups over whose ranks the coordinates are spread; the Gram matrix is added up
+                over each in turn.
+        """
+        exchange.receive()
+        gram = exchange.gram(self.total(exchange.partial_gram(), over))
+        weights, filler = self.judge(gram, params)
+        if weights is None:
+            exchange.fill(filler)
+        else:
+            exchange.give_back(weights)
+        exchange.end()
+
+    def total(self, partial: Tensor, over: "Sequence[dist.ProcessGroup]") -> Tensor:
+        """The sum of all ranks' shares, (...,) float64, on the host.
+
+        A step waits for the device only here.
+
+        Raises:
+            RuntimeError: on all ranks, if one of them began its backward pass on top of a part of
+                the last update.
+        """
+        stale = self.stale.found(self.steps.all_stepped())
+        flag = partial.new_zeros(1) if stale is None else stale.to(partial).reshape(1)
+        known, ranks = torch.cat([partial.reshape(-1), self._loss_scale(partial), flag]), 1
+        for group in over:
+            known = add_in_rank_order(known.to(partial.device), group)
+            ranks *= dist.get_world_size(group)
+        self._scale = float(known[-2]) / ranks
+        if known[-1] >= IN_PART:
+            raise RuntimeError(CLEAR_FIRST)
+        self.pending.latest.stale |= bool(known[-1] > 0)
+        return known[:-2].view(partial.shape)
+
+    def _loss_scale(self, like: Tensor) -> Tensor:
+        factor = None if self.scaler is None else self.scaler._scale  # None before the first loss
+        return like.new_ones(1) if factor is None else factor.to(like).reshape(1)
+
+    def judge(self, gram: Tensor, params: Sequence[Tensor]) -> tuple[list[float] | None, float]:
+        """The decision about a Gram matrix.
+
+        Returns:
+            The weights; or None, and the number to write in place of an update: infinity after an
+            overflow, for the scaler to see.
+        """
+        decision, evidence = decide_with_evidence(self.ledger.policy, gram)
+        outcome = Outcome.fetch(decision, evidence)
+        overflow = self.scaler is not None and has_overflow(outcome.norms2)
+        if overflow:
+            decision, outcome = as_skip(decision), outcome.skipped()
+        check_weights(outcome.weights, outcome.stepped, self.ledger.policy)
+        self.pending.latest.overflow |= overflow
+        self._record(decision, outcome, params)
+        if outcome.stepped:
+            return outcome.weights, 0.0
+        return None, float("inf") if overflow else 0.0
+
+    def decide_unseen(self, params: Sequence[Tensor]) -> bool:
+        """Whether to step, by a policy that looks at no row: Mean, RandomSkip."""
+        assert isinstance(self.ledger.policy, Mean)
+        ones = torch.ones(self.k, dtype=torch.bool, device="cpu")
+        unknown = torch.full((self.k,), torch.nan, dtype=torch.float64, device="cpu")
+        decision = self.ledger.policy.conclude(ones, unknown)
+        outcome = Outcome.fetch(decision, Evidence(unknown, unknown[0], unknown[0]))
+        self._record(decision, outcome.unmeasured(), params)
+        return outcome.stepped
+
+    def _record(self, decision: Decision, outcome: Outcome, params: Sequence[Tensor]) -> None:
+        self.ledger.last, self.ledger.outcome = decision, outcome
+        self.moves = self.moves or outcome.stepped
+        self.pending.latest.outcomes.append((outcome, self._scale))
+        if not outcome.stepped:
+            self.skips.add(params)
+
+    def _prepare_step(self, optimizer: Optimizer) -> None:
+        """Makes a step leave alone what it must.
+
+        Raises:
+            RuntimeError: if an update was in the gradients that were decided on.
+            ValueError: if a parameter was thawed that the engine does not average.
+        """
+        if any(one.stale for one in self.pending.passes):
+            raise RuntimeError(CLEAR_FIRST)
+        for p, name in self._outside.items():
+            if p.requires_grad and p.grad is not None:
+                raise_thawed(name)
+        self.skips.clear_gradients(parameters_of(optimizer))
