@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from gaf.ranks.decider import Decider
+from gaf.ranks.row_ledger import check_handle_state
 from gaf.ranks.stale import StaleGradients
 from gaf.record.gate import gate, ungate
 from gaf.record.telemetry import Outcome
@@ -117,6 +118,7 @@ class Handle(Decider):
         Raises:
             ValueError: for what is no such state, or that of another policy; nothing is taken then.
         """
+        check_handle_state(state)
         self.ledger.load_state_dict(state)
         self.pending.passes = []
 

@@ -37,7 +37,6 @@ class RowLedger(Ledger):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes back what `state_dict` gave; the counts per row only if the rows are as many."""
-        check_handle_state(state)
         super().load_state_dict(state)
         if len(state["rejected"]) == len(self.rejected):
             self.rejected, self.absent = list(state["rejected"]), list(state["absent"])
