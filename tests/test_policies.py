@@ -13,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import gaf
 from gaf.rules.decision import as_skip
-from gaf.rules.policies import halving_weights, mean_pairwise_cosine
+from gaf.rules.ring import mean_pairwise_cosine
+from gaf.rules.sequential import halving_weights
 
 STARTS, AVERAGES = ("first", "best", "worst"), ("mean", "halving")
 

@@ -6,10 +6,11 @@ from gaf.ranks.attach import attach
 from gaf.ranks.handle import Handle
 from gaf.record.audit import Audit
 from gaf.record.telemetry import Outcome
+from gaf.rules.averaging import Mean, RandomSkip
 from gaf.rules.combine import aggregate
 from gaf.rules.decision import Decision
 from gaf.rules.gram import gram
-from gaf.rules.policies import GAF, Mean, RandomSkip
+from gaf.rules.policies import GAF
 from gaf.rules.reference import reference
 from gaf.rules.thresholds import (
     MovingAverageTau,

@@ -14,8 +14,7 @@ from gaf.rules.combine import combine, weighted_sum
 from gaf.rules.contract import Policy
 from gaf.rules.decision import Decision, Evidence, check_decision
 from gaf.rules.gram import gram_of
-from gaf.rules.judging import decide_with_evidence, tau_of
-from gaf.rules.policies import streams
+from gaf.rules.judging import decide_with_evidence, streams, tau_of
 from gaf.rules.sequential import Seen, Sequential, norm2_after, signal
 from gaf.shapes import Float64
 

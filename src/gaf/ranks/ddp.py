@@ -17,8 +17,9 @@ from gaf.ranks.exchange import Exchange
 from gaf.ranks.handle import Handle
 from gaf.ranks.model_checks import raise_thawed
 from gaf.ranks.pair import Pair
+from gaf.rules.averaging import averages
 from gaf.rules.contract import Policy, scope_of
-from gaf.rules.policies import GAF, averages
+from gaf.rules.policies import GAF
 
 
 class BucketHook:

@@ -26,7 +26,7 @@ from gaf.record.telemetry import Outcome
 from gaf.rules.contract import Policy
 from gaf.rules.decision import Decision, Evidence, as_skip, check_weights
 from gaf.rules.judging import decide_with_evidence, has_overflow
-from gaf.rules.policies import Mean, averages
+from gaf.rules.averaging import Mean, averages
 
 
 class Decider:

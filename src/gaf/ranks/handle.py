@@ -17,7 +17,8 @@ from gaf.record.gate import gate, ungate
 from gaf.record.telemetry import Outcome
 from gaf.rules.contract import Policy, check_policy
 from gaf.rules.decision import Decision
-from gaf.rules.policies import averages, private_copy
+from gaf.rules.policies import private_copy
+from gaf.rules.averaging import averages
 
 
 class Handle(Decider):

@@ -69,3 +69,10 @@ def load_learned_state(policy: Any, state: Any) -> None:
     """Gives the policy back what it had learned; nothing to do for one that learns nothing."""
     if hasattr(policy, "load_state_dict"):
         policy.load_state_dict(state)
+
+
+def describe_state(state: Any) -> str:
+    """What a saved state holds, in words."""
+    if not isinstance(state, dict):
+        return repr(state)
+    return str(sorted(map(str, state))) if state else "nothing"

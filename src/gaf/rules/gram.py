@@ -18,6 +18,7 @@ Errors are relative to |g_i| |g_j|. On an accelerator both ways multiply in floa
 compute anew, more exactly, what left the range that float32 can add up (`in_range`).
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -125,6 +126,16 @@ def products(vectors: Vectors, pairs: Pairs, in_float64: bool = False) -> list[T
 def present(norm2: Float64[Tensor, "*s"]) -> Bool[Tensor, "*s"]:
     """Whether a row counts, by its diagonal entry: a row of zeros, NaN or infinities is absent."""
     return (norm2 > 0) & norm2.isfinite()
+
+
+def without_giants(gram: Float64[Tensor, "k k"], ratio: float) -> Float64[Tensor, "k k"]:
+    """The Gram matrix with zeros for rows that are too long, so that they are absent.
+
+    Too long is a norm of more than `ratio` times the (lower) median of the present rows' norms.
+    """
+    norms = torch.where(present(gram.diagonal()), gram.diagonal().sqrt(), math.nan)
+    giant = norms > ratio * norms.nanmedian()
+    return torch.where(giant | giant[:, None], 0.0, gram)
 
 
 def check_rows(rows: Tensor) -> None:

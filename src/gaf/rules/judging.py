@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Sequence
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -9,7 +10,9 @@ from torch import Tensor
 from gaf.rules.agreement import mean_off_diagonal
 from gaf.rules.contract import Policy, max_norm_ratio_of
 from gaf.rules.decision import Decision, Evidence, check_decision
-from gaf.rules.policies import GAF, without_giants
+from gaf.rules.gram import without_giants
+from gaf.rules.policies import GAF
+from gaf.rules.sequential import Sequential
 from gaf.shapes import Float64
 
 
@@ -56,3 +59,12 @@ def has_overflow(norms2: Iterable[float]) -> bool:
     policy decided, and the scaler must see it to lower the scale.
     """
     return not all(map(math.isfinite, norms2))
+
+
+def streams(policy: Policy) -> TypeGuard[Sequential]:
+    """Whether the policy decides on rows that are added up as they come."""
+    return (
+        isinstance(policy, Sequential)
+        and policy.streams
+        and type(policy).__call__ in (Sequential.__call__, GAF.__call__)
+    )

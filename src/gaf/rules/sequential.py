@@ -160,3 +160,19 @@ def norm2_after(
 ) -> Float64[Tensor, "*s"]:
     """|shrink (s + g)|^2 from |s|^2, <s, g> and |g|^2."""
     return (norm2 + 2 * inner + own).clamp_min(0) * shrink**2
+
+
+def mean_weights(accepted: Bool[Tensor, " k"]) -> Float64[Tensor, " k"]:
+    """Weights of the rows in the average of the accepted ones."""
+    return accepted.double() / accepted.sum().clamp_min(1)
+
+
+def halving_weights(accepted: Bool[Tensor, " k"]) -> Float64[Tensor, " k"]:
+    """Weights of the rows in the sum that is halved at each acceptance, in the order of the visit.
+
+    1/2 for the last accepted row, 1/4 for the one before, ...; the first has what is left.
+    """
+    count = accepted.cumsum(0)
+    after = count[-1] - count
+    exponent = torch.where(count == 1, after, after + 1)
+    return torch.where(accepted, 0.5 ** exponent.double(), 0.0)

@@ -66,7 +66,7 @@ def split(vectors: Vectors, chunk: int) -> Iterable[Vectors]:
 
 
 def flatten(tensors: list[Tensor]) -> Vectors:
-    """Vectors of the same coordinates in the same order; views if the tensors lie alike in memory."""
+    """Vectors of the same coordinates in the same order; views of tensors that lie alike."""
     first = tensors[0]
     if first.ndim == 1 and all(t.stride() == (1,) for t in tensors):
         return tensors

@@ -22,7 +22,7 @@ from gaf.record.ledger import Ledger
 from gaf.record.telemetry import packed
 from gaf.rules.contract import Policy, is_planned, tau_given
 from gaf.rules.decision import Evidence
-from gaf.rules.policies import streams
+from gaf.rules.judging import streams
 from gaf.rules.thresholds import Threshold
 from gaf_lab.data.augment import affine, shift
 from gaf_lab.data.problem import Problem

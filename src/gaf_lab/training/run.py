@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, MultiStepLR, ReduceLROnPlateau
 
 import gaf
-from gaf.rules.policies import streams
+from gaf.rules.judging import streams
 from gaf_lab.data.problem import Problem, make_problem
 from gaf_lab.data.read_ahead import worker_died
 from gaf_lab.data.sampling import derive_seed
