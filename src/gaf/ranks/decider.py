@@ -23,10 +23,10 @@ from gaf.ranks.stale import CLEAR_FIRST, IN_PART, StaleGradients
 from gaf.ranks.step_hooks import StepHooks
 from gaf.ranks.steps import parameters_of
 from gaf.record.telemetry import Outcome
+from gaf.rules.averaging import Mean, averages
 from gaf.rules.contract import Policy
 from gaf.rules.decision import Decision, Evidence, as_skip, check_weights
 from gaf.rules.judging import decide_with_evidence, has_overflow
-from gaf.rules.averaging import Mean, averages
 
 
 class Decider:

@@ -15,10 +15,10 @@ from gaf.ranks.row_ledger import check_handle_state
 from gaf.ranks.stale import StaleGradients
 from gaf.record.gate import gate, ungate
 from gaf.record.telemetry import Outcome
+from gaf.rules.averaging import averages
 from gaf.rules.contract import Policy, check_policy
 from gaf.rules.decision import Decision
 from gaf.rules.policies import private_copy
-from gaf.rules.averaging import averages
 
 
 class Handle(Decider):
