@@ -1,4 +1,7 @@
-"""An extension for mkdocs.yml: shows a docstring's doctest as a session, where Markdown would take its >>> for a quotation."""
+"""An extension for mkdocs.yml: shows a docstring's doctest as a session.
+
+Markdown alone would take its >>> for a quotation.
+"""
 
 import re
 from typing import Any
