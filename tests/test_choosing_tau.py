@@ -4,8 +4,10 @@
 """
 
 import json
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,14 +15,14 @@ import gaf
 from gaf_lab.records import packs
 from gaf_lab.records.run import Run
 from gaf_lab.report import measures
-from gaf_lab.report import statistics as st
-from gaf_lab.report.arms import Arm, group_by_arm
-from test_reproduction import gap, spelled
+from gaf_lab.report.arms import Arm
+from helpers.tables import by_name, mean_of, percent, points_between, table
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "choosing-tau.md"
 TASKS = ("mnist5k", "fashion-mnist", "cifar100")
 SIZES = (20, 100)
+PLACES = [(task, b) for task in TASKS for b in SIZES]
 AUTO = "GAF, moving-average 0.05"
 
 
@@ -29,80 +31,64 @@ def runs() -> list[Run]:
     return packs.read(ROOT / "results" / "choosing-tau.jsonl")
 
 
-def at(task: str, b: int, rate: float) -> dict[str, Arm]:
+def arms_at(task: str, b: int, rate: float) -> dict[str, Arm]:
     wanted = {"dataset": task, "b": b, "noise_rate": rate}
-    found = group_by_arm(
-        run for run in runs() if {key: run.header["config"][key] for key in wanted} == wanted
-    )
-    return {arm.name: arm for arm in found}
+    return by_name(run for run in runs() if wanted.items() <= run.header["config"].items())
 
 
 def accuracies(rate: float, measure: measures.Measure) -> str:
     """Every arm at a noise level: a column for each task and micro-batch size."""
-    columns = [(task, b) for task in TASKS for b in SIZES]
-    lines = [
-        "| arm | " + " | ".join(f"{task}, b = {b}" for task, b in columns) + " |",
-        "|---" * (1 + len(columns)) + "|",
-    ]
-    for name in at(*columns[0], rate):
-        lines.append(
-            f"| {name} | "
-            + " | ".join(spelled(at(task, b, rate)[name], measure) for task, b in columns)
-            + " |"
-        )
-    return "\n".join(lines)
+    places = [arms_at(*place, rate) for place in PLACES]
+    head = " | ".join(["arm", *(f"{task}, b = {b}" for task, b in PLACES)])
+    names = places[0]
+    return table(
+        head, ([name, *(percent(arms[name], measure) for arms in places)] for name in names)
+    )
 
 
 def auto() -> str:
-    """The recommended threshold against averaging, and against the fixed tau that was best there, which nobody knows beforehand."""
-    lines = [
-        "| task | b | label noise | auto - averaging, last | best fixed tau | auto - best fixed, last |",
-        "|---" * 6 + "|",
-    ]
+    """The recommended threshold against averaging, and against the best fixed tau.
+
+    The best fixed tau is not known before the runs.
+    """
+    rows = []
     for rate in (0.4, 0.0):
-        for task in TASKS:
-            for b in SIZES:
-                arms = at(task, b, rate)
-                fixed = {
-                    name: arm
-                    for name, arm in arms.items()
-                    if name.startswith("tau") and "," not in name
-                }
-                best = max(fixed, key=lambda name: mean(fixed[name]))
-                differences = (
-                    gap(arms[AUTO], arms["averaging"], measures.LAST),
-                    gap(arms[AUTO], arms[best], measures.LAST),
-                )
-                lines.append(
-                    f"| {task} | {b} | {100 * rate:.0f}% | {differences[0]} | {best[4:]} | {differences[1]} |"
-                )
-    return "\n".join(lines)
+        for task, b in PLACES:
+            arms = arms_at(task, b, rate)
+            best = best_fixed(arms)
+            gains = (
+                points_between(arms[AUTO], arms[other], measures.LAST)
+                for other in ("averaging", best)
+            )
+            over_averaging, over_best = gains
+            tau = best.removeprefix("tau ")
+            rows.append([task, b, f"{100 * rate:.0f}%", over_averaging, tau, over_best])
+    head = (
+        "task | b | label noise | auto - averaging, last | best fixed tau | auto - best fixed, last"
+    )
+    return table(head, rows)
 
 
-def mean(arm: Arm) -> float:
-    found = st.spread_over_seeds(arm, measures.LAST)
-    assert found is not None
-    return found.mean
+def best_fixed(arms: dict[str, Arm]) -> str:
+    fixed = [name for name in arms if name.startswith("tau") and "," not in name]
+    return max(fixed, key=lambda name: mean_of(arms[name], measures.LAST))
 
 
 def agreement() -> str:
-    """What two micro-gradients have in common while averaging trains, against how their cosine scatters by chance."""
-    lines, task = (
-        [
-            "| task | b | after steps | mean cosine | scatter, 1 / sqrt(d_eff) | ratio |",
-            "|---" * 6 + "|",
-        ],
-        "",
-    )
+    """The mean cosine of two micro-gradients while averaging trains, against its scatter."""
+    head = "task | b | after steps | mean cosine | scatter, 1 / sqrt(d_eff) | ratio"
+    return table(head, agreement_rows())
+
+
+def agreement_rows() -> Iterator[list[Any]]:
+    task = ""
     for line in map(json.loads, (ROOT / "results" / "agreement.jsonl").read_text().splitlines()):
         if line["kind"] == "conditions":
             task = line["config"]["dataset"]
         elif line["m"] == 1:
             cosine, scatter = 1 - line["distance_mean"], line["dimension"] ** -0.5
-            lines.append(
-                f"| {task} | {line['b']} | {line['after']} | {cosine:.3f} | {scatter:.3f} | {cosine / scatter:.1f} |"
-            )
-    return "\n".join(lines)
+            numbers = (f"{cosine:.3f}", f"{scatter:.3f}", f"{cosine / scatter:.1f}")
+            yield [task, line["b"], line["after"], *numbers]
 
 
 TABLES = {
@@ -124,7 +110,7 @@ def test_every_arm_has_three_finished_runs_with_the_same_seeds():
     for task in TASKS:
         for b in SIZES:
             for rate in (0.0, 0.4):
-                arms = at(task, b, rate)
+                arms = arms_at(task, b, rate)
                 assert len(arms) == 12
                 assert all(sorted(arm.seeds) == [0, 1, 2] for arm in arms.values())
     assert {measures.status(run) for run in runs()} == {"finished"}

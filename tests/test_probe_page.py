@@ -1,5 +1,6 @@
-"""The tables of docs/probe.md are those of the records in results/probe-mnist5k.jsonl, which `gaf probe` wrote.
+"""The tables of docs/probe.md are those of the records that `gaf probe` wrote.
 
+The records are in results/probe-mnist5k.jsonl.
 `python tests/test_probe_page.py` prints them anew.
 """
 
@@ -8,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from helpers.tables import table
 
 ROOT = Path(__file__).parent.parent
 
@@ -21,48 +24,41 @@ def lines(merged: bool = False) -> list[dict[str, Any]]:
     ]
 
 
-def table() -> str:
-    rows = [
-        "| b | after steps | distance, mean | B (95%) | d_eff | recommended tau | accepted, predicted | measured |",
-        "|---" * 8 + "|",
-    ]
+def probe_table() -> str:
+    rows = []
     for line in lines():
         scale = f"{line['noise_scale']:.0f} ({line['noise_low']:.0f} to {line['noise_high']:.0f})"
-        shares = (
-            f"{line['tau']:.3f} | {100 * line['predicted']:.1f}% | {100 * line['measured']:.1f}%"
-        )
-        rows.append(
-            f"| {line['b']} | {line['after']} | {line['distance_mean']:.3f} | {scale} | {line['dimension']:.0f} | {shares} |"
-        )
-    return "\n".join(rows)
+        measured = (f"{line['distance_mean']:.3f}", scale, f"{line['dimension']:.0f}")
+        rows.append([line["b"], line["after"], *measured, *recommendation(line)])
+    head = (
+        "b | after steps | distance, mean | B (95%) | d_eff | recommended tau"
+        " | accepted, predicted | measured"
+    )
+    return table(head, rows)
 
 
 def merged_table() -> str:
-    head = [
-        "b",
-        "after steps",
-        "merged to",
-        "distance, mean",
-        "expected from B",
-        "recommended tau",
-        "accepted, predicted",
-        "measured",
-    ]
-    rows = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    rows = []
     for line in lines(merged=True):
-        distances = f"{line['distance_mean']:.3f} | {line['distance_expected']:.3f}"
-        shares = (
-            f"{line['tau']:.3f} | {100 * line['predicted']:.1f}% | {100 * line['measured']:.1f}%"
-        )
-        rows.append(
-            f"| {line['b'] // line['m']} | {line['after']} | {line['b']} | {distances} | {shares} |"
-        )
-    return "\n".join(rows)
+        sizes = (line["b"] // line["m"], line["after"], line["b"])
+        distances = (f"{line[key]:.3f}" for key in ("distance_mean", "distance_expected"))
+        rows.append([*sizes, *distances, *recommendation(line)])
+    head = (
+        "b | after steps | merged to | distance, mean | expected from B | recommended tau"
+        " | accepted, predicted | measured"
+    )
+    return table(head, rows)
 
 
-@pytest.mark.parametrize("shown", [table, merged_table])
-def test_the_pages_tables_are_the_records(shown):
-    assert shown() in (ROOT / "docs" / "probe.md").read_text()
+def recommendation(line: dict[str, Any]) -> list[str]:
+    """tau, and the predicted and measured share that it accepts."""
+    shares = (f"{100 * line[key]:.1f}%" for key in ("predicted", "measured"))
+    return [f"{line['tau']:.3f}", *shares]
+
+
+@pytest.mark.parametrize("make", [probe_table, merged_table])
+def test_the_pages_tables_are_the_records(make):
+    assert make() in (ROOT / "docs" / "probe.md").read_text()
 
 
 def test_acceptance_was_predicted_to_within_ten_points_at_both_sizes():
@@ -82,4 +78,4 @@ def test_of_merged_rows_it_was_predicted_to_within_ten_points_from_b_100_and_24_
 
 
 if __name__ == "__main__":
-    print(table(), merged_table(), sep="\n\n")
+    print(probe_table(), merged_table(), sep="\n\n")

@@ -1,4 +1,4 @@
-"""What the README and the pages on demo and cost claim: code runs, and figures are those of the records.
+"""The claims of the README, docs/demo.md and docs/cost.md: code runs, figures are the records'.
 
 `python tests/test_readme.py` prints the tables anew.
 """
@@ -6,7 +6,7 @@
 import json
 import re
 import runpy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,10 @@ from gaf_lab.bench.cost_model import Network
 from gaf_lab.bench.predictions import predict_point, read_points
 from gaf_lab.records import packs
 from gaf_lab.records.find import find_runs
-from gaf_lab.records.run import Run
 from gaf_lab.report import measures
 from gaf_lab.report import statistics as st
-from gaf_lab.report.arms import Arm, group_by_arm
+from gaf_lab.report.arms import Arm
+from helpers.tables import by_name, mean_of, percent, points_between, ratio, table
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -35,37 +35,21 @@ def demo_table() -> str:
         measures.ACCEPTANCE,
         measures.STEPS_TAKEN,
     )
-    lines = [
-        "| arm | n | selected | last | memorised | corrected | accepted | steps taken |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    runs = find_runs([ROOT / "results" / "demo"])
-    for arm in group_by_arm(runs):
-        found = [st.spread_over_seeds(arm, measure) for measure in columns]
-        lines.append(
-            f"| {arm.name} | {found[0].n} | "
-            + " | ".join(f"{100 * s.mean:.1f} ± {100 * s.deviation:.1f}" for s in found)
-            + " |"
-        )
-    named = by_name(runs)
-    lines += ["", "Paired differences in points, with 95% bootstrap intervals:", ""]
-    lines += ["| difference | selected | last |", "|---|---|---|"]
-    for first, second in (
-        ("GAF", "averaging"),
-        ("random subset", "averaging"),
-        ("GAF", "random subset"),
-    ):
-        both = [
-            st.paired_difference(named[first], named[second], measure)
-            for measure in (measures.SELECTED, measures.LAST)
-        ]
-        cells = (f"{100 * d.mean:+.1f} ({100 * d.low:.1f} to {100 * d.high:.1f})" for d in both)
-        lines.append(f"| {first} - {second} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def by_name(runs: Iterable[Run]) -> dict[str, Arm]:
-    return {arm.name: arm for arm in group_by_arm(runs)}
+    arms = by_name(find_runs([ROOT / "results" / "demo"]))
+    accuracies = table(
+        "arm | n | selected | last | memorised | corrected | accepted | steps taken",
+        (
+            [name, len(arm.seeds), *(percent(arm, measure) for measure in columns)]
+            for name, arm in arms.items()
+        ),
+    )
+    pairs = (("GAF", "averaging"), ("random subset", "averaging"), ("GAF", "random subset"))
+    rows = []
+    for first, second in pairs:
+        found = (points_between(arms[first], arms[second], measure) for measure in columns[:2])
+        rows.append([f"{first} - {second}", *found])
+    heading = "Paired differences in points, with 95% bootstrap intervals:"
+    return "\n\n".join([accuracies, heading, table("difference | selected | last", rows)])
 
 
 def read_lines(name: str) -> list[dict[str, Any]]:
@@ -75,68 +59,48 @@ def read_lines(name: str) -> list[dict[str, Any]]:
 
 
 def bench_table() -> str:
-    lines = [
-        "| k | way | time, ratio (10% to 90%) | extra memory at the peak, gradients |",
-        "|---|---|---|---|",
-    ]
+    rows = []
     for line in read_lines("accumulate.jsonl"):
-        spread = f"{line['ratio_median']:.3f} ({line['ratio_p10']:.2f} to {line['ratio_p90']:.2f})"
-        lines.append(
-            f"| {line['k']} | `{line['way']}` | {spread} | {line['extra_gradients']:.2f} |"
-        )
-    return "\n".join(lines)
+        extra = f"{line['extra_gradients']:.2f}"
+        rows.append([line["k"], f"`{line['way']}`", ratio(line), extra])
+    head = "k | way | time, ratio (10% to 90%) | extra memory at the peak, gradients"
+    return table(head, rows)
 
 
 def ddp_table(name: str) -> str:
     """Of a file that `gaf bench ddp` or benchmarks/slow_network.py wrote."""
-    head = [
-        "k",
-        "way",
-        "step, ratio (10% to 90%)",
-        "aggregation alone, ratio",
-        "MB sent by a rank",
-        "extra memory, gradients",
-    ]
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    rows = []
     for line in read_lines(name):
-        spread = f"{line['ratio_median']:.3f} ({line['ratio_p10']:.2f} to {line['ratio_p90']:.2f})"
         extra = "" if line["extra_gradients"] is None else f"{line['extra_gradients']:.2f}"
-        lines.append(
-            f"| {line['k']} | {line['way']} | {spread} | {line['alone_ratio_median']:.2f} | {line['sent_bytes'] / 1e6:.1f} | {extra} |"
-        )
-    return "\n".join(lines)
+        alone, sent = f"{line['alone_ratio_median']:.2f}", f"{line['sent_bytes'] / 1e6:.1f}"
+        rows.append([line["k"], line["way"], ratio(line), alone, sent, extra])
+    head = (
+        "k | way | step, ratio (10% to 90%) | aggregation alone, ratio | MB sent by a rank"
+        " | extra memory, gradients"
+    )
+    return table(head, rows)
 
 
 def messages_table() -> str:
-    found = [
-        json.loads(line)
-        for line in (ROOT / "benchmarks" / "messages.jsonl").read_text().splitlines()
-    ]
-    lines = [
-        "| processes | link | " + " | ".join(found[0]["ms_median"]) + " |",
-        "|---" * (2 + len(found[0]["ms_median"])) + "|",
-    ]
-    for line in found:
+    text = (ROOT / "benchmarks" / "messages.jsonl").read_text()
+    lines = [json.loads(line) for line in text.splitlines()]
+    rows = []
+    for line in lines:
         link = "one machine" if line["mbit"] is None else f"{line['mbit'] / 1000:g} Gbit/s"
-        lines.append(
-            f"| {line['k']} | {link} | "
-            + " | ".join(f"{ms:.0f}" for ms in line["ms_median"].values())
-            + " |"
-        )
-    return "\n".join(lines)
+        rows.append([line["k"], link, *(f"{ms:.0f}" for ms in line["ms_median"].values())])
+    return table(" | ".join(["processes", "link", *lines[0]["ms_median"]]), rows)
 
 
 def predicted_table() -> str:
     """The cost model beside the slow link, with the defaults of `gaf bench ddp --against`."""
     given, points = read_points(ROOT / "benchmarks" / "slow_network.jsonl")
     network = Network(20e-6, given["mbit"] * 1e6 / 8, 10e9, 30e9)
-    lines = ["| k | way | predicted ms | measured ms |", "|---|---|---|---|"]
+    rows = []
     for point in points:
         seconds, _ = predict_point(point, network)
-        lines.append(
-            f"| {point['k']} | {point['way']} | {1000 * seconds:.0f} | {point['alone_ms_median']:.0f} |"
-        )
-    return "\n".join(lines)
+        times = (f"{1000 * seconds:.0f}", f"{point['alone_ms_median']:.0f}")
+        rows.append([point["k"], point["way"], *times])
+    return table("k | way | predicted ms | measured ms", rows)
 
 
 def points(arms: dict[str, Arm], first: str, second: str) -> float:
@@ -152,8 +116,7 @@ def claims() -> Iterator[str]:
     yield f"GAF ends {points(demo, 'GAF', 'averaging'):.1f} points above averaging, but"
     yield f"already ends {points(demo, 'random subset', 'averaging'):.1f} points above it"
     best, own = (
-        f"{100 * st.spread_over_seeds(demo[name], measures.SELECTED).mean:.1f}%"
-        for name in ("averaging", "GAF")
+        f"{100 * mean_of(demo[name], measures.SELECTED):.1f}%" for name in ("averaging", "GAF")
     )
     yield f"checkpoint ({best}) is as good as GAF at its own ({own})"
     table = packs.read(ROOT / "results" / "table1-small.jsonl")

@@ -16,9 +16,17 @@ from gaf_lab.report import measures
 from gaf_lab.report import statistics as st
 from gaf_lab.report.arms import Arm, group_by_arm
 from gaf_lab.report.measures import Measure
+from helpers.tables import by_name, percent, points_between, table, with_deviation
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "reproduction.md"
+COLUMNS = (
+    measures.SELECTED,
+    measures.LAST,
+    measures.MEMORISED,
+    measures.ACCEPTANCE,
+    measures.STEPS_TAKEN,
+)
 
 
 @cache
@@ -26,218 +34,172 @@ def runs(name: str) -> list[Run]:
     return packs.read(ROOT / "results" / f"{name}-small.jsonl")
 
 
-def at(name: str, field: str, value: object) -> list[Arm]:
-    return group_by_arm(run for run in runs(name) if run.header["config"][field] == value)
+def runs_at(name: str, field: str, value: object) -> list[Run]:
+    return [run for run in runs(name) if run.header["config"][field] == value]
 
 
-def spelled(arm: Arm, measure: Measure) -> str:
-    found = st.spread_over_seeds(arm, measure)
-    if found is None:
-        return "-"
-    return f"{100 * found.mean:.1f}" + (
-        "" if found.deviation is None else f" ± {100 * found.deviation:.1f}"
-    )
-
-
-def gap(arm: Arm, other: Arm, measure: Measure) -> str:
-    found = st.paired_difference(arm, other, measure)
-    assert found is not None
-    assert found.low is not None
-    return f"{100 * found.mean:+.1f} ({100 * found.low:.1f} to {100 * found.high:.1f})"
+def values_of(name: str, field: str) -> list[float]:
+    return sorted({run.header["config"][field] for run in runs(name)})
 
 
 def accuracies(rate: float) -> str:
     """Every arm of table 1 at a noise level."""
-    columns = (
-        measures.SELECTED,
-        measures.LAST,
-        measures.MEMORISED,
-        measures.ACCEPTANCE,
-        measures.STEPS_TAKEN,
+    arms = group_by_arm(runs_at("table1", "noise_rate", rate))
+    return table(
+        "arm | n | selected | last | memorised | accepted | steps taken",
+        ([arm.name, len(arm.seeds), *(percent(arm, m) for m in COLUMNS)] for arm in arms),
     )
-    lines = ["| arm | n | selected | last | memorised | accepted | steps taken |", "|---" * 7 + "|"]
-    for arm in at("table1", "noise_rate", rate):
-        lines.append(
-            f"| {arm.name} | {len(arm.seeds)} | "
-            + " | ".join(spelled(arm, measure) for measure in columns)
-            + " |"
-        )
-    return "\n".join(lines)
 
 
 def gaps(rate: float) -> str:
     """GAF against every other arm, paired."""
-    arms = {arm.name: arm for arm in at("table1", "noise_rate", rate)}
+    arms = by_name(runs_at("table1", "noise_rate", rate))
     gaf = arms.pop("GAF")
-    lines = ["| GAF - | n | selected | last |", "|---" * 4 + "|"]
+    rows = []
     for name, arm in arms.items():
-        lines.append(
-            f"| {name} | {len(arm.seeds)} | "
-            + " | ".join(gap(gaf, arm, m) for m in (measures.SELECTED, measures.LAST))
-            + " |"
-        )
-    return "\n".join(lines)
+        found = (points_between(gaf, arm, m) for m in (measures.SELECTED, measures.LAST))
+        rows.append([name, len(arm.seeds), *found])
+    return table("GAF - | n | selected | last", rows)
 
 
 def sizes() -> str:
-    """Figure 4: the mean distance over the run, and over its last evaluation interval, for each micro-batch size."""
-    lines = [
-        "| b | n | mean distance, whole run | mean distance, last interval | noise scale B, last |",
-        "|---" * 5 + "|",
-    ]
-    for b in sorted({run.header["config"]["b"] for run in runs("fig4")}):
-        arm = at("fig4", "b", b)[0]
-        whole = st.Spread.of(mean_distance(run) for run in arm.runs)
-        late = st.Spread.of(float(run.evals[-1]["distance_mean"]) for run in arm.runs)
-        scale = st.Spread.of(
-            float(run.evals[-1]["noise_scale"])
-            for run in arm.runs
-            if run.evals[-1]["noise_scale"] is not None
-        )
-        assert whole is not None
-        assert late is not None
-        noise = "-" if scale is None else f"{scale.mean:,.0f}"
-        lines.append(f"| {b} | {whole.n} | {number(whole)} | {number(late)} | {noise} |")
-    return "\n".join(lines)
+    """Figure 4: mean distances at each micro-batch size, over the run and its last interval."""
+    rows = []
+    for b in values_of("fig4", "b"):
+        arm = group_by_arm(runs_at("fig4", "b", b))[0]
+        ends = [run.evals[-1] for run in arm.runs]
+        whole = spread(map(mean_distance, arm.runs))
+        late = spread(line["distance_mean"] for line in ends)
+        scales = [line["noise_scale"] for line in ends if line["noise_scale"] is not None]
+        scale = f"{spread(scales).mean:,.0f}" if scales else "-"
+        rows.append([b, whole.n, distance(whole), distance(late), scale])
+    head = "b | n | mean distance, whole run | mean distance, last interval | noise scale B, last"
+    return table(head, rows)
 
 
-def number(found: st.Spread) -> str:
-    return f"{found.mean:.3f}" + ("" if found.deviation is None else f" ± {found.deviation:.3f}")
+def spread(values) -> st.Spread:
+    found = st.Spread.of(map(float, values))
+    assert found is not None
+    return found
+
+
+def distance(found: st.Spread) -> str:
+    return with_deviation(found, 1, 3)
 
 
 def mean_distance(run: Run) -> float:
     """Over all steps of a run: intervals weigh as many steps as they have."""
     steps = [0, *(line["step"] for line in run.evals)]
     weights = [after - before for before, after in itertools.pairwise(steps)]
-    return sum(w * line["distance_mean"] for w, line in zip(weights, run.evals, strict=True)) / sum(
-        weights
-    )
+    total = sum(w * line["distance_mean"] for w, line in zip(weights, run.evals, strict=True))
+    return total / sum(weights)
 
 
 def courses(name: str) -> str:
-    """Distances along the runs of a figure: first interval, lowest, last; with what had been learned and memorised at the end."""
-    head = [
-        "data",
-        "arm",
-        "n",
-        "distance, first",
-        "lowest",
-        "last",
-        "test accuracy, last (%)",
-        "training accuracy, last (%)",
-        "accepted (%)",
-    ]
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    """Distances along the runs of a figure, and accuracies at their end."""
+    head = (
+        "data | arm | n | distance, first | lowest | last | test accuracy, last (%)"
+        " | training accuracy, last (%) | accepted (%)"
+    )
+    known = Measure(
+        "clean", "clean", "share", lambda run: measures.last_value(run, "clean_accuracy")
+    )
+    rows = []
     for data in dict.fromkeys(run.header["config"]["dataset"] for run in runs(name)):
-        for arm in at(name, "dataset", data):
-            tracks = [
-                [
-                    float(line["distance_mean"])
-                    for line in run.evals
-                    if line["distance_mean"] is not None
-                ]
-                for run in arm.runs
-            ]
-            found = [
-                st.Spread.of(pick(track) for track in tracks)
-                for pick in (lambda t: t[0], min, lambda t: t[-1])
-            ]
-            shown = [number(one) for one in found if one is not None]
-            known = Measure(
-                "clean", "clean", "share", lambda run: measures.last_value(run, "clean_accuracy")
-            )
-            rest = [
-                spelled(arm, measure) for measure in (measures.LAST, known, measures.ACCEPTANCE)
-            ]
-            lines.append(
-                f"| {data} | {arm.name} | {len(arm.seeds)} | " + " | ".join(shown + rest) + " |"
-            )
-    return "\n".join(lines)
+        for arm in group_by_arm(runs_at(name, "dataset", data)):
+            tracks = [distances(run) for run in arm.runs]
+            ends = (spread(map(pick, tracks)) for pick in (first, min, last))
+            rest = (percent(arm, m) for m in (measures.LAST, known, measures.ACCEPTANCE))
+            rows.append([data, arm.name, len(arm.seeds), *map(distance, ends), *rest])
+    return table(head, rows)
+
+
+def distances(run: Run) -> list[float]:
+    found = (line["distance_mean"] for line in run.evals)
+    return [float(value) for value in found if value is not None]
+
+
+def first(track: list[float]) -> float:
+    return track[0]
+
+
+def last(track: list[float]) -> float:
+    return track[-1]
 
 
 def along(name: str, field: str, measure: Measure, form: str, head: str) -> str:
-    """GAF, averaging and the controls at every value of a field; and what is paired of them."""
-    arms = ("averaging", "GAF", "random skip", "random subset")
-    lines = [
-        f"| {head} | {' | '.join(arms)} | GAF - averaging | GAF - random subset |",
-        "|---" * 7 + "|",
-    ]
-    for value in sorted({run.header["config"][field] for run in runs(name)}):
-        found = {arm.name: arm for arm in at(name, field, value)}
-        assert all(len(found[arm].seeds) == 3 for arm in arms)
-        cells = [spelled(found[arm], measure) for arm in arms]
-        cells += [gap(found["GAF"], found[arm], measure) for arm in ("averaging", "random subset")]
-        lines.append(f"| {format(value, form)} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    """GAF, averaging and the controls at every value of a field, and their paired differences."""
+    names = ("averaging", "GAF", "random skip", "random subset")
+    rows = []
+    for value in values_of(name, field):
+        arms = by_name(runs_at(name, field, value))
+        assert all(len(arms[arm].seeds) == 3 for arm in names)
+        cells = (percent(arms[arm], measure) for arm in names)
+        others = (arms["averaging"], arms["random subset"])
+        found = (points_between(arms["GAF"], other, measure) for other in others)
+        rows.append([format(value, form), *cells, *found])
+    return table(f"{head} | {' | '.join(names)} | GAF - averaging | GAF - random subset", rows)
 
 
 def shares(name: str, field: str, form: str, head: str) -> str:
     """What GAF accepts at every value of a field, and what it and averaging memorise."""
-    lines = [
-        f"| {head} | accepted | steps taken | memorised, GAF | memorised, averaging |",
-        "|---" * 5 + "|",
-    ]
-    for value in sorted({run.header["config"][field] for run in runs(name)}):
-        found = {arm.name: arm for arm in at(name, field, value)}
-        cells = [
-            spelled(found["GAF"], measure)
+    rows = []
+    for value in values_of(name, field):
+        arms = by_name(runs_at(name, field, value))
+        accepted, taken, memorised = (
+            percent(arms["GAF"], measure)
             for measure in (measures.ACCEPTANCE, measures.STEPS_TAKEN, measures.MEMORISED)
-        ]
-        lines.append(
-            f"| {format(value, form)} | {' | '.join([*cells, spelled(found['averaging'], measures.MEMORISED)])} |"
         )
-    return "\n".join(lines)
+        plain = percent(arms["averaging"], measures.MEMORISED)
+        rows.append([format(value, form), accepted, taken, memorised, plain])
+    return table(f"{head} | accepted | steps taken | memorised, GAF | memorised, averaging", rows)
 
 
 def memorising() -> str:
     """Figure 8 along its runs: every fourth evaluation."""
+    head = (
+        "steps | memorised, averaging | memorised, GAF | accepted, GAF | steps taken, GAF"
+        " | mean distance, GAF"
+    )
+    rows = []
     averaging, gaf = (arm.runs[0].evals[1::4] for arm in group_by_arm(runs("fig8")))
-    lines = [
-        "| steps | memorised, averaging | memorised, GAF | accepted, GAF | steps taken, GAF | mean distance, GAF |",
-        "|---" * 6 + "|",
-    ]
     for a, g in zip(averaging, gaf, strict=True):
-        shares = " | ".join(
-            f"{100 * line[key]:.0f}"
-            for line, key in ((a, "memorised"), (g, "memorised"), (g, "acceptance"))
-        )
-        lines.append(f"| {a['step']} | {shares} | {g['steps_taken']} | {g['distance_mean']:.3f} |")
-    return "\n".join(lines)
-
-
-BY_NOISE, BY_SIZE = ("fig6", "noise_rate"), ("fig9", "b")
+        found = (a["memorised"], g["memorised"], g["acceptance"])
+        cells = (f"{100 * share:.0f}" for share in found)
+        rows.append([a["step"], *cells, g["steps_taken"], f"{g['distance_mean']:.3f}"])
+    return table(head, rows)
 
 
 def thresholds() -> str:
     """Figure 7; averaging is tau = 2."""
-    columns = (
-        measures.SELECTED,
-        measures.LAST,
-        measures.MEMORISED,
-        measures.ACCEPTANCE,
-        measures.STEPS_TAKEN,
-    )
-    lines = ["| tau | n | selected | last | memorised | accepted | steps taken |", "|---" * 7 + "|"]
-    for tau in sorted({run.header["config"]["tau"] for run in runs("fig7")}):
-        arm = at("fig7", "tau", tau)[0]
-        lines.append(
-            f"| {tau:g} | {len(arm.seeds)} | "
-            + " | ".join(spelled(arm, measure) for measure in columns)
-            + " |"
-        )
-    return "\n".join(lines)
+    rows = []
+    for tau in values_of("fig7", "tau"):
+        arm: Arm = group_by_arm(runs_at("fig7", "tau", tau))[0]
+        rows.append([f"{tau:g}", len(arm.seeds), *(percent(arm, m) for m in COLUMNS)])
+    return table("tau | n | selected | last | memorised | accepted | steps taken", rows)
 
 
+BY_NOISE, BY_SIZE = ("fig6", "noise_rate"), ("fig9", "b")
 TABLES = {
-    "table1 0": lambda: accuracies(0.0), "table1 40": lambda: accuracies(0.4), "table1 60": lambda: accuracies(0.6),
-    "gaps 0": lambda: gaps(0.0), "gaps 40": lambda: gaps(0.4), "gaps 60": lambda: gaps(0.6), "fig4": sizes,
-    "fig1": lambda: courses("fig1"), "fig5": lambda: courses("fig5"), "fig8": lambda: courses("fig8"), "fig8 course": memorising,
+    "table1 0": lambda: accuracies(0.0),
+    "table1 40": lambda: accuracies(0.4),
+    "table1 60": lambda: accuracies(0.6),
+    "gaps 0": lambda: gaps(0.0),
+    "gaps 40": lambda: gaps(0.4),
+    "gaps 60": lambda: gaps(0.6),
+    "fig4": sizes,
+    "fig1": lambda: courses("fig1"),
+    "fig5": lambda: courses("fig5"),
+    "fig8": lambda: courses("fig8"),
+    "fig8 course": memorising,
     "fig7": thresholds,
     "fig6 last": lambda: along(*BY_NOISE, measures.LAST, ".0%", "wrong"),
     "fig6 selected": lambda: along(*BY_NOISE, measures.SELECTED, ".0%", "wrong"),
-    "fig6 shares": lambda: shares(*BY_NOISE, ".0%", "wrong"), "fig9 last": lambda: along(*BY_SIZE, measures.LAST, "d", "b"),
-    "fig9 selected": lambda: along(*BY_SIZE, measures.SELECTED, "d", "b"), "fig9 shares": lambda: shares(*BY_SIZE, "d", "b"),
-}  # fmt: skip
+    "fig6 shares": lambda: shares(*BY_NOISE, ".0%", "wrong"),
+    "fig9 last": lambda: along(*BY_SIZE, measures.LAST, "d", "b"),
+    "fig9 selected": lambda: along(*BY_SIZE, measures.SELECTED, "d", "b"),
+    "fig9 shares": lambda: shares(*BY_SIZE, "d", "b"),
+}
 
 
 @pytest.mark.parametrize("name", TABLES)
