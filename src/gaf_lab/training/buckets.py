@@ -1,4 +1,7 @@
-"""One decision for each bucket of parameters, on one device: what GAF(scope="group") does under DistributedDataParallel."""
+"""One decision for each bucket of parameters, on one device.
+
+That is GAF(scope="group") under DistributedDataParallel.
+"""
 
 import dataclasses
 from collections.abc import Sequence
@@ -9,20 +12,22 @@ from torch.optim import Optimizer
 
 import gaf
 
-FIRST, OTHERS = 2**20, 25 * 2**20  # bytes: the caps of DistributedDataParallel's buckets
+FIRST, OTHERS = 2**20, 25 * 2**20  # bytes: the limits of DistributedDataParallel's buckets
 
 
 def buckets(params: Sequence[nn.Parameter]) -> list[list[int]]:
-    """Parameters' indices as DistributedDataParallel puts them into buckets: from the last layer on, the first bucket small."""
+    """The parameters' indices in the buckets of DistributedDataParallel.
+
+    It goes from the last layer to the first, and the first bucket is small.
+    """
     order = list(reversed(range(len(params))))
-    groups, _ = _compute_bucket_assignment_by_size(
-        [Tensor(params[j]) for j in order], [FIRST, OTHERS]
-    )
+    reversed_params = [Tensor(params[j]) for j in order]
+    groups, _ = _compute_bucket_assignment_by_size(reversed_params, [FIRST, OTHERS])
     return [[order[i] for i in group] for group in groups]
 
 
 class PerBucket(gaf.Accumulator):
-    """scope="layer" with buckets in the place of layers."""
+    """scope="layer" with buckets in place of layers."""
 
     def __init__(self, optimizer: Optimizer, policy: gaf.GAF, model: nn.Module) -> None:
         super().__init__(optimizer, dataclasses.replace(policy, scope="layer"), model=model)

@@ -1,6 +1,10 @@
-"""What a person sees while a command goes on: bars on a terminal; in a pipe, a log file or a CI plain lines (`gaf_lab.progress`)."""
+"""What a person sees while a command runs: bars on a terminal, elsewhere plain lines.
+
+Elsewhere: in a pipe, a log file or a CI; see `gaf_lab.progress`.
+"""
 
 import time
+from collections.abc import Iterable
 from typing import Any
 
 from rich.console import Console
@@ -12,11 +16,13 @@ import gaf
 from gaf_lab.data.problem import Problem
 from gaf_lab.progress import Pulse, format_duration
 from gaf_lab.settings.config import TrainConfig
-from gaf_lab.training.run import Listener
 
 
-def progress(console: Console) -> Bars:
-    """Bars that fit 80 columns: what, how far, some facts, time left. Nothing where there is no terminal."""
+def make_bars(console: Console) -> Bars:
+    """Bars that fit 80 columns: a name, the share done, some facts, the time left.
+
+    Without a terminal they show nothing.
+    """
     columns = (
         TextColumn("{task.description:16}"),
         BarColumn(bar_width=16),
@@ -28,9 +34,12 @@ def progress(console: Console) -> Bars:
 
 
 class Progress:
-    """How far a command is that shows no runs: a line that changes on a terminal; else one for each new part, and one every EVERY seconds.
+    """The progress of a command that shows no runs.
 
-    It is called with what is being done, its number, and how many there are. unit: what is counted.
+    A line that changes on a terminal; elsewhere a line for each new part, and one every EVERY
+    seconds. A call gives the name of the part, the number of units done, and their total.
+
+    unit: the name of what is counted.
     """
 
     def __init__(self, console: Console, unit: str = "step") -> None:
@@ -64,18 +73,18 @@ class Progress:
         return f"{what}: {self.unit} {done:,} of {total:,}{self._left(done, total)}"
 
     def _left(self, done: int, total: int) -> str:
-        """How long the part will still take, once it has gone on for a second."""
+        """The time that the part will still take, once it has run for a second."""
         gone, steps = time.monotonic() - self.begun, done - self.first
         if gone < 1 or steps <= 0:
             return ""
         return f", eta {format_duration(gone / steps * (total - done))}"
 
 
-def percent(value: float | None) -> str:
+def share_or_dash(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.1f}%"
 
 
-def number(value: float | None) -> str:
+def number_or_dash(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
@@ -88,46 +97,52 @@ def label_noise(config: TrainConfig) -> str:
     return f"{100 * config.noise_rate:g}% {config.noise} label noise"
 
 
-def labelled(config: TrainConfig) -> str:
-    """The data set, and what is wrong with its labels."""
+def describe_data(config: TrainConfig) -> str:
+    """The data set and its label noise."""
     return ", ".join(filter(None, (config.dataset, label_noise(config))))
 
 
-def trained(config: TrainConfig) -> str:
+def describe_training(config: TrainConfig) -> str:
+    """The model, the arm, k and b."""
     return f"{config.model}; {config.arm}, k = {config.k}, b = {config.b}"
 
 
-TITLES = (
-    "pass",
-    "step",
-    "loss",
-    "held-out",
-    "test",
-    "memorised",
-    "accepted",
-    "distance",
-    "samples/s",
-)
-WIDTHS = (7, 8, 7, 10, 7, 11, 9, 9, 10)  # 78 in all
+COLUMNS = {  # titles and widths, 78 in all
+    "pass": 7,
+    "step": 8,
+    "loss": 7,
+    "held-out": 10,
+    "test": 7,
+    "memorised": 11,
+    "accepted": 9,
+    "distance": 9,
+    "samples/s": 10,
+}
+
+
+def table_line(cells: Iterable[str]) -> str:
+    return "".join(c.rjust(width) for c, width in zip(cells, COLUMNS.values(), strict=True))
 
 
 class ConsoleListener:
-    """A progress bar over steps, and a line per evaluation; without a terminal, a line for those that are long in coming."""
+    """A progress bar over steps, and a line per evaluation.
+
+    Without a terminal there is no bar; a line reports the progress to an evaluation that takes long.
+    """
 
     def __init__(self, console: Console) -> None:
-        self.console, self.bar = console, progress(console)
+        self.console, self.bar = console, make_bars(console)
         self.pulse = Pulse(console, self._how_far)
 
     def begin(self, problem: Problem, step: int, steps: int) -> None:
         c = problem.config
+        begin = f", from step {step:,}" if step else ""
         self.console.print(
-            f"{labelled(c)}: {len(problem.train):,} training pictures, {len(problem.heldout):,} held out, {len(problem.test):,} for test; "
-            f"{trained(c)}; {steps:,} steps" + (f", from step {step:,}" if step else "")
+            f"{describe_data(c)}: {len(problem.train):,} training pictures, "
+            f"{len(problem.heldout):,} held out, {len(problem.test):,} for test; "
+            f"{describe_training(c)}; {steps:,} steps{begin}"
         )
-        self.console.print(
-            "".join(title.rjust(width) for title, width in zip(TITLES, WIDTHS, strict=True)),
-            style="bold",
-        )
+        self.console.print(table_line(COLUMNS), style="bold")
         self.bar.start()
         self.task = self.bar.add_task("training", total=steps, completed=step, facts="")
         self.pulse.start()
@@ -146,38 +161,16 @@ class ConsoleListener:
         cells = (
             f"{line['passes']:.2f}",
             f"{line['step']:,}",
-            number(line["train_loss"]),
-            *(
-                percent(line[key])
-                for key in ("heldout_accuracy", "test_accuracy", "memorised", "acceptance")
-            ),
-            number(line["distance_mean"]),
+            number_or_dash(line["train_loss"]),
+            share_or_dash(line["heldout_accuracy"]),
+            share_or_dash(line["test_accuracy"]),
+            share_or_dash(line["memorised"]),
+            share_or_dash(line["acceptance"]),
+            number_or_dash(line["distance_mean"]),
             f"{line['samples_per_second'] or 0:,.0f}",
         )
-        self.bar.console.print(
-            "".join(cell.rjust(width) for cell, width in zip(cells, WIDTHS, strict=True)),
-            highlight=False,
-        )
+        self.bar.console.print(table_line(cells), highlight=False)
 
     def close(self) -> None:
         self.pulse.stop()
         self.bar.stop()
-
-
-class Listeners:
-    """Several as one."""
-
-    def __init__(self, *listeners: Listener) -> None:
-        self.listeners = listeners
-
-    def begin(self, problem: Problem, step: int, steps: int) -> None:
-        for each in self.listeners:
-            each.begin(problem, step, steps)
-
-    def stepped(self, step: int, outcome: gaf.Outcome) -> None:
-        for each in self.listeners:
-            each.stepped(step, outcome)
-
-    def evaluated(self, line: dict[str, Any]) -> None:
-        for each in self.listeners:
-            each.evaluated(line)

@@ -1,4 +1,7 @@
-"""Control policies that replay what another run decided, without looking at the gradients (docs: what the controls say)."""
+"""Control policies that replay the decisions of another run, without a look at the gradients.
+
+See docs/controls.md for the questions that they answer.
+"""
 
 import random
 from collections.abc import Sequence
@@ -12,20 +15,27 @@ from gaf.rules.decision import as_skip
 
 
 class Replay:
-    """The recorded decisions of another run: `rows[t]` micro-gradients accepted at step t, 0 for a skip. A call is a step."""
+    """The recorded decisions of another run. A call is a step.
+
+    rows: `rows[t]` micro-gradients were accepted at step t, 0 for a skip.
+    """
 
     def __init__(self, rows: Sequence[int]) -> None:
         self.rows, self.step = list(rows), 0
 
     def planned(self, step: int, k: int) -> list[float]:
-        """The k weights of step `step`, counted from 0: known before its rows are. ValueError past the recorded run's end."""
+        """The k weights of step `step`, counted from 0, known before its rows are.
+
+        ValueError past the end of the recorded run.
+        """
         raise NotImplementedError
 
     def count(self, step: int) -> int:
-        """How many rows the recorded run accepted at a step."""
+        """The number of rows that the recorded run accepted at a step."""
         if step >= len(self.rows):
             raise ValueError(
-                f"replay: the recorded run must be as long as this one; it has {len(self.rows)} steps. Record a longer one."
+                "replay: the recorded run must be as long as this one; "
+                f"it has {len(self.rows)} steps. Record a longer one."
             )
         return self.rows[step]
 
@@ -42,7 +52,10 @@ class Replay:
 
 
 class ReplaySkip(Replay, Mean):
-    """Steps when the recorded run stepped, and averages all rows: tells "fewer steps" from agreement."""
+    """Steps when the recorded run stepped, and averages all rows.
+
+    It separates the effect of fewer steps from that of agreement.
+    """
 
     def conclude(self, accepted: Tensor, distances: Tensor) -> Decision:
         decision = super().conclude(accepted, distances)
@@ -53,7 +66,9 @@ class ReplaySkip(Replay, Mean):
 
 
 class RandomSubset(Replay):
-    """Steps when the recorded run stepped, on as many rows, drawn at random: tells "smaller batches" from agreement.
+    """Steps when the recorded run stepped, on as many rows, drawn at random.
+
+    It separates the effect of smaller batches from that of agreement.
 
     Args:
         rows: accepted rows at each step of the recorded run.
@@ -70,11 +85,11 @@ class RandomSubset(Replay):
 
     def planned(self, step: int, k: int) -> list[float]:
         count = min(self.count(step), k)
-        drawn = random.Random(f"{self.seed}/{step}").sample(range(k), count)
-        return [1 / count if i in drawn else 0.0 for i in range(k)]
+        rows = random.Random(f"{self.seed}/{step}").sample(range(k), count)
+        return [1 / count if i in rows else 0.0 for i in range(k)]
 
 
 def as_planned(weights: Tensor, distances: Tensor) -> Decision:
-    """The decision whose weights (k,) were known before; a step is one with any."""
+    """The decision whose weights (k,) were known before; it steps if any is positive."""
     accepted = weights > 0
     return Decision(weights, accepted, accepted.any(), distances)

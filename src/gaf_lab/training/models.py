@@ -28,7 +28,8 @@ def convnet(channels: int, classes: int, width: int = 32) -> nn.Module:
             nn.BatchNorm2d(after),
             nn.ReLU(),
         ]
-        layers += [nn.MaxPool2d(2)] if i < 2 else []
+        if i < 2:
+            layers.append(nn.MaxPool2d(2))
     return nn.Sequential(
         *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], classes)
     )
@@ -52,12 +53,9 @@ class BasicBlock(nn.Module):
             conv(after, after, 3),
             nn.BatchNorm2d(after),
         )
-        same = stride == 1 and before == after
-        self.shortcut = (
-            nn.Identity()
-            if same
-            else nn.Sequential(conv(before, after, 1, stride), nn.BatchNorm2d(after))
-        )
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or before != after:
+            self.shortcut = nn.Sequential(conv(before, after, 1, stride), nn.BatchNorm2d(after))
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.relu(self.body(x) + self.shortcut(x))
@@ -72,10 +70,8 @@ class PreActBlock(nn.Module):
         self.body = nn.Sequential(
             conv(before, after, 3, stride), nn.BatchNorm2d(after), nn.ReLU(), conv(after, after, 3)
         )
-        self.shortcut = (
-            nn.Identity() if stride == 1 and before == after else conv(before, after, 1, stride)
-        )
-        self.plain = isinstance(self.shortcut, nn.Identity)
+        self.plain = stride == 1 and before == after
+        self.shortcut = nn.Identity() if self.plain else conv(before, after, 1, stride)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.first(x)
@@ -94,7 +90,11 @@ def stages(block: Callable[[int, int, int], nn.Module], depths: tuple[int, ...])
 
 
 def stem_layers(stem: Stem, channels: int) -> list[nn.Module]:
-    """Stem "imagenet": 7x7 with stride 2 and max-pool, which leaves 8x8 of a 32x32 picture; "cifar": 3x3, which leaves it whole."""
+    """The first layers of a ResNet.
+
+    "imagenet": 7x7 with stride 2 and max-pool, which makes 8x8 of a 32x32 picture.
+    "cifar": 3x3, which keeps its size.
+    """
     if stem == "imagenet":
         return [
             conv(channels, 64, 7, 2),
@@ -125,7 +125,7 @@ def preact_resnet(depths: tuple[int, ...], channels: int, classes: int, stem: St
 
 
 class Logits(nn.Module):
-    """A classifier of the library transformers that gives its scores (b, classes) and nothing else."""
+    """A classifier of the library transformers that returns its scores (b, classes) alone."""
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
@@ -137,19 +137,24 @@ class Logits(nn.Module):
 
 
 def vit(name: str, shape: tuple[int, int, int], classes: int) -> nn.Module:
-    """A vision transformer (Dosovitskiy et al., arXiv 2010.11929, table 1) for square pictures, its weights drawn anew.
+    """A vision transformer (Dosovitskiy et al., arXiv 2010.11929, table 1) for square pictures.
 
-    "vit-l16" is ViT-L/16: 24 layers, width 1024, 304,326,632 parameters for 224 x 224 pictures and 1,000 classes. "vit-tiny"
-    has nothing of its quality: 2 layers, width 64, patches of 8 x 8, to try a run out within seconds on a CPU.
+    Its weights are drawn anew. "vit-l16" is ViT-L/16: 24 layers, width 1024, 304,326,632 parameters
+    for 224 x 224 pictures and 1,000 classes. "vit-tiny" has nothing of its quality: 2 layers, width
+    64, patches of 8 x 8, to try a run out within seconds on a CPU.
 
     Raises:
-        ConfigError: where pictures do not divide into patches, or transformers is not installed.
+        ConfigError: if pictures do not divide into patches, or transformers is not installed.
     """
     channels, height, width = shape
     patch = 16 if name == "vit-l16" else 8
     if height != width or height % patch:
-        raise ConfigError(f"size must be a multiple of the patches' {patch} pixels for {name}, and pictures square; got pictures of "
-                          f"{height} x {width}. Set --dataset imagenet --size {max(round(height / patch), 1) * patch}.")  # fmt: skip
+        near = max(round(height / patch), 1) * patch
+        raise ConfigError(
+            f"size must be a multiple of the patches' {patch} pixels for {name}, "
+            f"and pictures square; got pictures of {height} x {width}. "
+            f"Set --dataset imagenet --size {near}."
+        )
     try:
         from transformers import ViTConfig, ViTForImageClassification
     except ModuleNotFoundError:
@@ -158,13 +163,19 @@ def vit(name: str, shape: tuple[int, int, int], classes: int) -> nn.Module:
         ) from None
     hidden, layers, heads = (1024, 24, 16) if name == "vit-l16" else (64, 2, 4)
     sizes: dict[str, Any] = {
-        "image_size": height, "patch_size": patch, "num_channels": channels, "num_labels": classes, "hidden_size": hidden,
-        "intermediate_size": 4 * hidden, "num_hidden_layers": layers, "num_attention_heads": heads,
-    }  # fmt: skip
+        "image_size": height,
+        "patch_size": patch,
+        "num_channels": channels,
+        "num_labels": classes,
+        "hidden_size": hidden,
+        "intermediate_size": 4 * hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+    }
     return Logits(ViTForImageClassification(ViTConfig(**sizes)))
 
 
-def build(name: str, shape: tuple[int, int, int], classes: int, stem: Stem) -> nn.Module:
+def make_model(name: str, shape: tuple[int, int, int], classes: int, stem: Stem) -> nn.Module:
     """The model called `name` for pictures of `shape` (channels, height, width)."""
     channels, height, width = shape
     depths = (2, 2, 2, 2) if name == "resnet18" else (3, 4, 6, 3)
@@ -174,4 +185,5 @@ def build(name: str, shape: tuple[int, int, int], classes: int, stem: Stem) -> n
         return convnet(channels, classes)
     if name.startswith("vit"):
         return vit(name, shape, classes)
-    return (preact_resnet if name.startswith("preact") else resnet)(depths, channels, classes, stem)
+    make = preact_resnet if name.startswith("preact") else resnet
+    return make(depths, channels, classes, stem)

@@ -1,4 +1,7 @@
-"""What the next steps of a run need from the host, made ahead: a row for each step, by the very draws that `Problem.micro_batch` makes."""
+"""The inputs of the next steps from the host, made ahead: a row for each step.
+
+They are the very draws of `Problem.micro_batch`.
+"""
 
 import copy
 import warnings
@@ -10,16 +13,18 @@ from torch.optim.lr_scheduler import LRScheduler
 from gaf_lab.data.problem import Problem
 from gaf_lab.settings.config import TrainConfig
 
+AHEAD = 64  # steps for which tables are made, and after which the log is fetched at the latest
+
 Tables = dict[str, Tensor]
 
 
-def empty(rows: int, config: TrainConfig, planned: bool, device: torch.device) -> Tables:
+def zero_tables(rows: int, config: TrainConfig, planned: bool, device: torch.device) -> Tables:
     """Tables of zeros.
 
-    index: (rows, k, b) int64, which samples each micro-batch holds.
+    index: (rows, k, b) int64, the samples of each micro-batch.
     rates: (rows,) float32, learning rates.
-    shifts: (rows, k, 3, b, 1) int64, where pictures are augmented.
-    weights: (rows, k) float64, where the policy's decisions are known before.
+    shifts: (rows, k, 3, b, 1) int64, if pictures are augmented.
+    weights: (rows, k) float64, if the policy's decisions are known before.
     """
     k, b = config.k, config.b
     shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
@@ -39,23 +44,26 @@ def empty(rows: int, config: TrainConfig, planned: bool, device: torch.device) -
 def draws(problem: Problem, step: int) -> Tables:
     """A step's rows of `index` and `shifts`, on the CPU."""
     config = problem.config
-    found = {
-        "index": torch.stack([problem.sampler.draw(step * config.k + i) for i in range(config.k)])
-    }
+    first = step * config.k
+    index = [problem.sampler.draw(first + i) for i in range(config.k)]
+    found = {"index": torch.stack(index)}
     if config.augment:
         found["shifts"] = torch.stack([problem.shifts(step, i) for i in range(config.k)])
     return found
 
 
 def rates_ahead(scheduler: LRScheduler, count: int) -> list[float]:
-    """The learning rate now and after each of the next count - 1 calls of the scheduler's step(); it stays as it is."""
-    twin = copy.copy(scheduler)  # of a gated one, one that nobody gates
+    """The learning rate now and after each of the next count - 1 calls of the scheduler's step().
+
+    The scheduler itself is not changed.
+    """
+    twin = copy.copy(scheduler)  # of a gated scheduler, one that is not gated
     group = scheduler.optimizer.param_groups[0]
     twin.optimizer = torch.optim.SGD([torch.zeros(1)], lr=group["lr"])
     twin.optimizer.param_groups[0]["initial_lr"] = group["initial_lr"]
     rates = [group["lr"]]
     with warnings.catch_warnings():
-        # nothing steps here
+        # no optimizer steps here
         warnings.filterwarnings(
             "ignore", "(Detected call of `lr_scheduler|Seems like `optimizer).step"
         )

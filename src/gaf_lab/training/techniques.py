@@ -1,6 +1,7 @@
-"""What a user would otherwise do about wrong labels: losses, mixed pictures, flat minima, averaged weights, an early end.
+"""Other techniques against wrong labels: losses, mixed pictures, flat minima, averaged weights.
 
-Each is the published formula and no more; a run takes them from its config (`Objective`, `climbing`, `averaged`, `EarlyStopping`).
+And early stopping. Each is the published formula and no more; a run takes them from its config
+(`Objective`, `sam_perturbation`, `ema_model`, `EarlyStopping`).
 """
 
 import contextlib
@@ -34,7 +35,9 @@ def generalised_cross_entropy(scores: Tensor, y: Tensor, q: float) -> Tensor:
 
 
 class EarlyLearning:
-    """Cross-entropy + lambda log(1 - <p, t>), t a running average of what the model said of the sample (Liu et al., arXiv 2007.00151).
+    """Cross-entropy + lambda log(1 - <p, t>) (Liu et al., arXiv 2007.00151).
+
+    t is a running average of the model's predictions for the sample.
 
     Args:
         samples, classes: of the training set: t is (samples, classes).
@@ -49,19 +52,23 @@ class EarlyLearning:
         self.targets = torch.zeros(samples, classes, device=device)
 
     def __call__(self, scores: Tensor, y: Tensor, index: Tensor) -> Tensor:
-        """The loss of samples `index` (b,), whose targets it moves, whatever is decided about their micro-gradient."""
+        """The loss of samples `index` (b,).
+
+        Their targets change whatever is decided about the micro-gradient.
+        """
         p = softmax(scores, 1).clamp(1e-4, 1 - 1e-4)  # as released
         with torch.no_grad():
-            said = p / p.sum(1, keepdim=True)
-            targets = self.beta * self.targets[index] + (1 - self.beta) * said
+            prediction = p / p.sum(1, keepdim=True)
+            targets = self.beta * self.targets[index] + (1 - self.beta) * prediction
             self.targets[index] = targets
         return cross_entropy(scores, y) + self.weight * torch.log1p(-(targets * p).sum(1)).mean()
 
 
-def mixed(
-    x: Tensor, y: Tensor, alpha: float, seed: int, *parts: int
-) -> tuple[Tensor, Tensor, float]:
-    """m x + (1 - m) x', the labels y' of x', and m ~ Beta(alpha, alpha); x' is x in another order (Zhang et al., arXiv 1710.09412)."""
+def mix(x: Tensor, y: Tensor, alpha: float, seed: int, *parts: int) -> tuple[Tensor, Tensor, float]:
+    """m x + (1 - m) x', the labels y' of x', and m ~ Beta(alpha, alpha).
+
+    x' is x in another order (Zhang et al., arXiv 1710.09412).
+    """
     m = random.Random(derive_seed(seed, "mixup", *parts)).betavariate(alpha, alpha)
     order = torch.randperm(len(x), generator=generator(seed, "mixup order", *parts)).to(x.device)
     return m * x + (1 - m) * x[order], y[order], m
@@ -78,26 +85,27 @@ class Objective:
         self, config: TrainConfig, samples: int, classes: int, device: torch.device
     ) -> None:
         self.config = config
-        elr = config.loss == "elr"
-        self.early = (
-            EarlyLearning(samples, classes, config.elr_beta, config.elr_lambda, device)
-            if elr
-            else None
-        )
+        self.early: EarlyLearning | None = None
+        if config.loss == "elr":
+            given = config.elr_beta, config.elr_lambda, device
+            self.early = EarlyLearning(samples, classes, *given)
 
     def __call__(
         self, forward: Forward, x: Tensor, y: Tensor, index: Tensor, step: int, i: int
     ) -> Tensor:
-        """Loss () of micro-batch i of a step: pictures x, labels y, and `index`, which samples they are."""
+        """Loss () of micro-batch i of a step: pictures x and labels y of samples `index`."""
         config = self.config
         if config.mixup:
-            x, other, m = mixed(x, y, config.mixup, config.seed, step, i)
+            x, other, m = mix(x, y, config.mixup, config.seed, step, i)
             scores = forward(x).float()
             return m * self.of(scores, y, index) + (1 - m) * self.of(scores, other, index)
         return self.of(forward(x).float(), y, index)
 
     def of(self, scores: Tensor, y: Tensor, index: Tensor) -> Tensor:
-        """Loss () of scores (b, classes) float32: bfloat16 has too few digits for the logarithm of a probability near 1."""
+        """Loss () of scores (b, classes) float32.
+
+        bfloat16 has too few digits for the logarithm of a probability near 1.
+        """
         if self.early is not None:
             return self.early(scores, y, index)
         if self.config.loss == "gce":
@@ -113,11 +121,12 @@ class Objective:
 
 
 @contextlib.contextmanager
-def climbing(model: nn.Module, loss: Tensor, radius: float) -> Iterator[None]:
-    """Within, the weights are w + radius g / |g|, g being the gradient of `loss` (SAM: Foret et al., arXiv 2010.01412, equation 2).
+def sam_perturbation(model: nn.Module, loss: Tensor, radius: float) -> Iterator[None]:
+    """Within, the weights are w + radius g / |g|; g is the gradient of `loss`.
 
-    Used on each micro-batch by itself, as data-parallel SAM does. BatchNorm's statistics and counts stand still within,
-    and the weights are bit for bit what they were afterwards.
+    That is SAM (Foret et al., arXiv 2010.01412, equation 2). It is used on each micro-batch by
+    itself, as data-parallel SAM does. BatchNorm's statistics and counts do not change within, and
+    afterwards the weights are restored bit for bit.
     """
     weights: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
     grads = torch.autograd.grad(loss, weights)
@@ -138,10 +147,11 @@ def climbing(model: nn.Module, loss: Tensor, radius: float) -> Iterator[None]:
             one.track_running_stats = True
 
 
-def averaged(model: nn.Module, decay: float) -> AveragedModel:
-    """A model whose weights and BatchNorm statistics become decay times what they were plus (1 - decay) times the model's.
+def ema_model(model: nn.Module, decay: float) -> AveragedModel:
+    """An exponential moving average of the model's weights and BatchNorm statistics.
 
-    The first update takes the model's as they are.
+    An update makes them decay times themselves plus (1 - decay) times the model's. The first update
+    copies the model's.
     """
     return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
 
@@ -159,7 +169,10 @@ class EarlyStopping:
         return self.waited >= self.patience
 
     def look(self, accuracy: float, model: nn.Module) -> None:
-        """After an evaluation: keeps the model's weights where it is the best so far; the first of equals is."""
+        """After an evaluation: keeps the model's weights if it is the best so far.
+
+        Of equals, the first is the best.
+        """
         if accuracy > self.best:
             self.best, self.waited, self.weights = accuracy, 0, copy.deepcopy(model.state_dict())
         else:

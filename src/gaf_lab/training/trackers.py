@@ -15,26 +15,24 @@ Log = Callable[[Numbers, int], Any]
 
 
 def metrics(line: dict[str, Any]) -> Numbers:
-    """The finite numbers of an evaluation line, by name, but for the samples, which are the axis.
+    """The finite numbers of an evaluation line, by name, without the samples, which are the axis.
 
-    The step is `steps` here: trackio keeps `step` for the axis.
+    The step is named `steps`, because trackio reserves `step` for the axis.
     """
-    named = {
-        "steps" if key == "step" else key: value for key, value in line.items() if key != "samples"
-    }
-    return {
-        key: value
-        for key, value in named.items()
-        if isinstance(value, int | float) and math.isfinite(value)
-    }
+    found: Numbers = {}
+    for key, value in line.items():
+        if key != "samples" and isinstance(value, int | float) and math.isfinite(value):
+            found["steps" if key == "step" else key] = value
+    return found
 
 
-def check(names: Sequence[str]) -> None:
-    """Raises ConfigError where a tracker is not installed."""
+def check_installed(names: Sequence[str]) -> None:
+    """ConfigError if a tracker is not installed."""
     for name in names:
         if find_spec(name) is None:
             raise ConfigError(
-                f"tracker {name}: its package must be installed; it is not. Install it with pip install '.[trackers]'."
+                f"tracker {name}: its package must be installed; it is not. "
+                "Install it with pip install '.[trackers]'."
             )
 
 
@@ -75,7 +73,8 @@ def wandb(folder: Path, config: dict[str, Any]) -> tuple[Log, Callable[[], Any]]
         run = wandb.init(project="gaf", name=folder.name, dir=folder, config=config)
     except wandb.Error as error:
         raise ConfigError(
-            f"tracker wandb: a run must be begun; wandb says: {error} Log in, or set WANDB_MODE=offline."
+            f"tracker wandb: a run must be begun; wandb says: {error} "
+            "Log in, or set WANDB_MODE=offline."
         ) from None
     return lambda numbers, samples: run.log(numbers, step=samples, commit=True), run.finish
 

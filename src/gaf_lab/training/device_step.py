@@ -1,0 +1,185 @@
+"""A step that never waits for the host: everything up to the optimizer step is on the device.
+
+tables (made ahead on the host) -> k micro-gradients -> Gram -> decision -> w^T G
+    -> fused optimizer, which can skip -> log
+
+The decisions are the library's own, taken on tensors. A step reads its inputs from the host out of
+`gaf_lab.training.tables` and writes its outcome into a log. See docs/engine.md.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+import gaf
+from gaf.device.backward import unshared
+from gaf.device.rows import Stacked, Streamed, rows_on_device
+from gaf.record.telemetry import packed
+from gaf.rules.contract import Policy, is_planned, tau_given
+from gaf.rules.decision import Evidence
+from gaf.rules.judging import streams
+from gaf.rules.thresholds import Threshold
+from gaf_lab.data.augment import affine, shift
+from gaf_lab.data.problem import Problem
+from gaf_lab.training.controls import as_planned
+from gaf_lab.training.tables import Tables
+from gaf_lab.training.techniques import Objective
+
+WARM_UP = 3  # steps before a capture: libraries make their plans and workspaces in them
+
+
+class DeviceStep:
+    """One macro-batch: reads the tables' current row, writes the log's, and moves to the next row.
+
+    A call never waits for the device.
+
+    Args:
+        problem, model, objective: of the run. The problem's pictures and labels are on the device.
+        policy: decides; if it has a method `planned`, the weights are in the tables.
+        optimizer: a fused one over the model's parameters, without state; its learning rate is
+            replaced by a tensor.
+
+    Attributes:
+        tables: `AHEAD` rows of each kind.
+        at, taken: (1,) int64, steps decided and steps taken since the tables were filled.
+        log: (AHEAD, 5 k + 3) float64, for each step its outcome, packed, and the k losses.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        model: nn.Module,
+        objective: Objective,
+        policy: Policy,
+        optimizer: Optimizer,
+    ) -> None:
+        config = problem.config
+        self.config, self.problem = config, problem
+        self.model, self.objective, self.optimizer = model, objective, optimizer
+        self.device = problem.train.observed.device
+        self.params = [p for group in optimizer.param_groups for p in group["params"]]
+        self.planned = is_planned(policy)
+        self.streams, self.policy = streams(policy), gaf.Mean() if self.planned else policy
+        self.tables = zero_tables(AHEAD, config, self.planned, self.device)
+        self.at = torch.zeros(1, dtype=torch.int64, device=self.device)
+        self.taken = torch.zeros_like(self.at)
+        self.rate = torch.zeros((), device=self.device)
+        self.log = torch.zeros(AHEAD, 5 * config.k + 3, dtype=torch.float64, device=self.device)
+        prepare_optimizer(optimizer, self.rate)
+        # kept here too: its cache may drop tensors that a graph reads
+        self.constants = affine(problem.data.mean, problem.data.std, self.device)
+
+    def __call__(self) -> None:
+        rows = self._rows()
+        losses = [self.micro_gradient(i, rows) for i in range(self.config.k)]
+        with torch.no_grad():
+            decision, evidence = self.decide(rows)
+            for p, grad in zip(self.params, rows.combined(decision.weights), strict=True):
+                p.grad = grad.to(p.dtype)
+            self.optimizer.found_inf = (~decision.stepped).float()  # type: ignore[attr-defined]
+            now = self.taken if self.config.schedule_waits else self.at
+            self.rate.copy_(self.row("rates", now))
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            entry = torch.cat([packed(decision, evidence), torch.stack(losses).double()])
+            self.log.index_copy_(0, self.at, entry[None])
+            self.at += 1
+            self.taken += decision.stepped
+
+    def _rows(self) -> Streamed | Stacked:
+        voters = [True] * len(self.params)
+        if self.streams:
+            return rows_on_device(self.policy, voters, self.device)
+        return Stacked(self.policy, voters)
+
+    def micro_gradient(self, i: int, rows: Streamed | Stacked) -> Tensor:
+        """Passes the gradient of micro-batch i to the rows; returns its loss ()."""
+        x, index = self.pictures(i)
+        bfloat16 = self.config.autocast == "bfloat16"
+        with torch.autocast(self.device.type, torch.bfloat16, bfloat16, cache_enabled=False):
+            scores = self.model(self.problem.inputs(x)).float()
+            loss = self.objective.of(scores, self.problem.train.observed[index], index)
+        torch.autograd.backward(loss, inputs=self.params)
+        for j, p in enumerate(self.params):
+            grad, p.grad = p.grad, None
+            assert grad is not None
+            rows.take(j, unshared(grad))
+        with torch.no_grad():
+            rows.add()
+        return loss.detach()
+
+    def pictures(self, i: int) -> tuple[Tensor, Tensor]:
+        """Micro-batch i of the current step: pictures (b, C, H, W) uint8, augmented, and indices (b,)."""
+        index = self.row("index", self.at)[i]
+        assert isinstance(self.problem.train.x, Tensor)
+        x = self.problem.train.x[index]
+        if self.config.augment:
+            x = shift(x, self.row("shifts", self.at)[i])
+        return x, index
+
+    def decide(self, rows: Streamed | Stacked) -> tuple[gaf.Decision, Evidence]:
+        decision, evidence = rows.decide()
+        if self.planned:
+            decision = as_planned(self.row("weights", self.at), decision.distances)
+        return decision, evidence
+
+    def row(self, name: str, number: Tensor) -> Tensor:
+        return self.tables[name].index_select(0, number)[0]
+
+    def fill(self, tables: Tables) -> None:
+        """Copies tables of at most `AHEAD` steps, and starts at their first row."""
+        for name, table in tables.items():
+            source = table.pin_memory() if self.device.type == "cuda" else table
+            self.tables[name][: len(table)].copy_(source, non_blocking=True)
+        self.at.zero_()
+        self.taken.zero_()
+
+    def state(self) -> list[Tensor]:
+        """All tensors that a call changes."""
+        moments: list[Tensor] = []
+        for p in self.params:
+            values = self.optimizer.state[p].values()
+            moments += [value for value in values if isinstance(value, Tensor)]
+        model = [*self.model.parameters(), *self.model.buffers()]
+        tau = tau_given(self.policy)
+        learned = [tau.state_on(self.device)] if isinstance(tau, Threshold) else []
+        targets = self.objective.state_dict().values()
+        own = self.at, self.taken, self.rate, self.log
+        return [*model, *moments, *learned, *targets, *own]
+
+    def warm_up(self) -> None:
+        """Takes some steps, and restores everything that they changed."""
+        with torch.no_grad():
+            kept = [t.clone() for t in self.state()]
+        for _ in range(WARM_UP):
+            self()
+        with torch.no_grad():
+            for t, was in zip(self.state(), kept, strict=True):
+                t.copy_(was)
+
+
+def prepare_optimizer(optimizer: Optimizer, rate: Tensor) -> None:
+    """Makes the state that a first step would make, and sets the learning rate to a tensor ().
+
+    A skipped first step leaves fused SGD's momentum uninitialised. SGD without dampening, Adam and
+    AdamW begin with zeros.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+        if "capturable" in group:
+            group["capturable"] = True
+        names = moment_names(group)
+        for p in group["params"]:
+            zeros = [torch.zeros_like(p, memory_format=torch.preserve_format) for _ in names]
+            optimizer.state[p] = dict(zip(names, zeros, strict=True))
+            if "betas" in group:
+                optimizer.state[p]["step"] = torch.zeros((), device=p.device)
+
+
+def moment_names(group: dict[str, Any]) -> tuple[str, ...]:
+    """The state of an Adam, AdamW or SGD optimizer that has the shape of a parameter."""
+    if "betas" in group:
+        return "exp_avg", "exp_avg_sq"
+    return ("momentum_buffer",) if group["momentum"] else ()

@@ -1,0 +1,202 @@
+"""Steps launched many at a time: the engine "device".
+
+What the host needs of the steps is fetched once for many of them, then reported one by one.
+See docs/engine.md.
+"""
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+import gaf
+from gaf.record.ledger import Ledger
+from gaf.rules.contract import Policy
+from gaf_lab.data.problem import Problem
+from gaf_lab.settings.config import TrainConfig
+from gaf_lab.settings.checks import ConfigError
+from gaf_lab.training.tables import Tables, draws
+from gaf_lab.training.techniques import Objective
+
+
+def obstacle(config: TrainConfig, world: int = 1) -> str | None:
+    """Why this engine cannot run a config; None if it can.
+
+    The message names the field, the requirement and the value.
+    """
+    needs = {
+        "dataset": (config.dataset != "imagenet", "must fit into the device's memory"),
+        "optimizer": (
+            config.optimizer != "rmsprop",
+            "must have a fused form, which skips without the host",
+        ),
+        "mixup": (not config.mixup, "must be 0"),
+        "sam": (not config.sam, "must be 0"),
+        "ema": (not config.ema, "must be 0"),
+        "bn": (config.bn == "all", "must be 'all'"),
+        "scope": (config.scope == "all" or config.policy != "gaf", "must be 'all'"),
+        "compile": (not config.compile, "must be off"),
+    }
+    for name, (holds, requirement) in needs.items():
+        if not holds:
+            return f"{name} {requirement} for engine 'device'; got {getattr(config, name)!r}."
+    if world > 1:
+        return f"engine must not be 'device' on several ranks; got it on {world}."
+    return None
+
+
+def check_device_engine(config: TrainConfig, world: int) -> None:
+    """ConfigError if the config names this engine, and it cannot run the config."""
+    found = obstacle(config, world)
+    if config.engine == "device" and found is not None:
+        raise ConfigError(f"{found} Use --engine plain.")
+
+
+def uses_device_engine(config: TrainConfig, device: torch.device, world: int) -> bool:
+    """Whether this engine runs the config: if it is named, and under "auto" on CUDA if it can."""
+    possible = device.type == "cuda" and obstacle(config, world) is None
+    return config.engine == "device" or (config.engine == "auto" and possible)
+
+
+class Captured:
+    """A step as a CUDA graph: each call repeats the captured work, on the current stream.
+
+    Each graph is captured on its own stream. Libraries keep a workspace for each stream, and graphs
+    that run at the same time must not share one.
+    """
+
+    def __init__(self, step: DeviceStep) -> None:
+        here, stream = torch.cuda.current_stream(step.device), torch.cuda.Stream(step.device)
+        self.graph = torch.cuda.CUDAGraph()
+        stream.wait_stream(here)
+        with torch.cuda.stream(stream):
+            step.warm_up()
+        with torch.cuda.graph(self.graph, stream=stream):
+            step()
+        here.wait_stream(stream)
+
+    def __call__(self) -> None:
+        self.graph.replay()
+
+
+class OnDevice:
+    """Drop-in for gaf.Accumulator that launches many steps at once and reports them one by one.
+
+    Args:
+        problem, model, objective, policy: as for `DeviceStep`.
+        optimizer: as the run has it without this engine. It never steps itself. Steps use its
+            learning rate, which a schedule moves, and it holds the state that they change.
+        make: makes a fused optimizer like it.
+
+    Attributes:
+        outcome: of the step reported last.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        model: nn.Module,
+        objective: Objective,
+        policy: Policy,
+        optimizer: Optimizer,
+        make: Callable[[list[nn.Parameter]], Optimizer],
+    ) -> None:
+        self.config, self.problem, self.optimizer = problem.config, problem, optimizer
+        self.ledger = Ledger(policy)
+        self.policy: Any = self.ledger.policy
+        fused = make(list(model.parameters()))
+        self.one = DeviceStep(problem, model, objective, self.policy, fused)
+        # the log of steps that were fetched and not yet reported
+        self.waiting: deque[list[float]] = deque()
+        self._call: Callable[[], None] | None = None
+        self._draws: dict[int, Tables] = {}  # by step, made while the device works
+        self._launched = range(0)
+        self._share_optimizer_state()
+
+    @property
+    def outcome(self) -> gaf.Outcome | None:
+        return self.ledger.outcome
+
+    def ready(self, step: int, last: int, rates: Callable[[int], list[float]]) -> Turns[None]:
+        """Launches the steps up to the next evaluation, unless `step` has been launched already."""
+        if self.waiting:
+            return
+        ahead = self._steps_ahead(step, last)
+        self.launch(ahead, rates(len(ahead)))
+        yield
+        self.fetch()
+
+    def _steps_ahead(self, step: int, last: int) -> range:
+        """The steps from here to the next evaluation, or to the end; at most AHEAD."""
+        for end in range(step + 1, step + AHEAD):
+            if self.problem.evaluation(end) or end == last:
+                return range(step, end)
+        return range(step, step + AHEAD)
+
+    def launch(self, steps: range, rates: Sequence[float]) -> None:
+        """Starts steps, at most `AHEAD`, and does not wait for them.
+
+        Args:
+            steps: their numbers in the run.
+            rates: learning rates, one for each step that the schedule counts.
+        """
+        if self._call is None:
+            self._call = Captured(self.one) if self.one.device.type == "cuda" else self.one
+        rows = [self._draws.pop(t, None) or draws(self.problem, t) for t in steps]
+        tables = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+        tables["rates"] = torch.tensor(rates, dtype=torch.float32)
+        if self.one.planned:
+            weights = [self.policy.planned(t, self.config.k) for t in steps]
+            tables["weights"] = torch.tensor(weights, dtype=torch.float64)
+        self.one.fill(tables)
+        for _ in steps:
+            self._call()
+        self._launched = steps
+
+    def fetch(self) -> None:
+        """Waits for the launched steps, and makes the next tables meanwhile."""
+        end = self._launched.stop
+        for t in range(end, min(end + AHEAD, self.problem.steps)):
+            if t not in self._draws:
+                self._draws[t] = draws(self.problem, t)
+        self.waiting.extend(self.one.log[: len(self._launched)].tolist())
+
+    def micro_gradients(self, step: int) -> Tensor:
+        """The losses (k,), on the CPU, of the next step to report; its micro-gradients were taken."""
+        return torch.tensor(self.waiting[0][-self.config.k :])
+
+    def step(self) -> None:
+        """Reports the next step: counts it, as an Accumulator does when it takes one."""
+        entry = self.waiting.popleft()[: -self.config.k]
+        self.ledger.record(gaf.Outcome.unpacked(entry))
+        if self.one.planned:
+            self.policy.step += 1
+
+    def gate(self, scheduler: LRScheduler) -> LRScheduler:
+        return self.ledger.gate(scheduler)
+
+    def stats(self, b: float = 1) -> dict[str, Any]:
+        return self.ledger.stats(b)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As an Accumulator's."""
+        return self.ledger.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes an Accumulator's state. The optimizer's has been loaded before."""
+        self.ledger.load_state_dict(state)
+        self._share_optimizer_state()
+
+    @torch.no_grad()
+    def _share_optimizer_state(self) -> None:
+        """Copies the optimizer's state, which may have been loaded, to where the steps change it."""
+        state = self.one.optimizer.state
+        for p, values in self.optimizer.state.items():
+            for name, value in values.items():
+                if value is not state[p][name]:
+                    state[p][name].copy_(value)
+        self.optimizer.state = state

@@ -1,0 +1,205 @@
+"""The parts of a run, made from its config: device, optimizer, schedule, policy, steps."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, MultiStepLR, ReduceLROnPlateau
+
+import gaf
+from gaf.rules.judging import streams
+from gaf_lab.data.problem import Problem
+from gaf_lab.records import environment
+from gaf_lab.records import run as records
+from gaf_lab.settings.config import TrainConfig
+from gaf_lab.settings.checks import ConfigError
+from gaf_lab.training.buckets import PerBucket
+from gaf_lab.training.controls import RandomSubset, ReplaySkip
+from gaf_lab.training.launched import OnDevice, uses_device_engine
+from gaf_lab.training.one_by_one import OneByOne, Stepper
+from gaf_lab.training.over_ranks import OverRanks, data_parallel
+from gaf_lab.training.ranks import ALONE, Group
+from gaf_lab.training.techniques import Forward, Objective
+
+THRESHOLDS: dict[str, tuple[Any, str]] = {  # by name, with the argument that `threshold_by` sets
+    "signal": (gaf.SignalTau, "kappa"),
+    "noise-floor": (gaf.NoiseFloorTau, "z"),
+    "quantile": (gaf.QuantileTau, "p"),
+    "moving-average": (gaf.MovingAverageTau, "margin"),
+}
+MakeOptimizer = Callable[..., Optimizer]  # (parameters, fused=None)
+AnyAccumulator = gaf.Accumulator | OverRanks | OnDevice
+
+
+def pick_device(name: str, group: Group = ALONE) -> torch.device:
+    """The device of this rank. On several ranks, each has its own CUDA device."""
+    cuda = torch.cuda.is_available()
+    if name == "cuda" and not cuda:
+        raise ConfigError(
+            "device must be one that is there; got 'cuda', and torch sees no CUDA device. "
+            "Use --device cpu."
+        )
+    if name == "cpu" or not cuda:
+        return torch.device("cpu")
+    if group.world == 1:
+        return torch.device("cuda")
+    if group.local >= torch.cuda.device_count():
+        raise ConfigError(
+            "device must be one for each rank on a machine; "
+            f"rank {group.rank} is number {group.local} on its machine, "
+            f"where torch sees {torch.cuda.device_count()}. "
+            "Start fewer ranks there, or use --device cpu."
+        )
+    torch.cuda.set_device(group.local)
+    return torch.device("cuda", group.local)
+
+
+def learning_rate(config: TrainConfig) -> float:
+    """The config's learning rate.
+
+    The control "scaled-lr" multiplies it by the share of micro-gradients that the recorded run
+    accepted.
+    """
+    if config.policy != "scaled-lr":
+        return config.lr
+    rows = recorded_rows(config)
+    share = sum(rows) / (len(rows) * config.k)
+    if not share:
+        raise ConfigError(
+            "replay: the recorded run must have accepted something to scale the learning rate by; "
+            f"{config.replay} did not. Replay a run with a higher tau."
+        )
+    return config.lr * share
+
+
+def make_optimizer(
+    config: TrainConfig, rate: float, params: list[nn.Parameter], fused: bool | None = None
+) -> Optimizer:
+    shared: dict[str, Any] = {"lr": rate, "weight_decay": config.weight_decay}
+    if config.optimizer != "rmsprop":
+        shared["fused"] = fused
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(params, momentum=config.momentum, nesterov=config.nesterov, **shared)
+    if config.optimizer == "rmsprop":
+        return torch.optim.RMSprop(params, momentum=config.momentum, **shared)
+    if config.optimizer == "adam":
+        return torch.optim.Adam(params, **shared)
+    return torch.optim.AdamW(params, **shared)
+
+
+def make_scheduler(config: TrainConfig, optimizer: Optimizer, steps: int) -> LRScheduler | None:
+    if config.schedule == "cosine":
+        return CosineAnnealingLR(optimizer, T_max=steps)
+    if config.schedule == "multi-step":
+        milestones = [round(m * steps) for m in config.milestones]
+        return MultiStepLR(optimizer, milestones, gamma=config.gamma)
+    if config.schedule == "plateau":
+        return ReduceLROnPlateau(optimizer, factor=config.gamma, patience=config.patience)
+    return None
+
+
+def make_policy(config: TrainConfig) -> Any:
+    if config.policy == "gaf":
+        rule: dict[str, Any] = {
+            "start": config.start,
+            "average": config.average,
+            "min_accepted": config.min_accepted,
+        }
+        return gaf.GAF(make_tau(config), scope=config.scope, **rule)
+    if config.policy == "random-skip":
+        return gaf.RandomSkip(step_probability(config), config.seed)
+    if config.policy == "replay-skip":
+        return ReplaySkip(recorded_rows(config))
+    if config.policy == "random-subset":
+        return RandomSubset(recorded_rows(config), config.seed)
+    return gaf.Mean()
+
+
+def check_rows(config: TrainConfig, policy: Any, model: nn.Module, device: torch.device) -> None:
+    """ConfigError if the k micro-gradients do not fit into memory.
+
+    All policies but a streaming one hold them side by side.
+    """
+    if device.type == "cpu" and not streams(policy):
+        n = sum(p.numel() for p in model.parameters())
+        what = f"k = {config.k:,} micro-gradients of {n:,} numbers, held side by side"
+        environment.check_memory(what, config.k * n * 4, "Lower k, or leave start at 'first'.")
+
+
+def make_tau(config: TrainConfig) -> Any:
+    """The config's tau, or the object that adapts it, which starts from the config's."""
+    if config.threshold in ("fixed", "auto"):
+        return config.tau if config.threshold == "fixed" else "auto"
+    kind, name = THRESHOLDS[config.threshold]
+    given: dict[str, Any] = {"initial": config.tau}
+    if config.threshold_by is not None:
+        given[name] = config.threshold_by
+    if config.half_life:
+        given["half_life"] = config.half_life
+    try:
+        return kind(**given)
+    except ValueError as error:
+        raise ConfigError(f"threshold_by: {error}") from None
+
+
+def step_probability(config: TrainConfig) -> float:
+    """The config's step probability; with a recorded run, the share of steps that it took."""
+    if config.replay is None:
+        return config.step_probability
+    rows = recorded_rows(config)
+    return sum(n > 0 for n in rows) / len(rows)
+
+
+def recorded_rows(config: TrainConfig) -> list[int]:
+    """The accepted micro-gradients at each step of the recorded run."""
+    assert config.replay is not None
+    run = records.read(config.replay)
+    recorded = run.header["config"]
+    for name in ("k", "b"):
+        if recorded.get(name) != getattr(config, name):
+            raise ConfigError(
+                f"replay: the recorded run must have the same {name}; it has "
+                f"{recorded.get(name)}, this one {getattr(config, name)}. Set --{name} to match."
+            )
+    return run.rows
+
+
+def make_stepper(
+    problem: Problem,
+    model: nn.Module,
+    objective: Objective,
+    policy: Any,
+    optimizer: Optimizer,
+    make: MakeOptimizer,
+    group: Group,
+) -> tuple[AnyAccumulator, Stepper]:
+    """What decides, and what brings micro-gradients to it.
+
+    make: makes an optimizer like `optimizer`.
+    """
+    config = problem.config
+    if uses_device_engine(config, problem.train.observed.device, group.world):
+        fused = partial(make, fused=True)
+        engine = OnDevice(problem, model, objective, policy, optimizer, fused)
+        return engine, engine
+    forward: Forward
+    accumulator: gaf.Accumulator | OverRanks
+    if group.world > 1:
+        parallel = data_parallel(model, group, *problem.micro_batch(0, group.rank))
+        forward, accumulator = parallel, OverRanks(parallel, optimizer, policy)
+    else:
+        forward = torch.compile(model) if config.compile else model
+        accumulator = make_accumulator(config, model, policy, optimizer)
+    run = problem, model, objective
+    return accumulator, OneByOne(*run, forward, accumulator, group.micro_batches(config.k))
+
+
+def make_accumulator(
+    config: TrainConfig, model: nn.Module, policy: Any, optimizer: Optimizer
+) -> gaf.Accumulator:
+    if config.policy == "gaf" and config.scope == "group":
+        return PerBucket(optimizer, policy, model)
+    return gaf.Accumulator(optimizer, policy, model=model, bn=config.bn)

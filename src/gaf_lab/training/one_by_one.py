@@ -1,0 +1,80 @@
+"""Steps taken one by one: the k micro-gradients go to an accumulator, which decides."""
+
+from collections.abc import Callable, Iterable
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+import gaf
+from gaf_lab.data.problem import Problem
+from gaf_lab.training.over_ranks import OverRanks
+from gaf_lab.training.techniques import Forward, Objective, sam_perturbation
+from gaf_lab.training.turns import Turns
+
+
+class Stepper(Protocol):
+    """Brings the micro-gradients of each step to a decision."""
+
+    def ready(self, step: int, last: int, rates: Callable[[int], list[float]]) -> Turns[None]:
+        """Makes step `step` ready, and gives way to other runs while the device is at work.
+
+        Args:
+            step: the next step.
+            last: the run ends before this one.
+            rates: the next learning rates, as many as it is called with.
+        """
+        ...
+
+    def micro_gradients(self, step: int) -> Tensor:
+        """Makes the micro-gradients of a step ready for the decision; returns their losses (k,)."""
+        ...
+
+
+class OneByOne:
+    """Computes the micro-gradients of each step as it comes, in turn.
+
+    Args:
+        problem, model, objective: of the run.
+        forward: the model as it is called: compiled, or over ranks.
+        accumulator: takes the micro-gradients and decides.
+        micro_batches: the micro-batches that this process computes.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        model: nn.Module,
+        objective: Objective,
+        forward: Forward,
+        accumulator: gaf.Accumulator | OverRanks,
+        micro_batches: Iterable[int],
+    ) -> None:
+        self.problem, self.model, self.objective = problem, model, objective
+        self.forward, self.accumulator = forward, accumulator
+        self.micro_batches = micro_batches
+
+    def ready(self, step: int, last: int, rates: Callable[[int], list[float]]) -> Turns[None]:
+        """Nothing is made ahead."""
+        yield from ()
+
+    def micro_gradients(self, step: int) -> Tensor:
+        return torch.stack([self.micro_gradient(step, i) for i in self.micro_batches])
+
+    def micro_gradient(self, step: int, i: int) -> Tensor:
+        """Passes the gradient of micro-batch i to the accumulator; returns its loss ()."""
+        config = self.problem.config
+        x, y = self.problem.micro_batch(step, i)
+        index = self.problem.index(step, i)
+
+        def compute_loss() -> Tensor:
+            with torch.autocast(x.device.type, torch.bfloat16, config.autocast == "bfloat16"):
+                return self.objective(self.forward, x, y, index, step, i)
+
+        loss = compute_loss()
+        if config.sam:
+            with sam_perturbation(self.model, loss, config.sam):
+                self.accumulator.backward(compute_loss())
+        else:
+            self.accumulator.backward(loss)
+        return loss.detach()

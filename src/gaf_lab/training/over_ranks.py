@@ -1,0 +1,102 @@
+"""The model and the optimizer of a run on several ranks, and the configs that cannot run there."""
+
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+import gaf
+from gaf_lab.settings.config import TrainConfig
+from gaf_lab.settings.checks import ConfigError
+from gaf_lab.training.ranks import PATIENCE, Group
+
+
+def check_ranks(config: TrainConfig, world: int) -> None:
+    """ConfigError if `world` ranks cannot run the config."""
+    if world == 1:
+        return
+    if config.k != world:
+        raise ConfigError(
+            "k must be the number of ranks, because each computes one micro-batch; "
+            f"got k = {config.k} on {world} ranks. "
+            f"Start {config.k} of them (torchrun --nproc-per-node), or set --k {world}."
+        )
+    if config.bn == "accepted":
+        raise ConfigError(
+            "bn must be 'all' on several ranks, because DistributedDataParallel hands out "
+            f"the statistics of rank 0, accepted or not; got 'accepted' on {world} ranks. "
+            "Set --bn all, or run one process."
+        )
+    if config.compile:
+        raise ConfigError(
+            f"compile must be off on several ranks; got it on {world}. "
+            "Set --no-compile, or run one process."
+        )
+    if config.loss == "elr":
+        raise ConfigError(
+            "loss must not be 'elr' on several ranks, because a sample's past predictions are "
+            f"known only to the rank that drew it; got 'elr' on {world} ranks. Run one process."
+        )
+    if config.policy == "gaf" and config.scope == "group":
+        raise ConfigError(
+            "scope must be 'all' on several ranks, because gaf.attach reports only the last "
+            f"bucket's decision, and the records need all; got 'group' on {world} ranks. "
+            "Run one process."
+        )
+
+
+class OverRanks:
+    """gaf.attach with the methods of gaf.Accumulator.
+
+    Each rank runs a backward pass; then all step, or none.
+    """
+
+    def __init__(self, model: DistributedDataParallel, optimizer: Optimizer, policy: Any) -> None:
+        self.optimizer, self.handle = optimizer, gaf.attach(model, optimizer, policy)
+
+    @property
+    def outcome(self) -> gaf.Outcome | None:
+        return self.handle.outcome
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def step(self) -> None:
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def gate(self, scheduler: LRScheduler) -> LRScheduler:
+        return self.handle.gate(scheduler)
+
+    def stats(self, b: float = 1) -> dict[str, Any]:
+        return self.handle.stats(b)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.handle.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Accepts an Accumulator's state too, which counts nothing per rank."""
+        self.handle.load_state_dict({"rejected": [], "absent": []} | state)
+
+
+def data_parallel(model: nn.Module, group: Group, x: Tensor, y: Tensor) -> DistributedDataParallel:
+    """The model over all ranks, its buckets in their final order.
+
+    DistributedDataParallel rearranges its buckets after its first backward pass, and with them the
+    order in which numbers are added. A first pass over any pictures x and labels y changes nothing
+    else, and makes every start of a run add in the same order.
+    """
+    cuda = x.device.type == "cuda"
+    gradients = dist.new_group(backend="nccl", timeout=PATIENCE) if cuda else None
+    wrapped = DistributedDataParallel(
+        model, device_ids=[group.local] if cuda else None, process_group=gradients
+    )
+    training = model.training
+    wrapped.eval()  # moves no statistics
+    nn.functional.cross_entropy(wrapped(x), y).backward()
+    wrapped.zero_grad()
+    wrapped.train(training)
+    return wrapped

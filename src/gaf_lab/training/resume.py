@@ -1,0 +1,68 @@
+"""Whether a run can begin in an output folder, or go on there."""
+
+from pathlib import Path
+
+from gaf_lab.records import checkpoint
+from gaf_lab.records import run as records
+from gaf_lab.settings.config import TrainConfig
+from gaf_lab.settings.checks import ConfigError
+from gaf_lab.training.ranks import launch
+
+
+def check_output_folder(config: TrainConfig, folder: Path, resume: bool) -> records.Run | None:
+    """Refuses a folder that the config cannot run in.
+
+    Returns:
+        the run in it, if that is finished, so that nothing is left to do.
+    """
+    prepare_folder(folder, resume)
+    if not resume or never_began(folder):
+        return None
+    return finished_run(config, folder)
+
+
+def prepare_folder(folder: Path, resume: bool) -> None:
+    """Makes the folder, if it is missing. Refuses one with a run in it, or without one to resume."""
+    if resume and not never_began(folder):
+        checkpoint.find_checkpoint(folder)
+    records.make_folder(folder)
+    if not resume and (folder / records.FILE).exists() and not never_began(folder):
+        raise ConfigError(
+            f"output folder {folder}: must not hold a run yet; it does. "
+            "Go on with --resume, or give another --out."
+        )
+
+
+def never_began(folder: Path) -> bool:
+    """Whether the run in `folder` was stopped before its first checkpoint and evaluation.
+
+    Such a run begins anew, and nothing is lost.
+    """
+    path = folder / records.FILE
+    if not path.is_file() or (folder / checkpoint.FILE).is_file():
+        return False
+    text = path.read_text(errors="replace")
+    return (not text or text.startswith('{"kind": "run"')) and '{"kind": "eval"' not in text
+
+
+def is_restart(folder: Path) -> bool:
+    """Whether torchrun, not the user, starts the run in `folder` again after a worker failed.
+
+    The records of a run without a checkpoint are removed: it begins anew.
+    """
+    command = launch()
+    if command is None or not (folder / records.FILE).is_file():
+        return False
+    if records.read(folder).header.get("launch") != command:
+        return False
+    if (folder / checkpoint.FILE).is_file():
+        return True
+    (folder / records.FILE).unlink()
+    return False
+
+
+def finished_run(config: TrainConfig, folder: Path) -> records.Run | None:
+    """The run in `folder`, if it is finished and of this config: nothing is left to resume."""
+    run = records.read(folder)
+    finished = run.end is not None and run.end["status"] == "finished"
+    return run if finished and run.header.get("config_hash") == config.hash else None

@@ -1,0 +1,233 @@
+"""One training run in memory: the loop, and everything that changes in it.
+
+data -> micro-batch -> micro-gradient -> decision -> step or skip -> evaluation -> records, checkpoint
+"""
+
+import time
+import warnings
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+import gaf
+from gaf_lab.data.problem import make_problem
+from gaf_lab.data.sampling import derive_seed
+from gaf_lab.records import checkpoint
+from gaf_lab.records import run as records
+from gaf_lab.settings.config import TrainConfig
+from gaf_lab.training.evaluate import evaluate
+from gaf_lab.training.interval import Interval
+from gaf_lab.training.listener import Listener
+from gaf_lab.training.make import (
+    check_rows,
+    learning_rate,
+    make_optimizer,
+    make_policy,
+    make_scheduler,
+    make_stepper,
+    pick_device,
+)
+from gaf_lab.training.models import make_model
+from gaf_lab.training.ranks import ALONE, Group
+from gaf_lab.training.tables import rates_ahead
+from gaf_lab.training.techniques import EarlyStopping, Objective, ema_model
+from gaf_lab.training.turns import Turns, run_to_end
+
+CHECK_LOSS_EVERY = 50  # steps on an accelerator: each check waits for it
+
+
+class Diverged(RuntimeError):
+    """The loss is no longer a number."""
+
+
+class Training:
+    """Everything that changes while a run goes on, and the loop that changes it."""
+
+    def __init__(self, config: TrainConfig, data_folder: Path | None, group: Group = ALONE) -> None:
+        self.config, self.group = config, group
+        self.device = group.each(lambda: pick_device(config.device, group))
+        self.problem = group.each(
+            lambda: make_problem(config, data_folder, self.device, group.world)
+        )
+        train, classes = self.problem.train, self.problem.classes
+        torch.manual_seed(derive_seed(config.seed, "weights"))
+        model = make_model(config.model, self.problem.shape, classes, config.stem)
+        self.model = model.to(self.device)
+        if config.channels_last:
+            self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.objective = Objective(config, len(train), classes, self.device)
+        self.average = ema_model(self.model, config.ema) if config.ema else None
+        self.stopping = EarlyStopping(config.early_stopping) if config.early_stopping else None
+        policy, rate = group.led(lambda: (make_policy(config), learning_rate(config)))
+        group.led(lambda: check_rows(config, policy, self.model, self.device))
+        make = partial(make_optimizer, config, rate)
+        self.optimizer = make(list(self.model.parameters()))
+        self.scheduler = make_scheduler(config, self.optimizer, self.problem.steps)
+        self.accumulator, self.stepper = make_stepper(
+            self.problem, self.model, self.objective, policy, self.optimizer, make, group
+        )
+        self.plateau = self.scheduler if isinstance(self.scheduler, ReduceLROnPlateau) else None
+        if self.scheduler is not None and self.plateau is None and config.schedule_waits:
+            self.accumulator.gate(self.scheduler)
+        self.step, self.seconds = 0, 0.0
+        self.interval = self._new_interval()
+
+    def run(
+        self,
+        folder: Path,
+        listener: Listener,
+        steps: int | None = None,
+        keep_checkpoints: bool = True,
+    ) -> str:
+        """Trains to the end, or to step `steps`. Returns the status of the end line.
+
+        Raises:
+            Diverged: if every loss of a step is NaN or infinite.
+        """
+        return run_to_end(self.run_in_turns(folder, listener, steps, keep_checkpoints))
+
+    def run_in_turns(
+        self, folder: Path, listener: Listener, steps: int | None, keep_checkpoints: bool
+    ) -> Turns[str]:
+        """`run`, giving way to other runs while the device works on launched steps."""
+        last = min(self.problem.steps, steps or self.problem.steps)
+        listener.begin(self.problem, self.step, last)
+        while self.step < last and not self.over:
+            started = time.perf_counter()
+            yield from self.stepper.ready(self.step, last, self.next_rates)
+            outcome = self.macro_batch()
+            self.interval.seconds += time.perf_counter() - started
+            listener.stepped(self.step, outcome)
+            if self.problem.evaluation(self.step) or self.step == last:
+                line = self.evaluation()
+                self.group.led(partial(self._keep, line, folder, listener, keep_checkpoints))
+        return "finished" if last == self.problem.steps or self.over else "stopped"
+
+    def next_rates(self, count: int) -> list[float]:
+        """The next learning rates, as the schedule counts steps."""
+        if self.scheduler is None or self.plateau is not None:
+            return [self.optimizer.param_groups[0]["lr"]] * count
+        return rates_ahead(self.scheduler, count)
+
+    @property
+    def over(self) -> bool:
+        return self.stopping is not None and self.stopping.over
+
+    def _keep(
+        self, line: dict[str, Any], folder: Path, listener: Listener, keep_checkpoints: bool
+    ) -> None:
+        records.append(folder, line)
+        if keep_checkpoints:
+            checkpoint.save(folder, self.state_dict(folder))
+        listener.evaluated(line)
+
+    def macro_batch(self) -> gaf.Outcome:
+        """k micro-gradients, one decision, a step or none."""
+        self._add_losses(self.stepper.micro_gradients(self.step))
+        self.accumulator.step()
+        outcome = self.accumulator.outcome
+        assert outcome is not None
+        if self.average is not None and outcome.stepped:
+            self.average.update_parameters(self.model)
+        if self.scheduler is not None and self.plateau is None:
+            with warnings.catch_warnings():
+                # torch warns if the first steps are skipped
+                warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
+                self.scheduler.step()
+        self.step += 1
+        self.interval.add(outcome)
+        return outcome
+
+    def _add_losses(self, losses: Tensor) -> None:
+        self.interval.losses += losses.sum()
+        checked = losses.device.type == "cpu" or self.step % CHECK_LOSS_EVERY == 0
+        if checked and not self.group.total(bool(losses.isfinite().any())):
+            self.group.led(self._give_up)
+
+    def _give_up(self) -> None:
+        raise Diverged(
+            f"step {self.step}: the loss must be a number; "
+            f"all {self.config.k} micro-batches gave NaN or infinity."
+        )
+
+    def evaluation(self) -> dict[str, Any]:
+        """The line of records that closes an interval; moves a plateau schedule on."""
+        started = time.perf_counter()
+        measured = self._measure()
+        loss = self.group.total(float(self.interval.losses))
+        stats = self.accumulator.stats(self.config.b)
+        number = self.problem.evaluation(self.step)
+        if self.plateau is not None and number and number % self.config.plateau_every == 0:
+            self.plateau.step(measured[f"{self.config.select_on}_loss"])
+        self.seconds += self.interval.seconds + time.perf_counter() - started
+        samples = self.step * self.config.k * self.config.b
+        position = {
+            "kind": "eval",
+            "step": self.step,
+            "steps_taken": stats["stepped"],
+            "samples": samples,
+        }
+        progress = {
+            "passes": samples / len(self.problem.train),
+            "seconds": self.seconds,
+            "lr": self.optimizer.param_groups[0]["lr"],
+        }
+        noise = {key: stats[key] for key in ("noise_scale", "norm_dispersion")}
+        line = position | progress | self.interval.line(self.config.b, loss) | noise | measured
+        self.interval = self._new_interval()
+        return line
+
+    def _measure(self) -> dict[str, Any]:
+        """Evaluates the model, or its average; at the end of early stopping, the best weights."""
+        model = self.model if self.average is None else self.average.module
+        measured = self.group.led(partial(evaluate, model, self.problem))
+        ended = self.step == self.problem.steps
+        if self.stopping is None or not (ended or self.problem.evaluation(self.step)):
+            return measured
+        self.stopping.look(float(measured["heldout_accuracy"] or 0), model)
+        if not (ended or self.over):
+            return measured
+        self.stopping.put_back(model)
+        return self.group.led(partial(evaluate, model, self.problem))
+
+    def _new_interval(self) -> Interval:
+        return Interval(losses=torch.zeros((), device=self.device), rows=[])
+
+    def state_dict(self, folder: Path) -> dict[str, Any]:
+        """Everything that the rest of the run depends on, at the end of an interval.
+
+        With the size of the records at that point.
+        """
+        return {
+            "config_hash": self.config.hash,
+            "step": self.step,
+            "seconds": self.seconds,
+            "records_size": (folder / records.FILE).stat().st_size,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
+            "accumulator": self.accumulator.state_dict(),
+            "objective": self.objective.state_dict(),
+            "average": None if self.average is None else self.average.state_dict(),
+            "stopping": None if self.stopping is None else self.stopping.state_dict(),
+            "random": torch.get_rng_state(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes back to that point. A state of one process fits k ranks, and the other way round."""
+        self.step, self.seconds = state["step"], state["seconds"]
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.scheduler is not None:
+            self.scheduler.load_state_dict(state["scheduler"])
+        self.accumulator.load_state_dict(state["accumulator"])
+        self.objective.load_state_dict(state.get("objective", {}))  # older checkpoints have none
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
+        if self.stopping is not None:
+            self.stopping.load_state_dict(state["stopping"])
+        torch.set_rng_state(state["random"])
