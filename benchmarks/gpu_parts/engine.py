@@ -42,9 +42,12 @@ for module in ("numpy", "pooch", "requests", "rich", "rich.console", "rich.progr
 
 from gaf_lab.records import environment  # noqa: E402
 from gaf_lab.settings.config import TrainConfig  # noqa: E402
-from gaf_lab.training.engine import AHEAD, OnDevice  # noqa: E402
-from gaf_lab.training.run import Training, train  # noqa: E402
-from gaf_lab.training.together import Place, train_together  # noqa: E402
+from gaf_lab.training.launched import OnDevice  # noqa: E402
+from gaf_lab.training.run import train  # noqa: E402
+from gaf_lab.training.run_context import RunContext  # noqa: E402
+from gaf_lab.training.tables import AHEAD  # noqa: E402
+from gaf_lab.training.together import train_together  # noqa: E402
+from gaf_lab.training.training import Training  # noqa: E402
 
 if isinstance(sys.modules["numpy"], MagicMock):
     environment.versions = lambda: {"torch": torch.__version__}
@@ -188,10 +191,10 @@ class Runs:
             dataset="noise", engine=kind, device=options.device.type, augment=True, passes=1000.0, lr=0.01, nesterov=True,
             weight_decay=5e-4, **size, **changes,
         )  # type: ignore[arg-type]  # fmt: skip
-        self.places = [Place() for _ in range(count)]
+        self.places = [RunContext() for _ in range(count)]
         self.trainings = []
         for seed, place in enumerate(self.places):
-            with place.taken():
+            with place.enter():
                 self.trainings.append(Training(dataclasses.replace(config, seed=seed), None))
         assert self.block <= AHEAD
 
@@ -199,10 +202,10 @@ class Runs:
         for training, place in zip(self.trainings, self.places, strict=True):
             if isinstance(training.accumulator, OnDevice):
                 steps = range(training.step, training.step + self.block)
-                with place.taken():
+                with place.enter():
                     training.accumulator.launch(steps, [0.01] * self.block)
         for training, place in zip(self.trainings, self.places, strict=True):
-            with place.taken():
+            with place.enter():
                 if isinstance(training.accumulator, OnDevice):
                     training.accumulator.fetch()
                 for _ in range(self.block):

@@ -333,7 +333,7 @@ def ddp_ratios(options: Options) -> Iterator[Line]:
 
     torch.manual_seed(0)
     name = ("convnet", "imagenet") if options.small else ("resnet18", "imagenet")
-    bare = models.build(name[0], (3, 32, 32), 100, name[1])  # type: ignore[arg-type]
+    bare = models.make_model(name[0], (3, 32, 32), 100, name[1])  # type: ignore[arg-type]
     size = 8 if options.small else 128
     x = torch.randn(size, 3, 32, 32, device=options.device)
     y = torch.randint(100, (size,), device=options.device)

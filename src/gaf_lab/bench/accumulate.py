@@ -122,7 +122,7 @@ def time_pair(first: Step, second: Step, rounds: int) -> list[tuple[float, float
 def make_accumulation_step(way: str, k: int, b: int, name: ModelName, stem: models.Stem) -> Step:
     """A step of a fresh model: plain, or by one of the policies."""
     torch.manual_seed(0)
-    model = models.build(name, (3, 32, 32), 100, stem)
+    model = models.make_model(name, (3, 32, 32), 100, stem)
     optimizer = torch.optim.SGD(
         model.parameters(), lr=0.01, momentum=0.9, nesterov=True, weight_decay=0.01
     )
@@ -134,7 +134,7 @@ def make_accumulation_step(way: str, k: int, b: int, name: ModelName, stem: mode
 
 
 def gradient_bytes(name: ModelName, stem: models.Stem) -> int:
-    model = models.build(name, (3, 32, 32), 100, stem)
+    model = models.make_model(name, (3, 32, 32), 100, stem)
     return sum(p.numel() * p.element_size() for p in model.parameters())
 
 

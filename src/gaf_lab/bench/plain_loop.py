@@ -18,7 +18,7 @@ from gaf_lab.data.problem import Problem
 from gaf_lab.data.sampling import derive_seed
 from gaf_lab.settings.config import TrainConfig
 from gaf_lab.training import models
-from gaf_lab.training.run import make_optimizer
+from gaf_lab.training.make import make_optimizer
 
 PADDING = 4
 
@@ -109,4 +109,4 @@ class PlainLoop:
 def fresh_model(config: TrainConfig, problem: Problem, device: torch.device) -> nn.Module:
     """The model that a training of this config begins with."""
     torch.manual_seed(derive_seed(config.seed, "weights"))
-    return models.build(config.model, problem.shape, problem.classes, config.stem).to(device)
+    return models.make_model(config.model, problem.shape, problem.classes, config.stem).to(device)

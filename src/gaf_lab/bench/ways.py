@@ -24,7 +24,7 @@ CLASSES = 100
 
 def build_model(name: str, stem: models.Stem) -> nn.Module:
     torch.manual_seed(0)
-    return models.build(name, (3, 32, 32), CLASSES, stem)
+    return models.make_model(name, (3, 32, 32), CLASSES, stem)
 
 
 def make_rank_step(way: str, name: str, stem: models.Stem, b: int) -> tuple[Step, nn.Module]:

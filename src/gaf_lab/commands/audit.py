@@ -47,11 +47,11 @@ def run_audit(words: Words, console: Console) -> int:
 def audit_and_write(options: AuditOptions, command: str, console: Console) -> int:
     from gaf_lab.experiments import audit as job
     from gaf_lab.records.measurements import write_measurements
-    from gaf_lab.training.console import Progress, labelled, trained
-    from gaf_lab.training.run import pick_device
+    from gaf_lab.training.console import Progress, describe_data, describe_training
+    from gaf_lab.training.make import pick_device
 
     config, out = options.config, options.out
-    say(console, f"{labelled(config)}; {trained(config)}")
+    say(console, f"{describe_data(config)}; {describe_training(config)}")
     found = []
     with Progress(console) as progress:
         for seed in range(config.seed, config.seed + options.seeds):

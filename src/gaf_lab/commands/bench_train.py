@@ -47,7 +47,7 @@ def run_bench_train(words: Words, console: Console) -> int:
     from gaf_lab.bench.train_results import arm_table, part_table
     from gaf_lab.records.measurements import write_measurements
     from gaf_lab.training.console import Progress
-    from gaf_lab.training.run import pick_device
+    from gaf_lab.training.make import pick_device
 
     given = {name: value for name, value in vars(options).items() if name not in ("data", "out")}
     wanted = TrainOptions(data_folder=options.data, **given)

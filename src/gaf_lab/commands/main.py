@@ -41,14 +41,14 @@ def main(words: Words | None = None) -> int:
     words = sys.argv[1:] if words is None else words
     if not (words[:1] == ["train"] and under_torchrun()):
         return run_command(words, Console())
-    from gaf_lab.training import parallel
+    from gaf_lab.training import ranks
 
-    group = parallel.join()
+    group = ranks.join()
     try:
         code = run_command(words, Console(quiet=not group.leads))
-    except parallel.Elsewhere:
+    except ranks.Elsewhere:
         code = 2
-    return parallel.leave(code)
+    return ranks.leave(code)
 
 
 def run_command(words: Words, console: Console) -> int:
@@ -119,7 +119,7 @@ def user_errors() -> tuple[type[Exception], ...]:
     """Errors whose message has all that a user needs."""
     from gaf_lab.data.sources import DataError
     from gaf_lab.records.checkpoint import CheckpointError
-    from gaf_lab.training.run import Diverged
+    from gaf_lab.training.training import Diverged
 
     return ConfigError, ValueError, OSError, DataError, CheckpointError, Diverged
 

@@ -56,12 +56,12 @@ def run_probe(words: Words, console: Console) -> int:
 def probe_and_write(options: ProbeOptions, command: str, console: Console) -> int:
     from gaf_lab.experiments import probe as job
     from gaf_lab.records.measurements import write_measurements
-    from gaf_lab.training.console import Progress, labelled, trained
-    from gaf_lab.training.run import pick_device
+    from gaf_lab.training.console import Progress, describe_data, describe_training
+    from gaf_lab.training.make import pick_device
 
     config = options.config
     sizes = (options.rows, options.slices, options.share, options.chance)
-    say(console, f"{labelled(config)}; {trained(config)}")
+    say(console, f"{describe_data(config)}; {describe_training(config)}")
     with Progress(console) as progress:
         found = list(job.look(config, options.after, options.data, *sizes, progress))
     lines = [one.line() for one in found]

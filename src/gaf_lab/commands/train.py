@@ -46,22 +46,23 @@ def run_train(words: Words, console: Console) -> int:
     options = parse_on_rank_0(words) if under_torchrun() else parse_train(words)
     if isinstance(options, int):
         return options
-    from gaf_lab.training import console as shown
-    from gaf_lab.training import parallel, trackers
+    from gaf_lab.training import ranks, trackers
+    from gaf_lab.training.console import ConsoleListener
+    from gaf_lab.training.listener import Listeners
     from gaf_lab.training.run import train
 
-    group = parallel.here()
+    group = ranks.here()
     resume, done = group.led(lambda: check_before_start(options, group.world))
     if done is not None:
         say(console, f"{options.out}: the run is complete ({done} steps); nothing to do.")
         return 0
-    listener, boards = shown.ConsoleListener(console), []
+    listener, boards = ConsoleListener(console), []
     if group.leads:
         boards = [trackers.TrackerListener(name, options.out) for name in tracker_names(options)]
     start = "gaf train "
     if group.world > 1:
         start = f"torchrun --nproc-per-node {group.world} -m gaf_lab train "
-    job = partial(train, options.config, options.out, shown.Listeners(listener, *boards))
+    job = partial(train, options.config, options.out, Listeners(listener, *boards))
     sources: dict[str, Any] = {
         "data_folder": options.data,
         "steps": options.steps,
@@ -101,7 +102,7 @@ def parse_train(words: Words) -> TrainOptions:
 
 def parse_on_rank_0(words: Words) -> TrainOptions | int:
     """Rank 0's options for all ranks; the exit code if the parser ended the program."""
-    from gaf_lab.training import parallel
+    from gaf_lab.training import ranks
 
     def parse() -> TrainOptions | int:
         try:
@@ -109,7 +110,7 @@ def parse_on_rank_0(words: Words) -> TrainOptions | int:
         except SystemExit as stop:
             return int(stop.code or 0)
 
-    return parallel.here().led(parse)
+    return ranks.here().led(parse)
 
 
 def check_before_start(options: TrainOptions, ranks: int) -> tuple[bool, str | None]:
@@ -119,14 +120,15 @@ def check_before_start(options: TrainOptions, ranks: int) -> tuple[bool, str | N
         Whether to resume, and the number of steps if the run is complete.
     """
     from gaf_lab.records.locks import check_free
-    from gaf_lab.training import parallel, trackers
-    from gaf_lab.training.run import look_into, restarted
+    from gaf_lab.training import trackers
+    from gaf_lab.training.over_ranks import check_ranks
+    from gaf_lab.training.resume import check_output_folder, is_restart
 
-    parallel.check(options.config, ranks)
-    trackers.check(tracker_names(options))
+    check_ranks(options.config, ranks)
+    trackers.check_installed(tracker_names(options))
     check_free(options.out)
-    resume = options.resume or restarted(options.out)
-    done = look_into(options.config, options.out, resume)
+    resume = options.resume or is_restart(options.out)
+    done = check_output_folder(options.config, options.out, resume)
     return resume, None if done is None else f"{done.evals[-1]['step']:,}"
 
 

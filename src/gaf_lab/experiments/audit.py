@@ -53,7 +53,7 @@ from gaf_lab.report.figures import DPI, INK, SOFT, canvas, plain
 from gaf_lab.settings.checks import ConfigError
 from gaf_lab.settings.config import TrainConfig
 from gaf_lab.training.evaluate import logits
-from gaf_lab.training.run import Training
+from gaf_lab.training.training import Training
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

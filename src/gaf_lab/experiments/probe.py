@@ -39,7 +39,7 @@ from gaf_lab.report.figures import DPI, INK, SOFT, canvas, plain
 from gaf_lab.settings.checks import ConfigError
 from gaf_lab.settings.config import TrainConfig
 from gaf_lab.settings.rules import MOST_STEPS
-from gaf_lab.training.run import Training
+from gaf_lab.training.training import Training
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

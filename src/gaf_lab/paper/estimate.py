@@ -79,10 +79,10 @@ def cost(config: TrainConfig, training: float, evaluation: float) -> float:
 
 def sample_seconds(config: TrainConfig) -> tuple[float, float]:
     """Seconds per sample in training and in evaluation, for the network on random pictures."""
-    from gaf_lab.training.run import pick_device
+    from gaf_lab.training.make import pick_device
 
     device, shape = pick_device(config.device), picture_shape(config)
-    model = models.build(config.model, shape, 100, config.stem).to(device)
+    model = models.make_model(config.model, shape, 100, config.stem).to(device)
     parameters = sum(p.numel() for p in model.parameters())
     batch = 1 if parameters > LARGE else min(config.b, MOST_TIMED)
     x = torch.randn(batch, *shape, device=device)

@@ -1,6 +1,6 @@
 """What a person sees of a sweep.
 
-In a terminal: a bar over all runs and one for each in progress. Everywhere: a line for each end.
+In a terminal: a bar over all runs and one for each in make_bars. Everywhere: a line for each end.
 """
 
 import time
@@ -12,7 +12,7 @@ from rich.console import Console
 from gaf_lab.progress import Pulse
 from gaf_lab.records import run as records
 from gaf_lab.sweeps.jobs import Job, JobProgress, accuracies
-from gaf_lab.training.console import progress
+from gaf_lab.training.console import make_bars
 
 
 class Board:
@@ -23,7 +23,7 @@ class Board:
         self.shares = dict.fromkeys(plan, 1.0)
         for name in plan.keys() - set(done):
             self.shares[name] = plan[name].recorded_progress().share
-        self.bars, self.pulse = progress(console), Pulse(console, self._how_far)
+        self.bars, self.pulse = make_bars(console), Pulse(console, self._how_far)
         # Runs differ, and evaluations interrupt them: the rate over a minute is too noisy.
         self.bars.speed_estimate_period = 3600.0
         total = sum(job.samples for job in plan.values())

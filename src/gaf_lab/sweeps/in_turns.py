@@ -6,8 +6,8 @@ from functools import partial
 
 from gaf_lab.sweeps.jobs import Job, JobEnd, JobProgress
 from gaf_lab.sweeps.worker import Reporter, work_in_turns
-from gaf_lab.training.run import Turns
-from gaf_lab.training.together import Place
+from gaf_lab.training.run_context import RunContext
+from gaf_lab.training.turns import Turns
 
 
 class InTurns:
@@ -15,7 +15,7 @@ class InTurns:
 
     def __init__(self, workers: int) -> None:
         self.limit = workers
-        self.runs: dict[str, tuple[Turns[JobEnd], Place]] = {}
+        self.runs: dict[str, tuple[Turns[JobEnd], RunContext]] = {}
         self.news: deque[tuple[str, JobProgress | JobEnd]] = deque()
 
     def room(self) -> int:
@@ -23,7 +23,7 @@ class InTurns:
 
     def start(self, job: Job) -> None:
         reporter = Reporter(partial(self._queue, job.name))
-        self.runs[job.name] = work_in_turns(job, reporter), Place()
+        self.runs[job.name] = work_in_turns(job, reporter), RunContext()
 
     def _queue(self, name: str, event: JobProgress | JobEnd) -> None:
         self.news.append((name, event))
@@ -31,7 +31,7 @@ class InTurns:
     def events(self, seconds: float) -> Iterator[tuple[str, JobProgress | JobEnd]]:
         """Gives each run a turn, however long it takes: this process has nothing else to do."""
         for name, (run, place) in list(self.runs.items()):
-            with place.taken():
+            with place.enter():
                 try:
                     next(run)
                 except StopIteration as end:

@@ -13,8 +13,8 @@ from gaf_lab.settings.checks import ConfigError
 from gaf_lab.settings.config import TrainConfig
 from gaf_lab.settings.plan import folder_name
 from gaf_lab.settings.sizes import PICTURES
-from gaf_lab.training.console import percent
-from gaf_lab.training.run import completed
+from gaf_lab.training.console import share_or_dash
+from gaf_lab.training.resume import finished_run
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Job:
     def finished_run(self) -> records.Run | None:
         """The run's records, if they are complete."""
         with contextlib.suppress(ValueError):
-            return completed(self.config, self.folder)
+            return finished_run(self.config, self.folder)
         return None
 
     @property
@@ -153,7 +153,9 @@ def is_finished(folder: Path) -> bool:
 
 def accuracies(line: dict[str, Any]) -> str:
     """The accuracies of an evaluation as text."""
-    return f"test {percent(line['test_accuracy'])}, memorised {percent(line['memorised'])}"
+    return (
+        f"test {share_or_dash(line['test_accuracy'])}, memorised {share_or_dash(line['memorised'])}"
+    )
 
 
 def describe_plan(configs: Sequence[TrainConfig], out: Path) -> list[str]:

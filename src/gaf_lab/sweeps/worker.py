@@ -11,15 +11,16 @@ from gaf_lab.data.problem import Problem
 from gaf_lab.records import run as records
 from gaf_lab.records.locks import FolderBusy, file_lock, own_folder
 from gaf_lab.sweeps.jobs import Job, JobEnd, JobProgress, accuracies
-from gaf_lab.training.run import Listener, Turns, train_in_turns
-from gaf_lab.training.run import finished as all_of
+from gaf_lab.training.listener import Listener
+from gaf_lab.training.run import train_in_turns
+from gaf_lab.training.turns import Turns, run_to_end
 
 INDEX = "sweep.jsonl"  # beside the runs' folders
 
 
 def work(job: Job, listener: Listener) -> JobEnd:
     """Finishes a run, from its checkpoint if it has one. An error is returned, not raised."""
-    return all_of(work_in_turns(job, listener))
+    return run_to_end(work_in_turns(job, listener))
 
 
 def work_in_turns(job: Job, listener: Listener) -> Turns[JobEnd]:

@@ -17,10 +17,12 @@ import gaf
 from gaf.record.ledger import Ledger
 from gaf.rules.contract import Policy
 from gaf_lab.data.problem import Problem
-from gaf_lab.settings.config import TrainConfig
 from gaf_lab.settings.checks import ConfigError
-from gaf_lab.training.tables import Tables, draws
+from gaf_lab.settings.config import TrainConfig
+from gaf_lab.training.device_step import DeviceStep
+from gaf_lab.training.tables import AHEAD, Tables, draws
 from gaf_lab.training.techniques import Objective
+from gaf_lab.training.turns import Turns
 
 
 def obstacle(config: TrainConfig, world: int = 1) -> str | None:
@@ -146,7 +148,7 @@ class OnDevice:
         """
         if self._call is None:
             self._call = Captured(self.one) if self.one.device.type == "cuda" else self.one
-        rows = [self._draws.pop(t, None) or draws(self.problem, t) for t in steps]
+        rows = [self._draws.pop(t, {}) or draws(self.problem, t) for t in steps]
         tables = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
         tables["rates"] = torch.tensor(rates, dtype=torch.float32)
         if self.one.planned:

@@ -14,8 +14,8 @@ from gaf.rules.judging import streams
 from gaf_lab.data.problem import Problem
 from gaf_lab.records import environment
 from gaf_lab.records import run as records
-from gaf_lab.settings.config import TrainConfig
 from gaf_lab.settings.checks import ConfigError
+from gaf_lab.settings.config import TrainConfig
 from gaf_lab.training.buckets import PerBucket
 from gaf_lab.training.controls import RandomSubset, ReplaySkip
 from gaf_lab.training.launched import OnDevice, uses_device_engine

@@ -9,8 +9,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 import gaf
-from gaf_lab.settings.config import TrainConfig
 from gaf_lab.settings.checks import ConfigError
+from gaf_lab.settings.config import TrainConfig
 from gaf_lab.training.ranks import PATIENCE, Group
 
 

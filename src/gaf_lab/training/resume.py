@@ -4,8 +4,8 @@ from pathlib import Path
 
 from gaf_lab.records import checkpoint
 from gaf_lab.records import run as records
-from gaf_lab.settings.config import TrainConfig
 from gaf_lab.settings.checks import ConfigError
+from gaf_lab.settings.config import TrainConfig
 from gaf_lab.training.ranks import launch
 
 

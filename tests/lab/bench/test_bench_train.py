@@ -50,7 +50,8 @@ from gaf_lab.commands import main as cli
 from gaf_lab.data.augment import normalise
 from gaf_lab.data.problem import make_problem
 from gaf_lab.settings.config import TrainConfig
-from gaf_lab.training.run import Training, make_optimizer
+from gaf_lab.training.make import make_optimizer
+from gaf_lab.training.training import Training
 from helpers.fakes import Silent
 
 ROOT = Path(__file__).parents[3]

@@ -12,7 +12,7 @@ import gaf
 from gaf_lab.commands import main as cli
 from gaf_lab.records import run as records
 from gaf_lab.settings.presets import PRESETS
-from gaf_lab.training.console import TITLES, WIDTHS, ConsoleListener
+from gaf_lab.training.console import COLUMNS, ConsoleListener, table_line
 
 SMALL = [
     "--dataset",
@@ -360,7 +360,7 @@ def test_an_unknown_word_is_answered_with_the_nearest(run, words, message):
 )  # fmt: skip
 def test_absurd_sizes_are_refused_before_anything_runs(run, tmp_path, monkeypatch, words, message):
     monkeypatch.chdir(tmp_path)  # the default folders are here
-    monkeypatch.setattr("gaf_lab.training.run.Training.macro_batch", None)
+    monkeypatch.setattr("gaf_lab.training.training.Training.macro_batch", None)
     code, _, err = run(*words)
     assert code == 2
     assert message in err
@@ -443,10 +443,10 @@ def test_python_dash_m_is_the_command():
 
 
 def test_the_progress_bar_fits_80_columns():
-    from gaf_lab.training.console import progress
+    from gaf_lab.training.console import make_bars
 
     screen = io.StringIO()
-    with progress(Console(file=screen, width=80, force_terminal=True)) as bars:
+    with make_bars(Console(file=screen, width=80, force_terminal=True)) as bars:
         bars.add_task(
             "random-subset-0", total=100, completed=50, facts="test 83.7%, memorised 100.0%"
         )
@@ -458,9 +458,9 @@ def test_the_progress_bar_fits_80_columns():
 
 
 def test_the_columns_of_a_run_stay_apart_and_fit_78():
-    titles = "".join(title.rjust(width) for title, width in zip(TITLES, WIDTHS, strict=True))
+    titles = table_line(COLUMNS)
     assert len(titles) <= 78
-    assert all(f" {title}" in titles for title in TITLES)
+    assert all(f" {title}" in titles for title in COLUMNS)
     assert "loss  held-out" in titles.replace("   ", "  ")
     assert "test  memorised" in titles
     screen = io.StringIO()

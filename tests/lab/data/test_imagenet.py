@@ -330,7 +330,7 @@ def test_a_streamed_part_gives_all_its_pictures_in_order(pictures, n):
 def test_evaluation_sees_each_test_picture_once_by_as_many_at_a_time_as_fit(pictures, monkeypatch):
     monkeypatch.setattr("gaf_lab.training.evaluate.PIXELS", 16 * 16 * 5)  # 5 of the 24 at a time
     problem = make_problem(SMALL, pictures, CPU)
-    model = models.build("convnet", problem.shape, problem.classes, "cifar")
+    model = models.make_model("convnet", problem.shape, problem.classes, "cifar")
     scores = logits(model, problem, problem.test)
     whole = model.eval()(problem.inputs(problem.test.x.read(range(24))))
     torch.testing.assert_close(scores, whole)  # float32 sums of other batch sizes

@@ -14,7 +14,7 @@ from gaf_lab.commands import main as cli
 from gaf_lab.experiments import probe
 from gaf_lab.settings.checks import ConfigError
 from gaf_lab.settings.config import TrainConfig
-from gaf_lab.training.run import Training
+from gaf_lab.training.training import Training
 
 SMALL = ("--dataset", "digits", "--k", 4, "--b", 16, "--rows", 64)
 

@@ -25,7 +25,7 @@ from gaf_lab.records.run import Run
 from gaf_lab.report import figures, measures, statistics
 from gaf_lab.report import page as report
 from gaf_lab.report.arms import Arm, group_by_arm
-from gaf_lab.training.run import Interval
+from gaf_lab.training.interval import Interval
 from helpers.reports import POLICIES, Page, head, nine, share_of, simulate
 
 NASTY = [

@@ -21,7 +21,7 @@ from gaf_lab.settings.plan import from_file
 from gaf_lab.settings.presets import PRESETS, find_preset
 from gaf_lab.settings.reading import from_dict, from_toml
 from gaf_lab.training.console import label_noise
-from gaf_lab.training.run import learning_rate, make_policy
+from gaf_lab.training.make import learning_rate, make_policy
 
 
 def test_every_field_has_a_docstring():
@@ -353,7 +353,7 @@ def test_a_rate_cannot_be_scaled_by_a_run_that_accepted_nothing(tmp_path):
 
 
 def test_a_threshold_has_its_own_default_and_its_argument_is_checked_before_a_run():
-    from gaf_lab.training.run import make_tau
+    from gaf_lab.training.make import make_tau
 
     for name, kind in (("signal", gaf.SignalTau), ("noise-floor", gaf.NoiseFloorTau), ("quantile", gaf.QuantileTau),
                        ("moving-average", gaf.MovingAverageTau)):  # fmt: skip

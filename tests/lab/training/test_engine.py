@@ -17,16 +17,20 @@ from torch.utils._pytree import tree_leaves
 import gaf
 from gaf.device.rows import Stacked, rows_on_device
 from gaf_lab.data.pictures import Pictures
+from gaf_lab.data.problem import make_problem
 from gaf_lab.records import checkpoint
 from gaf_lab.records import run as records
 from gaf_lab.settings.checks import ConfigError
 from gaf_lab.settings.config import TrainConfig
-from gaf_lab.training import engine
-from gaf_lab.training import run as module
-from gaf_lab.training.engine import DeviceStep, OnDevice
-from gaf_lab.training.run import Diverged, Training, train
+from gaf_lab.training.device_step import DeviceStep
+from gaf_lab.training.launched import OnDevice, check_device_engine, uses_device_engine
+from gaf_lab.training.make import make_optimizer, make_policy
+from gaf_lab.training.models import make_model
+from gaf_lab.training.run import train
 from gaf_lab.training.tables import rates_ahead
+from gaf_lab.training.techniques import Objective
 from gaf_lab.training.together import in_turns, train_together
+from gaf_lab.training.training import Diverged, Training
 from helpers.fakes import Silent
 
 SMALL = TrainConfig(
@@ -170,11 +174,9 @@ def test_the_engine_decides_and_trains_as_the_plain_path(tmp_path, recorded, cha
 def test_with_the_same_optimizer_the_weights_are_the_same_bits(tmp_path, monkeypatch, changes):
     config = dataclasses.replace(SMALL, lr=2**-7, **changes)  # a learning rate that float32 holds
     _, ours, device = run(dataclasses.replace(config, engine="device"), tmp_path / "device")
-    fused = module.make_optimizer
     monkeypatch.setattr(
-        module,
-        "make_optimizer",
-        lambda config, rate, params: fused(config, rate, params, fused=True),
+        "gaf_lab.training.training.make_optimizer",
+        lambda config, rate, params: make_optimizer(config, rate, params, fused=True),
     )
     _, theirs, plain = run(dataclasses.replace(config, engine="plain"), tmp_path / "plain")
     assert [a.accepted for a in ours] == [a.accepted for a in theirs]
@@ -221,7 +223,7 @@ def fresh(**changes) -> DeviceStep:
     on_device = training.accumulator
     assert isinstance(on_device, OnDevice)
     on_device._call = lambda: None
-    on_device.launch(range(20), training._rates(20))
+    on_device.launch(range(20), training.next_rates(20))
     return on_device.one
 
 
@@ -257,24 +259,19 @@ def meta(monkeypatch):
 
     def make(**changes):
         config = dataclasses.replace(SMALL, engine="device", **changes)
-        problem = module.make_problem(config, None, torch.device("cpu"))
+        problem = make_problem(config, None, torch.device("cpu"))
         train = Pictures(
             *(t.to("meta") for t in (problem.train.x, problem.train.observed, problem.train.clean))
         )
-        model = module.models.build(config.model, problem.shape, problem.classes, config.stem).to(
-            "meta"
-        )
-        optimizer = module.make_optimizer(config, config.lr, list(model.parameters()), fused=True)
+        model = make_model(config.model, problem.shape, problem.classes, config.stem).to("meta")
+        optimizer = make_optimizer(config, config.lr, list(model.parameters()), fused=True)
         optimizer._need_device_dtype_check_for_fused = False
-        objective = module.Objective(
-            config, len(problem.train), problem.classes, torch.device("meta")
-        )
+        objective = Objective(config, len(problem.train), problem.classes, torch.device("meta"))
         return DeviceStep(
-            config,
             dataclasses.replace(problem, train=train),
             model,
             objective,
-            module.make_policy(config),
+            make_policy(config),
             optimizer,
         )
 
@@ -567,7 +564,7 @@ def test_runs_go_round():
         ),
         (
             {"optimizer": "rmsprop"},
-            "optimizer must have a fused form, which skips without asking the host for engine 'device'; got 'rmsprop'",
+            "optimizer must have a fused form, which skips without the host for engine 'device'; got 'rmsprop'",
         ),
         (
             {"dataset": "imagenet"},
@@ -580,20 +577,24 @@ def test_what_it_cannot_run_is_said_before_anything_is_written(tmp_path, changes
     with pytest.raises(ConfigError, match=f"^{message}"):
         train(config, tmp_path / "run", Silent())
     assert not (tmp_path / "run").exists()
-    assert not engine.chosen(dataclasses.replace(config, engine="auto"), torch.device("cuda"), 1)
+    assert not uses_device_engine(
+        dataclasses.replace(config, engine="auto"), torch.device("cuda"), 1
+    )
 
 
 def test_auto_takes_the_engine_on_cuda_alone():
     auto = dataclasses.replace(SMALL, engine="auto")
-    assert engine.chosen(auto, torch.device("cuda"), 1)
-    assert not engine.chosen(auto, torch.device("cpu"), 1)
-    assert not engine.chosen(auto, torch.device("cuda"), 4)
-    assert not engine.chosen(dataclasses.replace(SMALL, engine="plain"), torch.device("cuda"), 1)
+    assert uses_device_engine(auto, torch.device("cuda"), 1)
+    assert not uses_device_engine(auto, torch.device("cpu"), 1)
+    assert not uses_device_engine(auto, torch.device("cuda"), 4)
+    assert not uses_device_engine(
+        dataclasses.replace(SMALL, engine="plain"), torch.device("cuda"), 1
+    )
     with pytest.raises(
         ConfigError,
         match=r"engine must not be 'device' on several ranks; got it on 4. Use --engine plain.",
     ):
-        engine.check(dataclasses.replace(SMALL, engine="device"), 4)
+        check_device_engine(dataclasses.replace(SMALL, engine="device"), 4)
 
 
 # On a GPU

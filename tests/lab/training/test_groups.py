@@ -20,7 +20,8 @@ from gaf_lab.settings.config import TrainConfig
 from gaf_lab.training import buckets as groups
 from gaf_lab.training import models
 from gaf_lab.training.buckets import PerBucket, buckets
-from gaf_lab.training.run import Training, train
+from gaf_lab.training.run import train
+from gaf_lab.training.training import Training
 from helpers.fakes import Silent
 from helpers.runs import assert_same
 
@@ -49,7 +50,7 @@ def seen_by_ddp(rank, folder):
 
 
 def buckets_of(name, stem, size):
-    net = models.build(name, (3, size, size), 10, stem)
+    net = models.make_model(name, (3, size, size), 10, stem)
     names, seen = {p: n for n, p in net.named_parameters()}, []
 
     def look(state, bucket):
@@ -77,7 +78,7 @@ def from_ddp():
 @pytest.mark.parametrize("i", range(len(NETS)), ids=[name for name, *_ in NETS])
 def test_buckets_are_those_of_distributed_data_parallel(from_ddp, i):
     name, stem, size = NETS[i]
-    net = models.build(name, (3, size, size), 10, stem)
+    net = models.make_model(name, (3, size, size), 10, stem)
     names = {p: n for n, p in net.named_parameters()}
     params = list(net.parameters())
     found = [{names[params[j]] for j in bucket} for bucket in buckets(params)]

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from gaf_lab.settings.checks import ConfigError
-from gaf_lab.training.models import build
+from gaf_lab.training.models import make_model
 
 
 def parameters(name, shape=(3, 32, 32), classes=100, stem="imagenet"):
-    return sum(p.numel() for p in build(name, shape, classes, stem).parameters())
+    return sum(p.numel() for p in make_model(name, shape, classes, stem).parameters())
 
 
 def test_resnets_have_torchvisions_number_of_parameters():
@@ -26,14 +26,14 @@ def test_the_mlp_is_784_512_512_10():
 @pytest.mark.parametrize("stem", ["imagenet", "cifar"])
 @pytest.mark.parametrize("name", ["resnet18", "preact-resnet34", "convnet", "mlp"])
 def test_every_network_maps_pictures_to_scores(name, stem):
-    model = build(name, (3, 32, 32), 7, stem).eval()
+    model = make_model(name, (3, 32, 32), 7, stem).eval()
     assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 7)
 
 
 def test_the_cifar_stem_keeps_the_picture_whole_and_the_imagenet_stem_leaves_a_sixteenth():
     x = torch.zeros(1, 3, 32, 32)
     for stem, side in (("cifar", 32), ("imagenet", 8)):
-        model = build("resnet18", (3, 32, 32), 10, stem)
+        model = make_model("resnet18", (3, 32, 32), 10, stem)
         first_block = next(i for i, m in enumerate(model) if type(m).__name__ == "BasicBlock")
         assert model[:first_block](x).shape == (1, 64, side, side)
 
@@ -53,7 +53,7 @@ def test_vit_l16_has_304_million_parameters():
 
 def test_the_tiny_vit_maps_pictures_to_scores_and_every_weight_gets_a_gradient():
     pytest.importorskip("transformers")
-    model = build("vit-tiny", (3, 32, 32), 7, "cifar")
+    model = make_model("vit-tiny", (3, 32, 32), 7, "cifar")
     scores = model(torch.randn(2, 3, 32, 32))
     assert scores.shape == (2, 7)
     scores.square().sum().backward()
@@ -62,7 +62,7 @@ def test_the_tiny_vit_maps_pictures_to_scores_and_every_weight_gets_a_gradient()
 
 def test_a_vit_knows_the_order_of_its_patches_by_their_positions_alone():
     pytest.importorskip("transformers")
-    model = build("vit-tiny", (3, 32, 32), 7, "cifar").double()
+    model = make_model("vit-tiny", (3, 32, 32), 7, "cifar").double()
     x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
     swapped = x.clone()
     swapped[:, :, :8, :8], swapped[:, :, 24:, 8:16] = x[:, :, 24:, 8:16], x[:, :, :8, :8]
@@ -79,7 +79,7 @@ def test_a_vit_knows_the_order_of_its_patches_by_their_positions_alone():
 def test_a_vit_refuses_pictures_that_do_not_divide_into_patches(name, side, patch, fix):
     message = f"size must be a multiple of the patches' {patch} pixels for {name}.* got pictures of {side} x {side}. .*--size {fix}.$"
     with pytest.raises(ConfigError, match=message):
-        build(name, (3, side, side), 10, "cifar")
+        make_model(name, (3, side, side), 10, "cifar")
 
 
 def test_a_vit_without_transformers_says_what_to_install(monkeypatch):
@@ -88,4 +88,4 @@ def test_a_vit_without_transformers_says_what_to_install(monkeypatch):
         ConfigError,
         match=r"model 'vit-tiny' needs transformers, which is not installed. Install gaf\[vit\].",
     ):
-        build("vit-tiny", (3, 32, 32), 10, "cifar")
+        make_model("vit-tiny", (3, 32, 32), 10, "cifar")

@@ -25,8 +25,11 @@ from gaf_lab.records import run as records
 from gaf_lab.settings.checks import ConfigError
 from gaf_lab.settings.config import TrainConfig
 from gaf_lab.settings.reading import from_dict
-from gaf_lab.training import parallel
-from gaf_lab.training.run import Diverged, restarted, train
+from gaf_lab.training.over_ranks import check_ranks
+from gaf_lab.training.ranks import Group, here
+from gaf_lab.training.resume import is_restart
+from gaf_lab.training.run import train
+from gaf_lab.training.training import Diverged
 from helpers.fakes import Silent
 
 pytestmark = pytest.mark.distributed
@@ -174,7 +177,7 @@ def work(rank, store, folder):
     torch.set_num_threads(1)
     os.environ["LOCAL_RANK"] = str(rank)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD)
-    group, told = parallel.here(), {}
+    group, told = here(), {}
 
     def attempt(name, job):
         try:
@@ -439,29 +442,29 @@ def test_batch_norm_statistics_of_accepted_micro_batches_alone_are_refused_on_ra
     config = dataclasses.replace(SMALL, bn="accepted")
     with pytest.raises(
         ConfigError,
-        match="bn must be 'all' on several ranks: .*; got 'accepted' on 3 ranks. Set --bn all, or run one",
+        match="bn must be 'all' on several ranks, .*; got 'accepted' on 3 ranks. Set --bn all, or run one",
     ):
-        parallel.check(config, WORLD)
-    parallel.check(config, 1)
-    parallel.check(dataclasses.replace(config, k=8), 1)
+        check_ranks(config, WORLD)
+    check_ranks(config, 1)
+    check_ranks(dataclasses.replace(config, k=8), 1)
 
 
 def test_only_the_torchrun_that_began_a_run_starts_it_again(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "first")
     train(SMALL, tmp_path, Silent(), steps=5)
-    assert restarted(tmp_path)
+    assert is_restart(tmp_path)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "second")
-    assert not restarted(tmp_path)
+    assert not is_restart(tmp_path)
     monkeypatch.delenv("TORCHELASTIC_RUN_ID")
-    assert not restarted(tmp_path)
-    assert not restarted(tmp_path / "absent")
+    assert not is_restart(tmp_path)
+    assert not is_restart(tmp_path / "absent")
     assert (tmp_path / records.FILE).exists()
 
 
 def test_a_run_without_a_checkpoint_is_started_anew_by_its_own_torchrun(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "first")
     train(SMALL, tmp_path, Silent(), steps=5, keep_checkpoints=False)
-    assert not restarted(tmp_path)
+    assert not is_restart(tmp_path)
     assert not (tmp_path / records.FILE).exists()
 
 
@@ -474,7 +477,7 @@ def test_torchrun_with_one_process_is_one_process(monkeypatch):
     }.items():
         monkeypatch.setenv(name, value)
     assert not under_torchrun()
-    assert parallel.here() == parallel.Group()
+    assert here() == Group()
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert under_torchrun()
     monkeypatch.delenv("MASTER_ADDR")  # another launcher's variables

@@ -15,17 +15,19 @@ from gaf_lab.records import checkpoint
 from gaf_lab.records import run as records
 from gaf_lab.settings.checks import ConfigError
 from gaf_lab.settings.config import TrainConfig
-from gaf_lab.training import parallel, techniques
-from gaf_lab.training import run as module
-from gaf_lab.training.run import Training, train
+from gaf_lab.training import techniques
+from gaf_lab.training.evaluate import evaluate
+from gaf_lab.training.over_ranks import check_ranks
+from gaf_lab.training.run import train
 from gaf_lab.training.techniques import (
     EarlyLearning,
     EarlyStopping,
     Objective,
-    climbing,
     generalised_cross_entropy,
-    mixed,
+    mix,
+    sam_perturbation,
 )
+from gaf_lab.training.training import Training
 from helpers.fakes import Silent
 from helpers.runs import Stop, assert_same, final_state
 
@@ -175,11 +177,11 @@ def test_scores_in_bfloat16_lose_nothing_more_in_the_loss(changes):
 
 def test_mixup_mixes_pictures_and_labels_with_the_same_share_and_partner():
     x, y = torch.randn(6, 2, 3, 3), torch.arange(6)
-    found, other, m = mixed(x, y, 0.4, 0, 5, 1)
+    found, other, m = mix(x, y, 0.4, 0, 5, 1)
     # the partners are the same samples in another order
     assert sorted(other.tolist()) == y.tolist()
     assert torch.allclose(found, m * x + (1 - m) * x[other])
-    again, different = mixed(x, y, 0.4, 0, 5, 1), mixed(x, y, 0.4, 0, 5, 2)
+    again, different = mix(x, y, 0.4, 0, 5, 1), mix(x, y, 0.4, 0, 5, 2)
     assert torch.equal(found, again[0])
     assert m != different[2]
 
@@ -188,9 +190,9 @@ def test_mixups_loss_is_cross_entropy_with_the_mixed_labels():
     x, y = torch.randn(6, 4), torch.randint(5, (6,))
     net = nn.Linear(4, 5)
     found = objective(changed(mixup=0.8))(net, x, y, torch.arange(6), 3, 2)
-    mix, other, m = mixed(x, y, 0.8, SMALL.seed, 3, 2)
+    blend, other, m = mix(x, y, 0.8, SMALL.seed, 3, 2)
     assert torch.allclose(
-        found, cross_entropy(net(mix), m * one_hot(y, 5) + (1 - m) * one_hot(other, 5))
+        found, cross_entropy(net(blend), m * one_hot(y, 5) + (1 - m) * one_hot(other, 5))
     )
 
 
@@ -206,7 +208,7 @@ def test_mixup_with_all_of_the_picture_is_no_mixup(monkeypatch):
 @pytest.mark.parametrize("alpha", [0.2, 1.0, 8.0])
 def test_mixups_share_is_beta_distributed(alpha):
     x, y, n = torch.zeros(1, 1), torch.zeros(1, dtype=torch.int64), 2000
-    m = torch.tensor([mixed(x, y, alpha, 0, step)[2] for step in range(n)], dtype=torch.float64)
+    m = torch.tensor([mix(x, y, alpha, 0, step)[2] for step in range(n)], dtype=torch.float64)
     variance = 1 / (4 * (2 * alpha + 1))
     assert abs(m.mean() - 0.5) < 5 * math.sqrt(variance / n)
     # a sample variance's standard deviation is at most that of a two-point distribution's square, (1/4) / sqrt(n)
@@ -215,7 +217,7 @@ def test_mixups_share_is_beta_distributed(alpha):
 
 def test_mixup_keeps_the_memory_layout():
     x = torch.randn(4, 3, 6, 6).to(memory_format=torch.channels_last)
-    assert mixed(x, torch.arange(4), 1.0, 0)[0].is_contiguous(memory_format=torch.channels_last)
+    assert mix(x, torch.arange(4), 1.0, 0)[0].is_contiguous(memory_format=torch.channels_last)
 
 
 # ---------------------------------------------------------------------------------- SAM
@@ -246,7 +248,7 @@ def test_sam_climbs_by_its_radius_along_the_gradient_and_takes_the_gradient_ther
     before = {name: p.detach().clone() for name, p in net.named_parameters()}
     there = climbed(net, x, y, 0.3)
     expected = gradients(net, there, x, y)
-    with climbing(net, cross_entropy(net(x), y), 0.3):
+    with sam_perturbation(net, cross_entropy(net(x), y), 0.3):
         moved = torch.cat(
             [(p.detach() - before[name]).flatten() for name, p in net.named_parameters()]
         )
@@ -264,7 +266,7 @@ def test_sam_moves_batch_norms_statistics_and_count_once(momentum):
     once = copy.deepcopy(net)
     for _ in range(2):
         once(x)
-        with climbing(net, cross_entropy(net(x), y), 0.3):
+        with sam_perturbation(net, cross_entropy(net(x), y), 0.3):
             net(x)
     assert_same(dict(once.named_buffers()), dict(net.named_buffers()))
     assert net[1].num_batches_tracked == 2
@@ -274,7 +276,7 @@ def test_sam_puts_the_weights_back_where_the_second_pass_fails():
     net, x, y = small_net(), torch.randn(10, 4, dtype=torch.float64), torch.randint(3, (10,))
     before = copy.deepcopy(net.state_dict())
     loss = cross_entropy(net.eval()(x), y)
-    with pytest.raises(KeyError), climbing(net.train(), loss, 0.3):
+    with pytest.raises(KeyError), sam_perturbation(net.train(), loss, 0.3):
         raise KeyError
     assert_same(dict(before), dict(net.state_dict()))
     assert net[1].track_running_stats
@@ -349,8 +351,7 @@ def test_the_average_follows_the_recursion_over_steps_taken_and_is_what_is_evalu
     assert all(torch.allclose(found[name].double(), t, atol=1e-6) for name, t in expected.items())
     assert {"1.running_mean", "1.running_var"} <= set(expected)
     own, average = (
-        module.evaluate(model, training.problem)
-        for model in (training.model, training.average.module)
+        evaluate(model, training.problem) for model in (training.model, training.average.module)
     )
     line = training.evaluation()
     assert {key: line[key] for key in average} == average != own
@@ -385,7 +386,7 @@ def accuracies(monkeypatch):
             "test_loss": 1.0,
         }
 
-    monkeypatch.setattr(module, "evaluate", evaluate)
+    monkeypatch.setattr("gaf_lab.training.training.evaluate", evaluate)
     return wanted
 
 
@@ -560,24 +561,24 @@ def test_what_makes_no_sense_is_refused(changes, message):
     [
         (
             {"loss": "elr"},
-            "loss must not be 'elr' on several ranks: .*; got 'elr' on 3 ranks. Run one process",
+            "loss must not be 'elr' on several ranks, .*; got 'elr' on 3 ranks. Run one process",
         ),
         ({"compile": True}, "compile must be off on several ranks; got it on 3. Set --no-compile"),
         (
             {"scope": "group"},
-            "scope must be 'all' on several ranks: .*; got 'group' on 3 ranks. Run one process",
+            "scope must be 'all' on several ranks, .*; got 'group' on 3 ranks. Run one process",
         ),
     ],
 )
 def test_what_ranks_cannot_do_is_refused(changes, message):
     with pytest.raises(ConfigError, match=message):
-        parallel.check(changed(**changes), 3)
-    parallel.check(changed(**changes), 1)
+        check_ranks(changed(**changes), 3)
+    check_ranks(changed(**changes), 1)
 
 
 def test_the_permutation_of_mixup_moves_no_other_draw():
     before = torch.get_rng_state()
-    mixed(torch.zeros(5, 1), torch.arange(5), 1.0, 0, 1)
+    mix(torch.zeros(5, 1), torch.arange(5), 1.0, 0, 1)
     assert torch.equal(before, torch.get_rng_state())
     assert (
         generator(0, "mixup order", 1).initial_seed() != generator(0, "augment", 1).initial_seed()
