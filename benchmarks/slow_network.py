@@ -229,12 +229,12 @@ def show(found: list[object], options: argparse.Namespace) -> None:
     from rich.console import Console
 
     from gaf_lab.bench.ddp import ddp_conditions, table
-    from gaf_lab.bench.ddp_rank import DDPOptions
+    from gaf_lab.bench.ddp_rank import DDPSetup
     from gaf_lab.records.measurements import write_measurements
 
     Console().print(table(found))
     if options.out is not None:
-        wanted = DDPOptions(options.model, options.stem, options.b, options.rounds)
+        wanted = DDPSetup(options.model, options.stem, options.b, options.rounds)
         write_measurements(
             found,
             options.out,

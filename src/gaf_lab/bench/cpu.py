@@ -22,7 +22,7 @@ from rich.table import Table
 
 from gaf_lab.bench.cpu_settings import BASE, Setting, all_settings, describe_choice
 from gaf_lab.bench.crew import Crew
-from gaf_lab.bench.timing import compare, rotate
+from gaf_lab.bench.timing import compare_times, rotate
 from gaf_lab.progress import Tell, silent
 from gaf_lab.settings.checks import ConfigError
 from gaf_lab.settings.presets import CIFAR100_GAF, DEMO
@@ -60,7 +60,7 @@ class SettingSpeed:
         what = {"kind": "bench-cpu", "model": self.model, "k": config.k, "b": config.b, **setting}
         if self.failed is not None:
             return what | {"failed": self.failed}
-        ratios = compare("", self.speeds, self.base)
+        ratios = compare_times("", self.speeds, self.base)
         del ratios["ms_median"]
         rates = {
             "rounds": len(self.speeds),

@@ -13,8 +13,8 @@ from rich.table import Table
 
 from gaf_lab.bench import launch
 from gaf_lab.bench.bytes_sent import volume
-from gaf_lab.bench.ddp_rank import DDPOptions, rank_main
-from gaf_lab.bench.timing import compare
+from gaf_lab.bench.ddp_rank import DDPSetup, rank_main
+from gaf_lab.bench.timing import compare_times
 from gaf_lab.bench.ways import PLAIN, WAYS, build_model
 from gaf_lab.progress import Tell, silent
 
@@ -43,8 +43,8 @@ class DDPCost:
             "k": self.k,
             "rounds": len(self.ms),
             "gradient_bytes": self.gradient_bytes,
-            **compare("", self.ms, self.plain_ms),
-            **compare("alone_", self.alone_ms, self.plain_alone_ms),
+            **compare_times("", self.ms, self.plain_ms),
+            **compare_times("alone_", self.alone_ms, self.plain_alone_ms),
             "sent_bytes": sum(self.sent.values()),
             "sent": self.sent,
             "wire_bytes": self.wire_bytes,
@@ -58,29 +58,29 @@ class DDPCost:
         return (self.peak_bytes - self.plain_peak_bytes) / self.gradient_bytes
 
 
-def measure_ddp(options: DDPOptions, ks: tuple[int, ...], tell: Tell = silent) -> list[DDPCost]:
+def measure_ddp(setup: DDPSetup, ks: tuple[int, ...], tell: Tell = silent) -> list[DDPCost]:
     """Measures every way among k processes of this machine, for every k. tell: the progress."""
-    check_ddp_options(options, ks)
+    check_ddp_setup(setup, ks)
     launch.preload(rank_main.__module__)
     found = []
     for k in ks:
         tell(f"k = {k}, times", 0, 1 + len(WAYS))
-        times, peaks = launch.run_ranks(rank_main, options, k), {}
+        times, peaks = launch.run_ranks(rank_main, setup, k), {}
         for number, way in enumerate(WAYS, 1):
             tell(f"k = {k}, memory", number, 1 + len(WAYS))
-            peak_of_way = dataclasses.replace(options, peak=way)
+            peak_of_way = dataclasses.replace(setup, peak=way)
             peaks[way] = launch.run_ranks(rank_main, peak_of_way, k)["peak_bytes"]
         found += ddp_costs(k, times, peaks)
     return found
 
 
-def check_ddp_options(options: DDPOptions, ks: tuple[int, ...]) -> None:
-    if options.rounds < 2:
+def check_ddp_setup(setup: DDPSetup, ks: tuple[int, ...]) -> None:
+    if setup.rounds < 2:
         raise ValueError(
-            f"rounds: must be at least 2, for a spread; got {options.rounds}. Give --rounds 20."
+            f"rounds: must be at least 2, for a spread; got {setup.rounds}. Give --rounds 20."
         )
-    if options.b < 2:
-        raise ValueError(f"b: must be at least 2, for BatchNorm; got {options.b}. Give --b 32.")
+    if setup.b < 2:
+        raise ValueError(f"b: must be at least 2, for BatchNorm; got {setup.b}. Give --b 32.")
     if not ks or min(ks) < 2:
         given = ", ".join(map(str, ks)) or "none"
         raise ValueError(f"k: must be at least 2 processes; got {given}. Give --k 2 4.")
@@ -107,9 +107,9 @@ def ddp_costs(k: int, times: dict[str, Any], peaks: dict[str, int | None]) -> li
     ]
 
 
-def ddp_conditions(options: DDPOptions) -> dict[str, Any]:
-    bare = build_model(options.model, options.stem)
-    given = {name: value for name, value in dataclasses.asdict(options).items() if name != "peak"}
+def ddp_conditions(setup: DDPSetup) -> dict[str, Any]:
+    bare = build_model(setup.model, setup.stem)
+    given = {name: value for name, value in dataclasses.asdict(setup).items() if name != "peak"}
     return given | {
         "pictures": "3x32x32",
         "parameters": sum(p.numel() for p in bare.parameters()),

@@ -32,7 +32,7 @@ PEAK_STEPS = 3
 
 
 @dataclass(frozen=True)
-class DDPOptions:
+class DDPSetup:
     """The same on every rank. peak: the way whose peak of memory is measured, instead of times."""
 
     model: ModelName = "resnet18"
@@ -42,14 +42,14 @@ class DDPOptions:
     peak: str | None = None
 
 
-def rank_main(options: DDPOptions, result: Path) -> None:
+def rank_main(setup: DDPSetup, result: Path) -> None:
     """One rank's part; rank 0 writes what was measured to `result` as JSON."""
     torch.set_num_threads(1)
     # GAF warns that tau accepts everything, which is meant here.
     warnings.filterwarnings("ignore", message="gaf:")
     dist.init_process_group("gloo")
     try:
-        found = measure_times(options) if options.peak is None else measure_peak(options)
+        found = measure_times(setup) if setup.peak is None else measure_peak(setup)
         if dist.get_rank() == 0:
             result.write_text(json.dumps(found))
         dist.barrier()
@@ -57,20 +57,20 @@ def rank_main(options: DDPOptions, result: Path) -> None:
         dist.destroy_process_group()
 
 
-def measure_times(options: DDPOptions) -> dict[str, Any]:
+def measure_times(setup: DDPSetup) -> dict[str, Any]:
     """Everything but the memory, of every way."""
-    ways, model = make_warm_steps(options)
+    ways, model = make_warm_steps(setup)
     sizes = bucket_sizes(model)
     sent = {way: sent_bytes(way, step, sizes) for way, step in ways.items()}
     wire = {way: wire_bytes(step) for way, step in ways.items()}
     found: dict[str, list[float]] = {way: [] for way in WAYS}
     while True:
-        time_ways(ways, found, min(DDP_ROUNDS, options.rounds - len(found[PLAIN])))
-        if len(found[PLAIN]) == options.rounds:
+        time_ways(ways, found, min(DDP_ROUNDS, setup.rounds - len(found[PLAIN])))
+        if len(found[PLAIN]) == setup.rounds:
             break
         del ways, model
-        ways, model = make_warm_steps(options)
-    alone = alone_times(sizes, options.rounds)
+        ways, model = make_warm_steps(setup)
+    alone = alone_times(sizes, setup.rounds)
     return {
         "gradient_bytes": 4 * sum(sizes),
         "sent": sent,
@@ -80,10 +80,10 @@ def measure_times(options: DDPOptions) -> dict[str, Any]:
     }
 
 
-def make_warm_steps(options: DDPOptions) -> tuple[dict[str, Step], torch.nn.Module]:
+def make_warm_steps(setup: DDPSetup) -> tuple[dict[str, Step], torch.nn.Module]:
     """A step of each way, after the uncounted ones, and plain DDP's model."""
     gc.collect()  # earlier models are in reference cycles
-    made = {way: make_rank_step(way, options.model, options.stem, options.b) for way in WAYS}
+    made = {way: make_rank_step(way, setup.model, setup.stem, setup.b) for way in WAYS}
     for step, _ in made.values():
         for _ in range(UNCOUNTED_STEPS):
             step()
@@ -158,12 +158,12 @@ def wire_bytes(step: Step) -> float | None:
     return float(mean)
 
 
-def measure_peak(options: DDPOptions) -> dict[str, Any]:
+def measure_peak(setup: DDPSetup) -> dict[str, Any]:
     """The highest rank's peak in bytes, beyond what its process held before it had a model."""
-    assert options.peak is not None
+    assert setup.peak is not None
     give_back_freed_memory()
     before = process_bytes("VmRSS")
-    step, _ = make_rank_step(options.peak, options.model, options.stem, options.b)
+    step, _ = make_rank_step(setup.peak, setup.model, setup.stem, setup.b)
     for _ in range(PEAK_STEPS):
         step()
     most = torch.tensor(process_bytes("VmHWM") - before)
@@ -172,4 +172,4 @@ def measure_peak(options: DDPOptions) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    rank_main(DDPOptions(**json.loads(sys.argv[1])), Path(sys.argv[2]))
+    rank_main(DDPSetup(**json.loads(sys.argv[1])), Path(sys.argv[2]))

@@ -37,7 +37,7 @@ def rotate(items: Sequence[T], number: int) -> list[T]:
     return [*items[turn:], *items[:turn]]
 
 
-def compare(prefix: str, ours: Sequence[float], base: Sequence[float]) -> dict[str, float]:
+def compare_times(prefix: str, ours: Sequence[float], base: Sequence[float]) -> dict[str, float]:
     """The median of ours; the ratio to `base` in the same round: median, 10% and 90%."""
     ratios = [a / b for a, b in zip(ours, base, strict=True)]
     low, *_, high = statistics.quantiles(ratios, n=10, method="inclusive")
@@ -53,9 +53,9 @@ def compare(prefix: str, ours: Sequence[float], base: Sequence[float]) -> dict[s
 def compare_steps(
     name: str, ours: Sequence[StepTime], base: Sequence[StepTime]
 ) -> dict[str, float]:
-    """`compare` on the clock, then for the CPU with the prefix cpu_; ratios are called `name`."""
-    wall = compare("", [t.wall for t in ours], [t.wall for t in base])
-    cpu = compare("cpu_", [t.cpu for t in ours], [t.cpu for t in base])
+    """`compare_times` on the clock, then for the CPU with the prefix cpu_; ratios are called `name`."""
+    wall = compare_times("", [t.wall for t in ours], [t.wall for t in base])
+    cpu = compare_times("cpu_", [t.cpu for t in ours], [t.cpu for t in base])
     return {key.replace("ratio", name): value for key, value in (wall | cpu).items()}
 
 

@@ -55,7 +55,7 @@ SAVES = 5
 
 
 @dataclass(frozen=True)
-class TrainOptions:
+class TrainSetup:
     """A benchmark's conditions.
 
     data_folder: of CIFAR-100; None: pictures of white noise of the same shape. workers: processes
@@ -88,42 +88,42 @@ class TrainOptions:
         return recorded | {"rounds": self.rounds, "workers": self.workers}
 
 
-def measure_training(options: TrainOptions, tell: Tell = silent) -> list[ArmTime | PartTime]:
+def measure_training(setup: TrainSetup, tell: Tell = silent) -> list[ArmTime | PartTime]:
     """Measures every arm, every plain loop, and the parts of GAF's step.
 
     A round is a block of steps of each in turn. tell: is called with the progress.
     """
-    check_train_options(options)
+    check_train_setup(setup)
     times: dict[str, list[StepTime]] = {}
     rows: dict[str, list[int]] = {name: [] for name in TIMED_ARMS}
     with unseen_console() as listener:
-        for start in range(0, options.rounds, TRAINING_ROUNDS):
-            tell("all arms", start, options.rounds)
+        for start in range(0, setup.rounds, TRAINING_ROUNDS):
+            tell("all arms", start, setup.rounds)
             trainings = {
-                name: Training(options.config(**changes), options.data_folder)
+                name: Training(setup.config(**changes), setup.data_folder)
                 for name, changes in TIMED_ARMS.items()
             }
             gaf = trainings[ALL]
             listener.begin(gaf.problem, 0, gaf.problem.steps)
-            rounds = min(TRAINING_ROUNDS, options.rounds - start)
-            work = timed_work(options, trainings, listener)
+            rounds = min(TRAINING_ROUNDS, setup.rounds - start)
+            work = timed_work(setup, trainings, listener)
             found = time_in_turn(work, rounds, BLOCK[gaf.device.type], gaf.device)
             for name, took in found.items():
                 times[name] = times.get(name, []) + took
             for name, training in trainings.items():
                 rows[name] += training.interval.rows
-        saving = time_saving(gaf, min(SAVES, options.rounds))
-    return [*arm_times(options, times, rows), *part_times(times, saving)]
+        saving = time_saving(gaf, min(SAVES, setup.rounds))
+    return [*arm_times(setup, times, rows), *part_times(times, saving)]
 
 
-def check_train_options(options: TrainOptions) -> None:
-    if options.rounds < 2:
+def check_train_setup(setup: TrainSetup) -> None:
+    if setup.rounds < 2:
         raise ConfigError(
-            f"rounds must be at least 2, for a spread; got {options.rounds}. Give --rounds 30."
+            f"rounds must be at least 2, for a spread; got {setup.rounds}. Give --rounds 30."
         )
-    if not options.workers or min(options.workers) < 0:
+    if not setup.workers or min(setup.workers) < 0:
         raise ConfigError(
-            f"workers must be one number or more, each at least 0; got {options.workers}. "
+            f"workers must be one number or more, each at least 0; got {setup.workers}. "
             "Give --workers 0."
         )
 
@@ -140,7 +140,7 @@ def unseen_console() -> Iterator[ConsoleListener]:
 
 
 def timed_work(
-    options: TrainOptions, trainings: Mapping[str, Training], listener: ConsoleListener
+    setup: TrainSetup, trainings: Mapping[str, Training], listener: ConsoleListener
 ) -> dict[str, Steps]:
     """What is timed: steps of each arm and plain loop, and the parts of a step by themselves."""
     gaf = trainings[ALL]
@@ -148,7 +148,7 @@ def timed_work(
         name: partial(take_training_steps, training, listener)
         for name, training in trainings.items()
     }
-    for workers in options.workers:
+    for workers in setup.workers:
         loop = PlainLoop(gaf.config, gaf.problem, gaf.device, workers)
         work[loop_name(workers)] = repeat(loop.step)
     return work | step_parts(gaf, listener)
@@ -170,12 +170,12 @@ def loop_name(workers: int) -> str:
 
 
 def arm_times(
-    options: TrainOptions, times: Mapping[str, list[StepTime]], rows: Mapping[str, list[int]]
+    setup: TrainSetup, times: Mapping[str, list[StepTime]], rows: Mapping[str, list[int]]
 ) -> list[ArmTime]:
     """rows: accepted micro-gradients of each step, by arm; the plain loops take every step."""
-    averaging, plain = times[AVERAGING], times[loop_name(options.workers[0])]
+    averaging, plain = times[AVERAGING], times[loop_name(setup.workers[0])]
     stepped = {name: sum(map(bool, rows[name])) / len(rows[name]) for name in TIMED_ARMS}
-    stepped |= {loop_name(workers): 1.0 for workers in options.workers}
+    stepped |= {loop_name(workers): 1.0 for workers in setup.workers}
     return [ArmTime(name, times[name], averaging, plain, share) for name, share in stepped.items()]
 
 

@@ -45,7 +45,9 @@ def run_audit(words: Words, console: Console) -> int:
 
 
 def audit_and_write(options: AuditOptions, command: str, console: Console) -> int:
-    from gaf_lab.experiments import audit as job
+    from gaf_lab.experiments.audit import run_audit
+    from gaf_lab.experiments.audit_figures import SUSPECTS, draw_audit, draw_suspects
+    from gaf_lab.experiments.audit_report import closing_words, table, with_truth, write_samples
     from gaf_lab.records.measurements import write_measurements
     from gaf_lab.training.console import Progress, describe_data, describe_training
     from gaf_lab.training.make import pick_device
@@ -59,15 +61,16 @@ def audit_and_write(options: AuditOptions, command: str, console: Console) -> in
             def tell(what: str, step: int, steps: int, seed: int = seed) -> None:
                 progress(f"seed {seed}, {what}", step, steps)
 
-            found.append(job.audit(dataclasses.replace(config, seed=seed), options.data, tell))
+            found.append(run_audit(dataclasses.replace(config, seed=seed), options.data, tell))
     lines = [one.line() for one in found]
-    job.write_samples(found[0], out / "samples.csv")
-    job.draw(found[0], out / "audit.png")
-    job.draw_suspects(found[0], out / "suspects.png")
+    write_samples(found[0], out / "samples.csv")
+    draw_audit(found[0], out / "audit.png")
+    draw_suspects(found[0], out / "suspects.png")
     conditions = {"command": command, "config": config.plain()}
     write_measurements(found, out / "audit.jsonl", conditions, pick_device(config.device))
-    console.print(job.table(lines))
-    say(console, job.verdict(lines))
+    if known := with_truth(lines):
+        console.print(table(known))
+    say(console, closing_words(lines))
     say(console, f"Samples: {out / 'samples.csv'}. Figure: {out / 'audit.png'}")
-    show_file(console, f"The {job.SUSPECTS} first as pictures:", out / "suspects.png")
+    show_file(console, f"The {SUSPECTS} first as pictures:", out / "suspects.png")
     return 0

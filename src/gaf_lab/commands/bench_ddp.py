@@ -59,11 +59,11 @@ def run_bench_ddp(words: Words, console: Console) -> int:
         return predict(options, console)
     check_sizes(options, 2, MOST_PROCESSES)
     from gaf_lab.bench.ddp import ddp_conditions, measure_ddp, table
-    from gaf_lab.bench.ddp_rank import DDPOptions
+    from gaf_lab.bench.ddp_rank import DDPSetup
     from gaf_lab.records.measurements import write_measurements
     from gaf_lab.training.console import Progress
 
-    wanted = DDPOptions(options.model, options.stem, options.b, options.rounds)
+    wanted = DDPSetup(options.model, options.stem, options.b, options.rounds)
     with Progress(console, "part") as progress:
         found = measure_ddp(wanted, options.k, tell=progress)
     console.print(table(found))

@@ -43,14 +43,14 @@ class BenchTrainOptions:
 def run_bench_train(words: Words, console: Console) -> int:
     options: Any = tyro.cli(BenchTrainOptions, prog="gaf bench train", args=words)
     check_rounds(options)
-    from gaf_lab.bench.train import TrainOptions, measure_training
+    from gaf_lab.bench.train import TrainSetup, measure_training
     from gaf_lab.bench.train_results import arm_table, part_table
     from gaf_lab.records.measurements import write_measurements
     from gaf_lab.training.console import Progress
     from gaf_lab.training.make import pick_device
 
     given = {name: value for name, value in vars(options).items() if name not in ("data", "out")}
-    wanted = TrainOptions(data_folder=options.data, **given)
+    wanted = TrainSetup(data_folder=options.data, **given)
     with Progress(console, "round") as progress:
         found = measure_training(wanted, tell=progress)
     say(console, "white noise of CIFAR-100's shape" if options.data is None else "CIFAR-100")

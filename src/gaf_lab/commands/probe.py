@@ -54,7 +54,9 @@ def run_probe(words: Words, console: Console) -> int:
 
 
 def probe_and_write(options: ProbeOptions, command: str, console: Console) -> int:
-    from gaf_lab.experiments import probe as job
+    from gaf_lab.experiments.probe import probe_training
+    from gaf_lab.experiments.probe_figure import draw_probe
+    from gaf_lab.experiments.probe_report import layer_table, recommendation, table, verdicts
     from gaf_lab.records.measurements import write_measurements
     from gaf_lab.training.console import Progress, describe_data, describe_training
     from gaf_lab.training.make import pick_device
@@ -63,11 +65,11 @@ def probe_and_write(options: ProbeOptions, command: str, console: Console) -> in
     sizes = (options.rows, options.slices, options.share, options.chance)
     say(console, f"{describe_data(config)}; {describe_training(config)}")
     with Progress(console) as progress:
-        found = list(job.look(config, options.after, options.data, *sizes, progress))
+        found = list(probe_training(config, options.after, options.data, *sizes, progress))
     lines = [one.line() for one in found]
-    console.print(job.table(lines))
-    console.print(job.layer_table([line for line in lines if line["layers"]][-1]))
-    for verdict in job.verdicts(lines):
+    console.print(table(lines))
+    console.print(layer_table([line for line in lines if line["layers"]][-1]))
+    for verdict in verdicts(lines):
         say(console, verdict)
     conditions = {
         "command": command,
@@ -76,7 +78,7 @@ def probe_and_write(options: ProbeOptions, command: str, console: Console) -> in
         "chance": options.chance,
     }
     write_measurements(found, options.out / "probe.jsonl", conditions, pick_device(config.device))
-    job.draw(lines, options.out / "probe.png")
+    draw_probe(lines, options.out / "probe.png")
     say(console, f"Figures: {options.out / 'probe.jsonl'}, {options.out / 'probe.png'}")
-    say(console, job.recommendation(lines))
+    say(console, recommendation(lines))
     return 0

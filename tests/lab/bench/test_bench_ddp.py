@@ -19,7 +19,7 @@ import gaf.ranks.messages
 from gaf_lab.bench import bytes_sent, cost_model, predictions
 from gaf_lab.bench.cost_model import Network
 from gaf_lab.bench.ddp import measure_ddp
-from gaf_lab.bench.ddp_rank import DDPOptions
+from gaf_lab.bench.ddp_rank import DDPSetup
 from gaf_lab.bench.ways import GAF, NAIVE, PLAIN, WAYS, filter_rows
 from gaf_lab.commands import main as cli
 
@@ -171,7 +171,7 @@ def test_a_file_without_points_is_refused(tmp_path, capsys):
 )
 def test_what_cannot_be_measured_is_refused(options, ks, message):
     with pytest.raises(ValueError, match=message):
-        measure_ddp(DDPOptions(**options), ks)
+        measure_ddp(DDPSetup(**options), ks)
 
 
 # ---------------------------------------------------------------------------------------------- the cost model

@@ -33,7 +33,7 @@ from gaf_lab.bench.cpu_settings import (
 )
 from gaf_lab.bench.plain_loop import OnePicture, PlainLoop, fresh_model
 from gaf_lab.bench.timing import StepTime, time_in_turn
-from gaf_lab.bench.train import TIMED_ARMS, TrainOptions, take_training_steps
+from gaf_lab.bench.train import TIMED_ARMS, TrainSetup, take_training_steps
 from gaf_lab.bench.train_results import (
     ALL,
     AVERAGING,
@@ -334,7 +334,7 @@ def test_a_run_writes_a_line_per_arm_and_part(benched):
 
 
 def test_conditions_are_the_papers_but_for_what_is_given():
-    config = TrainOptions(data_folder=Path("data"), rounds=3).config()
+    config = TrainSetup(data_folder=Path("data"), rounds=3).config()
     assert (config.dataset, config.model, config.stem, config.augment) == (
         "cifar100",
         "resnet18",

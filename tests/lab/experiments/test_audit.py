@@ -16,9 +16,19 @@ import gaf
 from gaf_lab.commands.main import main
 from gaf_lab.data.problem import make_problem
 from gaf_lab.data.sets import load_dataset
-from gaf_lab.experiments import audit
-from gaf_lab.experiments.audit import Tally, spelled
+from gaf_lab.experiments import audit_figures
+from gaf_lab.experiments.audit import Tally, run_audit
+from gaf_lab.experiments.audit_report import (
+    RANKING,
+    SCORES,
+    closing_words,
+    describe_lead,
+    mean_and_deviation,
+    usual_lead,
+)
+from gaf_lab.experiments.label_quality import count_wrong_labels, label_quality, mark_lowest
 from gaf_lab.report.figures import canvas
+from gaf_lab.report.statistics import bootstrap
 from gaf_lab.settings.checks import ConfigError
 from gaf_lab.settings.config import TrainConfig
 
@@ -57,11 +67,11 @@ def test_a_score_is_the_mean_excess_over_the_last_hundred_steps_of_the_micro_bat
         # no micro-batch holds sample 8
         steps.append((list(torch.randint(8, (4, 3), generator=draw)), distances))
         tally.add(steps[-1][0], outcome(distances))
-    assert tally.score().tolist() == pytest.approx(written_out(steps, 9, lambda d: d))
-    assert tally.rejection().tolist() == pytest.approx(
+    assert tally.distance_scores().tolist() == pytest.approx(written_out(steps, 9, lambda d: d))
+    assert tally.rejection_scores().tolist() == pytest.approx(
         written_out(steps, 9, lambda d: float(d > 0.9))
     )
-    assert tally.appearances[8] == tally.score()[8] == 0
+    assert tally.appearances[8] == tally.distance_scores()[8] == 0
 
 
 def test_of_two_micro_batches_both_are_as_far_from_each_other():
@@ -69,8 +79,8 @@ def test_of_two_micro_batches_both_are_as_far_from_each_other():
     tally.add([torch.tensor([0]), torch.tensor([1])], outcome([0.0, 0.4]))
     tally.add([torch.tensor([2]), torch.tensor([3])], outcome([0.0, 1.2]))
     # 1.2 less the mean of both steps
-    assert tally.score().tolist() == pytest.approx([0, 0, 0.4, 0.4])
-    assert tally.rejection().tolist() == pytest.approx([0, 0, 0.5, 0.5])
+    assert tally.distance_scores().tolist() == pytest.approx([0, 0, 0.4, 0.4])
+    assert tally.rejection_scores().tolist() == pytest.approx([0, 0, 0.5, 0.5])
 
 
 @pytest.mark.parametrize("limit", [0, 300])
@@ -86,7 +96,10 @@ def test_a_step_in_which_nothing_was_compared_says_nothing():
     tally.add([torch.tensor([0]), torch.tensor([1])], outcome([0.0, math.nan]))
     tally.add([torch.tensor([0]), torch.tensor([1])], outcome([math.nan, math.nan]))
     assert (
-        tally.appearances.sum() == tally.score().abs().sum() == tally.rejection().abs().sum() == 0
+        tally.appearances.sum()
+        == tally.distance_scores().abs().sum()
+        == tally.rejection_scores().abs().sum()
+        == 0
     )
 
 
@@ -99,7 +112,7 @@ def test_samples_whose_micro_batches_point_elsewhere_come_out_on_top():
         rows[[7 in batch.tolist() for batch in batches].index(True)] = torch.tensor([-0.2, 1.0])
         decision = gaf.GAF(0.9)(gaf.gram(rows))
         tally.add(batches, outcome(decision.distances.tolist()))
-    for value in (tally.score(), tally.rejection()):
+    for value in (tally.distance_scores(), tally.rejection_scores()):
         assert int(value.argmax()) == 7
 
 
@@ -107,11 +120,11 @@ def test_the_losses_are_those_of_the_model_and_the_run_is_that_of_gaf_train(tmp_
     from gaf_lab.training.run import train
     from helpers.fakes import Silent
 
-    found = audit.audit(SMALL, None, lambda *at: None)
+    found = run_audit(SMALL, None, lambda *at: None)
     run = train(SMALL, tmp_path / "run", Silent())
     assert found.selected == pytest.approx(run.selected["heldout_accuracy"])
     assert found.taken == pytest.approx(run.evals[-1]["steps_taken"] / run.evals[-1]["step"])
-    assert all(len(value) == len(found.flipped) for value in found.ways.values())
+    assert all(len(value) == len(found.flipped) for value in found.scores.values())
     assert found.flipped.double().mean() == pytest.approx(0.4, abs=0.03)
     known = found.problem.train
     assert bool(((known.observed != known.clean).cpu() == found.flipped).all())
@@ -169,7 +182,7 @@ def test_the_command_writes_a_ranked_list_a_figure_and_lines(tmp_path, capsys):
     assert lines[0]["issues"]["recall"] == pytest.approx(right / lines[0]["flipped"])
     out = capsys.readouterr().out
     assert out.startswith("digits, 40% symmetric label noise; mlp; GAF, k = 4, b = 8\n")
-    assert "Best at finding wrong labels" in out
+    assert "samples.csv is ranked by label quality: AUROC 0." in out
     assert f"The 50 first as pictures: {tmp_path / 'suspects.png'}" in out
 
 
@@ -179,13 +192,16 @@ def test_the_difference_is_paired_by_seed():
         for s, u in ((0.5, 0.9), (0.6, 1.0), (0.4, 0.8))
     ]
     # the spread between seeds is common to both
-    assert audit.gap(lines) == "-0.400 (-0.400 to -0.400)"
-    assert audit.gap(lines[:1]) == "-0.400"
+    words = "so 0.400 more (95% interval over 3 seeds: +0.400 to +0.400)"
+    assert describe_lead(lines) == words
+    assert describe_lead(lines[:1]) == "so 0.400 more"
+    assert describe_lead([line_of(quality=0.9, loss_averaging=0.7)]) == "so 0.200 less"
+    assert describe_lead([line_of()]) == "which is the same"
 
 
 def test_label_quality_is_the_margin_of_the_given_label():
     p = torch.tensor([[0.7, 0.2, 0.1], [0.7, 0.2, 0.1], [0.5, 0.5, 0.0], [0.0, 0.0, 1.0]])
-    quality = audit.label_quality(p, torch.tensor([0, 1, 0, 0]))
+    quality = label_quality(p, torch.tensor([0, 1, 0, 0]))
     assert quality.tolist() == pytest.approx([0.75, 0.25, 0.5, 0.0])
 
 
@@ -194,20 +210,20 @@ def test_the_confident_joint_counts_what_looks_as_much_of_another_class_as_that_
     p = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.1, 0.9], [0.5, 0.5], [0.2, 0.8], [0.1, 0.9]])
     given = torch.tensor([0, 0, 0, 0, 1, 1])
     # means: 0.575 of class 0, 0.85 of class 1; of the labels 0 three are sure, one of them of class 1; of the labels 1 one is sure
-    assert audit.wrong_labels(p, given) == round(4 * 1 / 3)
-    assert audit.wrong_labels(p[:, [1, 0]], 1 - given) == 1  # classes are but names
+    assert count_wrong_labels(p, given) == round(4 * 1 / 3)
+    assert count_wrong_labels(p[:, [1, 0]], 1 - given) == 1  # classes are but names
 
 
 def test_a_class_that_no_sample_has_as_its_label_is_nobodys():
     p = torch.tensor([[0.6, 0.3, 0.1], [0.2, 0.3, 0.5]])
-    assert audit.wrong_labels(p, torch.tensor([0, 0])) == 0
-    assert audit.worst(torch.tensor([0.3, 0.1, 0.2]), 2).tolist() == [False, True, True]
+    assert count_wrong_labels(p, torch.tensor([0, 0])) == 0
+    assert mark_lowest(torch.tensor([0.3, 0.1, 0.2]), 2).tolist() == [False, True, True]
 
 
 @pytest.mark.parametrize(("rate", "most"), [(0.4, 1.0), (0.1, 1.0), (0.0, 0.01)])
 def test_about_as_many_are_marked_as_are_wrong_and_these_are_mostly_wrong(rate, most):
     config = dataclasses.replace(SMALL, b=16, passes=6.0, noise_rate=rate)
-    found = audit.audit(config, None, lambda *at: None)
+    found = run_audit(config, None, lambda *at: None)
     line = found.line()
     assert line["issues"]["count"] <= most * line["samples"]
     if rate:
@@ -225,28 +241,28 @@ def test_the_file_is_ranked_by_the_best_of_what_was_measured():
     lines = [line for line in map(json.loads, text) if line["kind"] == "audit"]
     assert len(lines) >= 12
     for line in lines:
-        assert line["auroc"][audit.RANKING] >= max(line["auroc"].values()) - 0.01
-        assert line["auroc"][audit.RANKING] > line["auroc"]["distance"] + 0.2
+        assert line["auroc"][RANKING] >= max(line["auroc"].values()) - 0.01
+        assert line["auroc"][RANKING] > line["auroc"]["distance"] + 0.2
 
 
 def line_of(**auroc):
-    known = dict.fromkeys(audit.WAYS, 0.6) | auroc
+    known = dict.fromkeys(SCORES, 0.6) | auroc
     return {"auroc": known, "issues": {"count": 40, "precision": 0.9, "recall": 0.75}}
 
 
-def test_the_first_sentence_names_the_best_and_what_the_file_is_ranked_by():
-    first, marked, _ = audit.verdict([line_of(quality=0.98)]).split(". ")
-    assert first == (
-        "Best at finding wrong labels: label quality, mean over evaluations (AUROC 0.980), by which samples.csv is ranked"
+def test_the_closing_words_by_hand():
+    assert closing_words([line_of(quality=0.98, loss_averaging=0.994)]) == (
+        "samples.csv is ranked by label quality: AUROC 0.980. "
+        "The mean loss of plain averaging, the usual way, has 0.994, so 0.014 more. "
+        "is_label_issue marks the first 40 lines. 90% of these are wrong. "
+        "They hold 75% of all wrong labels. The filter's own distance has 0.600."
     )
-    assert marked == (
-        "is_label_issue marks its first 40 lines, 90% of which are wrong, 75% of all wrong labels"
-    )
-    first = audit.verdict([line_of(quality=0.98, loss=0.99)]).split(". ")[0]
-    assert first == (
-        "Best at finding wrong labels: loss, mean over evaluations (AUROC 0.990); samples.csv is ranked by label quality, mean over "
-        "evaluations (AUROC 0.980), which was chosen beforehand"
-    )
+
+
+def test_where_nothing_is_marked_the_closing_words_say_so():
+    line = line_of()
+    line["issues"] = {"count": 0, "precision": None, "recall": 0.0}
+    assert " is_label_issue marks no line. " in closing_words([line])
 
 
 @pytest.mark.parametrize(
@@ -255,11 +271,13 @@ def test_the_first_sentence_names_the_best_and_what_the_file_is_ranked_by():
 def test_the_sheet_has_a_picture_for_each_suspect_with_both_labels(tmp_path, monkeypatch, changes):
     """Of one channel and of three; also where there are fewer samples than places."""
     kept = []
-    monkeypatch.setattr(audit, "canvas", lambda *size: kept.append(canvas(*size)) or kept[-1])
-    found = audit.audit(dataclasses.replace(SMALL, passes=1.0, **changes), None, lambda *at: None)
-    audit.draw_suspects(found, tmp_path / "suspects.png")
+    monkeypatch.setattr(
+        audit_figures, "canvas", lambda *size: kept.append(canvas(*size)) or kept[-1]
+    )
+    found = run_audit(dataclasses.replace(SMALL, passes=1.0, **changes), None, lambda *at: None)
+    audit_figures.draw_suspects(found, tmp_path / "suspects.png")
     shown = [ax for ax in kept[0].axes if ax.images]
-    assert len(shown) == min(audit.SUSPECTS, len(found.flipped))
+    assert len(shown) == min(audit_figures.SUSPECTS, len(found.flipped))
     for ax, i in zip(shown, found.order, strict=False):
         train = found.problem.train
         assert ax.get_title() == f"{int(train.observed[i])} → {int(found.predicted[i])}"
@@ -289,7 +307,7 @@ def test_without_known_flips_the_ranking_is_written_and_called_unproven(tmp_path
     assert main(words) == 0
     assert imread(tmp_path / "audit.png").shape[1] == 750  # one panel: none that would be empty
     assert {row["flipped"] for row in csv.DictReader((tmp_path / "samples.csv").open())} == {""}
-    assert "nothing tells how good the ranking is" in " ".join(capsys.readouterr().out.split())
+    assert "so the ranking cannot be checked" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize("change", [{"policy": "mean"}, {"scope": "layer"}, {"start": "best"}])
@@ -297,15 +315,22 @@ def test_what_has_no_distances_to_a_running_sum_is_refused(change):
     with pytest.raises(
         ConfigError, match="policy must be 'gaf' with scope 'all' and start 'first' for an audit"
     ):
-        audit.audit(dataclasses.replace(SMALL, **change), None, lambda *at: None)
+        run_audit(dataclasses.replace(SMALL, **change), None, lambda *at: None)
 
 
 def test_one_micro_gradient_is_refused():
     with pytest.raises(ConfigError, match="k must be at least 2 for an audit; got 1"):
-        audit.audit(dataclasses.replace(SMALL, k=1), None, lambda *at: None)
+        run_audit(dataclasses.replace(SMALL, k=1), None, lambda *at: None)
 
 
-# --- the page: `python tests/lab/test_audit.py` prints its table anew
+# --- the page: `python tests/lab/experiments/test_audit.py` prints its table anew
+
+
+def signed(differences):
+    """The mean over seeds, with its paired bootstrap interval."""
+    low, high = bootstrap(differences)
+    interval = f" ({low:+.3f} to {high:+.3f})" if len(differences) > 1 else ""
+    return f"{differences.mean():+.3f}{interval}"
 
 
 def table() -> str:
@@ -314,13 +339,14 @@ def table() -> str:
     ]
     lines = [line for line in lines if line["kind"] == "audit"]
     last = ["label quality - loss of averaging", "marked", "of these wrong", "of the wrong marked"]
-    rows = ["| data, label noise | b | n | " + " | ".join([*audit.WAYS.values(), *last]) + " |"]
-    rows.append("|---" * (3 + len(audit.WAYS) + len(last)) + "|")
+    rows = ["| data, label noise | b | n | " + " | ".join([*SCORES.values(), *last]) + " |"]
+    rows.append("|---" * (3 + len(SCORES) + len(last)) + "|")
     settings = ("dataset", "noise", "noise_rate", "b")
     for setting in dict.fromkeys(tuple(line[name] for name in settings) for line in lines):
         group = [line for line in lines if tuple(line[name] for name in settings) == setting]
         dataset, noise, rate, b = setting
-        cells = [*(spelled(group, "auroc", way) for way in audit.WAYS), audit.gap(group)]
+        cells = [mean_and_deviation([line["auroc"][name] for line in group]) for name in SCORES]
+        cells += [signed(-usual_lead(group))]
         cells += [f"{statistics.fmean(line['issues']['count'] for line in group):.0f}"]
         cells += [
             f"{100 * statistics.fmean(line['issues'][name] for line in group):.0f}%"

@@ -11,7 +11,8 @@ from rich.console import Console
 import gaf
 from gaf.measure.probe import Probe
 from gaf_lab.commands import main as cli
-from gaf_lab.experiments import probe
+from gaf_lab.experiments import probe, probe_point
+from gaf_lab.experiments.probe_report import recommendation, table, verdicts
 from gaf_lab.settings.checks import ConfigError
 from gaf_lab.settings.config import TrainConfig
 from gaf_lab.training.training import Training
@@ -42,7 +43,7 @@ def lines_of(folder):
 def test_on_mnist5k_what_the_tau_accepts_of_unseen_micro_gradients_is_within_ten_points_of_the_prediction(
     run, tmp_path, monkeypatch, b
 ):
-    monkeypatch.setattr(probe, "TAUS", [0.5, 0.7, 0.9])  # the curve is for the figure
+    monkeypatch.setattr(probe_point, "CURVE_TAUS", [0.5, 0.7, 0.9])  # the curve is for the figure
     code, out, _ = run("--dataset", "mnist5k", "--b", b, "--after", 0, 60, "--out", tmp_path)
     assert code == 0
     assert out.count("the prediction holds") == 2
@@ -81,7 +82,7 @@ def test_a_probe_in_the_middle_leaves_the_training_as_it_was():
         for _ in range(3):
             training.macro_batch()
         if training is looked_into:
-            probe.probed(training, rows=16, slices=2)
+            probe.probe_now(training, rows=16, slices=2)
         for _ in range(3):
             training.macro_batch()
     for ours, theirs in zip(
@@ -93,7 +94,7 @@ def test_a_probe_in_the_middle_leaves_the_training_as_it_was():
 
 def test_slices_change_the_memory_and_not_the_outcome():
     training = Training(TrainConfig(dataset="digits", k=4, b=8), None)
-    whole, cut = probe.probed(training, 16, 1), probe.probed(training, 16, 3)
+    whole, cut = probe.probe_now(training, 16, 1), probe.probe_now(training, 16, 3)
     assert cut.gram.allclose(whole.gram, rtol=1e-5)
     assert list(cut.layers) == list(whole.layers)
 
@@ -108,16 +109,16 @@ def line(**changes):
 
 
 def test_a_prediction_that_fails_and_rows_that_were_absent_are_told():
-    (holds,) = probe.verdicts([line()])
+    (holds,) = verdicts([line()])
     assert "0.0 points away; the prediction holds." in holds
-    (fails,) = probe.verdicts([line(measured=0.31, absent=3)])
+    (fails,) = verdicts([line(measured=0.31, absent=3)])
     assert "21.0 points away; the prediction does not hold" in fails
     assert "3 micro-gradients were zero, NaN or infinite, and left out." in fails
 
 
 def test_what_is_infinite_has_a_sign():
     screen = io.StringIO()
-    Console(file=screen, width=80).print(probe.table([line()]))
+    Console(file=screen, width=80).print(table([line()]))
     assert "∞ (4,157-∞)" in screen.getvalue()
 
 
@@ -131,7 +132,7 @@ def test_it_ends_with_one_recommendation_in_one_line(run, tmp_path):
     assert out.splitlines()[-1] == (
         f"Recommended: --tau {last['tau']:.3f} (95% interval {low:.3f} to {high:.3f}), from 128 micro-gradients of b = 16 after 10 steps, "
         f"one seed. Of those compared it should accept {100 * last['predicted']:.0f}%; of 64 others it accepted "
-        f"{100 * last['measured']:.0f}% ({100 * least:.0f} to {100 * most:.0f}%). How accurate the training gets is not measured."
+        f"{100 * last['measured']:.0f}% ({100 * least:.0f} to {100 * most:.0f}%). The accuracy of the training is not measured."
     )
     assert "Recommended" not in " ".join(out.splitlines()[:-1])
 
@@ -141,23 +142,24 @@ def test_where_nothing_can_be_learned_nothing_is_recommended(run, tmp_path):
     sizes = ("--limit", 400, "--model", "mlp", "--k", 4, "--b", 2, "--after", 0, "--rows", 64)
     _, out, _ = run("--dataset", "noise", "--noise", "none", *sizes, "--out", tmp_path)
     assert out.splitlines()[-1].startswith(
-        "No tau is recommended, from 64 micro-gradients of b = 2 after 0 steps, one seed: no common direction can be told from noise"
+        "No tau is recommended, from 64 micro-gradients of b = 2 after 0 steps, one seed: "
+        "no common direction can be distinguished from noise"
     )
 
 
 @pytest.mark.parametrize(
     ("changes", "why"),
     [
-        ({"noise_scale": None, "noise_high": None}, "(B may be anything from 4,157 samples up). Raise --b or --rows, or look --after"),
-        ({"tau_interval": None}, "they are too few for an interval. Raise --rows to 32 or more."),
+        ({"noise_scale": None, "noise_high": None}, "(B may be anything from 4,157 samples up). Raise --b or --rows, or probe --after"),
+        ({"tau_interval": None}, "they are too few for an interval at k = 8. Raise --rows to 32 or more."),
         ({"tau_interval": [0.6, 0.9]}, "it may lie anywhere from 0.60 to 0.90. Raise --rows."),
         ({"predicted": 0.4}, "of 64 others tau = 0.800 accepted 5 to 15%, and 40% were predicted. Raise --rows."),
     ],
 )  # fmt: skip
 def test_what_the_numbers_do_not_bear_out_is_not_recommended(changes, why):
     known = {"noise_scale": 5000.0, "noise_low": 4157.0, "noise_high": 6000.0}
-    assert probe.recommendation([line(**known)]).startswith("Recommended: --tau 0.800 (95%")
-    said = probe.recommendation([line(**known | changes)])
+    assert recommendation([line(**known)]).startswith("Recommended: --tau 0.800 (95%")
+    said = recommendation([line(**known | changes)])
     assert said.startswith("No tau is recommended, from 128 micro-gradients of b = 10 after 0")
     assert said.endswith(why) or why in said
 
@@ -167,15 +169,15 @@ def test_the_interval_of_a_mean_is_students():
     values = [0.1, 0.5, 0.3, 0.9, 0.7, 0.2, 0.4, 0.6]
     less = [(sum(values) - one) / 7 for one in values]
     mean, half = sum(values) / 8, 2.365 * statistics.stdev(values) / 8**0.5
-    assert probe.interval(mean, less, 2) == pytest.approx([mean - half, mean + half])
-    assert probe.interval(0.01, [0.0, 0.1] * 4, 1)[0] == 0
+    assert probe.jackknife_interval(mean, less, 2) == pytest.approx([mean - half, mean + half])
+    assert probe.jackknife_interval(0.01, [0.0, 0.1] * 4, 1)[0] == 0
 
 
 def test_an_interval_leaves_out_an_eighth_of_each_half_and_needs_enough_rows():
     rows = torch.randn(40, 30, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     whole = Probe(4, 4, gaf.gram(rows), {}, 0)
     left = [i for i in range(40) if i % 20 not in (0, 8, 16)]
-    assert probe.without(whole, 0).gram.equal(whole.gram[left][:, left])
+    assert probe.leave_out(whole, 0).gram.equal(whole.gram[left][:, left])
     assert probe.intervals(Probe(4, 4, gaf.gram(rows[:30]), {}, 0), 0.9, 0.5, 0.05) == (None, None)
     assert probe.intervals(Probe(4, 19, gaf.gram(rows), {}, 0), 0.9, 0.5, 0.05) == (None, None)
 
@@ -185,7 +187,14 @@ def test_an_interval_leaves_out_an_eighth_of_each_half_and_needs_enough_rows():
     [
         (("--k", 1), "k must be at least 2 for a probe; got 1"),
         (("--sam", 0.1), "sam must be 0 for a probe; got 0.1"),
-        (("--rows", 12), "rows must be at least 8 and twice k; got 12"),
+        (
+            ("--rows", 12),
+            "rows must be at least 8 and twice k, which is 8; got 12. Give --rows 128, or lower --k.",
+        ),
+        (
+            ("--k", 100),
+            "rows must be at least 8 and twice k, which is 100; got 128. Give --rows 200, or lower --k.",
+        ),
         (
             ("--after", -1),
             "after must name steps of training, at least 0 and fewer than 1,000,000,000; got [-1]",
@@ -218,4 +227,4 @@ def test_a_mistake_becomes_one_message(run, tmp_path, words, message):
 
 def test_check_names_what_it_wants():
     with pytest.raises(ConfigError, match="after must name steps of training"):
-        probe.check(TrainConfig(), (), 128, 1)
+        probe.check_probe(TrainConfig(), (), 128, 1)

@@ -1,0 +1,133 @@
+"""The pictures of `gaf audit`: audit.png shows the scores, suspects.png the first suspects."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from sklearn.metrics import roc_curve
+from torch import Tensor
+
+from gaf_lab.data.problem import Problem
+from gaf_lab.experiments.audit_result import AuditResult
+from gaf_lab.experiments.probe_figure import legend_on_top
+from gaf_lab.records import run as records
+from gaf_lab.report.figures import DPI, INK, SOFT, canvas, plain
+
+if TYPE_CHECKING:
+    import numpy as np
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+SUSPECTS = 50  # on the sheet
+ACROSS = 10  # pictures in a row of it
+RIGHT, WRONG = "#1559c9", "#e0561b"
+ROC_CURVES = {
+    "quality": ("label quality", "#1559c9"),
+    "loss": ("loss", "#12a08a"),
+    "loss_averaging": ("loss, averaging", "#8c1d4f"),
+    "distance": ("distance", "#e0561b"),
+}
+
+
+def draw_audit(found: AuditResult, path: Path) -> None:
+    """Draws the label quality of clean and flipped samples, and ROC curves. A PNG of 150 dpi.
+
+    Without known wrong labels, the label quality of all samples alone.
+    """
+    known = bool(found.flipped.any())
+    panels = 2 if known else 1
+    figure = canvas(5 * panels, 3.8)
+    axes = figure.subplots(1, panels, squeeze=False)[0]
+    figure.subplots_adjust(left=0.12 / panels, right=0.98, top=0.87, bottom=0.16, wspace=0.2)
+    draw_quality(axes[0], found)
+    if known:
+        draw_roc(axes[1], found)
+    with records.whole(path) as part:
+        figure.savefig(part, dpi=DPI)
+
+
+def draw_quality(ax: "Axes", found: AuditResult) -> None:
+    flipped = found.flipped
+    groups = [("all", ~flipped, RIGHT)]
+    if flipped.any():
+        groups = [("clean", ~flipped, RIGHT), ("flipped", flipped, WRONG)]
+    edges = torch.linspace(0, 1, 51).tolist()
+    highest = 0.0
+    for name, which, color in groups:
+        count = torch.histc(found.quality[which].float(), 50, 0, 1)
+        share = (100 * count / count.sum()).tolist()
+        ax.stairs(share, edges, fill=True, alpha=0.4, color=color, label=name)
+        highest = max(highest, *share)
+    name_axes(ax, "samples (%)", "label quality; samples.csv begins with the lowest")
+    ax.set_ylim(0, 1.15 * highest)
+    legend_on_top(ax)
+
+
+def draw_roc(ax: "Axes", found: AuditResult) -> None:
+    """ROC curves of the scores."""
+    ax.plot([0, 100], [0, 100], color=SOFT, linewidth=0.8, linestyle=(0, (4, 3)))
+    for score, (name, color) in ROC_CURVES.items():
+        false, true, _ = roc_curve(found.flipped, found.scores[score])
+        ax.plot(100 * false, 100 * true, color=color, linewidth=1.8, label=name)
+    name_axes(ax, "flipped found (%)", "clean ones suspected (%)")
+    ax.set(ylim=(-3, 128), yticks=range(0, 101, 20))
+    legend_on_top(ax, columns=2)
+
+
+def name_axes(ax: "Axes", title: str, across: str) -> None:
+    plain(ax)
+    ax.set_title(title, loc="left", fontsize=11, color=INK, pad=8)
+    ax.set_xlabel(across, fontsize=10, color=SOFT)
+
+
+def draw_suspects(found: AuditResult, path: Path) -> None:
+    """Draws the first suspects, each with its index, given and predicted label. A PNG of 150 dpi.
+
+    The labels' colour shows whether the given one is wrong, if that is known.
+    """
+    first, known = found.order[:SUSPECTS], bool(found.flipped.any())
+    rows = -(-len(first) // ACROSS)
+    height = 0.95 + 1.38 * rows
+    figure = canvas(10, height)
+    axes = figure.subplots(rows, ACROSS, squeeze=False).flatten()
+    figure.subplots_adjust(
+        left=0.01, right=0.99, top=1 - 1.15 / height, bottom=0.02, wspace=0.08, hspace=0.5
+    )
+    write_title(figure, len(first), known, height)
+    for ax in axes:
+        ax.axis("off")
+    for ax, i in zip(axes, first, strict=False):
+        color = INK
+        if known:
+            color = WRONG if found.flipped[i] else RIGHT
+        draw_suspect(ax, found, i, color)
+    with records.whole(path) as part:
+        figure.savefig(part, dpi=DPI)
+
+
+def write_title(figure: "Figure", count: int, known: bool, height: float) -> None:
+    title = (
+        f"The {count} samples of lowest label quality: "
+        "given label → predicted label, #index in the data set"
+    )
+    figure.text(0.01, 1 - 0.3 / height, title, fontsize=11, color=INK)
+    if known:
+        at = 1 - 0.55 / height
+        figure.text(0.01, at, "in orange: the given label is wrong", fontsize=10, color=WRONG)
+        figure.text(0.26, at, "in blue: the given label is right", fontsize=10, color=RIGHT)
+
+
+def draw_suspect(ax: "Axes", found: AuditResult, i: int, color: str) -> None:
+    ax.imshow(pixels(found.problem, i), cmap="gray", interpolation="nearest")
+    labels = f"{int(found.problem.train.observed[i])} → {int(found.predicted[i])}"
+    ax.set_title(labels, fontsize=10, color=color, pad=12)
+    index = f"#{int(found.problem.origin[i])}"
+    place: dict[str, Any] = {"ha": "center", "transform": ax.transAxes}
+    ax.text(0.5, 1.03, index, fontsize=7, color=SOFT, **place)
+
+
+def pixels(problem: Problem, i: int) -> "np.ndarray[Any, Any]":
+    """Training picture i as matplotlib takes it: (H, W, 3), or (H, W) if it has one channel."""
+    assert isinstance(problem.train.x, Tensor)
+    found: np.ndarray[Any, Any] = problem.train.x[i].permute(1, 2, 0).cpu().numpy()
+    return found[:, :, 0] if found.shape[2] == 1 else found
