@@ -1,1 +1,1 @@
-"""Adapters for trainers and trackers; each imports its framework, and nothing imports an adapter but its user."""
+"""Adapters for trainers and trackers. Each imports its framework, and only users import one."""

@@ -7,7 +7,8 @@ import torch
 from accelerate.utils import DistributedType
 from transformers import Trainer, TrainerCallback
 
-from gaf.integrations.accelerate import MicroBatches, attach
+from gaf.integrations.accelerate import attach
+from gaf.integrations.accelerate_rows import MicroBatches
 from gaf.integrations.options import check_names, check_options
 from gaf.integrations.trackers import metrics
 from gaf.ranks.handle import Handle
@@ -22,20 +23,24 @@ STATE = "gaf.pt"  # beside optimizer.pt
 
 
 class GAFMixin(Base):
-    """Filters what a Trainer averages: `class MyTrainer(GAFMixin, Seq2SeqTrainer): ...`, or `GAFTrainer` for the plain one.
+    """Filters what a Trainer or a subclass of it averages.
 
-        trainer = GAFTrainer(model=model, args=args, train_dataset=data, gaf_policy=gaf.GAF(tau=0.9))
+        class MyTrainer(GAFMixin, Seq2SeqTrainer): ...    # or GAFTrainer, for the plain Trainer
+        trainer = MyTrainer(model=model, args=args, gaf_policy=gaf.GAF(tau=0.9))
 
-    In one process the rows are the micro-batches of `gradient_accumulation_steps`; in several they are the ranks, and what a
-    rank accumulates is its row. Rows are weighted as the Trainer weights its micro-batches (by their items, where the model
-    takes `num_items_in_batch`), so that tau = 2 is the Trainer's own step. Clipping and `on_pre_optimizer_step` see the
-    update. A skip leaves parameters, optimizer state and the learning-rate schedule alone, and counts in `global_step`.
-    Checkpoints carry counts and the policy's state, in gaf.pt. The numbers of `gaf.integrations.trackers.metrics` are in
-    every log of the training loss; the noise scale is in samples.
+    In one process the rows are the micro-batches of `gradient_accumulation_steps`. In several they
+    are the ranks, and what a rank accumulates is its row. Rows are weighted as the Trainer weights
+    its micro-batches (by their items, if the model takes `num_items_in_batch`), so that tau = 2 is
+    the Trainer's own step. Clipping and `on_pre_optimizer_step` see the update. A skip leaves
+    parameters, optimizer state and the learning-rate schedule alone, and counts in `global_step`.
+    Checkpoints carry counts and the policy's state, in gaf.pt. The numbers of
+    `gaf.integrations.trackers.metrics` are in every log of the training loss; the noise scale is in
+    samples.
 
     Args:
         gaf_policy: `gaf.GAF(...)`, or any other that `gaf.Accumulator` or `gaf.attach` takes.
-        gaf_options: of `gaf.Accumulator` in one process (bn, leave_out), of `gaf.attach` in several (micro_group).
+        gaf_options: of `gaf.Accumulator` in one process (bn, leave_out), of `gaf.attach` in several
+            (micro_group).
         *args: the Trainer's.
         **kwargs: the Trainer's.
 
@@ -57,7 +62,7 @@ class GAFMixin(Base):
     ) -> None:
         options = {} if gaf_options is None else gaf_options
         check_policy(gaf_policy, "GAFTrainer")
-        check_names(options, "GAFTrainer")  # at once: a Trainer takes its time to be made
+        check_names(options, "GAFTrainer")  # first: making a Trainer takes long
         super().__init__(*args, **kwargs)
         alone = self.accelerator.distributed_type == DistributedType.NO
         check_options(options, "GAFTrainer", ranks=not alone)
@@ -67,30 +72,24 @@ class GAFMixin(Base):
         self.add_callback(Attach(self))
 
     def attach(self) -> None:
-        if self.gaf is not None:  # of a training before, perhaps broken off
+        if self.gaf is not None:  # left over from an earlier training
             self.gaf.detach()
         assert self.optimizer is not None
-        self.gaf = attach(
-            self.accelerator,
-            self.model_wrapped,
-            self.optimizer,
-            self.gaf_policy,
-            **self.gaf_options,
-        )
+        given = self.accelerator, self.model_wrapped, self.optimizer, self.gaf_policy
+        self.gaf = attach(*given, **self.gaf_options)
         if isinstance(self.gaf, MicroBatches):
             self.gaf.divisor = lambda: self.current_gradient_accumulation_steps
         if self._gaf_checkpoint is not None and self._gaf_checkpoint.exists():
-            self.gaf.load_state_dict(
-                torch.load(self._gaf_checkpoint, map_location="cpu", weights_only=True)
-            )
+            state = torch.load(self._gaf_checkpoint, map_location="cpu", weights_only=True)
+            self.gaf.load_state_dict(state)
         self._gaf_checkpoint = None
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.gaf is not None and "loss" in logs:
-            row = self.args.train_batch_size * (
-                self.args.gradient_accumulation_steps if isinstance(self.gaf, Handle) else 1
-            )
-            logs |= metrics(self.gaf, row)
+            samples = self.args.train_batch_size  # of a row
+            if isinstance(self.gaf, Handle):
+                samples *= self.args.gradient_accumulation_steps
+            logs |= metrics(self.gaf, samples)
         super().log(logs, start_time)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
@@ -114,7 +113,7 @@ class Attach(TrainerCallback):
 
     def on_epoch_end(self, *args: Any, **kwargs: Any) -> None:
         if isinstance(self.trainer.gaf, MicroBatches):
-            self.trainer.gaf.discard()  # of an epoch that was broken off
+            self.trainer.gaf.discard()  # left over from an interrupted epoch
 
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:
         if self.trainer.gaf is not None:
