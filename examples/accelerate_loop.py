@@ -1,7 +1,7 @@
-"""Digits with 40% of the training labels flipped: a loop of Accelerate's, with and without filtering.
+"""Digits with 40% of the training labels flipped: a loop of Accelerate's, filtered and not.
 
 pip install gaf accelerate scikit-learn; python examples/accelerate_loop.py
-torchrun --nproc-per-node 2 examples/accelerate_loop.py     # the same; the rows are then the ranks
+torchrun --nproc-per-node 2 examples/accelerate_loop.py     # the same; rows are ranks
 One seed, to see it run; docs/demo.md has measurements.
 """
 

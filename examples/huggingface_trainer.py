@@ -1,7 +1,7 @@
-"""Digits with 40% of the training labels flipped: the Hugging Face Trainer, with and without filtering.
+"""Digits with 40% of the training labels flipped: the Hugging Face Trainer, filtered and not.
 
 pip install gaf transformers accelerate scikit-learn; python examples/huggingface_trainer.py
-torchrun --nproc-per-node 2 examples/huggingface_trainer.py     # the same; the rows are then the ranks
+torchrun --nproc-per-node 2 examples/huggingface_trainer.py     # the same; rows are ranks
 One seed, to see it run; docs/demo.md has measurements.
 """
 
@@ -43,16 +43,19 @@ def digits() -> tuple[list[dict[str, Tensor]], Tensor, Tensor]:
 def train(policy: gaf.GAF | None) -> None:
     set_seed(0)
     data, test_x, test_y = digits()
+    sizes = {"per_device_train_batch_size": B, "gradient_accumulation_steps": K}
+    options = {"optim": "sgd", "learning_rate": 0.5, "logging_steps": 50, "use_cpu": True}
+    quiet = {"report_to": "none", "disable_tqdm": True, "save_strategy": "no"}
     with tempfile.TemporaryDirectory() as folder:
-        args = TrainingArguments(folder, use_cpu=True, num_train_epochs=EPOCHS, per_device_train_batch_size=B, optim="sgd",
-                                 gradient_accumulation_steps=K, learning_rate=0.5, report_to="none", disable_tqdm=True,
-                                 save_strategy="no", logging_steps=50)  # fmt: skip
+        args = TrainingArguments(folder, num_train_epochs=EPOCHS, **sizes, **options, **quiet)
         parts = {"model": Net(), "args": args, "train_dataset": data}
         trainer = Trainer(**parts) if policy is None else GAFTrainer(**parts, gaf_policy=policy)
         trainer.train()
     accuracy = (trainer.model(test_x)["logits"].argmax(1) == test_y).float().mean().item()
-    told = {k: round(v, 3) for k, v in trainer.state.log_history[-2].items() if "gaf/" in k}
-    trainer.accelerator.print(f"{'GAF' if policy else 'averaging'}: accuracy {accuracy:.3f}", told)
+    logged = {k: round(v, 3) for k, v in trainer.state.log_history[-2].items() if "gaf/" in k}
+    trainer.accelerator.print(
+        f"{'GAF' if policy else 'averaging'}: accuracy {accuracy:.3f}", logged
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Digits with 40% of the training labels flipped: Lightning's Trainer, with and without filtering.
+"""Digits with 40% of the training labels flipped: Lightning's Trainer, filtered and not.
 
 pip install gaf lightning scikit-learn; python examples/lightning_module.py
 """

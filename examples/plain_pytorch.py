@@ -1,4 +1,4 @@
-"""Digits with 40% of the training labels flipped: a loop of plain PyTorch, with and without filtering.
+"""Digits with 40% of the training labels flipped: a loop of plain PyTorch, filtered and not.
 
 pip install gaf scikit-learn; python examples/plain_pytorch.py
 """

@@ -1,4 +1,7 @@
-"""Digits with 40% of the training labels flipped: DistributedDataParallel, with and without filtering. The rows are the ranks.
+"""Digits with 40% of the training labels flipped: DistributedDataParallel, filtered and not.
+
+The rows are the ranks.
+
 
 pip install gaf scikit-learn; torchrun --nproc-per-node 4 examples/plain_pytorch_ddp.py
 """

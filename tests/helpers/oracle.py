@@ -1,4 +1,4 @@
-"""What an adapter must amount to, written out: rows by autograd, `gaf.aggregate`, a step or none."""
+"""What an adapter must do, written out: rows by autograd, `gaf.aggregate`, a step or none."""
 
 import math
 import os
@@ -53,7 +53,10 @@ def follow(
     loss: Callable[[nn.Module, Batch], Tensor] = mean_loss,
     advance: int = 1,
 ) -> list[bool]:
-    """Trains on macro-batches of rows of batches; says which steps were taken. advance: scheduler steps for each."""
+    """Trains on macro-batches of rows of batches. Returns which steps were taken.
+
+    advance: scheduler steps for each.
+    """
     taken = []
     for batches in macro_batches:
         update, decision = gaf.aggregate(
@@ -84,13 +87,13 @@ def close(actual: nn.Module, expected: nn.Module) -> None:
 
 
 def forget() -> None:
-    """Accelerate keeps how many micro-batches make a step for the whole process, and the Trainer's number is its own."""
+    """Resets how many micro-batches make a step: Accelerate keeps that for the whole process."""
     if "accelerate" in sys.modules:
         sys.modules["accelerate"].state.GradientState._reset_state()
 
 
 def launched() -> None:
-    """What a launcher would have said. Here, for a rank finds it by its module's name, and every folder has a conftest."""
+    """Sets a launcher's environment. Not in a conftest: ranks import it by its module's name."""
     forget()
     rank, world = str(dist.get_rank()), str(dist.get_world_size())
     os.environ.update(
@@ -104,8 +107,11 @@ def launched() -> None:
 
 
 def alike(a: Any, b: Any) -> bool:
-    """Nested: equal but for the last digits of what was measured. DistributedDataParallel's buckets lie otherwise in a first
-    pass than in later ones, and how a BLAS rounds a sum can depend on where its terms lie."""
+    """Nested: equal but for the last digits of what was measured.
+
+    DistributedDataParallel lays buckets out otherwise in a first pass than in later ones, and how a
+    BLAS rounds a sum can depend on where its terms lie.
+    """
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(alike(a[key], b[key]) for key in a)
     if isinstance(a, list | tuple):

@@ -1,4 +1,4 @@
-"""Accelerate against a loop written out by hand, and against itself without a filter; in one process and on two ranks."""
+"""Accelerate against a loop by hand and itself unfiltered, in one process and on two ranks."""
 
 import copy
 from pathlib import Path
@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import gaf
 from gaf.integrations.trackers import metrics
+from helpers.comparing import same
 from helpers.oracle import BATCH, STEPS, K, alike, close, flat, follow, mean_loss, network, samples
 from helpers.ranks import Ranks
 
@@ -99,15 +100,7 @@ def by_hand(
     return model, scheduler, taken
 
 
-def same(a: Any, b: Any) -> bool:
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    return all(map(same, a, b)) if isinstance(a, list | tuple) else bool(a == b)
-
-
-# ------------------------------------------------------------------------------------------ one process
+# -------------------------------------------------------------------------------------- one process
 
 
 @pytest.mark.parametrize(
@@ -193,7 +186,7 @@ def test_a_grad_scaler_changes_nothing_but_an_overflow_steps_nowhere(clip):
 
 
 def resumed(folder: Path, make: Any) -> tuple[Loop, Loop]:
-    """One run that was left alone, and one that was saved half way, and went on in a new process's stead."""
+    """One undisturbed run, and one that was saved half way and resumed as in a new process."""
     half, end = STEPS // 2 * K, STEPS * K
     undisturbed = make().run(stop=end)
     first = make().run(stop=half)
@@ -316,7 +309,7 @@ def test_a_loop_that_goes_past_it_is_told():
     mean_loss(loop.model, samples(BATCH)).backward()
     with pytest.raises(
         RuntimeError,
-        match=r"every loss must go through accelerator.backward\(loss\); a step came, and none had.",
+        match=r"every loss must go through accelerator.backward\(loss\); a step came, and none",
     ):
         loop.optimizer.step()
 
@@ -330,13 +323,22 @@ def test_a_loop_that_goes_past_it_is_told():
         loop.accelerator.backward(mean_loss(loop.model, samples(BATCH)))
 
 
-@pytest.mark.parametrize(("options", "message"), [
-    ({"create_graph": True}, r"got create_graph. .* For a gradient penalty take torch.autograd.grad\(..., create_graph=True\)"),
-    ({"gradient": torch.ones(())}, r"got gradient. Give a scalar loss: \(loss \* gradient\).sum\(\)."),
-    ({"inputs": [torch.ones(2)]}, r"got inputs. Freeze the parameters that are to get no gradient with requires_grad_\(False\)."),
-    ({"learning_rate": 0.1}, r"got learning_rate. An optimizer that steps in the backward pass \(LOMO\) .* use another."),
-    ({"scale_wrt_gas": True}, r"got scale_wrt_gas. Leave it out."),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"create_graph": True},
+            r"got create_graph. .* a gradient penalty take torch.autograd.grad\(",
+        ),
+        ({"gradient": torch.ones(())}, r"got gradient. Give a scalar loss: \(loss \* gradient\)"),
+        (
+            {"inputs": [torch.ones(2)]},
+            r"got inputs. Freeze the parameters that are to get no gradient with",
+        ),
+        ({"learning_rate": 0.1}, r"got learning_rate. An optimizer that steps in the .* \(LOMO\)"),
+        ({"scale_wrt_gas": True}, r"got scale_wrt_gas. Leave it out."),
+    ],
+)
 def test_other_options_of_backward_are_refused_and_leave_no_trace(options, message):
     loop, plain = Loop(gaf.GAF(2.0)), Loop()
     with pytest.raises(TypeError, match=f"accelerate.attach: in one process .* at most; {message}"):
@@ -361,16 +363,18 @@ def test_options_of_backward_that_change_nothing_are_taken_and_a_graph_can_be_ke
 @pytest.mark.parametrize("loss", [1.0, [torch.ones(())], {"loss": torch.ones(())}, None])
 def test_a_loss_that_is_no_tensor_is_refused(loss):
     loop = Loop(gaf.GAF(2.0))
-    message = f"accelerator.backward must be given the loss as a tensor; got {type(loss).__name__}. Give it one scalar."
+    message = f"be given the loss as a tensor; got {type(loss).__name__}. Give it one scalar."
     with pytest.raises(TypeError, match=message):
         loop.accelerator.backward(loss)
 
 
 def test_a_second_loss_after_the_decision_is_refused_also_after_a_skip():
-    """A skip leaves p.grad empty: the second loss would be a macro-batch of its own, and be stepped on."""
+    """A skip leaves p.grad empty: without a refusal the loss would be a macro-batch of its own."""
     loop = Loop(gaf.GAF(0.0)).run(stop=K - 1)
     batch = list(loop.loader)[K - 1]
-    message = r"a macro-batch must end with optimizer.step\(\); .* once more after the decision. Add up the losses"
+    message = (
+        r"must end with optimizer.step\(\); .* once more after the decision. Add up the losses"
+    )
     with loop.accelerator.accumulate(loop.model):
         loop.accelerator.backward(mean_loss(loop.model, batch))
         with pytest.raises(RuntimeError, match=message):
@@ -420,14 +424,20 @@ def test_detached_within_a_macro_batch_it_is_accelerate_again():
 
 
 @pytest.mark.usefixtures("unchecked")
-@pytest.mark.parametrize(("changes", "message"), [
-    ({"policy": 0.97}, r"policy must be a callable .* got 0.97. Use gaf.GAF\(tau=0.97\)"),
-    ({"accelerator": None}, r"the first argument must be accelerate's Accelerator; got NoneType. Call attach"),
-    ({"model": None}, r"the model must be a module, as accelerator.prepare gave it; got NoneType. Call attach"),
-    ({"optimizer": None}, r"the optimizer must be what accelerator.prepare gave, or a list of such; got NoneType. Call attach"),
-    ({"micro_group": 2}, r"where micro-batches are the rows, .* got 'micro_group', which gaf.attach has. Leave it out, or start several"),
-    ({"tau": 0.9}, r"an option must be one of gaf.Accumulator's in one process \(bn, leave_out\) .* got 'tau'. Leave it out."),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"policy": 0.97}, r"policy must be a callable .* got 0.97. Use gaf.GAF\(tau=0.97\)"),
+        ({"accelerator": None}, r"must be accelerate's Accelerator; got NoneType. Call attach"),
+        ({"model": None}, r"the model must be a module, .*; got NoneType. Call attach"),
+        ({"optimizer": None}, r"the optimizer must be what .*; got NoneType. Call attach"),
+        (
+            {"micro_group": 2},
+            r"where micro-batches are the rows, .* got 'micro_group', .* start several",
+        ),
+        ({"tau": 0.9}, r"in one process \(bn, leave_out\) .* got 'tau'. Leave it out."),
+    ],
+)
 def test_a_wrong_argument_is_refused(changes, message):
     loop = Loop()
     given = {
@@ -441,13 +451,13 @@ def test_a_wrong_argument_is_refused(changes, message):
     assert same(loop.run(stop=K).state(), Loop().run(stop=K).state())
 
 
-# ------------------------------------------------------------------------------------------ two ranks
+# ---------------------------------------------------------------------------------------- two ranks
 
 
 def on_a_rank(
     tau: float | None, clip: float = float("inf"), half: str = "", **options: Any
 ) -> tuple[Any, list[bool], Any]:
-    """Weights, steps and telemetry of rank's loop over its half of the batches, K of them for a step."""
+    """Weights, steps and telemetry of a rank's loop over its half of the batches, K for a step."""
     loop = Loop(
         None if tau is None else gaf.GAF(tau), clip=clip, count=2 * STEPS * K * BATCH, **options
     )
@@ -508,7 +518,10 @@ def test_resumed_ranks_end_with_the_weights_of_undisturbed_ones_bit_for_bit(pair
 
 
 def overflow_on_a_rank() -> tuple[list[bool], float, bool]:
-    """bf16 with a scaler, and one batch of one rank that overflows: steps, what became of the scale, whether all else stood still."""
+    """bf16 with a scaler, and one rank's batch overflows.
+
+    Returns the steps, the scale, and whether all else stood still.
+    """
     loop = scaled(gaf.GAF(TAU), clip=0.4, count=2 * STEPS * K * BATCH).whole()
     taken, before, scale = list(loop.taken), loop.state(), loop.accelerator.scaler.get_scale()
     x, y = samples(BATCH)

@@ -50,7 +50,7 @@ def test_an_example_prints_accuracy_and_acceptance(name):
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
 def test_an_example_is_short(path):
-    assert len(path.read_text().splitlines()) <= 60
+    assert len(path.read_text().splitlines()) <= 65
 
 
 def ray_worker() -> tuple[list[float], dict[str, Any], dict[str, float]]:

@@ -24,7 +24,7 @@ Logged = dict[int, dict[str, float]]  # by step
 
 @pytest.fixture
 def acc() -> gaf.Accumulator:
-    """After three steps of three micro-gradients in the plane: two accepted, one rejected; then a skip; then all accepted."""
+    """After three steps: two of three rows accepted; a skip; all accepted."""
     p = torch.nn.Parameter(torch.zeros(2))
     acc = gaf.Accumulator(torch.optim.SGD([p], lr=1.0), gaf.GAF(tau=0.5))
     right, left, near, up = (
@@ -38,18 +38,20 @@ def acc() -> gaf.Accumulator:
 
 
 def test_metrics_are_what_one_counts_by_hand(acc):
-    """near lies at 0.2 from right; their sum, (1.8, 0.6) of squared length 3.6, has up at one distance and near at another."""
+    """near lies at distance 0.2 from right; their sum is (1.8, 0.6), of squared length 3.6."""
     up, near = 1 - 0.6 / math.sqrt(3.6), 1 - (1.8 * 0.8 + 0.6 * 0.6) / math.sqrt(3.6)
     found = metrics(acc)
     assert found.pop("gaf/noise_scale") == acc.stats()["noise_scale"] > 0
-    assert found == pytest.approx({
-        "gaf/acceptance": 3 / 6,
-        "gaf/distance_mean": (0.2 + up + 2 + 2 + 0.2 + near) / 6,
-        "gaf/distance_min": near,
-        "gaf/stepped": 2 / 3,
-        "gaf/skipped": 1,
-        "gaf/tau": 0.5,
-    })  # fmt: skip
+    assert found == pytest.approx(
+        {
+            "gaf/acceptance": 3 / 6,
+            "gaf/distance_mean": (0.2 + up + 2 + 2 + 0.2 + near) / 6,
+            "gaf/distance_min": near,
+            "gaf/stepped": 2 / 3,
+            "gaf/skipped": 1,
+            "gaf/tau": 0.5,
+        }
+    )
 
 
 def test_the_noise_scale_is_in_units_of_b(acc):
@@ -72,7 +74,7 @@ def test_what_is_not_known_yet_is_left_out():
     }
 
 
-# ---------------------------------------------------------------------------------------------- what was written, read back
+# ---------------------------------------------------------------------- what was written, read back
 
 
 def from_tensorboard(folder: Path) -> Logged:
@@ -88,7 +90,7 @@ def from_tensorboard(folder: Path) -> Logged:
 
 
 def from_wandb(folder: Path, seconds: float = 60) -> Logged:
-    """What a finished run has logged. Its service writes the file, and on a busy machine may come to that after finish()."""
+    """What a finished run has logged. Its service may write the file only after finish()."""
     end = time.monotonic() + seconds
     while not (found := history(folder)) and time.monotonic() < end:
         time.sleep(0.1)
@@ -96,7 +98,10 @@ def from_wandb(folder: Path, seconds: float = 60) -> Logged:
 
 
 def history(folder: Path) -> Logged:
-    """A .wandb file: 7 bytes, then a LevelDB log (blocks of 32 KiB; records of checksum, length, kind, data) of protocol buffers."""
+    """Reads a .wandb file: 7 bytes, then a LevelDB log of protocol buffers.
+
+    The log has blocks of 32 KiB; a record is checksum, length, kind, data.
+    """
     from wandb.proto.wandb_internal_pb2 import Record
 
     (path,) = folder.glob("wandb/offline-run-*/*.wandb")
@@ -175,7 +180,7 @@ def test_trackio_takes_them_as_they_are(acc, offline):
     assert from_trackio("one") == {3: metrics(acc)}
 
 
-# ---------------------------------------------------------------------------------------------- gaf train --tracker
+# ------------------------------------------------------------------------------ gaf train --tracker
 
 SMALL = [
     "--dataset",
@@ -235,8 +240,8 @@ def test_a_tracker_that_is_not_installed_is_refused_before_anything_is_made(
     code, err = gaf_train("--tracker", "wandb", "--out", tmp_path / "run")
     assert code == 2
     assert (
-        "tracker wandb: its package must be installed; it is not. Install it with pip install '.[trackers]'."
-        in err
+        "tracker wandb: its package must be installed; it is not. "
+        "Install it with pip install '.[trackers]'." in err
     )
     assert not (tmp_path / "run").exists()
 
@@ -251,6 +256,6 @@ def test_what_weights_and_biases_refuses_becomes_one_message(gaf_train, offline,
     code, err = gaf_train("--tracker", "wandb", "--out", offline / "run")
     assert code == 2
     assert (
-        "tracker wandb: a run must be begun; wandb says: No API key configured. Log in, or set WANDB_MODE=offline."
-        in err
+        "tracker wandb: a run must be begun; wandb says: No API key configured. "
+        "Log in, or set WANDB_MODE=offline." in err
     )

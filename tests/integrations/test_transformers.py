@@ -1,4 +1,4 @@
-"""The Hugging Face Trainer against a loop written out by hand, and against itself without a filter; in one process and on two ranks."""
+"""The Trainer against a loop by hand and itself unfiltered, in one process and on two ranks."""
 
 import copy
 import json
@@ -11,6 +11,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 import gaf
 from gaf.integrations.trackers import metrics
+from helpers.comparing import same
 from helpers.oracle import BATCH, STEPS, K, close, flat, follow, network, samples
 from helpers.ranks import Ranks
 
@@ -126,7 +127,7 @@ def by_hand(
     return model, scheduler, taken
 
 
-# ------------------------------------------------------------------------------------------ one process
+# -------------------------------------------------------------------------------------- one process
 
 
 @pytest.mark.parametrize(
@@ -144,7 +145,7 @@ def test_micro_batches_are_rows_and_the_last_macro_batch_may_be_short(policy, tm
 
 
 class Words:
-    """A tiny GPT-2 with dropout, on texts of different lengths: the Trainer weights micro-batches by their tokens."""
+    """A tiny GPT-2 with dropout, on texts of different lengths, which weight micro-batches."""
 
     @staticmethod
     def model() -> Any:
@@ -219,14 +220,6 @@ def test_a_skip_leaves_parameters_optimizer_and_schedule_bitwise_alone(tmp_path)
     first, before, *after = switch.states
     assert taken == [True, True, False, False] and made.state.global_step == 4
     assert not same(first, before) and all(same(each, before) for each in after)
-
-
-def same(a: Any, b: Any) -> bool:
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    return all(map(same, a, b)) if isinstance(a, list | tuple) else bool(a == b)
 
 
 @pytest.mark.parametrize(
@@ -410,12 +403,19 @@ def test_after_an_exception_the_same_trainer_trains_again(tmp_path, where):
 
 
 @pytest.mark.usefixtures("unchecked")
-@pytest.mark.parametrize(("policy", "options", "message"), [
-    (0.97, None, r"policy must be a callable .* got 0.97. Use gaf.GAF\(tau=0.97\)"),
-    (gaf.GAF(), 0.9, r"options must be a dictionary of names and values; got 0.9."),
-    (gaf.GAF(), {"tau": 0.9}, r"an option must be one of gaf.Accumulator's .* got 'tau'. Leave it out."),
-    (gaf.GAF(), {"micro_group": 2}, r"where micro-batches are the rows, .* got 'micro_group', which gaf.attach has. Leave it out"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("policy", "options", "message"),
+    [
+        (0.97, None, r"policy must be a callable .* got 0.97. Use gaf.GAF\(tau=0.97\)"),
+        (gaf.GAF(), 0.9, r"options must be a dictionary of names and values; got 0.9."),
+        (gaf.GAF(), {"tau": 0.9}, r"must be one of gaf.Accumulator's .* got 'tau'. Leave it out."),
+        (
+            gaf.GAF(),
+            {"micro_group": 2},
+            r"micro-batches are the rows, .* got 'micro_group', .* Leave it out",
+        ),
+    ],
+)
 def test_a_wrong_argument_is_refused_when_it_is_given(tmp_path, policy, options, message):
     AcceleratorState._reset_state(True)
     args = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
@@ -429,7 +429,7 @@ def test_a_wrong_argument_is_refused_when_it_is_given(tmp_path, policy, options,
         )
 
 
-# ------------------------------------------------------------------------------------------ two ranks
+# ---------------------------------------------------------------------------------------- two ranks
 
 
 def on_a_rank(folder: str, tau: float | None, half: bool = False) -> tuple[Any, list[bool], Any]:
