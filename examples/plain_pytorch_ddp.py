@@ -2,7 +2,6 @@
 
 The rows are the ranks.
 
-
 pip install gaf scikit-learn; torchrun --nproc-per-node 4 examples/plain_pytorch_ddp.py
 """
 
