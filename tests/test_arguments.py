@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 from torch.optim import SGD
 
 import gaf
-from gaf.measure.probe import Probe
+from gaf.measure.result import Probe
 from gaf.ranks.handle import Handle
 from gaf.record.telemetry import Telemetry
 from gaf.rules.sequential import Sequential, visit

@@ -15,7 +15,8 @@ from torch.optim import SGD
 
 import gaf
 from gaf.device.rows import Stacked
-from gaf.measure.probe import Probe, acceptance
+from gaf.measure.acceptance import measure_acceptance
+from gaf.measure.result import Probe
 from gaf.ranks.handle import Handle
 from gaf.record.audit import Excess
 from gaf.record.telemetry import Outcome, Telemetry, packed
@@ -120,7 +121,7 @@ def measured() -> Any:
     K = gaf.gram(ROWS)[:3, :3].repeat(4, 4) + torch.eye(12, dtype=torch.float64, device="cpu")
     return (
         vars(agreement.noise_of(K, 8)), agreement.cosines_of(K), agreement.dimension_of(K), agreement.noise_squared(K),
-        agreement.noise_floor(0.05, 100.0), agreement.tau_for(0.5, 4, 3.0, 100.0), vars(acceptance(K, 4, 0.9)),
+        agreement.noise_floor(0.05, 100.0), agreement.tau_for(0.5, 4, 3.0, 100.0), vars(measure_acceptance(K, 4, 0.9)),
         Probe(5, 4, K, {"all": K}, 0).recommend().tau,
     )  # fmt: skip
 

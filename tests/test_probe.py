@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import gaf
-from gaf.measure.probe import Probe, acceptance, probe
+from gaf.measure.acceptance import measure_acceptance
+from gaf.measure.probe import probe
+from gaf.measure.result import Probe
 from gaf.rules import agreement
 from gaf.rules.agreement import dimension_of, noise_floor, noise_of, predicted_acceptance, tau_for
 from gaf.rules.gram import gram_of
@@ -135,7 +137,7 @@ def test_predicted_acceptance_is_what_gaf_accepts_of_normal_rows(name, rho, tau,
     rows = gaussian(1500, rho, eigenvalues)
     predicted = predicted_acceptance(tau, k, rho, float(1 / eigenvalues.square().sum()))
     # 0.02 are the draws', the rest that cosines are not quite normal, and that all rows of a step meet the same start
-    assert acceptance(rows @ rows.T, k, tau).rows == pytest.approx(predicted, abs=0.05)
+    assert measure_acceptance(rows @ rows.T, k, tau).rows == pytest.approx(predicted, abs=0.05)
 
 
 def test_predicted_acceptance_rises_with_tau_and_with_b_and_tau_for_inverts_it():
@@ -168,7 +170,7 @@ def test_measured_acceptance_is_gafs_own(tau):
     compared = [
         (gaf.GAF(tau, min_accepted=1)(gram[i][:, i]).accepted.sum() - 1) / (k - 1) for i in chosen
     ]
-    found = acceptance(gram, k, tau, draws=60)
+    found = measure_acceptance(gram, k, tau, draws=60)
     assert found.steps == pytest.approx(sum(bool(d.stepped) for d in decisions) / 60)
     assert found.rows == pytest.approx(float(sum(compared)) / 60)
 

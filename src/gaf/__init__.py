@@ -1,7 +1,8 @@
 """Gradient agreement filtering: average only the micro-gradients that agree, and skip the step where too few do."""
 
 from gaf.device.accumulate import Accumulator
-from gaf.measure.probe import Probe, probe
+from gaf.measure.probe import probe
+from gaf.measure.result import Probe
 from gaf.ranks.attach import attach
 from gaf.ranks.handle import Handle
 from gaf.record.audit import Audit

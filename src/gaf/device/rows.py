@@ -15,7 +15,7 @@ from gaf.rules.contract import Policy
 from gaf.rules.decision import Decision, Evidence, check_decision
 from gaf.rules.gram import gram_of
 from gaf.rules.judging import decide_with_evidence, streams, tau_of
-from gaf.rules.sequential import Seen, Sequential, norm2_after, signal
+from gaf.rules.sequential import Seen, Sequential, norm2_after, signal_of
 from gaf.shapes import Float64
 
 
@@ -94,7 +94,7 @@ class Streamed:
         self.accepted.append(joins)
         self.distances.append(distance)
         self.norms2.append(own)
-        self.signals.append(signal(self.policy, count, inner, own))
+        self.signals.append(signal_of(self.policy, count, inner, own))
         self.norm2 = torch.where(joins, norm2_after(norm2, inner, own, shrink), norm2)
         self.count = count + joins
         self.holds.append(self.got)

@@ -1,7 +1,8 @@
-"""The rule behind the policies: rows are visited one by one, each against the running sum of those taken before it.
+"""The rule behind the policies: rows are visited one by one, each against a running sum.
 
-What `visit` needs of a row, its inner product with that sum and both norms, can be read off the Gram matrix (`walk`)
-or measured while the rows stream by (`gaf.rows`); it is the one rule behind both.
+The sum is that of the rows accepted before. `visit` needs three numbers of a row: its inner product
+with the sum, and both norms. They are read off the Gram matrix (`walk`), or measured while the rows
+stream by (`gaf.device.rows`). The rule is the same.
 """
 
 import math
@@ -30,8 +31,8 @@ def visit(
 
         distance = 1 - <s, g> / (|s| |g|), in [0, 2]        accepted: distance <= tau
 
-    The first present row starts the sum: distance 0. An absent row (norm zero or not finite) is never accepted:
-    distance NaN. Rows that cancelled have left a sum without direction: distance 1.
+    The first present row starts the sum: distance 0. An absent row (norm zero or not finite) is
+    never accepted: distance NaN. Rows that cancelled have left a sum without direction: distance 1.
 
     Args:
         count: rows in the sum.
@@ -51,14 +52,16 @@ def visit(
 
 @dataclass(frozen=True, eq=False)
 class Seen:
-    """What a macro-batch has shown a policy that learns from it; the same from a Gram matrix and from rows that streamed by.
+    """What a policy that learns is shown of a macro-batch.
+
+    It is the same from a Gram matrix and from rows that streamed by.
 
     Attributes:
-        accepted: (k,) bool, rows that the rule accepted, also where too few did for a step.
+        accepted: (k,) bool, rows that the rule accepted, even if too few did for a step.
         distances: (k,) float64, as in a Decision.
         norms2: (k,) float64, squared norms.
         signals: (k,) float64, <s, g_i> / c of each row that was compared; NaN for the others.
-        gram: (k, k) float64; None where the rows streamed by.
+        gram: (k, k) float64; None if the rows streamed by.
     """
 
     accepted: Bool[Tensor, " k"]
@@ -69,12 +72,13 @@ class Seen:
 
 
 class Sequential:
-    """A policy that visits the rows in order, each against the running sum of those accepted before it."""
+    """A policy that visits the rows in order, each against the sum of those accepted before it."""
 
     average: Literal["mean", "halving"] = "mean"
-    # the rows may be added up as they come: nothing is decided later that needs them apart
+    # the rows may be added up as they come: no later decision needs them apart
     streams = True
-    # whether an absent row is in the update all the same, so that its NaN goes through; others are not compared with it
+    # whether an absent row is in the update all the same, so that its NaN goes through;
+    # other rows are not compared with it
     adds_absent = False
 
     def visit(
@@ -84,11 +88,11 @@ class Sequential:
         norm2: Float64[Tensor, "*s"],
         own: Float64[Tensor, "*s"],
     ) -> tuple[Bool[Tensor, "*s"], Float64[Tensor, "*s"]]:
-        """Whether a row joins the running sum, and its distance to it; see `gaf.sequential.visit`."""
+        """Whether a row joins the running sum, and its distance; see `visit` of this module."""
         raise NotImplementedError
 
     def shrink(self, count: Int[Tensor, "*s"]) -> Float64[Tensor, "*s"]:
-        """What the sum is multiplied by once a row has joined `count` others: 1, or 1/2 for average="halving"."""
+        """What the sum is multiplied by once a row has joined `count` others: 1 or, halving, 1/2."""
         halved = (count > 0) & (self.average == "halving")
         return 1.0 - 0.5 * halved.double()
 
@@ -96,44 +100,51 @@ class Sequential:
         """The decision, once every row was visited."""
         raise NotImplementedError
 
-    def learn(self, seen: "Seen") -> None:
-        """Told of each decision once it is taken; a policy that adapts changes here, for the next one."""
+    def learn(self, seen: Seen) -> None:
+        """Called after each decision; a policy that adapts changes here, for the next one."""
 
     def __call__(self, gram: Float64[Tensor, "k k"]) -> Decision:
-        """Decides from the Gram matrix, (k, k) float64; a diagonal entry of zero, NaN or infinity marks an absent row."""
+        """Decides from the Gram matrix, (k, k) float64.
+
+        A diagonal entry of zero, NaN or infinity marks an absent row.
+        """
         check_gram(gram)
-        k = len(gram)
-        accepted, distances, signals = walk(
-            self, gram, torch.arange(k, device=gram.device).expand(1, k)
-        )
-        decision = self.conclude(accepted[0], distances[0])
-        self.learn(Seen(accepted[0], distances[0], gram.diagonal(), signals[0], gram))
+        order = torch.arange(len(gram), device=gram.device)
+        accepted, distances, signals = (by_order[0] for by_order in walk(self, gram, order[None]))
+        decision = self.conclude(accepted, distances)
+        self.learn(Seen(accepted, distances, gram.diagonal(), signals, gram))
         return decision
 
 
 def walk(
-    policy: Sequential, gram: Float64[Tensor, "k k"], orders: Int[Tensor, "s k"]
+    policy: Sequential, gram: Float64[Tensor, "k k"], orders: Int[Tensor, "s m"]
 ) -> tuple[Bool[Tensor, "s k"], Float64[Tensor, "s k"], Float64[Tensor, "s k"]]:
-    """Visits the rows in each of s orders at once: O(s k^2), no look at the host.
+    """Visits the rows in each of s orders at once: O(s m k), without waiting for the device.
+
+    Args:
+        policy: gives the rule.
+        gram: (k, k).
+        orders: (s, m), each the indices of m different rows; m may be less than k.
 
     Returns:
-        By row: accepted, distances, and the signals <s, g_i> / c, each an estimate of |g|^2; NaN for the start and for absent rows.
+        By row: accepted, distances, and the signals <s, g_i> / c, each an estimate of |g|^2. The
+        signal is NaN for the start and for absent rows. Rows that an order does not visit are not
+        accepted, with 0 for the numbers.
     """
     norms2, sound = gram.diagonal(), present(gram.diagonal())
     gram = torch.where(sound & sound[:, None], gram, 0.0)
-    s, k = orders.shape
+    s, k = len(orders), len(gram)
     inner = gram.new_zeros(s, k)  # <running sum, g_i>
     norm2, count = gram.new_zeros(s), torch.zeros(s, dtype=torch.int64, device=gram.device)
     accepted = torch.zeros(s, k, dtype=torch.bool, device=gram.device)
     distances, signals = gram.new_zeros(s, k), gram.new_zeros(s, k)
     for row in orders.unbind(1):
         here = row[:, None]
-        inner_row, shrink = inner.gather(1, here)[:, 0], policy.shrink(count)
-        joins, distance = policy.visit(count, inner_row, norm2, norms2[row])
-        signals.scatter_(1, here, signal(policy, count, inner_row, norms2[row])[:, None])
-        norm2 = torch.where(
-            joins, norm2_after(norm2, inner_row, gram.diagonal()[row], shrink), norm2
-        )
+        inner_row, own, shrink = inner.gather(1, here)[:, 0], norms2[row], policy.shrink(count)
+        joins, distance = policy.visit(count, inner_row, norm2, own)
+        signals.scatter_(1, here, signal_of(policy, count, inner_row, own)[:, None])
+        after = norm2_after(norm2, inner_row, gram.diagonal()[row], shrink)
+        norm2 = torch.where(joins, after, norm2)
         inner = torch.where(joins[:, None], (inner + gram[row]) * shrink[:, None], inner)
         count = count + joins
         accepted.scatter_(1, here, joins[:, None])
@@ -141,13 +152,16 @@ def walk(
     return accepted, distances, signals
 
 
-def signal(
+def signal_of(
     policy: Sequential,
     count: Int[Tensor, "*s"],
     inner: Float64[Tensor, "*s"],
     own: Float64[Tensor, "*s"],
 ) -> Float64[Tensor, "*s"]:
-    """<s, g> over the number of rows that s adds up, an estimate of |g|^2; NaN where nothing was compared."""
+    """<s, g> over the number of rows that s adds up: an estimate of |g|^2.
+
+    NaN for a row that was compared with nothing.
+    """
     terms = count if policy.average == "mean" else count.clamp_max(1)
     return torch.where(present(own) & (count > 0), inner / terms, math.nan)
 

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gaf.measure.probe import Probe, of_losses
+from gaf.measure.probe import probe_losses
+from gaf.measure.result import Probe
 from gaf_lab.experiments.probe_point import ProbePoint
 from gaf_lab.progress import Tell, silent
 from gaf_lab.records import environment
@@ -84,7 +85,7 @@ def probe_now(training: Training, rows: int, slices: int, tell: Tell = silent) -
     first = training.step * config.k
     places = [divmod(number, config.k) for number in range(first, first + rows)]
     losses = [partial(loss_and_tell, step, i) for step, i in places]
-    return of_losses(training.model, losses, config.b, config.k, slices)
+    return probe_losses(training.model, losses, config.b, config.k, slices)
 
 
 def micro_batch_loss(training: Training, objective: Any, step: int, i: int) -> Tensor:

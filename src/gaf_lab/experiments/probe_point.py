@@ -24,7 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gaf.measure.probe import Probe, Recommendation
+from gaf.measure.advice import Recommendation
+from gaf.measure.result import Probe
 from gaf.rules.agreement import expected_cosine
 from gaf_lab.records import run as records
 

@@ -6,7 +6,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from gaf.measure.probe import number
+from gaf.measure.advice import format_number
 from gaf_lab.experiments.probe import JACKKNIFE_PARTS
 
 CLOSE = 0.1  # a prediction within ten points is taken to hold
@@ -60,7 +60,7 @@ def probe_cells(line: Line) -> list[str]:
 
 
 def number_or_infinity(value: float | None) -> str:
-    return "∞" if value is None else number(value)
+    return "∞" if value is None else format_number(value)
 
 
 def layer_table(line: Line) -> Table:
@@ -141,7 +141,7 @@ def doubt(line: Line) -> str:
 def doubt_of_direction(line: Line) -> str:
     low = ""
     if line["noise_low"] is not None:
-        low = f" (B may be anything from {number(line['noise_low'])} samples up)"
+        low = f" (B may be anything from {format_number(line['noise_low'])} samples up)"
     return (
         f"no common direction can be distinguished from noise{low}. "
         "Raise --b or --rows, or probe --after more steps."

@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 
 import gaf
-from gaf.measure.probe import Probe
+from gaf.measure.result import Probe
 from gaf_lab.commands import main as cli
 from gaf_lab.experiments import probe, probe_point
 from gaf_lab.experiments.probe_report import recommendation, table, verdicts
