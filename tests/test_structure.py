@@ -21,6 +21,7 @@ FACES = {"gaf", "gaf_lab", "gaf_lab.__main__"}  # hand on what the rooms hold
 
 LONGEST = 200  # lines of a file
 LONGER = {  # may only shrink
+    # the public class: its documentation takes 130 of them
     "gaf/device/accumulate.py": 372,
     "gaf/measure/probe.py": 359,
     "gaf/record/telemetry.py": 289,
@@ -33,10 +34,7 @@ LONGER = {  # may only shrink
 }
 TWICE = {  # names that several files define
     "gaf": {
-        "Gated",
-        "attach",
-        "check",
-        "check_loss",
+        "attach",  # of gaf, and of gaf.integrations.accelerate: both are public
     },
     "gaf_lab": {
         "CONTROLS",
