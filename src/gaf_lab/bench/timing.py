@@ -15,7 +15,7 @@ import torch
 Step = Callable[[], None]
 Steps = Callable[[int], None]  # takes so many
 
-T = TypeVar("T")
+Entry = TypeVar("Entry")
 
 
 class StepTime(NamedTuple):
@@ -31,7 +31,7 @@ class StepTime(NamedTuple):
         return StepTime(self.wall - other.wall, self.cpu - other.cpu)
 
 
-def rotate(items: Sequence[T], number: int) -> list[T]:
+def rotate(items: Sequence[Entry], number: int) -> list[Entry]:
     """The items in the order of round `number`."""
     turn = number % len(items)
     return [*items[turn:], *items[:turn]]

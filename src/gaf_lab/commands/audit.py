@@ -45,7 +45,7 @@ def run_audit(words: Words, console: Console) -> int:
 
 
 def audit_and_write(options: AuditOptions, command: str, console: Console) -> int:
-    from gaf_lab.experiments.audit import run_audit
+    from gaf_lab.experiments.audit import audit_labels
     from gaf_lab.experiments.audit_figures import SUSPECTS, draw_audit, draw_suspects
     from gaf_lab.experiments.audit_report import closing_words, table, with_truth, write_samples
     from gaf_lab.records.measurements import write_measurements
@@ -61,7 +61,7 @@ def audit_and_write(options: AuditOptions, command: str, console: Console) -> in
             def tell(what: str, step: int, steps: int, seed: int = seed) -> None:
                 progress(f"seed {seed}, {what}", step, steps)
 
-            found.append(run_audit(dataclasses.replace(config, seed=seed), options.data, tell))
+            found.append(audit_labels(dataclasses.replace(config, seed=seed), options.data, tell))
     lines = [one.line() for one in found]
     write_samples(found[0], out / "samples.csv")
     draw_audit(found[0], out / "audit.png")

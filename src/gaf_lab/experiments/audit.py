@@ -63,7 +63,7 @@ class Tally:
         return self.rejections.scores().nan_to_num(0)
 
 
-def run_audit(
+def audit_labels(
     config: TrainConfig, data_folder: Path | None, progress: Callable[[str, int, int], None]
 ) -> AuditResult:
     """Trains the config, and plain averaging on the same micro-batches.

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SUSPECTS = 50  # on the sheet
-ACROSS = 10  # pictures in a row of it
+PER_ROW = 10  # pictures in a row of it
 RIGHT, WRONG = "#1559c9", "#e0561b"
 ROC_CURVES = {
     "quality": ("label quality", "#1559c9"),
@@ -86,10 +86,10 @@ def draw_suspects(found: AuditResult, path: Path) -> None:
     The labels' colour shows whether the given one is wrong, if that is known.
     """
     first, known = found.order[:SUSPECTS], bool(found.flipped.any())
-    rows = -(-len(first) // ACROSS)
+    rows = -(-len(first) // PER_ROW)
     height = 0.95 + 1.38 * rows
     figure = canvas(10, height)
-    axes = figure.subplots(rows, ACROSS, squeeze=False).flatten()
+    axes = figure.subplots(rows, PER_ROW, squeeze=False).flatten()
     figure.subplots_adjust(
         left=0.01, right=0.99, top=1 - 1.15 / height, bottom=0.02, wspace=0.08, hspace=0.5
     )
@@ -114,7 +114,7 @@ def write_title(figure: "Figure", count: int, known: bool, height: float) -> Non
     if known:
         at = 1 - 0.55 / height
         figure.text(0.01, at, "in orange: the given label is wrong", fontsize=10, color=WRONG)
-        figure.text(0.26, at, "in blue: the given label is right", fontsize=10, color=RIGHT)
+        figure.text(0.28, at, "in blue: the given label is right", fontsize=10, color=RIGHT)
 
 
 def draw_suspect(ax: "Axes", found: AuditResult, i: int, color: str) -> None:

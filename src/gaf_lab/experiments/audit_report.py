@@ -11,7 +11,7 @@ import numpy as np
 from rich import box
 from rich.table import Table
 
-from gaf_lab.experiments.audit_result import AuditResult
+from gaf_lab.experiments.audit_result import AuditLine, AuditResult
 from gaf_lab.records import run as records
 from gaf_lab.report.statistics import bootstrap
 
@@ -24,8 +24,6 @@ SCORES = {
     "rejection": "rejection, this filter",
 }
 RANKING = "quality"  # of samples.csv; results/audit.jsonl has what it finds, and the others
-
-Line = dict[str, Any]
 
 
 def write_samples(found: AuditResult, path: Path) -> None:
@@ -54,12 +52,12 @@ def write_samples(found: AuditResult, path: Path) -> None:
             out.writerow([*row, *truth])
 
 
-def with_truth(lines: Sequence[Line]) -> list[Line]:
+def with_truth(lines: Sequence[AuditLine]) -> list[AuditLine]:
     """The lines of runs in which it is known which labels are wrong."""
     return [line for line in lines if line["auroc"][RANKING] is not None]
 
 
-def table(lines: Sequence[Line]) -> Table:
+def table(lines: Sequence[AuditLine]) -> Table:
     """How well each score finds the wrong labels. lines: with truth."""
     result = Table(title="Wrong labels found", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column in ("way", "AUROC", "precision", "n"):
@@ -79,7 +77,7 @@ def mean_and_deviation(values: Sequence[float]) -> str:
     return f"{mean:.3f} ± {deviation:.3f}"
 
 
-def closing_words(lines: Sequence[Line]) -> str:
+def closing_words(lines: Sequence[AuditLine]) -> str:
     """How good samples.csv is, beside the usual way; what is_label_issue marks; the filter's own.
 
     Averages over the seeds.
@@ -102,12 +100,15 @@ def closing_words(lines: Sequence[Line]) -> str:
     )
 
 
-def describe_lead(lines: Sequence[Line]) -> str:
+def describe_lead(lines: Sequence[AuditLine]) -> str:
     """How much more or less AUROC the usual way has; with its interval over several seeds."""
     leads = usual_lead(lines)
-    mean = float(leads.mean())
-    text = f"so {abs(mean):.3f} {'more' if mean > 0 else 'less'}"
-    if round(mean, 3) == 0:
+    usual, ranking = (
+        round(statistics.fmean(line["auroc"][name] for line in lines), 3)
+        for name in ("loss_averaging", RANKING)
+    )  # as they are shown
+    text = f"so {abs(usual - ranking):.3f} {'more' if usual > ranking else 'less'}"
+    if usual == ranking:
         text = "which is the same"
     if len(leads) == 1:
         return text
@@ -115,7 +116,7 @@ def describe_lead(lines: Sequence[Line]) -> str:
     return f"{text} (95% interval over {len(leads)} seeds: {low:+.3f} to {high:+.3f})"
 
 
-def usual_lead(lines: Sequence[Line]) -> "np.ndarray[Any, Any]":
+def usual_lead(lines: Sequence[AuditLine]) -> "np.ndarray[Any, Any]":
     """AUROC of the mean loss under plain averaging less that of label quality, by seeds."""
     return np.array([line["auroc"]["loss_averaging"] - line["auroc"][RANKING] for line in lines])
 

@@ -18,6 +18,8 @@ from torch import Tensor
 
 from gaf_lab.data.problem import Problem
 
+AuditLine = dict[str, Any]
+
 
 @dataclass(frozen=True, eq=False)
 class AuditResult:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gaf_lab.experiments.probe_point import BINS, CURVE_TAUS
+from gaf_lab.experiments.probe_point import BINS, CURVE_TAUS, ProbeLine
 from gaf_lab.records import run as records
 from gaf_lab.report.figures import DPI, INK, SOFT, canvas, plain
 
@@ -13,10 +13,8 @@ if TYPE_CHECKING:
 
 SHADES = {1: "#1559c9", 2: "#12a08a", 4: "#e0561b", 8: "#8c1d4f"}  # by m
 
-Line = dict[str, Any]
 
-
-def draw_probe(lines: Sequence[Line], path: Path) -> None:
+def draw_probe(lines: Sequence[ProbeLine], path: Path) -> None:
     """Draws a row of three panels for each number of steps. A PNG of 150 dpi."""
     states = list(dict.fromkeys(line["after"] for line in lines))
     height = max(3.3, 1.2 + 0.17 * max(len(line["layers"]) for line in lines))
@@ -24,7 +22,7 @@ def draw_probe(lines: Sequence[Line], path: Path) -> None:
     figure = canvas(12.5, total)
     axes = figure.subplots(len(states), 3, squeeze=False, width_ratios=(1, 1.15, 1))
     figure.subplots_adjust(
-        left=0.03,
+        left=0.035,
         right=0.985,
         top=1 - 0.62 / total,
         bottom=0.6 / total,
@@ -40,7 +38,7 @@ def draw_probe(lines: Sequence[Line], path: Path) -> None:
         figure.savefig(part, dpi=DPI)
 
 
-def draw_distances(ax: "Axes", group: Sequence[Line]) -> None:
+def draw_distances(ax: "Axes", group: Sequence[ProbeLine]) -> None:
     """Cosine distances of pairs, at b and its largest multiple."""
     highest = 0.0
     edges = [2 * i / BINS for i in range(BINS + 1)]
@@ -48,7 +46,8 @@ def draw_distances(ax: "Axes", group: Sequence[Line]) -> None:
         color = SHADES[line["m"]]
         share = [100 * count / sum(line["bins"]) for count in line["bins"]]
         ax.stairs(share, edges, fill=True, alpha=0.35, color=color, label=f"b = {line['b']}")
-        ax.axvline(line["distance_expected"], color=color, linewidth=1.4, linestyle=(0, (1, 1.5)))
+        dotted: dict[str, Any] = {"linewidth": 1.4, "linestyle": (0, (1, 1.5))}
+        ax.axvline(line["distance_expected"], ymax=0.85, color=color, **dotted)
         highest = max(highest, *share)
     plain(ax)
     ax.set(xlim=(0, 1.3), ylim=(0, 1.25 * highest))
@@ -60,7 +59,7 @@ def draw_distances(ax: "Axes", group: Sequence[Line]) -> None:
     legend_on_top(ax)
 
 
-def draw_acceptance(ax: "Axes", group: Sequence[Line]) -> None:
+def draw_acceptance(ax: "Axes", group: Sequence[ProbeLine]) -> None:
     """Acceptance against tau.
 
     Lines are predicted from the first half of the rows at b, dots are measured on the second.
@@ -82,7 +81,7 @@ def draw_acceptance(ax: "Axes", group: Sequence[Line]) -> None:
     legend_on_top(ax)
 
 
-def draw_layers(ax: "Axes", line: Line) -> None:
+def draw_layers(ax: "Axes", line: ProbeLine) -> None:
     """10%, 50% and 90% of the distances in each layer, the first on top."""
     color = SHADES[1]
     parts = [part for part in line["layers"] if part["distance"][1] is not None]

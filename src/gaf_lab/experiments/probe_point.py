@@ -31,6 +31,7 @@ from gaf_lab.records import run as records
 
 BINS = 100
 QUANTILES = (0.1, 0.5, 0.9)
+ProbeLine = dict[str, Any]
 CURVE_TAUS = [round(0.2 + 0.025 * i, 3) for i in range(41)]  # 0.2 to 1.2
 
 

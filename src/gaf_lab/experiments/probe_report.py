@@ -1,21 +1,19 @@
 """What `gaf probe` prints, from the lines of its probes: two tables, and a recommendation."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from rich import box
 from rich.table import Table
 
 from gaf.measure.advice import format_number
 from gaf_lab.experiments.probe import JACKKNIFE_PARTS
+from gaf_lab.experiments.probe_point import ProbeLine
 
 CLOSE = 0.1  # a prediction within ten points is taken to hold
 WIDE = 0.2  # a tau whose interval is wider is not recommended
 
-Line = dict[str, Any]
 
-
-def table(lines: Sequence[Line]) -> Table:
+def table(lines: Sequence[ProbeLine]) -> Table:
     result = Table(
         title="Micro-gradients: how far they agree, and the tau that follows",
         box=box.SIMPLE_HEAD,
@@ -36,7 +34,7 @@ def table(lines: Sequence[Line]) -> Table:
     return result
 
 
-def probe_cells(line: Line) -> list[str]:
+def probe_cells(line: ProbeLine) -> list[str]:
     """A row of the table; the state's own facts are shown at m = 1 alone."""
     after = noise = dimension = ""
     if line["m"] == 1:
@@ -63,7 +61,7 @@ def number_or_infinity(value: float | None) -> str:
     return "∞" if value is None else format_number(value)
 
 
-def layer_table(line: Line) -> Table:
+def layer_table(line: ProbeLine) -> Table:
     result = Table(
         title=f"Layers, after {line['after']:,} steps, b = {line['b']}",
         box=box.SIMPLE_HEAD,
@@ -79,7 +77,7 @@ def layer_table(line: Line) -> Table:
     return result
 
 
-def verdicts(lines: Sequence[Line]) -> Iterator[str]:
+def verdicts(lines: Sequence[ProbeLine]) -> Iterator[str]:
     """Each estimate in words, its reason, and whether the measurement confirms the prediction."""
     for line in (line for line in lines if line["m"] == 1):
         gap = abs(line["predicted"] - line["measured"])
@@ -96,7 +94,7 @@ def verdicts(lines: Sequence[Line]) -> Iterator[str]:
         yield text
 
 
-def recommendation(lines: Sequence[Line]) -> str:
+def recommendation(lines: Sequence[ProbeLine]) -> str:
     """The tau to use, with n and its interval, from the state that was trained furthest.
 
     Or the reason why none can be recommended.
@@ -117,7 +115,7 @@ def recommendation(lines: Sequence[Line]) -> str:
     )
 
 
-def doubt(line: Line) -> str:
+def doubt(line: ProbeLine) -> str:
     """Why nothing can be recommended, and what to do; empty if something can."""
     if line["noise_scale"] is None or line["noise_high"] is None:
         return doubt_of_direction(line)
@@ -138,7 +136,7 @@ def doubt(line: Line) -> str:
     return ""
 
 
-def doubt_of_direction(line: Line) -> str:
+def doubt_of_direction(line: ProbeLine) -> str:
     low = ""
     if line["noise_low"] is not None:
         low = f" (B may be anything from {format_number(line['noise_low'])} samples up)"
@@ -148,6 +146,6 @@ def doubt_of_direction(line: Line) -> str:
     )
 
 
-def other_rows(line: Line) -> int:
+def other_rows(line: ProbeLine) -> int:
     """Micro-gradients that no prediction was made from."""
     return int(line["rows"]) - int(line["rows"]) // 2

@@ -17,7 +17,7 @@ from gaf_lab.commands.main import main
 from gaf_lab.data.problem import make_problem
 from gaf_lab.data.sets import load_dataset
 from gaf_lab.experiments import audit_figures
-from gaf_lab.experiments.audit import Tally, run_audit
+from gaf_lab.experiments.audit import Tally, audit_labels
 from gaf_lab.experiments.audit_report import (
     RANKING,
     SCORES,
@@ -120,7 +120,7 @@ def test_the_losses_are_those_of_the_model_and_the_run_is_that_of_gaf_train(tmp_
     from gaf_lab.training.run import train
     from helpers.fakes import Silent
 
-    found = run_audit(SMALL, None, lambda *at: None)
+    found = audit_labels(SMALL, None, lambda *at: None)
     run = train(SMALL, tmp_path / "run", Silent())
     assert found.selected == pytest.approx(run.selected["heldout_accuracy"])
     assert found.taken == pytest.approx(run.evals[-1]["steps_taken"] / run.evals[-1]["step"])
@@ -223,7 +223,7 @@ def test_a_class_that_no_sample_has_as_its_label_is_nobodys():
 @pytest.mark.parametrize(("rate", "most"), [(0.4, 1.0), (0.1, 1.0), (0.0, 0.01)])
 def test_about_as_many_are_marked_as_are_wrong_and_these_are_mostly_wrong(rate, most):
     config = dataclasses.replace(SMALL, b=16, passes=6.0, noise_rate=rate)
-    found = run_audit(config, None, lambda *at: None)
+    found = audit_labels(config, None, lambda *at: None)
     line = found.line()
     assert line["issues"]["count"] <= most * line["samples"]
     if rate:
@@ -274,7 +274,7 @@ def test_the_sheet_has_a_picture_for_each_suspect_with_both_labels(tmp_path, mon
     monkeypatch.setattr(
         audit_figures, "canvas", lambda *size: kept.append(canvas(*size)) or kept[-1]
     )
-    found = run_audit(dataclasses.replace(SMALL, passes=1.0, **changes), None, lambda *at: None)
+    found = audit_labels(dataclasses.replace(SMALL, passes=1.0, **changes), None, lambda *at: None)
     audit_figures.draw_suspects(found, tmp_path / "suspects.png")
     shown = [ax for ax in kept[0].axes if ax.images]
     assert len(shown) == min(audit_figures.SUSPECTS, len(found.flipped))
@@ -315,12 +315,12 @@ def test_what_has_no_distances_to_a_running_sum_is_refused(change):
     with pytest.raises(
         ConfigError, match="policy must be 'gaf' with scope 'all' and start 'first' for an audit"
     ):
-        run_audit(dataclasses.replace(SMALL, **change), None, lambda *at: None)
+        audit_labels(dataclasses.replace(SMALL, **change), None, lambda *at: None)
 
 
 def test_one_micro_gradient_is_refused():
     with pytest.raises(ConfigError, match="k must be at least 2 for an audit; got 1"):
-        run_audit(dataclasses.replace(SMALL, k=1), None, lambda *at: None)
+        audit_labels(dataclasses.replace(SMALL, k=1), None, lambda *at: None)
 
 
 # --- the page: `python tests/lab/experiments/test_audit.py` prints its table anew
