@@ -1,13 +1,14 @@
 """On a CUDA GPU: is everything right, and what does it cost? In less than six minutes.
 
-    python benchmarks/gpu.py --out benchmarks/gpu.jsonl      # from a checkout; needs torch, and nothing else
+    python benchmarks/gpu.py --out benchmarks/gpu.jsonl      # from a checkout; needs only torch
     python benchmarks/gpu.py --out FILE --parts "one rank" "two ranks"
-    python benchmarks/gpu.py --out FILE --device cpu         # a rehearsal: small sizes, and what needs CUDA is left out
+    python benchmarks/gpu.py --out FILE --device cpu         # a rehearsal: small sizes, no CUDA
 
-Every part runs in a process of its own, which is stopped when its time is over, so that a hang or a crash costs that part alone.
-Each line of the file is a check (name, value, expected, tolerance; ok is null where it needs CUDA and there is none) or a ratio
-(milliseconds of a step, and the ratio to the plain way in the same round: median, 10% and 90%), with the conditions. The exit status
-is 1 where a check failed. docs/engine.md says what the lines mean.
+Every part runs in its own process, which is stopped when its time is over, so that a hang or a
+crash costs that part alone. Each line of the file is a check or a ratio, with the conditions.
+A check has name, value, expected, tolerance and ok, which is null if it needs CUDA and there is
+none. A ratio has the milliseconds of a step and the ratio to the plain way in the same round:
+median, 10% and 90%. The exit status is 1 if a check failed. docs/engine.md explains the lines.
 """
 
 import argparse
@@ -34,7 +35,8 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from gpu_parts.common import Line, Options, emit, failed, silence  # noqa: E402
 
-# by name: module and function that give its lines; seconds after which it is stopped, and that each of its comparisons may take
+# by name: the module and function that give the lines; the seconds after which the part is
+# stopped; the seconds that each of its comparisons may take
 PARTS: dict[str, tuple[str, str, float, float]] = {
     "accumulator": ("device", "accumulator", 40, 0),
     "scaler": ("device", "scaler", 25, 0),

@@ -1,10 +1,11 @@
-"""The way in and out between gloo processes: gloo's own collectives against messages whose receivers stand ready.
+"""The way in and out between gloo processes: gloo's collectives against point-to-point messages.
 
     .venv/bin/python benchmarks/messages.py --k 2 4 8 --out benchmarks/messages.jsonl
     sudo .venv/bin/python benchmarks/messages.py --k 2 4 --mbit 1000 --out benchmarks/messages.jsonl
 
-A vector of ResNet18's size in three pieces; medians of rounds in which all ways take their turn. With --mbit each process
-has a network namespace behind a limited link, as in slow_network.py. Lines are added to the file.
+The messages have pre-posted receives. The vector has ResNet18's size, in three pieces; the values
+are medians of rounds in which the ways alternate. With --mbit each process has a network namespace
+behind a limited link, as in slow_network.py. Lines are appended to the file.
 """
 
 import argparse

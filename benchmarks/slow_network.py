@@ -1,13 +1,14 @@
-"""gaf bench ddp on a slow network: "hosts" that are Linux network namespaces, joined by a bridge, each behind a limited link.
+"""gaf bench ddp on a slow network of Linux network namespaces.
 
-    sudo .venv/bin/python benchmarks/slow_network.py --mbit 1000 --hosts 2 4 --rounds 20 --out benchmarks/slow_network.jsonl
+    sudo .venv/bin/python benchmarks/slow_network.py --mbit 1000 --hosts 2 4 --rounds 20 --out FILE
 
-One process per host. Both directions of every link are limited by a token bucket (tc tbf), so a host sends and receives at
-most --mbit megabits per second, all its connections together. The lines written are those of `gaf bench ddp --out` without
-memory; `gaf bench ddp --against FILE` sets the cost model beside them.
+Each "host" is a namespace with one process, and a bridge joins their limited links. A token bucket
+(tc tbf) limits both directions of every link, so that a host sends and receives at most --mbit
+megabits per second over all its connections. The lines are those of `gaf bench ddp --out` without
+memory; `gaf bench ddp --against FILE` compares the cost model with them.
 
-Exit codes: 0 measured, 1 a rank failed, 77 this machine does not allow it; one line says why. Namespaces and bridge are removed
-in every case.
+Exit codes: 0 measured, 1 a rank failed, 77 this machine does not allow it; one line gives the
+reason. Namespaces and bridge are removed in every case.
 """
 
 import argparse
@@ -97,16 +98,19 @@ def arguments() -> argparse.Namespace:
 def check_machine() -> None:
     if sys.platform != "linux":
         raise NotHere(
-            f"the system must be Linux, for network namespaces; it is {sys.platform}. Use gaf bench ddp."
+            "the system must be Linux, for network namespaces; "
+            f"it is {sys.platform}. Use gaf bench ddp."
         )
     missing = [tool for tool in ("ip", "tc") if shutil.which(tool) is None]
     if missing:
         raise NotHere(
-            f"the machine must have ip and tc; {' and '.join(missing)} not found. Install the package iproute2."
+            f"the machine must have ip and tc; {' and '.join(missing)} not found. "
+            "Install the package iproute2."
         )
     if os.geteuid() != 0:
         raise NotHere(
-            f"the user must be root, to make network namespaces; it is number {os.geteuid()}. Use sudo."
+            "the user must be root, to make network namespaces; "
+            f"it is number {os.geteuid()}. Use sudo."
         )
 
 
@@ -172,7 +176,10 @@ def wait(ranks: list[subprocess.Popen[bytes]], said: list[BinaryIO]) -> None:
 
 @contextlib.contextmanager
 def network(hosts: int, mbit: float) -> Iterator[list[str]]:
-    """Namespaces with an interface each, 10.213.77.1 and on, whose both directions carry `mbit`; removed at the end."""
+    """Namespaces with an interface each, limited to `mbit` in both directions.
+
+    Their addresses begin at 10.213.77.1. They are removed at the end.
+    """
     bridge, names = f"gafbr{os.getpid()}", [f"gaf{os.getpid()}-{i}" for i in range(hosts)]
     cables = [f"gv{os.getpid()}-{i}" for i in range(hosts)]
     try:
@@ -221,7 +228,8 @@ def run(*command: str) -> None:
     if done.returncode:
         why = " ".join((done.stderr or done.stdout).split()) or f"code {done.returncode}"
         raise NotHere(
-            f"the kernel must allow `{' '.join(command)}`; it says: {why}. Use one with CAP_NET_ADMIN, bridge, veth and tbf."
+            f"the kernel must allow `{' '.join(command)}`; it reports: {why}. "
+            "Use one with CAP_NET_ADMIN, bridge, veth and tbf."
         )
 
 

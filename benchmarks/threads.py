@@ -1,10 +1,12 @@
-"""What a command costs in CPU time alone and on a busy machine, by how its threads wait for one another.
+"""CPU time of a command alone and on a busy machine, by how its threads wait for one another.
 
     .venv/bin/python benchmarks/threads.py --rounds 3 --out benchmarks/threads.jsonl
 
-Runs `gaf train` as a user would, on all cores: with one thread, with threads that sleep while they wait (what `gaf` sets), and with
-threads that spin, as GNU's OpenMP lets them by default; first beside whatever else the machine does, then beside --others processes that
-each want a core. Every setting in turn is a round. CPU time is that of the whole command, start and child processes included.
+Runs `gaf train` as a user would, on all cores: with one thread, with threads that sleep while they
+wait (the setting of `gaf`), and with threads that spin (the default of GNU's OpenMP). Each runs
+first beside whatever else the machine does, then beside --others processes that each need a core.
+A round is every setting in turn. CPU time is that of the whole command, start and child processes
+included.
 """
 
 import argparse
@@ -125,7 +127,10 @@ def taken(words: list[str], environ: dict[str, str]) -> tuple[float, float]:
 
 
 def table(lines: list[dict[str, Any]]) -> Iterator[str]:
-    """A row of Markdown for each model and setting: CPU time over one thread's without others, in the same round."""
+    """A row of Markdown for each model and setting.
+
+    CPU time is relative to one thread without others, in the same round.
+    """
     yield "| model | threads | CPU time, no others | CPU time, others | time, no others | time, others |"
     yield "|---|---|---|---|---|---|"
     for model, setting in itertools.product(

@@ -1,10 +1,11 @@
-"""Steps of ViT-L/16 on 224 x 224 pictures from JPEG files: seconds and memory of `gaf train`, for averaging and for GAF.
+"""Steps of ViT-L/16 on 224 x 224 pictures from JPEG files: seconds and memory of `gaf train`.
 
     .venv/bin/python benchmarks/vit_l16.py --b 4 --out benchmarks/vit_l16.jsonl
 
-The pictures are generated, one of each of 1,000 classes; the network is the true one, with 304,326,632 parameters. A run is
-three steps, an evaluation on k b pictures and a checkpoint. `peak_gib` is the most that its process has held, with what it
-shares with the workers that read for it; `load` is that of the machine beforehand. Lines are added to the file.
+Runs averaging and GAF. The pictures are generated, one of each of 1,000 classes; the network is the
+real one, with 304,326,632 parameters. A run is three steps, an evaluation on k b pictures and a
+checkpoint. `peak_gib` is the largest memory of its process, including what it shares with the
+workers that read for it; `load` is the machine's before the run. Lines are appended to the file.
 """
 
 import argparse

@@ -1,4 +1,7 @@
-"""Lines of a result, and what the parts share: a small network, its batches, and the rows that autograd alone gives."""
+"""Lines of a result, and what the parts share.
+
+The parts share a small network, its batches, and the rows that autograd alone gives.
+"""
 
 import contextlib
 import json

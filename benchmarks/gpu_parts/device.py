@@ -1,4 +1,7 @@
-"""One device: gaf.Accumulator, GradScaler, gaf.probe and gaf.Audit against rows that autograd alone gives, in float64 on the CPU."""
+"""One device: Accumulator, GradScaler, gaf.probe and gaf.Audit against autograd.
+
+The rows are those that autograd alone gives, in float64 on the CPU.
+"""
 
 from collections.abc import Iterator
 from functools import partial
@@ -45,7 +48,10 @@ LAYOUTS = ("contiguous", "channels last", "transposed")
 
 
 def accumulator(options: Options) -> Iterator[Line]:
-    """Decisions and updates: policies, layouts, half precision, a skip, how often a step waits, a default device."""
+    """Decisions and updates.
+
+    Policies, layouts, half precision, a skip, how often a step waits, a default device.
+    """
     for layout in LAYOUTS:
         for name, make in POLICIES.items():
             look = partial(same_as_reference, options.device, make(), layout, torch.float32)
@@ -73,7 +79,7 @@ def accumulate(model: nn.Module, policy: Any, given: Any, **options: Any) -> gaf
 
 
 def same_as_reference(device: torch.device, policy: Any, layout: str, dtype: torch.dtype) -> Found:
-    """Decides on the network's rows, and compares with `gaf.aggregate` on the same rows in float64."""
+    """Decides on the network's rows; compares with `gaf.aggregate` on the same rows in float64."""
     model = Network(layout).to(device, dtype)
     given = batches(K, device, dtype)
     update, expected = gaf.aggregate(rows_of(model, given), policy)
@@ -88,7 +94,7 @@ def same_as_reference(device: torch.device, policy: Any, layout: str, dtype: tor
 
 
 def many_rows(options: Options) -> Found:
-    """bfloat16 parameters, 512 rows that are all alike: every distance is 0, however long the sum has become."""
+    """bfloat16 parameters, 512 equal rows: every distance is 0, however long the sum is."""
     model = nn.Linear(64, 8).to(options.device, torch.bfloat16)
     rows = 16 if options.small else 512
     x = torch.randn(4, 64, generator=torch.Generator().manual_seed(0), device="cpu")
@@ -128,7 +134,7 @@ def skip(options: Options) -> Found:
 
 
 def waiting(options: Options, policy: Any) -> Found:
-    """A micro-batch never waits for the device; a step does once, for it must know whether to step."""
+    """A micro-batch never waits for the device; a step waits once, to learn whether to step."""
     model, given = Network().to(options.device), batches(K, options.device, torch.float32)
     acc = accumulate(model, policy, given)
     acc.step()
@@ -141,7 +147,7 @@ def waiting(options: Options, policy: Any) -> Found:
 
 
 def default_device(options: Options) -> Found:
-    """torch.set_default_device: what is made without a device lands there, and the decisions stay the same."""
+    """torch.set_default_device sets where tensors are made; the decisions stay the same."""
     model, given = Network().to(options.device), batches(K, options.device, torch.float32)
     rows = rows_of(model, given)
     for name, make in POLICIES.items():
@@ -158,7 +164,7 @@ def default_device(options: Options) -> Found:
 
 
 def scaler(options: Options) -> Iterator[Line]:
-    """GradScaler: an overflow lowers the scale, a skip by disagreement does not; scaled is unscaled."""
+    """GradScaler: an overflow lowers the scale, a skip does not; scaled equals unscaled."""
     for name, make in OPTIMIZERS.items():
         yield from lines(f"GradScaler, {name}", partial(scaled, options, make))
 

@@ -1,7 +1,7 @@
-"""The lab's engine: a step that never waits, captured as a CUDA graph; on a CPU run as it is, without a capture.
+"""The lab's engine: a step that never waits, captured as a CUDA graph.
 
-Packages that the lab imports and that nothing here needs (downloads, pictures, progress bars) may be missing: a stand-in takes
-their place.
+On a CPU it runs without a capture. Packages that the lab imports and this file does not need
+(downloads, pictures, progress bars) may be missing: a stand-in replaces them.
 """
 
 import dataclasses
@@ -64,12 +64,13 @@ CHECKED: dict[str, Line] = {
     "channels last": {"channels_last": True},
     "augmentation": {"augment": True},
 }
-# of distances: float32 rounding over some tens of steps, and convolutions that a library may choose anew
+# of distances: float32 rounding over some tens of steps, and convolution algorithms that a
+# library may choose anew
 CLOSE = 1e-3
 
 
 def engine(options: Options) -> Iterator[Line]:
-    """Decisions are the plain path's, a step makes no call that waits, runs side by side are what they are alone."""
+    """Decisions are the plain path's, no call waits, runs side by side are what they are alone."""
     silence()
     for what, changes in CHECKED.items():
         yield from lines(f"engine, {what}", partial(same_decisions, options, changes))

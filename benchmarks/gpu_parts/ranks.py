@@ -1,4 +1,7 @@
-"""Ranks: gaf.attach on DistributedDataParallel and FSDP2, over NCCL alone and over gloo with two processes on one device."""
+"""Ranks: gaf.attach on DistributedDataParallel and FSDP2.
+
+One rank runs over NCCL, two processes on one device over gloo.
+"""
 
 import copy
 import importlib.util
@@ -52,7 +55,7 @@ LAYOUTS = ("contiguous", "channels last", "transposed")
 
 
 def one_rank(options: Options) -> Iterator[Line]:
-    """World size 1, over NCCL where the device is a GPU: every collective is called, and one row is always stepped on."""
+    """World size 1, over NCCL on a GPU: calls every collective; one row is always stepped on."""
     alone(options)
     yield from ddp(options)
     yield from lines("DDP, world 1", partial(waiting, options))
@@ -67,7 +70,7 @@ def two_ranks(options: Options) -> Iterator[Line]:
 
 
 def ratios_of_ranks(options: Options) -> Iterator[Line]:
-    """A step of DDP: one rank over NCCL, and two over gloo on one device, which goes through the host's memory."""
+    """A step of DDP: one rank over NCCL; two over gloo, which uses the host's memory."""
     alone(options)
     yield from ddp_ratios(options)
     dist.destroy_process_group()
@@ -94,7 +97,10 @@ def object_of(tensor: Tensor, size: int, group: Any = None) -> Any:
 
 
 def spawned(options: Options, part: Callable[[Options], Iterator[Line]]) -> Iterator[Line]:
-    """Rank 0's lines, and what failed elsewhere, go out by their own standard output: none is lost where a process hangs."""
+    """Each rank prints its own lines, so that none is lost if a process hangs.
+
+    Rank 0 prints all of its lines, the other ranks their failures.
+    """
     store = dist.TCPStore(HOST, 0, is_master=True, wait_for_workers=False)  # at any free port
     torch.multiprocessing.spawn(of_rank, (options, part, store.port), nprocs=2)
     yield from ()
@@ -227,7 +233,7 @@ def step(
 
 
 def skip(options: Options) -> Found:
-    """Nothing agrees enough; of one rank alone there is nothing to disagree, and RandomSkip skips."""
+    """Nothing agrees enough. One rank alone has no other to disagree with; there RandomSkip skips."""
     alone = dist.get_world_size() == 1
     model, optimizer = wrapped(options)
     handle = gaf.attach(model, optimizer, gaf.GAF(2.0))

@@ -22,7 +22,10 @@ WAYS: dict[str, Any] = {
 
 
 def ratios_of_accumulator(options: Options) -> Iterator[Line]:
-    """ResNet18 on 32x32 pictures, four micro-batches of 100: float32, bfloat16 autocast, and bfloat16 parameters."""
+    """ResNet18 on 32x32 pictures, four micro-batches of 100.
+
+    In float32, under bfloat16 autocast, and with bfloat16 parameters.
+    """
     silence()
     share = Options(options.device, options.seconds / 3, options.rounds, options.small)
     for name, dtype, autocast in (
