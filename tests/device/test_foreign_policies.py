@@ -64,8 +64,8 @@ def test_a_decision_has_one_weight_per_row() -> None:
 
 def test_a_policy_that_returns_plain_numbers_is_told_what_is_wanted() -> None:
     model, optimizer = line()
-    decision: Any = Decision([1.0], [True], True, [0.0])  # type: ignore[arg-type]
-    acc = gaf.Accumulator(optimizer, lambda K: decision)
+    numbers: Any = [1.0], [True], True, [0.0]
+    acc = gaf.Accumulator(optimizer, lambda K: Decision(*numbers))
     acc.backward(loss_of(model))
     with pytest.raises((TypeError, ValueError), match="Decision"):
         acc.step()

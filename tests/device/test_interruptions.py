@@ -130,7 +130,8 @@ def test_discard_drops_what_waits_and_nothing_else() -> None:
 def test_discard_after_decide_is_refused() -> None:
     model, optimizer = line()
     acc = gaf.Accumulator(optimizer, gaf.GAF())
-    acc.backward(loss_of(model))
+    for _ in range(2):
+        acc.backward(loss_of(model))
     acc.decide()
     with pytest.raises(RuntimeError, match="discard\\(\\) came after decide\\(\\)"):
         acc.discard()

@@ -182,7 +182,7 @@ class Accumulator:
         return layered_rows(self.policy, self._layers(), voters, self._spare, params[0].device)
 
     def _layers(self) -> dict[str, list[int]]:
-        """The parts that scope="layer" decides on by themselves: by name, parameters' indices."""
+        """What scope="layer" decides on by itself: parameters' indices, by name."""
         return layers_of(self._params.current, self._params.names)
 
     def _forget(self, rows: Rows) -> None:
@@ -267,7 +267,7 @@ class Accumulator:
             self._stepping = False
 
     def _take_back(self) -> None:
-        """Counts the step that was decided as a skip: it is not taken."""
+        """Counts the decided step as a skip, because it is not taken."""
         self.ledger.take_back()
         self._skip_layers()
 
@@ -297,9 +297,9 @@ class Accumulator:
         self._params.clear()
 
     def _give_way(self) -> None:
-        """Drops what waits: another Accumulator was made for the optimizer.
+        """Drops what waits, because another Accumulator was made for the optimizer.
 
-        This one was interrupted, and a traceback keeps it.
+        This one was interrupted, perhaps, and a traceback keeps it.
         """
         if self._decided is not None:
             self.ledger.last = self._decided
@@ -314,9 +314,9 @@ class Accumulator:
         return self._rows is not None or self._decided is not None
 
     def gate(self, scheduler: LRScheduler) -> LRScheduler:
-        """Pauses a scheduler on skips, which is stepped once after every `step()`.
+        """Pauses a scheduler on skips. In place; returns it.
 
-        Works in place, and returns the scheduler.
+        The scheduler must be stepped once after every `step()`.
 
         Raises:
             TypeError: for ReduceLROnPlateau, and for what is no torch scheduler.
@@ -345,7 +345,7 @@ class Accumulator:
         return self.ledger.stats(b)
 
     def state_dict(self) -> dict[str, Any]:
-        """Counts, averages and the policy's own state. Between macro-batches only: rows are lost.
+        """Counts, averages and the policy's own state. Between macro-batches only: no rows in it.
 
         Raises:
             RuntimeError: where micro-gradients wait for their step().
