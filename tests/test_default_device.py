@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 from torch.optim import SGD
 
 import gaf
-from gaf.device.rows import Stacked
+from gaf.device.rows import StackedRows
 from gaf.measure.acceptance import measure_acceptance
 from gaf.measure.result import Probe
 from gaf.ranks.handle import Handle
@@ -67,7 +67,7 @@ def decisions(make: Callable[[], Any]) -> Any:
 
 
 def kept_rows(make: Callable[[], Any]) -> Any:
-    rows = Stacked(make(), [True, False])
+    rows = StackedRows(make(), [True, False])
     for row in ROWS:
         rows.take(0, row[:15])
         rows.take(1, row[15:])

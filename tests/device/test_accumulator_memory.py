@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 import gaf
-from gaf.device.backward import unshared
+from gaf.device.backward import unshare
 from helpers.accumulating import AGREE, ROWS_OF_3, feed, stacked, streamed, vector
 from helpers.pairs import each_pair
 
@@ -140,8 +140,8 @@ def test_memory_of_its_own_is_not_copied() -> None:
     Then every gradient would be copied.
     """
     fresh = torch.ones(4)
-    assert unshared(fresh) is fresh
-    assert unshared(fresh[:2]).data_ptr() != fresh.data_ptr()
+    assert unshare(fresh) is fresh
+    assert unshare(fresh[:2]).data_ptr() != fresh.data_ptr()
 
 
 def keep_tensor(p: nn.Parameter, kept: list[Tensor]) -> Any:
@@ -210,4 +210,4 @@ def test_what_decide_notes_keeps_no_gradient() -> None:
     assert grad is not None
     acc.step()
     gc.collect()
-    assert unshared(grad) is grad  # this name alone holds it
+    assert unshare(grad) is grad  # this name alone holds it

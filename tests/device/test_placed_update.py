@@ -8,7 +8,7 @@ from torch import nn
 from torch.optim import SGD, Adam, Optimizer
 
 import gaf
-from gaf.device.placed import Placed
+from gaf.device.placed import PlacedUpdate
 from helpers.accumulating import AGREE, DISAGREE, ROWS_OF_3, SCALED, feed, scaler_for, vector
 
 
@@ -180,7 +180,7 @@ def test_an_update_in_the_layout_or_size_that_it_has_is_looked_at() -> None:
 
 def test_zeros_are_looked_for_at_one_edited_update_in_a_hundred_on_an_accelerator() -> None:
     """A look waits for the device; the meta device stands in for one."""
-    placed = Placed([SGD([nn.Parameter(torch.zeros(3, device="meta"))], 0.1)])
+    placed = PlacedUpdate([SGD([nn.Parameter(torch.zeros(3, device="meta"))], 0.1)])
     placed.optimizers[0].param_groups[0]["params"][0].grad = torch.zeros(3, device="meta")
     placed.note()
     looks = [placed._may_look(placed.parts[0]) for _ in range(201)]

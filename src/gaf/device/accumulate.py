@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from gaf.checks import check_optimizers
-from gaf.device.backward import Backward
+from gaf.device.backward import BackwardPass
 from gaf.device.batchnorm import BatchNormStatistics
 from gaf.device.buffers import Buffers
 from gaf.device.checks import (
@@ -21,17 +21,17 @@ from gaf.device.checks import (
     check_types,
 )
 from gaf.device.claims import claim_optimizer
-from gaf.device.layers import Layered, layered_rows, layers_of
+from gaf.device.layers import LayeredRows, layered_rows_for, layers_of
 from gaf.device.parameters import LeaveOut, Parameters
-from gaf.device.placed import Placed
-from gaf.device.rows import Stacked, Streamed, rows_for
+from gaf.device.placed import PlacedUpdate
+from gaf.device.rows import StackedRows, StreamedRows, rows_for
 from gaf.device.scaler import LossScaling
 from gaf.record.ledger import Ledger
 from gaf.record.telemetry import Outcome
 from gaf.rules.contract import Policy, check_policy, scope_of
 from gaf.rules.decision import Decision, as_skip, check_weights
 
-Rows = Streamed | Stacked | Layered
+Rows = StreamedRows | StackedRows | LayeredRows
 
 
 class Accumulator:
@@ -99,10 +99,10 @@ class Accumulator:
         self._rows: Rows | None = None  # of the macro-batch in progress
         self._spare: Buffers = []  # buffers of the last macro-batch
         self._decided: Decision | None = None
-        self._backward = Backward()
+        self._backward = BackwardPass()
         self._scaling = LossScaling(scaler, self.optimizers)
         self._bn = BatchNormStatistics(model if bn == "accepted" else None)
-        self._placed = Placed(self.optimizers)  # what decide() has put into p.grad
+        self._placed = PlacedUpdate(self.optimizers)  # what decide() has put into p.grad
         self._stepping = False  # whether an optimizer's step is this object's own
         for one in self.optimizers:
             claim_optimizer(one, self)
@@ -179,7 +179,7 @@ class Accumulator:
         params, voters = self._params.current, self._params.voters()
         if scope_of(self.policy) != "layer":
             return rows_for(self.policy, voters, self._spare, params[0].device)
-        return layered_rows(self.policy, self._layers(), voters, self._spare, params[0].device)
+        return layered_rows_for(self.policy, self._layers(), voters, self._spare, params[0].device)
 
     def _layers(self) -> dict[str, list[int]]:
         """What scope="layer" decides on by itself: parameters' indices, by name."""
@@ -213,12 +213,12 @@ class Accumulator:
     @torch.no_grad()
     def _decide(self, rows: Rows) -> Decision:
         decision, evidence = rows.decide()
-        if isinstance(rows, Layered):
+        if isinstance(rows, LayeredRows):
             self.layers = rows.decisions
         outcome = Outcome.fetch(decision, evidence)
         check_weights(outcome.weights, outcome.stepped, self.policy)
         scale = self._scaling.factor
-        overflow = self._scaling.overflowed(outcome.norms2)
+        overflow = self._scaling.has_overflowed(outcome.norms2)
         if overflow:
             decision, outcome = as_skip(decision), outcome.skipped()
             self._skip_layers()

@@ -15,7 +15,7 @@ from gaf.device.parameters import Parameters
 Take = Callable[[int, Tensor], None]  # is given a parameter's index and its gradient
 
 
-class Backward:
+class BackwardPass:
     """Runs backward passes and checks that each of them reaches the parameters.
 
     Attributes:
@@ -41,7 +41,7 @@ class Backward:
             if grad is None or j in taken or grad.layout != torch.strided:
                 raise_unusable(parameters.name(j), grad)
             taken.add(j)
-            take(j, unshared(grad))
+            take(j, unshare(grad))
 
         hooks = [p.register_post_accumulate_grad_hook(partial(receive, j)) for j, p in trained]
         try:
@@ -100,7 +100,7 @@ def raise_untouched(names: Names) -> NoReturn:
     )
 
 
-def unshared(grad: Tensor) -> Tensor:
+def unshare(grad: Tensor) -> Tensor:
     """The gradient, or a copy where its memory is shared: the result may be written over.
 
     Autograd can hand out a gradient whose memory another tensor uses too, and a hook can keep it.
@@ -115,7 +115,7 @@ def references(grad: Tensor) -> int:
 
 
 def references_to_one_alone() -> int:
-    """What `unshared` counts for a tensor that only its caller holds.
+    """What `unshare` counts for a tensor that only its caller holds.
 
     The number depends on the version of Python.
     """

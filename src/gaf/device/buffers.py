@@ -11,7 +11,7 @@ from gaf.rules.slices import half_to_float32
 Buffers = list[Tensor | None]  # one per parameter
 
 
-def alike(a: Tensor, b: Tensor) -> bool:
+def have_same_layout(a: Tensor, b: Tensor) -> bool:
     return a.dtype == b.dtype and a.shape == b.shape and a.stride() == b.stride()
 
 
@@ -24,7 +24,7 @@ def add_in_place(total: Buffers, row: Buffers) -> Buffers:
     return [half_to_float32(g) if s is None and g is not None else s for s, g in both]
 
 
-def voting(row: Sequence[Tensor | None], voters: Sequence[bool]) -> Buffers:
+def voting_part(row: Sequence[Tensor | None], voters: Sequence[bool]) -> Buffers:
     return [t for t, votes in zip(row, voters, strict=True) if votes]
 
 

@@ -8,13 +8,13 @@ from torch import Tensor, nn
 
 from gaf.device.buffers import Buffers
 from gaf.device.checks import Names
-from gaf.device.rows import Stacked, Streamed, rows_for
+from gaf.device.rows import StackedRows, StreamedRows, rows_for
 from gaf.rules.contract import Policy
 from gaf.rules.decision import Decision, Evidence
 from gaf.rules.judging import join_layer_decisions
 
 
-class Layered:
+class LayeredRows:
     """Holds each layer's rows apart, to be decided on and combined by themselves.
 
     Args:
@@ -26,11 +26,11 @@ class Layered:
     """
 
     def __init__(
-        self, layers: Mapping[str, list[int]], holders: Sequence[Streamed | Stacked]
+        self, layers: Mapping[str, list[int]], holders: Sequence[StreamedRows | StackedRows]
     ) -> None:
         self.layers, self.holders = layers, holders
         self.decisions: dict[str, Decision] = {}
-        self._place: dict[int, tuple[Streamed | Stacked, int]] = {}
+        self._place: dict[int, tuple[StreamedRows | StackedRows, int]] = {}
         for indices, holder in zip(layers.values(), holders, strict=True):
             self._place |= {j: (holder, i) for i, j in enumerate(indices)}
 
@@ -71,26 +71,25 @@ class Layered:
     def update(self, weights: list[float]) -> Buffers:
         """w^T G with each layer's own weights; None for the parameters of a layer that skips."""
         own = torch.stack([decision.weights for decision in self.decisions.values()]).tolist()
-        parts = [
-            holder.update(w) if any(w) else [None] * len(indices)
-            for holder, w, indices in zip(self.holders, own, self.layers.values(), strict=True)
-        ]
+        parts: list[Buffers] = []
+        for holder, w, indices in zip(self.holders, own, self.layers.values(), strict=True):
+            parts.append(holder.update(w) if any(w) else [None] * len(indices))
         return self._join(parts)
 
 
-def layered_rows(
+def layered_rows_for(
     policy: Policy,
     layers: Mapping[str, list[int]],
     voters: Sequence[bool],
     spare: Buffers,
     device: torch.device,
-) -> Layered:
+) -> LayeredRows:
     """A holder for each layer; arguments as for `rows_for`."""
     holders = []
     for indices in layers.values():
         own_voters, own_spare = [voters[j] for j in indices], [spare[j] for j in indices]
         holders.append(rows_for(policy, own_voters, own_spare, device))
-    return Layered(layers, holders)
+    return LayeredRows(layers, holders)
 
 
 def layers_of(params: Sequence[nn.Parameter], names: Names) -> dict[str, list[int]]:

@@ -136,12 +136,10 @@ def bare_names(model: nn.Module | None) -> list[tuple[str, nn.Parameter]]:
     """
     if model is None:
         return []
-    hidden = {
-        f"{path}.{inside}".lstrip(".")
-        for path, module in model.named_modules()
-        for inside in WRAPPED
-        if holds_wrapped(module, inside)
-    }
+    hidden = set()
+    for path, module in model.named_modules():
+        wrapped = [inside for inside in WRAPPED if holds_wrapped(module, inside)]
+        hidden |= {f"{path}.{inside}".lstrip(".") for inside in wrapped}
 
     def bare(name: str) -> str:
         parts = name.split(".")

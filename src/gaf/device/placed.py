@@ -12,7 +12,7 @@ EACH = 32  # coordinates of each
 RARELY = 100  # reading an accelerator's memory waits for it: only at every so many updates
 
 
-class Placed:
+class PlacedUpdate:
     """The update between decide() and step(): it may be clipped, scaled, edited, or replaced.
 
     It may not be gone, as after zero_grad(), and an optimizer's whole part of it may not be

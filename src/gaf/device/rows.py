@@ -1,6 +1,6 @@
 """Holds the micro-gradients of one macro-batch until the decision.
 
-They are added up as they come (`Streamed`) or kept apart (`Stacked`).
+They are added up as they come (`StreamedRows`) or kept apart (`StackedRows`).
 """
 
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gaf.device.buffers import Buffers, norm2_of_rest, voting
+from gaf.device.buffers import Buffers, norm2_of_rest, voting_part
 from gaf.device.sums import SumOnCpu, SumOnDevice
 from gaf.rules.combine import combine, weighted_sum
 from gaf.rules.contract import Policy
@@ -21,7 +21,7 @@ from gaf.shapes import Float64
 
 def rows_for(
     policy: Policy, voters: Sequence[bool], spare: Buffers, device: torch.device
-) -> "Streamed | Stacked":
+) -> "StreamedRows | StackedRows":
     """The holder that a policy needs.
 
     Args:
@@ -32,19 +32,19 @@ def rows_for(
     """
     if device.type != "cpu" or not streams(policy):
         return rows_on_device(policy, voters, device)
-    return Streamed(policy, SumOnCpu(voters, spare))
+    return StreamedRows(policy, SumOnCpu(voters, spare))
 
 
 def rows_on_device(
     policy: Policy, voters: Sequence[bool], device: torch.device
-) -> "Streamed | Stacked":
+) -> "StreamedRows | StackedRows":
     """The holder that a policy needs and that never waits for the device, on any device."""
     if not streams(policy):
-        return Stacked(policy, voters)
-    return Streamed(policy, SumOnDevice(voters, policy.average == "halving", device))
+        return StackedRows(policy, voters)
+    return StreamedRows(policy, SumOnDevice(voters, policy.average == "halving", device))
 
 
-class Streamed:
+class StreamedRows:
     """The running sum and the current row.
 
     One gradient-sized buffer beyond plain accumulation, whatever k.
@@ -124,7 +124,7 @@ class Streamed:
             torch._foreach_mul_([t for t in total if t is not None], max(weights))
         return total
 
-    def combined(self, weights: Float64[Tensor, " k"]) -> list[Tensor]:
+    def update_on_device(self, weights: Float64[Tensor, " k"]) -> list[Tensor]:
         """w^T G for weights that stay on the device.
 
         Every row must have a gradient for every parameter. Has no meaning after a skip.
@@ -135,7 +135,7 @@ class Streamed:
         return total
 
 
-class Stacked:
+class StackedRows:
     """All k rows, for policies that need them apart."""
 
     def __init__(self, policy: Policy, voters: Sequence[bool]) -> None:
@@ -158,7 +158,7 @@ class Stacked:
         self.drop()
 
     def decide(self) -> tuple[Decision, Evidence]:
-        gram = gram_of([voting(row, self.voters) for row in self.rows])
+        gram = gram_of([voting_part(row, self.voters) for row in self.rows])
         for own, row in zip(gram.diagonal(), self.rows, strict=True):
             own += norm2_of_rest(row, self.voters)
         return decide_with_evidence(self.policy, gram)
@@ -168,7 +168,7 @@ class Stacked:
         used = [(row, w) for row, w in zip(self.rows, weights, strict=True) if w]
         return [weighted_sum([(row[j], w) for row, w in used]) for j in range(len(self.voters))]
 
-    def combined(self, weights: Float64[Tensor, " k"]) -> list[Tensor]:
-        """w^T G for weights that stay on the device, as `Streamed.combined`."""
+    def update_on_device(self, weights: Float64[Tensor, " k"]) -> list[Tensor]:
+        """w^T G for weights that stay on the device, as `StreamedRows.update_on_device`."""
         columns = zip(*self.rows, strict=True)
         return [combine(weights, [g for g in column if g is not None]) for column in columns]

@@ -36,7 +36,7 @@ class LossScaling:
         """What the losses of this macro-batch were multiplied by."""
         return 1.0 if self.scaler is None else self.scaler.get_scale()
 
-    def overflowed(self, norms2: Sequence[float]) -> bool:
+    def has_overflowed(self, norms2: Sequence[float]) -> bool:
         """Whether the scale was too large for some row, or has fallen to 0 after many overflows.
 
         Nothing can be unscaled with a scale of 0.
@@ -52,7 +52,7 @@ class LossScaling:
         for optimizer in self.optimizers:
             if has_gradients(optimizer):
                 self.scaler.unscale_(optimizer)
-            elif (p := some_trained(optimizer)) is not None:
+            elif (p := first_trainable(optimizer)) is not None:
                 value = float("inf") if overflow else 0.0
                 p.grad = torch.full_like(p, value, dtype=grad_dtype(p))
                 self.scaler.unscale_(optimizer)
@@ -74,7 +74,7 @@ def has_gradients(optimizer: Optimizer) -> bool:
     return any(p.grad is not None for p in all_parameters([optimizer]))
 
 
-def some_trained(optimizer: Optimizer) -> nn.Parameter | None:
+def first_trainable(optimizer: Optimizer) -> nn.Parameter | None:
     """The first parameter that can have a gradient with numbers in it."""
     trained = (p for p in all_parameters([optimizer]) if p.requires_grad and p.numel())
     return next(trained, None)

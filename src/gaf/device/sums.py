@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gaf.device.buffers import Buffers, add_in_place, alike, norm2_of_rest, voting
+from gaf.device.buffers import Buffers, add_in_place, have_same_layout, norm2_of_rest, voting_part
 from gaf.rules.blas import products_by_blas
 from gaf.rules.gram import inner_products
 from gaf.rules.slices import half_to_float32, has_float64
@@ -59,7 +59,7 @@ class SumOnCpu:
     def _with(self, total: Tensor, grad: Tensor, j: int) -> Tensor:
         """s + g, in the spare buffer if it fits."""
         spare, self.spare[j] = self.spare[j], None
-        if spare is not None and alike(spare, total):
+        if spare is not None and have_same_layout(spare, total):
             return torch.add(total, grad, out=spare)
         return torch.add(total, grad)
 
@@ -142,7 +142,7 @@ class SumOnDevice:
         self.row[j] = grad
 
     def measure(self) -> tuple[Float64[Tensor, ""], Float64[Tensor, ""]]:
-        pair = [voting(self.total, self.voters), voting(self.row, self.voters)]
+        pair = [voting_part(self.total, self.voters), voting_part(self.row, self.voters)]
         found = inner_products(pair, PAIR).to(self.device)
         return found[0], found[1] + norm2_of_rest(self.row, self.voters)
 

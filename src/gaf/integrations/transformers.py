@@ -69,7 +69,7 @@ class GAFMixin(Base):
         self.gaf: MicroBatches | Handle | None = None
         self.gaf_policy, self.gaf_options = gaf_policy, options
         self._gaf_checkpoint: Path | None = None
-        self.add_callback(Attach(self))
+        self.add_callback(AttachCallback(self))
 
     def attach(self) -> None:
         if self.gaf is not None:  # left over from an earlier training
@@ -102,7 +102,7 @@ class GAFMixin(Base):
         self._gaf_checkpoint = None if checkpoint is None else Path(checkpoint) / STATE
 
 
-class Attach(TrainerCallback):
+class AttachCallback(TrainerCallback):
     """Attaches when training starts, once model, optimizer and scheduler are made and loaded."""
 
     def __init__(self, trainer: GAFMixin) -> None:

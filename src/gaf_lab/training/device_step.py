@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import gaf
-from gaf.device.backward import unshared
-from gaf.device.rows import Stacked, Streamed, rows_on_device
+from gaf.device.backward import unshare
+from gaf.device.rows import StackedRows, StreamedRows, rows_on_device
 from gaf.record.telemetry import packed
 from gaf.rules.contract import Policy, is_planned, tau_given
 from gaf.rules.decision import Evidence
@@ -76,7 +76,7 @@ class DeviceStep:
         losses = [self.micro_gradient(i, rows) for i in range(self.config.k)]
         with torch.no_grad():
             decision, evidence = self.decide(rows)
-            for p, grad in zip(self.params, rows.combined(decision.weights), strict=True):
+            for p, grad in zip(self.params, rows.update_on_device(decision.weights), strict=True):
                 p.grad = grad.to(p.dtype)
             self.optimizer.found_inf = (~decision.stepped).float()  # type: ignore[attr-defined]
             now = self.taken if self.config.schedule_waits else self.at
@@ -88,13 +88,13 @@ class DeviceStep:
             self.at += 1
             self.taken += decision.stepped
 
-    def _rows(self) -> Streamed | Stacked:
+    def _rows(self) -> StreamedRows | StackedRows:
         voters = [True] * len(self.params)
         if self.streams:
             return rows_on_device(self.policy, voters, self.device)
-        return Stacked(self.policy, voters)
+        return StackedRows(self.policy, voters)
 
-    def micro_gradient(self, i: int, rows: Streamed | Stacked) -> Tensor:
+    def micro_gradient(self, i: int, rows: StreamedRows | StackedRows) -> Tensor:
         """Passes the gradient of micro-batch i to the rows; returns its loss ()."""
         x, index = self.pictures(i)
         bfloat16 = self.config.autocast == "bfloat16"
@@ -105,7 +105,7 @@ class DeviceStep:
         for j, p in enumerate(self.params):
             grad, p.grad = p.grad, None
             assert grad is not None
-            rows.take(j, unshared(grad))
+            rows.take(j, unshare(grad))
         with torch.no_grad():
             rows.add()
         return loss.detach()
@@ -119,7 +119,7 @@ class DeviceStep:
             x = shift(x, self.row("shifts", self.at)[i])
         return x, index
 
-    def decide(self, rows: Streamed | Stacked) -> tuple[gaf.Decision, Evidence]:
+    def decide(self, rows: StreamedRows | StackedRows) -> tuple[gaf.Decision, Evidence]:
         decision, evidence = rows.decide()
         if self.planned:
             decision = as_planned(self.row("weights", self.at), decision.distances)

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import gaf
-from gaf.device.rows import Stacked, rows_on_device
+from gaf.device.rows import StackedRows, rows_on_device
 from gaf_lab.data.pictures import Pictures
 from gaf_lab.data.problem import make_problem
 from gaf_lab.records import checkpoint
@@ -400,11 +400,11 @@ def test_weights_on_the_device_give_the_update_that_weights_on_the_host_give(pol
         if not weights.any():
             continue
         for ours, theirs in zip(
-            rows.combined(weights), other.update(weights.tolist()), strict=True
+            rows.update_on_device(weights), other.update(weights.tolist()), strict=True
         ):
             assert torch.equal(ours, theirs)
             assert ours.isfinite().all()
-        assert isinstance(rows, Stacked) == (policy == gaf.GAF(1.0, start="best"))
+        assert isinstance(rows, StackedRows) == (policy == gaf.GAF(1.0, start="best"))
 
 
 # Schedules, checkpoints, ends
