@@ -67,7 +67,7 @@ def demo(
     plan = demo_plan(seeds, base)
     configs = list(plan.values())
     workers = workers or os.cpu_count() or 1
-    announce(configs, workers, console)
+    seconds = announce(configs, workers, console)
     sweep(
         configs,
         folder,
@@ -77,6 +77,7 @@ def demo(
         command=f"gaf demo --seeds {seeds} --passes {base.passes:g} --out {folder}",
         keep_checkpoints=False,
         names=list(plan),
+        seconds=seconds,
     )
 
 

@@ -1,7 +1,7 @@
 """How long runs will take: the seconds of a sample are measured here, once for each network."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -21,13 +21,22 @@ LARGE = 50_000_000  # parameters; above it the batch is one sample
 START_SECONDS = 1.0  # of a run, beside its steps and evaluations: data, network, records
 
 
-def announce(configs: Configs, workers: int, console: Console) -> None:
-    """Prints how long the runs will take."""
+def announce(
+    configs: Configs, workers: int, console: Console, finished: Collection[str] = ()
+) -> dict[str, float]:
+    """Prints how long the runs will take, and returns the seconds of each by its hash.
+
+    finished: hashes of those that are finished already.
+    """
     with Progress(console, "network") as progress:
-        seconds = estimate(configs, workers, progress)
+        seconds = run_seconds(configs, workers, progress)
+    todo = [taken for config_hash, taken in seconds.items() if config_hash not in finished]
+    about = format_estimate(sum(todo) / min(workers, len(todo)))
     line(
-        console, f"About {format_estimate(seconds)} on {workers} at a time, by a short measurement."
+        console,
+        f"About {about} on {workers} at a time, by a short measurement; the runs will correct it.",
     )
+    return seconds
 
 
 def format_estimate(seconds: float) -> str:
@@ -36,13 +45,8 @@ def format_estimate(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
-def estimate(configs: Configs, workers: int, tell: Tell = silent) -> float:
-    """Seconds that the runs will take, `workers` at a time. tell: reports the progress."""
-    return sum(run_seconds(configs, workers, tell)) / min(workers, len(configs))
-
-
-def run_seconds(configs: Configs, workers: int, tell: Tell = silent) -> list[float]:
-    """Seconds that each run will take, beside `workers` - 1 others."""
+def run_seconds(configs: Configs, workers: int, tell: Tell = silent) -> dict[str, float]:
+    """Seconds of each run by its hash, beside `workers` - 1 others. tell: reports the progress."""
     threads = torch.get_num_threads()
     torch.set_num_threads(max(1, threads // workers))
     try:
@@ -52,7 +56,7 @@ def run_seconds(configs: Configs, workers: int, tell: Tell = silent) -> list[flo
             speeds[key] = sample_seconds(config)
     finally:
         torch.set_num_threads(threads)
-    return [cost(c, *speeds[network_key(c)]) for c in configs]
+    return {c.hash: cost(c, *speeds[network_key(c)]) for c in configs}
 
 
 def network_key(config: TrainConfig) -> tuple[Any, ...]:

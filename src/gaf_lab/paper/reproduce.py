@@ -51,19 +51,20 @@ def reproduce(
     """
     plans = {name: make_plan(name, scale, reading, seeds) for name in names}
     configs = list({config.hash: config for plan in plans.values() for config in plan}.values())
-    left = unfinished(configs, out)
+    finished = finished_hashes(configs, out)
+    left = len(configs) - len(finished)
     console.print(
-        f"{', '.join(names)} at scale {scale}: {len(configs)} runs, {len(left)} of them to do.",
+        f"{', '.join(names)} at scale {scale}: {len(configs)} runs, {left} of them to do.",
         highlight=False,
     )
     generated = needs_pictures(configs, scale, data_folder)
-    if left:
-        announce(left, workers, console)
+    seconds = announce(configs, workers, console, finished) if left else None
     swept = SweepResult([], {})
+    how |= {"workers": workers, "console": console, "seconds": seconds}
     for folder, part in split_by_data(
         configs, data_folder, out / "pictures" if generated else None
     ):
-        one = sweep(part, out, workers=workers, data_folder=folder, console=console, **how)
+        one = sweep(part, out, data_folder=folder, **how)
         swept = SweepResult([*swept.runs, *one.runs], swept.failed | one.failed)
     found = {str(run.header["config_hash"]): run for run in swept.runs}
     sections = []
@@ -76,9 +77,9 @@ def reproduce(
         return page.write(sections, out, title, progress), swept
 
 
-def unfinished(configs: Configs, out: Path) -> Configs:
-    todo = jobs(configs, out, data_folder=None, keep_checkpoints=True, command=None)
-    return [job.config for job in todo.values() if job.finished_run() is None]
+def finished_hashes(configs: Configs, out: Path) -> set[str]:
+    plan = jobs(configs, out, data_folder=None, keep_checkpoints=True, command=None)
+    return {job.config.hash for job in plan.values() if job.finished_run()}
 
 
 def needs_pictures(configs: Configs, scale: Scale, folder: Path | None) -> bool:

@@ -4,7 +4,7 @@ In a terminal: a bar over all runs and one for each in make_bars. Everywhere: a 
 """
 
 import time
-from collections.abc import Collection
+from collections.abc import Mapping
 from datetime import timedelta
 
 from rich.console import Console
@@ -12,14 +12,33 @@ from rich.console import Console
 from gaf_lab.progress import Pulse
 from gaf_lab.records import run as records
 from gaf_lab.sweeps.jobs import Job, JobProgress, accuracies
+from gaf_lab.sweeps.time_left import Expected, TimeLeft, run_kind
 from gaf_lab.training.console import make_bars
 
 
 class Board:
-    """The bars and lines of a sweep. done: names of the runs that were finished before it."""
+    """The bars and lines of a sweep.
 
-    def __init__(self, console: Console, plan: dict[str, Job], done: Collection[str]) -> None:
+    Args:
+        done: the runs that were finished before it, by name.
+        seconds: what each run should take, by config hash; without it, the samples count.
+    """
+
+    def __init__(
+        self,
+        console: Console,
+        plan: dict[str, Job],
+        done: Mapping[str, records.Run],
+        seconds: Mapping[str, float] | None = None,
+    ) -> None:
         self.plan, self.count, self.failures = plan, len(done), 0
+        expected = {}
+        for name, job in plan.items():
+            cost = seconds[job.config.hash] if seconds else job.samples
+            expected[name] = Expected(run_kind(job.config), cost)
+        self.time = TimeLeft(expected)
+        for name, run in done.items():
+            self.time.finish(name, seconds_of(run))
         self.shares = dict.fromkeys(plan, 1.0)
         for name in plan.keys() - set(done):
             self.shares[name] = plan[name].recorded_progress().share
@@ -28,7 +47,7 @@ class Board:
         self.bars.speed_estimate_period = 3600.0
         total = sum(job.samples for job in plan.values())
         self.whole = self.bars.add_task(
-            "all runs", total=total, completed=int(self.samples), facts=""
+            "all runs", total=total, completed=int(self.samples), facts="", left=None
         )
         self.tasks = {
             name: self.bars.add_task(job.title, total=1.0, start=False, visible=False, facts="")
@@ -52,7 +71,11 @@ class Board:
         """Samples drawn so far, of all runs."""
         return sum(self.plan[name].samples * share for name, share in self.shares.items())
 
+    def show_started(self, name: str) -> None:
+        self.time.start(name)
+
     def show_progress(self, name: str, now: JobProgress) -> None:
+        self.time.progress(name, now.share)
         task = self.tasks[name]
         if not self.bars.tasks[task].started:
             self.bars.start_task(task)
@@ -63,17 +86,18 @@ class Board:
 
     def show_finished(self, name: str, run: records.Run) -> None:
         self.count += 1
+        self.time.finish(name, seconds_of(run))
         self.shares[name] = 1.0
         self.bars.update(self.tasks[name], completed=1.0, visible=False)
         self.draw()
-        assert run.end is not None
         self.say(
             f"{self.count} of {len(self.plan)}: {name}: {accuracies(run.evals[-1])}, "
-            f"{run.end['seconds']:.0f} s{self._eta()}"
+            f"{seconds_of(run):.0f} s{self._eta()}"
         )
 
     def show_failed(self, name: str, why: str) -> None:
         self.failures += 1
+        self.time.fail(name)
         self.bars.update(self.tasks[name], visible=False)
         self.say(f"{name} failed: {why}")
 
@@ -83,7 +107,8 @@ class Board:
         facts = f"{self.count} of {len(self.plan)} finished"
         if self.failures:
             facts += f", {self.failures} failed"
-        self.bars.update(self.whole, completed=self.samples, facts=facts)
+        left = self.time.left()
+        self.bars.update(self.whole, completed=self.samples, facts=facts, left=left)
 
     def say(self, text: str) -> None:
         self.pulse.rest()
@@ -98,7 +123,13 @@ class Board:
         )
 
     def _eta(self) -> str:
-        left = self.bars.tasks[self.whole].time_remaining
+        left = self.time.left()
         if left is None or self.count + self.failures == len(self.plan):
             return ""
         return f"; eta {timedelta(seconds=round(left))}"
+
+
+def seconds_of(run: records.Run) -> float:
+    """Seconds of a finished run, in training and evaluation."""
+    assert run.end is not None
+    return float(run.end["seconds"])

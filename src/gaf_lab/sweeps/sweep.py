@@ -12,7 +12,7 @@ dies. `sweep.jsonl` has a line for each finished run: {"name", "arm", "seed", "h
 import contextlib
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -51,6 +51,7 @@ def sweep(
     keep_checkpoints: bool = True,
     names: Sequence[str] | None = None,
     address: str = "auto",
+    seconds: Mapping[str, float] | None = None,
 ) -> SweepResult:
     """Runs each config in its own folder in `out`, except those that are finished there.
 
@@ -68,6 +69,8 @@ def sweep(
         keep_checkpoints: if False, an interrupted run starts anew.
         names: of the folders, one for each config, in place of `gaf_lab.settings.plan.folder_name`.
         address: of the Ray cluster, HOST:PORT; "auto" is the one that this machine is part of.
+        seconds: what each run should take, by config hash, for the time left; it is corrected as
+            runs go on.
 
     Raises:
         ConfigError: if a run to be replayed is neither planned nor finished, or if `out` or the
@@ -92,7 +95,7 @@ def sweep(
     if len(done) == len(plan):
         return SweepResult(list(done.values()), {})
     with contextlib.closing(make_engine(engine, workers, address)) as running:
-        return Dispatcher(plan, done, Board(console, plan, done)).run(running)
+        return Dispatcher(plan, done, Board(console, plan, done, seconds)).run(running)
 
 
 def make_engine(name: EngineName, workers: int, address: str) -> Engine:
@@ -130,6 +133,7 @@ class Dispatcher:
             while self.waiting or self.running:
                 for name in self.startable()[: max(0, engine.room())]:
                     engine.start(self.plan[name])
+                    self.board.show_started(name)
                     self.waiting.remove(name)
                     self.running.add(name)
                 for name, event in engine.events(0.2):

@@ -9,8 +9,9 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Task, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
+from rich.text import Text
 
 import gaf
 from gaf_lab.data.problem import Problem
@@ -29,8 +30,19 @@ def make_bars(console: Console) -> Bars:
         TaskProgressColumn(),
         TextColumn("{task.fields[facts]}"),
     )
-    left = TextColumn("eta"), TimeRemainingColumn(compact=True)
+    left = TextColumn("eta"), TimeLeftColumn(compact=True)
     return Bars(*columns, *left, console=console, disable=not console.is_terminal)
+
+
+class TimeLeftColumn(TimeRemainingColumn):
+    """The task's own `left`, in seconds, if it has this field; else the bar's estimate."""
+
+    def render(self, task: Task) -> Text:
+        if "left" not in task.fields:
+            return super().render(task)
+        left = task.fields["left"]
+        text = "--:--" if left is None else format_duration(left)
+        return Text(text, style="progress.remaining")
 
 
 class Progress:

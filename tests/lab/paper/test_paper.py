@@ -144,7 +144,8 @@ def test_the_estimate_grows_with_the_work_and_shrinks_with_workers():
     assert training > 0
     assert looking > 0
     threads = torch.get_num_threads()
-    assert estimate.estimate([config, longer], workers=2) > 0
+    seconds = estimate.run_seconds([config, longer], workers=2)
+    assert 0 < seconds[config.hash] < seconds[longer.hash]
     assert torch.get_num_threads() == threads
 
 

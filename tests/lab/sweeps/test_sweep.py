@@ -363,7 +363,7 @@ def test_a_run_is_tried_three_times_then_it_and_what_waits_for_it_have_failed_an
     )
     names = list(plan)
     engine = Here({names[0]: 3, names[2]: 2})
-    swept = Dispatcher(plan, {}, Board(QUIET, plan, [])).run(engine)
+    swept = Dispatcher(plan, {}, Board(QUIET, plan, {})).run(engine)
     assert [run.folder.name for run in swept.runs] == names[2:]
     assert swept.failed == {
         names[0]: "it died. It was tried 3 times.",
@@ -447,7 +447,7 @@ def test_the_bar_over_all_runs_counts_samples_and_starts_at_what_checkpoints_hol
     short, long = BASE, dataclasses.replace(BASE, passes=6.0)
     train(long, tmp_path / folder_name(long), Silent(), steps=20)
     plan = jobs([short, long], tmp_path, data_folder=None, keep_checkpoints=True, command=None)
-    board = Board(QUIET, plan, [])
+    board = Board(QUIET, plan, {})
     task = board.bars.tasks[board.whole]
     there = records.read(tmp_path / folder_name(long)).evals[-1]["samples"]
     assert (task.completed, task.total) == (pytest.approx(there, abs=1), pytest.approx(8 * 270))
