@@ -1,4 +1,4 @@
-"""Processes that stay: starting one costs seconds, a task in it milliseconds."""
+"""Worlds of processes that stay: starting one costs seconds, a task in it milliseconds."""
 
 import datetime
 import os
@@ -14,10 +14,12 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-TIMEOUT = 60.0  # seconds
+# Seconds. Both only guard against a hang, so that a busy machine fails no test.
+GROUP_LIMIT = 600.0  # of a collective
+ANSWER_LIMIT = 900.0  # of a task; above the former, so that a collective's own error is seen
 
 
-def serve(rank: int, world: int, store: str, pipe: Connection, timeout: float) -> None:
+def serve(rank: int, world: int, store: str, pipe: Connection) -> None:
     # as in the tests' own process, before gaf is imported
     jaxtyping.install_import_hook("gaf", "typechecker.check")
     torch.set_num_threads(1)
@@ -27,7 +29,7 @@ def serve(rank: int, world: int, store: str, pipe: Connection, timeout: float) -
         init_method=f"file://{store}",
         rank=rank,
         world_size=world,
-        timeout=datetime.timedelta(seconds=timeout),
+        timeout=datetime.timedelta(seconds=GROUP_LIMIT),
     )
     while True:
         task, args = pipe.recv()
@@ -42,8 +44,11 @@ def serve(rank: int, world: int, store: str, pipe: Connection, timeout: float) -
 
 
 def answer(pipe: Connection) -> tuple[Any, str | None]:
+    """What a task returned, or the error."""
     try:
-        return pipe.recv() if pipe.poll(120) else (None, "no answer within 120 s")
+        if pipe.poll(ANSWER_LIMIT):
+            return pipe.recv()
+        return None, f"no answer within {ANSWER_LIMIT:.0f} s"
     except EOFError:
         return None, "the process is gone"
 
@@ -51,33 +56,33 @@ def answer(pipe: Connection) -> tuple[Any, str | None]:
 class Ranks:
     """W gloo processes; `run` gives a task to each and returns what each returned."""
 
-    def __init__(self, world: int, timeout: float = TIMEOUT) -> None:
+    def __init__(self, world: int) -> None:
         self.world, self.folder = world, tempfile.TemporaryDirectory()
+        self.broken = False  # whether a task failed: its processes may wait for each other
         store = str(Path(self.folder.name) / "store")
         context = mp.get_context("spawn")
         self.pipes, self.processes = [], []
         for rank in range(world):
             here, there = context.Pipe()
-            process = context.Process(
-                target=serve, args=(rank, world, store, there, timeout), daemon=True
-            )
+            arguments = (rank, world, store, there)
+            process = context.Process(target=serve, args=arguments, daemon=True)
             process.start()
+            there.close()  # else the end of the process would not end the pipe
             self.pipes.append(here)
             self.processes.append(process)
 
-    def run(self, task: Callable[..., Any], *args: Any) -> list[Any]:
+    def start(self, task: Callable[..., Any], *args: Any) -> None:
         for pipe in self.pipes:
             pipe.send((task, args))
+
+    def run(self, task: Callable[..., Any], *args: Any) -> list[Any]:
+        self.start(task, *args)
         results = [answer(pipe) for pipe in self.pipes]
-        errors = [
-            f"rank {rank}: {error}" for rank, (_, error) in enumerate(results) if error is not None
-        ]
+        errors = [f"rank {r}: {error}" for r, (_, error) in enumerate(results) if error is not None]
         if errors:
             self.broken = True
             raise AssertionError("\n".join(errors))
         return [result for result, _ in results]
-
-    broken = False
 
     def close(self) -> None:
         for pipe, process in zip(self.pipes, self.processes, strict=True):
@@ -85,5 +90,6 @@ class Ranks:
                 process.kill()
             else:
                 pipe.send((None, ()))
-            process.join(10)
+        for process in self.processes:
+            process.join(GROUP_LIMIT)
         self.folder.cleanup()
