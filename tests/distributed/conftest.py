@@ -1,14 +1,14 @@
 """Worlds of 1 to 8 processes, each started once and shared by all tests that ask for it."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 
-from helpers.ranks import Ranks
+from helpers.ranks import Ranks, World
 
 
 @pytest.fixture(scope="session")
-def world() -> Iterator[Callable[[int], Ranks]]:
+def world() -> Iterator[World]:
     running: dict[int, Ranks] = {}
 
     def get(size: int) -> Ranks:

@@ -1,4 +1,4 @@
-"""gaf.attach under DistributedDataParallel, in each of its modes, against the paper's algorithm on all ranks' micro-gradients."""
+"""gaf.attach under each mode of DDP, against the paper's algorithm on all micro-gradients."""
 
 import copy
 from collections.abc import Callable
@@ -27,6 +27,7 @@ from helpers.problems import (
     same_everywhere,
     telling_tau,
 )
+from helpers.ranks import World
 
 pytestmark = pytest.mark.distributed
 
@@ -46,7 +47,7 @@ def check(
     start: str = "first",
     **ddp: Any,
 ) -> list[str]:
-    """Several steps; returns how each went, so that a test can see that there were steps and skips among them."""
+    """Several steps; returns how each ended: a test expects both steps and skips among them."""
     torch.manual_seed(7)
     base = make()
     inner = torch.compile(base, backend="aot_eager") if compiled == "before" else base
@@ -92,14 +93,14 @@ def check(
     return went
 
 
-def run(world: Callable, W: int, **options: Any) -> None:
+def run(world: World, W: int, **options: Any) -> None:
     (went, *others) = world(W).run(partial(check, W, **options))
     assert all(other == went for other in others)
     assert "step" in went
     assert "skip" in went
 
 
-# --------------------------------------------------------------------------------------------------------- modes of DDP
+# ------------------------------------------------------------------------------------- modes of DDP
 
 SMALL_BUCKETS = 0.002  # MiB: several of them
 
@@ -108,7 +109,7 @@ SMALL_BUCKETS = 0.002  # MiB: several of them
 @pytest.mark.parametrize("make", [Odd, Wide])
 @pytest.mark.parametrize("buckets", [25, SMALL_BUCKETS])
 def test_the_gradient_after_backward_is_the_papers_update(
-    world: Callable, W: int, make: type, buckets: float
+    world: World, W: int, make: type, buckets: float
 ) -> None:
     run(world, W, make=make, bucket_cap_mb=buckets)
 
@@ -117,7 +118,7 @@ def test_the_gradient_after_backward_is_the_papers_update(
 @pytest.mark.parametrize(
     "mode", ["gradient_as_bucket_view", "static_graph", "find_unused_parameters"]
 )
-def test_modes(world: Callable, W: int, mode: str) -> None:
+def test_modes(world: World, W: int, mode: str) -> None:
     run(world, W, make=Wide, bucket_cap_mb=SMALL_BUCKETS, **{mode: True})
 
 
@@ -129,7 +130,7 @@ def rank_dependent(model: nn.Module, step: int, rank: int) -> Tensor:
 
 
 @pytest.mark.parametrize("view", [False, True])
-def test_parameters_that_only_some_ranks_use(world: Callable, view: bool) -> None:
+def test_parameters_that_only_some_ranks_use(world: World, view: bool) -> None:
     run(
         world,
         3,
@@ -141,11 +142,11 @@ def test_parameters_that_only_some_ranks_use(world: Callable, view: bool) -> Non
 
 
 @pytest.mark.parametrize("start", ["best", "worst"])
-def test_other_starts(world: Callable, start: str) -> None:
+def test_other_starts(world: World, start: str) -> None:
     world(4).run(partial(check, 4, start=start, make=Wide))
 
 
-def test_consecutive_ranks_are_averaged_into_rows(world: Callable) -> None:
+def test_consecutive_ranks_are_averaged_into_rows(world: World) -> None:
     run(world, 4, micro_group=2, make=Wide, tolerance=2e-6)
 
 
@@ -164,7 +165,7 @@ def one_row(W: int, micro_group: int) -> None:
 
 
 @pytest.mark.parametrize("W", [1, 2])
-def test_one_row_is_plain_training_and_warned_of(world: Callable, W: int) -> None:
+def test_one_row_is_plain_training_and_warned_of(world: World, W: int) -> None:
     world(W).run(one_row, W, W)
 
 
@@ -192,12 +193,12 @@ class Checkpointed(Wide):
 
 
 @pytest.mark.parametrize("make", [frozen, Mixed, Checkpointed, partial(Wide, torch.float64)])
-def test_models(world: Callable, make: Callable[[], nn.Module]) -> None:
+def test_models(world: World, make: Callable[[], nn.Module]) -> None:
     run(world, 3, make=make, bucket_cap_mb=SMALL_BUCKETS)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision(world: Callable, dtype: torch.dtype) -> None:
+def test_half_precision(world: World, dtype: torch.dtype) -> None:
     run(world, 3, make=partial(Wide, dtype), tolerance=1e-2)
 
 
@@ -206,12 +207,12 @@ def autocast(model: nn.Module, step: int, rank: int) -> Tensor:
         return plain_loss(model, step, rank)
 
 
-def test_autocast(world: Callable) -> None:
+def test_autocast(world: World) -> None:
     run(world, 2, make=Wide, loss=autocast)
 
 
 @pytest.mark.parametrize("compiled", ["before", "after"])
-def test_compiled(world: Callable, compiled: str) -> None:
+def test_compiled(world: World, compiled: str) -> None:
     run(world, 2, make=Wide, compiled=compiled, tolerance=2e-6)
 
 
@@ -232,16 +233,16 @@ def optimizer_named(name: str, model: nn.Module) -> Optimizer:
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_optimizers(world: Callable, name: str) -> None:
+def test_optimizers(world: World, name: str) -> None:
     run(world, 2, optimizer=partial(optimizer_named, name))
 
 
 @pytest.mark.parametrize("W", [2, 3])
-def test_a_static_graphs_first_pass_numbers_all_its_buckets_0(world: Callable, W: int) -> None:
+def test_a_static_graphs_first_pass_numbers_all_its_buckets_0(world: World, W: int) -> None:
     run(world, W, make=Mixed, static_graph=True)
 
 
-# ------------------------------------------------------------------------------------------------------------ all with all
+# ------------------------------------------------------------------------------------- all with all
 
 
 @pytest.mark.slow
@@ -253,7 +254,7 @@ def test_a_static_graphs_first_pass_numbers_all_its_buckets_0(world: Callable, W
 )
 @pytest.mark.parametrize("buckets", [25, SMALL_BUCKETS])
 def test_every_mode_with_every_model(
-    world: Callable, W: int, make: Callable, mode: str, buckets: float
+    world: World, W: int, make: Callable, mode: str, buckets: float
 ) -> None:
     run(
         world,

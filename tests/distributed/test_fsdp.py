@@ -1,8 +1,7 @@
-"""gaf.attach under FSDP2: replicas of a sharded model, exactly; a flat model, one decision per parameter group."""
+"""gaf.attach under FSDP2: replicas, exactly; a flat model, one decision per parameter group."""
 
 import copy
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -26,9 +25,9 @@ from helpers.problems import (
     same_everywhere,
     telling_tau,
 )
+from helpers.ranks import World
 
 pytestmark = pytest.mark.distributed
-World = Callable[[int], Any]
 
 
 def sharded(make: Callable[[], nn.Module], mesh: DeviceMesh) -> nn.Module:

@@ -14,9 +14,9 @@ from torch.optim import SGD
 
 import gaf
 from helpers.problems import close, flat_grad
+from helpers.ranks import World
 
 pytestmark = pytest.mark.distributed
-World = Callable[[int], Any]
 
 LAYOUTS: dict[str, Callable[[], Tensor]] = {
     "contiguous": lambda: torch.zeros(5, 7),
@@ -70,7 +70,8 @@ def under_ddp(names: list[str], dtype: torch.dtype, scope: str, ddp: dict[str, A
         optimizer.zero_grad()
         wrapped(drawn(model, dist.get_rank())).backward()
         assert handle.last is not None
-        # The first bucket holds everything; float32's and bfloat16's own rounding of the rows is in `drawn` already.
+        # The first bucket holds everything; `drawn` already has float32's and bfloat16's own
+        # rounding of the rows.
         torch.testing.assert_close(handle.last.distances, right.distances, rtol=0, atol=1e-6)
         close(flat_grad(model), update, rows, 1e-2 if dtype == torch.bfloat16 else 1e-6)
     handle.detach()
@@ -134,7 +135,8 @@ def test_a_convolution_in_channels_last(world: World, W: int, view: bool) -> Non
     world(W).run(pictures, view)
 
 
-# FSDP2 itself takes no parameter whose memory has another order than its coordinates, no scalar, and nothing empty.
+# FSDP2 itself takes no parameter whose memory has another order than its coordinates, no scalar,
+# and nothing empty.
 SHARDED = ["contiguous", "expanded", "one"]
 
 
@@ -177,7 +179,7 @@ def test_a_flat_sharded_model(world: World, W: int) -> None:
     world(W).run(under_flat_fsdp)
 
 
-# ------------------------------------------------------------------------------------------------------------- one device
+# --------------------------------------------------------------------------------------- one device
 
 
 @pytest.mark.parametrize("start", ["first", "best"])

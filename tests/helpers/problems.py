@@ -1,4 +1,4 @@
-"""Models, micro-batches and the oracle: each rank computes every rank's micro-gradient by itself and asks the paper's algorithm."""
+"""Models, micro-batches, and the oracle: each rank computes all ranks' micro-gradients itself."""
 
 import copy
 from collections.abc import Callable
@@ -15,7 +15,7 @@ BATCH = 6
 
 
 class Odd(nn.Module):
-    """Parameters of odd sizes, some with fewer coordinates than there are ranks; a branch that not every input takes."""
+    """Parameters of odd sizes, some smaller than the number of ranks; a branch may be left out."""
 
     def __init__(self, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class Wide(nn.Module):
 
 
 def batch(step: int, rank: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    """Labels of which some say what the input says, and the others nothing: micro-gradients agree more or less."""
+    """Half of the labels follow from the input, half are random: micro-gradients agree somewhat."""
     rng = torch.Generator().manual_seed(1000 * step + rank)
     x = torch.randn(BATCH, 13, generator=rng)
     y = x[:, :5].argmax(1)
@@ -92,7 +92,11 @@ def flat_grad(model: nn.Module) -> Tensor:
 
 
 def telling_tau(rows: Tensor, kind: str) -> float:
-    """A threshold by which all rows are accepted, too few, or (for k > 2, where there is one) some but not all; far from ties."""
+    """A tau, far from ties, by which the rows are accepted.
+
+    kind: "all" of them; too few, for a "skip"; "some" but not all, for k > 2 and if there is such a
+    tau.
+    """
     if kind == "all":
         return 2.0
     found = []

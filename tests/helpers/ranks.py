@@ -93,3 +93,6 @@ class Ranks:
         for process in self.processes:
             process.join(GROUP_LIMIT)
         self.folder.cleanup()
+
+
+World = Callable[[int], Ranks]  # the fixture `world`: W -> the processes
