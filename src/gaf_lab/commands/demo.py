@@ -36,7 +36,8 @@ def run_demo(words: Words, console: Console) -> int:
     options = tyro.cli(DemoOptions, prog="gaf demo", args=words, default=default_options(words))
     from gaf_lab.experiments import demo as job
     from gaf_lab.records.locks import own_folder
-    from gaf_lab.report import page as report
+    from gaf_lab.report.page import write_report
+    from gaf_lab.report.table import results_table
 
     check_count("seeds", options.seeds, 1, MOST_SEEDS)
     base = dataclasses.replace(DEMO, passes=options.passes)
@@ -57,8 +58,8 @@ def run_demo(words: Words, console: Console) -> int:
         if not runs:
             say(console, "No run was finished; there is nothing to report.")
             return code or 1
-        console.print(report.table(runs))
-        page = report.write(runs, options.out, title="GAF demo: label noise on MNIST-5k")
+        console.print(results_table(runs))
+        page = write_report(runs, options.out, title="GAF demo: label noise on MNIST-5k")
     say(console, f"{len(runs)} runs in {time.perf_counter() - started:.0f} s. Page: {page}")
     return code
 

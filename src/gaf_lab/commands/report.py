@@ -29,7 +29,8 @@ class ReportOptions:
 def run_report(words: Words, console: Console) -> int:
     options = tyro.cli(ReportOptions, prog="gaf report", args=words)
     from gaf_lab.records.find import find_runs
-    from gaf_lab.report import page
+    from gaf_lab.report.page import write_report
+    from gaf_lab.report.table import results_table
     from gaf_lab.training.console import Progress
 
     if not options.runs:
@@ -41,10 +42,10 @@ def run_report(words: Words, console: Console) -> int:
     if not found:
         raise ConfigError("report needs a run with at least one evaluation; these have none yet.")
     out = options.out or page_folder(options.runs[0])
-    console.print(page.table(found))
+    console.print(results_table(found))
     records.make_folder(out)
     with Progress(console, "figure") as progress:
-        path = page.write(found, out, title=options.title, tell=progress)
+        path = write_report(found, out, title=options.title, tell=progress)
     say(console, f"Page: {path}")
     return 0
 

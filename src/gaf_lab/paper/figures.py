@@ -52,8 +52,8 @@ from gaf_lab.report.figures import (
     traces,
 )
 from gaf_lab.report.measures import Measure
-from gaf_lab.report.page import MINUS, NONE, signed, spelled
 from gaf_lab.report.statistics import Difference
+from gaf_lab.report.text import MINUS, NONE, signed, spread_as_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -557,7 +557,7 @@ def blocks(item: Item, runs: list[Run]) -> list[tuple[str, list[Row]]]:
                 st.spread_over_seeds(at[x, name], measure) if (x, name) in at else None
                 for x in columns
             ]
-            rows.append(Row(name, name, [spelled(spread, measure, 1.0) for spread in spreads]))
+            rows.append(Row(name, name, [spread_as_text(spread, measure) for spread in spreads]))
         gaps = {(x, gap.arm, gap.other): gap for x, gap in differences(item, runs, measure)}
         for one, other in dict.fromkeys((one, other) for _, one, other in gaps):
             if (one, other) == ("GAF", BASELINE) or other in CONTROLS:

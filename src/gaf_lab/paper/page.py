@@ -11,11 +11,17 @@ from gaf_lab.paper.items import Item
 from gaf_lab.progress import Tell, silent
 from gaf_lab.records.run import Run
 from gaf_lab.report import measures
-from gaf_lab.report import page as report
 from gaf_lab.report import statistics as st
 from gaf_lab.report.arms import BASELINE, Arm, group_by_arm
+from gaf_lab.report.conditions import commands_of, split_conditions
+from gaf_lab.report.differences import bars, reading
 from gaf_lab.report.figures import SOFT, Shade, palette
+from gaf_lab.report.findings import WHEN, amount, certainty
 from gaf_lab.report.measures import Measure
+from gaf_lab.report.page import render
+from gaf_lab.report.parts import view_part
+from gaf_lab.report.sentences import few_seeds_caveat
+from gaf_lab.report.text import MINUS, NONE, signed, spread_as_text, unbreakable, with_star
 
 # a figure, its runs, and what must be said of how they came to be
 Section = tuple[Item, list[Run], Sequence[str]]
@@ -31,7 +37,7 @@ def write(sections: Sequence[Section], out: Path, title: str, tell: Tell = silen
     for number, (item, runs, notes) in enumerate(sections, 1):
         tell("drawing", number, len(sections))
         parts.append(section(item, runs, notes, out))
-    page = report.render(
+    page = render(
         "paper.html.j2",
         title=title,
         sections=parts,
@@ -48,14 +54,14 @@ def section(item: Item, runs: list[Run], notes: Sequence[str], out: Path) -> dic
     there = item.kind == "plane" or pf.has_anything(item, runs)
     axes = pf.chart_of(item).axes if there and item.kind != "table" else ()
     views = [
-        report.view(axis.name, pf.picture(item, runs, axis), pf.interactive(item, runs, axis))
+        view_part(axis.name, pf.picture(item, runs, axis), pf.interactive(item, runs, axis))
         for axis in axes
     ]
     columns, listed = without_gaps(headings(item), rows(item, runs))
     colours = palette(list(dict.fromkeys([*pf.names_of(item, runs), *item.paper])))
     compared = gaps(item, runs)
     measured = item.kind != "plane"
-    common, _ = report.conditions(group_by_arm(runs)) if runs else ([], [])
+    common, _ = split_conditions(group_by_arm(runs)) if runs else ([], [])
     return {
         "id": item.id,
         "heading": sheet.heading(item),
@@ -76,7 +82,7 @@ def section(item: Item, runs: list[Run], notes: Sequence[str], out: Path) -> dic
         "place": "" if item.x is None else pf.ACROSS[item.x],
         "compared": compared,
         "common": common,
-        "commands": report.commands(runs),
+        "commands": commands_of(runs),
     }
 
 
@@ -122,31 +128,29 @@ def outcome(item: Item, runs: list[Run]) -> list[str]:
     """What came out, in sentences: where GAF is above the others, and how far the distances reach."""
     found = []
     if "test_accuracy" in item.keys:
-        for measure, when in report.SPOKEN:
+        for measure, when in WHEN:
             gaps = pf.differences(item, runs, measure)
             for other in (BASELINE, *pf.CONTROLS):
                 of = [(x, gap) for x, gap in gaps if (gap.arm, gap.other) == ("GAF", other)]
                 found += [counted(item, when, of)] if of else []
-        found += report.narrow(gap.n for _, gap in pf.differences(item, runs, measures.LAST))
+        found += few_seeds_caveat(gap.n for _, gap in pf.differences(item, runs, measures.LAST))
     if "distance_mean" in item.keys:
         found += reached(item, runs)
-    return [report.unbroken(sentence) for sentence in found]
+    return [unbreakable(sentence) for sentence in found]
 
 
 def counted(item: Item, when: str, of: list[tuple[Place, st.Difference]]) -> str:
     """GAF against one other arm, at all places."""
     gap = of[0][1]
     if len(of) == 1:
-        return f"{when}, {gap.arm} is {report.amount(gap)} {gap.other} {report.certainty(gap)}."
+        return f"{when}, {gap.arm} is {amount(gap)} {gap.other} {certainty(gap)}."
     above, below = (
         sum(g.clear and g.mean > 0 for _, g in of),
         sum(g.clear and g.mean < 0 for _, g in of),
     )
     ends = sorted(of, key=lambda one: one[1].mean)
-    low, high = (
-        f"{report.signed(g.mean * 100)} ({pf.spoken(item, x)})" for x, g in (ends[0], ends[-1])
-    )
-    span = f"{when}, {gap.arm} {report.MINUS} {gap.other} runs from {low} to {high} points"
+    low, high = (f"{signed(g.mean * 100)} ({pf.spoken(item, x)})" for x, g in (ends[0], ends[-1]))
+    span = f"{when}, {gap.arm} {MINUS} {gap.other} runs from {low} to {high} points"
     if max(g.n for _, g in of) < st.ENOUGH:
         return f"{span}; these are too few seeds to tell any difference."
     return (f"{span}; of {len(of)} differences {above} can be told to be above 0, {below} below, "
@@ -189,9 +193,7 @@ def without_gaps(
     """Columns and rows without those columns, n apart, that no row has a value in."""
     cells = [row["cells"] for row in listed]
     kept = [
-        i
-        for i in range(len(columns) - 1)
-        if not cells or any(row[i][0] != report.NONE for row in cells)
+        i for i in range(len(columns) - 1) if not cells or any(row[i][0] != NONE for row in cells)
     ]
     return [columns[i] for i in (*kept, -1)], [
         row | {"cells": [row["cells"][i] for i in kept]} for row in listed
@@ -209,8 +211,8 @@ def rows(item: Item, runs: list[Run]) -> list[dict[str, Any]]:
     found = []
     for x, of in pf.grouped(item, runs).items():
         for i, arm in enumerate(of):
-            found.append({"place": pf.ticks(item, [x])[0] if i == 0 else "", "rows": len(of), "arm": arm.name, "name": report.marked(arm),
-                          "cells": cells(item, x, arm), "n": len(arm.seeds)})  # fmt: skip
+            found.append({"place": pf.ticks(item, [x])[0] if i == 0 else "", "rows": len(of), "arm": arm.name,
+                          "name": with_star(arm.name, arm), "cells": cells(item, x, arm), "n": len(arm.seeds)})  # fmt: skip
     return found
 
 
@@ -218,13 +220,13 @@ def cells(item: Item, x: Place, arm: Arm) -> list[tuple[str, str]]:
     found = []
     for key in item.keys:
         found += [
-            report.spelled(st.spread_over_seeds(arm, measure), measure, 1.0)
+            spread_as_text(st.spread_over_seeds(arm, measure), measure, 1.0)
             for measure in pf.PANEL_MEASURES[key]
         ]
         if has_paper(item, key):
             value, panel = pf.printed(item, arm.name, x, key), pf.PANELS[key]
             found.append(
-                (report.NONE if value is None else f"{value * panel.factor:.{panel.digits}f}", "")
+                (NONE if value is None else f"{value * panel.factor:.{panel.digits}f}", "")
             )
     return found
 
@@ -249,9 +251,9 @@ def compared(item: Item, runs: list[Run], measure: Measure) -> dict[str, Any]:
             "one": gap.arm,
             "other": gap.other,
             "bar": bar,
-            "verdict": report.verdict(gap),
+            "verdict": reading(gap),
             "at": f", {pf.spoken(item, x)}" if many else "",
         }
-        for (x, gap), bar in zip(found, report.bars([gap for _, gap in found]), strict=True)
+        for (x, gap), bar in zip(found, bars([gap for _, gap in found]), strict=True)
     ]
     return {"label": measure.label, "rows": listed}

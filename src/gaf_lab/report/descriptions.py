@@ -87,8 +87,8 @@ def descriptions(arms: list[Arm]) -> list[tuple[str, str]]:
     by_method: dict[str, set[str]] = {}
     for arm in arms:
         by_method.setdefault(arm.method, set()).add(describe(arm))
-    found = {}
+    found = []
     for arm in arms:
         same = len(by_method[arm.method]) == 1
-        found[arm.method if same else arm.name, describe(arm)] = None
-    return list(found)
+        found.append((arm.method if same else arm.name, describe(arm)))
+    return list(dict.fromkeys(found))

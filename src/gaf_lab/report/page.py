@@ -18,12 +18,10 @@ from gaf_lab.report.differences import difference_groups
 from gaf_lab.report.figures import CROWD
 from gaf_lab.report.sentences import opening
 from gaf_lab.report.table import arms_or_error
-from gaf_lab.report.text import percentage, signed
+from gaf_lab.report.text import signed
 
 
-def write_report(
-    runs: list[Run], out: Path, title: str | None = None, tell: Tell = silent
-) -> Path:
+def write_report(runs: list[Run], out: Path, title: str | None = None, tell: Tell = silent) -> Path:
     """Writes the figures as PNG, `report.csv`, `report.tex` and `report.html` into a folder.
 
     The page needs no other file. The same runs give the same bytes.
@@ -104,7 +102,7 @@ def render(template: str, charts: list[dict[str, Any]], **values: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": percentage, "signed": signed}
+    environment.filters["signed"] = signed
     drawings = {chart["name"]: [view["drawing"] for view in chart["views"]] for chart in charts}
     return environment.get_template(template).render(
         plotly=compressed_plotly(),

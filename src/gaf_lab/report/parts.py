@@ -75,9 +75,7 @@ def without_dashes(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-def results_sheet(
-    columns: list[Column], blocks: list[Block]
-) -> tuple[list[str], list[list[Cell]]]:
+def results_sheet(columns: list[Column], blocks: list[Block]) -> tuple[list[str], list[list[Cell]]]:
     """The table of results for other programs: headings, and rows of cells."""
     headings = ["arm", "seeds", *(column.heading for column in columns)]
     rows: list[list[Cell]] = []

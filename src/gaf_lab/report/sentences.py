@@ -13,6 +13,8 @@ from gaf_lab.report.text import count_of, listing, percentage, unbreakable
 FEW = 6  # seeds: with fewer, an interval by bootstrap is too narrow, and the page says so
 OPENING = 100  # words of the page's first paragraph, at most
 ONE_SEED = "One seed (n = 1) cannot establish a difference."
+
+
 def opening(arms: list[Arm]) -> tuple[str, Findings]:
     """The page's first paragraph, and the findings that it has no room for.
 
@@ -28,7 +30,9 @@ def opening(arms: list[Arm]) -> tuple[str, Findings]:
     else:
         shown = leading(everything, OPENING - word_count([first, *doubts[:1]]), doubts[:1])
     rest = [*found, ("", doubts)]
-    return unbreakable(" ".join([first, *shown, *doubts[:1]])), without([*shown, *doubts[:1]], rest)
+    return unbreakable(" ".join([first, *shown, *doubts[:1]])), not_shown(
+        [*shown, *doubts[:1]], rest
+    )
 
 
 def leading(sentences: list[str], room: int, apart: list[str]) -> list[str]:
@@ -40,7 +44,7 @@ def leading(sentences: list[str], room: int, apart: list[str]) -> list[str]:
     return shown
 
 
-def without(shown: list[str], found: Findings) -> Findings:
+def not_shown(shown: list[str], found: Findings) -> Findings:
     """The sentences that are not among those shown; without points that have none left."""
     rest = []
     for where, sentences in found:

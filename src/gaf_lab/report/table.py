@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 from gaf_lab.records.run import Run
 from gaf_lab.report.arms import Arm, group_by_arm, group_by_point, point_names
 from gaf_lab.report.columns import Column, result_columns
+from gaf_lab.report.figures import CROWD
 from gaf_lab.report.findings import certainty, overall_tally
 from gaf_lab.report.measures import LAST, SECONDS, SELECTED
 from gaf_lab.report.pairs import differences_of
-from gaf_lab.report.figures import CROWD
 from gaf_lab.report.sentences import ONE_SEED
 from gaf_lab.report.statistics import spread_over_seeds
 from gaf_lab.report.text import MINUS, signed, with_star
@@ -28,15 +28,15 @@ SHORT = {
     "steps_taken": "steps",
     "seconds": "time",
 }
-Row = list[str]  # name, n, and a cell for each column
+Cells = list[str]  # of a row: name, n, and a cell for each column
 
 
 @dataclass(frozen=True)
 class ResultsTable:
     """A rich renderable. Points of a grid stand on lines of their own, as wide as the table."""
 
-    heads: Row
-    points: list[tuple[str, list[Row]]]
+    heads: Cells
+    points: list[tuple[str, list[Cells]]]
     notes: list[str]
 
     def __rich_console__(
@@ -91,12 +91,14 @@ def head(column: Column) -> str:
     return f"{name} ({column.unit})" if column.measure is SECONDS else name
 
 
-def rows_at(arms: list[Arm], columns: list[Column]) -> list[Row]:
+def rows_at(arms: list[Arm], columns: list[Column]) -> list[Cells]:
     """The rows of a point. Columns in which no arm has a value are left empty."""
     filled = [column.has_value(arms) for column in columns]
     rows = []
     for arm in arms:
-        cells = [cell(arm, column) if has else "" for column, has in zip(columns, filled, strict=True)]
+        cells = [
+            cell(arm, column) if has else "" for column, has in zip(columns, filled, strict=True)
+        ]
         rows.append([with_star(arm.method, arm), str(len(arm.seeds)), *cells])
     return rows
 
@@ -107,7 +109,7 @@ def cell(arm: Arm, column: Column) -> str:
     return f"{mean} {deviation}".strip() if column.measure in (SELECTED, LAST) else mean
 
 
-def grid(heads: Row | None, rows: list[Row], widths: list[int]) -> "Table":
+def grid(heads: Cells | None, rows: list[Cells], widths: list[int]) -> "Table":
     from rich import box
     from rich.table import Table
     from rich.text import Text
@@ -119,9 +121,9 @@ def grid(heads: Row | None, rows: list[Row], widths: list[int]) -> "Table":
         show_header=heads is not None,
         header_style="bold",
     )
-    name, *others = zip(heads or [""] * len(widths), widths, strict=True)
-    table.add_column(name[0], width=name[1], overflow="fold")
-    for text, width in others:
+    first, *others = heads or [""] * len(widths)
+    table.add_column(first, width=widths[0], overflow="fold")
+    for text, width in zip(others, widths[1:], strict=True):
         table.add_column(text, width=width, justify="right", no_wrap=True)
     for name, *cells in rows:
         table.add_row(Text(name), *cells)

@@ -18,9 +18,7 @@ def signed(value: float, digits: int = 1) -> str:
     return text if float(f"{value:.{digits}f}") else text[1:]
 
 
-def spread_as_text(
-    spread: Spread | None, measure: Measure, second: float = 1.0
-) -> tuple[str, str]:
+def spread_as_text(spread: Spread | None, measure: Measure, second: float = 1.0) -> tuple[str, str]:
     """Mean and deviation, which is empty for one seed.
 
     Shares are in %, times in units of `second` seconds.

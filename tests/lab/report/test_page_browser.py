@@ -9,7 +9,7 @@ import pytest
 from matplotlib import pyplot
 
 from gaf_lab.report import figures
-from gaf_lab.report import page as report
+from gaf_lab.report.page import write_report
 from helpers.browser import (
     PAPER,
     assert_page_is_sound,
@@ -36,7 +36,7 @@ def driver():
 @pytest.fixture(scope="module")
 def page(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("page")
-    return report.write(nine(folder / "runs"), folder, "Nine runs")
+    return write_report(nine(folder / "runs"), folder, "Nine runs")
 
 
 def test_the_page_is_sound(page, driver):
@@ -55,12 +55,12 @@ def test_a_page_of_twenty_arms_with_long_names_is_sound(tmp_path, driver):
         for i, name in enumerate(names)
         for seed in range(1 + i % 2)
     ]
-    assert_page_is_sound(report.write(runs, tmp_path / "out"), driver)
+    assert_page_is_sound(write_report(runs, tmp_path / "out"), driver)
 
 
 def test_a_page_of_a_run_that_has_just_begun_is_sound(tmp_path, driver):
     assert_page_is_sound(
-        report.write([simulate(tmp_path / "run", "GAF", 0, passes=1, status="")], tmp_path / "out"),
+        write_report([simulate(tmp_path / "run", "GAF", 0, passes=1, status="")], tmp_path / "out"),
         driver,
     )
 

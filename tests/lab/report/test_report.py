@@ -23,8 +23,15 @@ from gaf_lab.records import run as records
 from gaf_lab.records.find import find_runs
 from gaf_lab.records.run import Run
 from gaf_lab.report import figures, measures, statistics
-from gaf_lab.report import page as report
 from gaf_lab.report.arms import Arm, group_by_arm
+from gaf_lab.report.conditions import split_conditions
+from gaf_lab.report.descriptions import describe
+from gaf_lab.report.page import write_report
+from gaf_lab.report.pairs import all_pairs
+from gaf_lab.report.parts import page_title
+from gaf_lab.report.sentences import opening
+from gaf_lab.report.table import results_table
+from gaf_lab.report.text import signed
 from gaf_lab.training.interval import Interval
 from helpers.reports import POLICIES, Page, head, nine, share_of, simulate
 
@@ -62,8 +69,14 @@ def flat_runs(folder: Path, levels: dict[str, list[float]]) -> list[Run]:
     return runs
 
 
+def summary(arms: list[Arm]) -> str:
+    """All sentences of the page, each after the point of the grid that it is about."""
+    first, rest = opening(arms)
+    return " ".join([first, *(f"{where}: {one}" for where, found in rest for one in found)])
+
+
 def page(runs: list[Run], out: Path, title: str | None = None) -> Page:
-    return Page(report.write(runs, out, title).read_text(encoding="utf-8"))
+    return Page(write_report(runs, out, title).read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +86,7 @@ def runs(tmp_path_factory) -> list[Run]:
 
 @pytest.fixture(scope="module")
 def out(runs, tmp_path_factory) -> Path:
-    return report.write(runs, tmp_path_factory.mktemp("report"), "Nine runs").parent
+    return write_report(runs, tmp_path_factory.mktemp("report"), "Nine runs").parent
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +150,7 @@ def test_the_same_runs_give_the_same_page(runs, out, nine_page, tmp_path):
 
 def test_the_title(runs, nine_page, tmp_path):
     assert "<h1>Nine runs</h1>" in nine_page.source
-    assert report.titled(group_by_arm(runs), None) == "Averaging, GAF and random subset"
+    assert page_title(group_by_arm(runs)) == "Averaging, GAF and random subset"
 
 
 @pytest.mark.parametrize("name", NASTY)
@@ -164,7 +177,7 @@ def test_hover_labels_show_names_as_they_are(runs, tmp_path):
 
 
 def test_the_summary_says_how_far_and_how_sure(tmp_path):
-    text = report.summary(
+    text = summary(
         group_by_arm(flat_runs(tmp_path, {"averaging": [0.6, 0.6, 0.7], "GAF": [0.8, 0.81, 0.92]}))
     )
     assert (
@@ -175,21 +188,21 @@ def test_the_summary_says_how_far_and_how_sure(tmp_path):
 
 
 def test_the_summary_says_where_no_difference_can_be_told(tmp_path):
-    text = report.summary(
+    text = summary(
         group_by_arm(flat_runs(tmp_path, {"averaging": [0.6, 0.6, 0.7], "GAF": [0.61, 0.61, 0.6]}))
     )
     assert (
-        "2.7 points below averaging (95%\xa0CI \N{MINUS SIGN}10.0 to 1.0, n\xa0=\xa03: no difference can be told)"
+        "2.7 points below averaging (95%\xa0CI \N{MINUS SIGN}10.0 to 1.0, n\xa0=\xa03: no clear difference)"
         in text
     )
 
 
 @pytest.mark.parametrize(
     ("seeds", "words"),
-    [(1, "From one seed (n\xa0=\xa01), no difference can be told."), (2, "too few seeds to tell")],
+    [(1, "One seed (n\xa0=\xa01) cannot establish a difference."), (2, "too few seeds")],
 )
 def test_the_summary_claims_nothing_from_one_or_two_seeds(seeds, words, tmp_path):
-    text = report.summary(
+    text = summary(
         group_by_arm(flat_runs(tmp_path, {"averaging": [0.6] * seeds, "GAF": [0.9] * seeds}))
     )
     assert words in text
@@ -198,7 +211,7 @@ def test_the_summary_claims_nothing_from_one_or_two_seeds(seeds, words, tmp_path
 def test_a_single_seed_is_warned_of_once_and_has_no_deviation(tmp_path):
     runs = [simulate(tmp_path / arm, arm, 0) for arm in POLICIES]
     for text in (page(runs, tmp_path).text.replace("\xa0", " "), " ".join(rendered(runs).split())):
-        assert text.count("no difference can be told") == text.count("From one seed") == 1
+        assert text.count("cannot establish a difference") == text.count("One seed") == 1
         assert "±" not in text
         assert "standard deviation" not in text
         assert "bootstrap" not in text
@@ -222,7 +235,7 @@ def test_the_page_explains_its_columns(nine_page, tmp_path):
 
 
 def test_the_summary_compares_gaf_with_its_controls(tmp_path):
-    text = report.summary(
+    text = summary(
         group_by_arm(
             flat_runs(
                 tmp_path, {"averaging": [0.6] * 6, "GAF": [0.8] * 6, "random subset": [0.75] * 6}
@@ -242,7 +255,7 @@ def test_one_arm_is_compared_with_nothing(tmp_path):
 
 def test_seeds_that_never_meet_are_said_to_be_incomparable(tmp_path):
     runs = [simulate(tmp_path / "a", "averaging", 0), simulate(tmp_path / "b", "GAF", 1)]
-    assert "GAF cannot be compared with averaging" in report.summary(group_by_arm(runs))
+    assert "GAF cannot be compared with averaging" in summary(group_by_arm(runs))
 
 
 def test_unfinished_runs_are_named_and_left_out(runs, tmp_path):
@@ -290,7 +303,7 @@ def test_runs_without_values_still_make_a_page(passes, tmp_path):
 
 
 def test_conditions_stand_once_where_common_and_by_arm_where_not(runs):
-    common, differing = report.conditions(group_by_arm(runs))
+    common, differing = split_conditions(group_by_arm(runs))
     assert ("noise rate", "0.4") in common
     assert ("torch", "2.13.0") in common
     assert differing == [("policy", ["mean", "gaf", "random-subset"])]
@@ -298,7 +311,7 @@ def test_conditions_stand_once_where_common_and_by_arm_where_not(runs):
 
 def test_a_condition_that_varies_within_an_arm_shows_all_its_values(runs):
     other = Run(Path(), runs[0].header | {"commit": "0a1b2c3d"}, runs[0].evals, runs[0].end)
-    _, differing = report.conditions(group_by_arm([*runs, other]))
+    _, differing = split_conditions(group_by_arm([*runs, other]))
     assert ("commit", ["b3bf7001 / 0a1b2c3d", "b3bf7001", "b3bf7001"]) in differing
 
 
@@ -316,7 +329,7 @@ def test_each_arm_is_explained(nine_page):
 
 def test_no_runs_no_report(tmp_path):
     with pytest.raises(ValueError, match="at least one run"):
-        report.write([], tmp_path)
+        write_report([], tmp_path)
 
 
 # --- distances ---------------------------------------------------------------------------------------------------
@@ -396,42 +409,41 @@ def across(folder: Path, field: str, values: tuple[float, ...]) -> list[Run]:
 
 def test_at_several_taus_each_is_compared_with_averaging_and_with_its_own_control(tmp_path):
     of = group_by_arm(across(tmp_path, "tau", (0.5, 0.9)))
-    assert {(one.name, other.name) for one, other in report.pairs(of)} == {
+    assert {(one.name, other.name) for one, other in all_pairs(of)} == {
         ("GAF, tau 0.5", "averaging"), ("GAF, tau 0.9", "averaging"), ("random subset, tau 0.5", "averaging"),
         ("random subset, tau 0.9", "averaging"), ("GAF, tau 0.9", "GAF, tau 0.5"), ("GAF, tau 0.5", "random subset, tau 0.5"),
         ("GAF, tau 0.9", "random subset, tau 0.9"),
     }  # fmt: skip
-    text = report.summary(of)
+    text = summary(of)
     assert "GAF, tau 0.9's test accuracy is 20.0 points above averaging" in text
     assert text.count("random subset, tau 0.9") == text.count("random subset, tau 0.5") == 1
     without = group_by_arm(
         run for run in across(tmp_path, "tau", (0.5, 0.9)) if run.arm != "averaging"
     )
     assert ("random subset, tau 0.9", "GAF, tau 0.5") not in [
-        (one.name, other.name) for one, other in report.pairs(without)
+        (one.name, other.name) for one, other in all_pairs(without)
     ]
 
 
 def test_across_noise_levels_only_arms_of_one_level_are_compared(tmp_path):
     of = group_by_arm(across(tmp_path, "noise_rate", (0.2, 0.4)))
     found = [
-        (one.name.partition(", ")[2], other.name.partition(", ")[2])
-        for one, other in report.pairs(of)
+        (one.name.partition(", ")[2], other.name.partition(", ")[2]) for one, other in all_pairs(of)
     ]
     assert (
         found
         == [("noise rate 0.2", "noise rate 0.2")] * 3 + [("noise rate 0.4", "noise rate 0.4")] * 3
     )
     assert (
-        "GAF, noise rate 0.4's test accuracy is 20.0 points above averaging, noise rate 0.4 ("
-        in report.summary(of)
+        "noise rate 0.4: At the last evaluation, GAF's test accuracy is 20.0 points above averaging ("
+        in summary(of)
     )
 
 
 def test_the_summary_of_many_points_counts(tmp_path):
-    text = report.summary(group_by_arm(across(tmp_path, "noise_rate", (0.1, 0.2, 0.3, 0.4))))
+    text = summary(group_by_arm(across(tmp_path, "noise_rate", (0.1, 0.2, 0.3, 0.4))))
     assert (
-        "Of 8 arms compared with averaging in test accuracy at the last evaluation, 8 can be told to be above"
+        "Of 8 arms compared with averaging in test accuracy at the last evaluation, 8 are clearly above"
         in text
     )
 
@@ -556,12 +568,12 @@ def test_the_table_is_there_for_other_programs(runs, out, nine_page):
     [(1.25, "+1.2"), (-3.0, "\N{MINUS SIGN}3.0"), (0.04, "0.0"), (-0.04, "0.0"), (0.0, "0.0")],
 )
 def test_signed(value, text):
-    assert report.signed(value) == text
+    assert signed(value) == text
 
 
 @pytest.mark.parametrize(("longest", "unit"), [(60, "s"), (600, "min"), (36000, "h")])
 def test_time_has_a_fitting_unit(longest, unit):
-    assert report.clock(longest)[0] == unit
+    assert figures.clock(longest)[0] == unit
 
 
 # --- the figures -------------------------------------------------------------------------------------------------
@@ -703,7 +715,7 @@ def crowd(tmp_path_factory) -> list[Run]:
 
 def test_many_arms_are_compared_in_a_number_of_pairs_that_grows_as_they_do(crowd):
     of = group_by_arm(crowd)
-    names = [(one.name, other.name) for one, other in report.pairs(of)]
+    names = [(one.name, other.name) for one, other in all_pairs(of)]
     # with averaging; with GAF; one with its namesake
     assert len(names) == len(set(names)) == 2 * len(of) - 3 + 1
     assert {
@@ -740,7 +752,7 @@ def test_names_of_many_arms_do_not_touch(crowd):
 
 
 def test_the_summary_of_many_arms_speaks_of_gaf_and_its_controls_and_counts_the_rest(crowd):
-    text = report.summary(group_by_arm(crowd))
+    text = summary(group_by_arm(crowd))
     assert "random subset" in text
     assert "SAM" not in text
     assert f"Of {len(figures.KNOWN) - 1} arms compared with averaging" in text
@@ -788,7 +800,7 @@ def test_labels_with_room_stay_and_a_crowd_keeps_its_centre():
 
 def rendered(runs: list[Run]) -> str:
     console = Console(width=80, record=True, file=io.StringIO())
-    console.print(report.table(runs))
+    console.print(results_table(runs))
     return console.export_text()
 
 
@@ -811,9 +823,9 @@ def test_nothing_heavy_is_imported_early_and_pyplot_never(runs, tmp_path):
 import sys
 from pathlib import Path
 from gaf_lab.records.find import find_runs
-from gaf_lab.report import page as report
+from gaf_lab.report.page import write_report
 assert not {{"matplotlib", "plotly", "rich", "jinja2"}} & sys.modules.keys()
-report.write(find_runs([Path({str(runs[0].folder.parent)!r})]), Path({str(tmp_path)!r}))
+write_report(find_runs([Path({str(runs[0].folder.parent)!r})]), Path({str(tmp_path)!r}))
 assert "matplotlib.pyplot" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
@@ -823,7 +835,7 @@ def test_every_arm_of_the_lab_is_described_as_what_it_is(tmp_path):
     texts = {}
     for config in every_arm(SMALL_FASHION):
         run = records.Run(tmp_path, {"arm": config.arm, "config": config.plain()}, [], None)
-        texts[config.arm] = report.described(Arm(config.arm, [run]))
+        texts[config.arm] = describe(Arm(config.arm, [run]))
     assert "policy" not in " ".join(texts.values())
     sizes = {
         "GAF, k = 2",
