@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 WIDTH = 79  # columns of a terminal that the table fits into
+GAP = 2  # spaces between two columns of the table; one after the last
 SHORT = {
     "selected": "selected",
     "last": "last",
@@ -51,14 +52,14 @@ class ResultsTable:
             if where:
                 yield Text(where, style="bold")
             yield grid(None, rows, widths)
-        wide = max(sum(widths) + len(widths), min(WIDTH, max(map(len, self.notes))))
+        wide = max(sum(widths) + GAP * len(widths) - 1, min(WIDTH, max(map(len, self.notes))))
         yield Constrain(Text("\n".join(self.notes), style="dim"), wide)
 
     def widths(self, most: int) -> list[int]:
-        """Of the columns, with a space after each; long names fold so that all fit into `most`."""
+        """Of the columns. Long names fold so that the table fits into `most`."""
         rows = [self.heads, *(row for _, rows in self.points for row in rows)]
         names, *numbers = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        room = most - sum(numbers) - len(numbers) - 1
+        room = most - sum(numbers) - GAP * len(numbers) - 1
         return [max(min(names, room), 6), *numbers]
 
 
