@@ -47,10 +47,10 @@ def train(policy: gaf.GAF | None) -> None:
                 scheduler.step()
                 optimizer.zero_grad()
     accuracy = (model(test_x).argmax(1) == test_y).float().mean().item()
-    told = {} if handle is None else metrics(handle, b=B)
+    logged = {} if handle is None else metrics(handle, b=B)
     name = "averaging" if policy is None else "GAF"
     accelerator.print(
-        f"{name}: accuracy {accuracy:.3f}", {key: round(value, 3) for key, value in told.items()}
+        f"{name}: accuracy {accuracy:.3f}", {key: round(value, 3) for key, value in logged.items()}
     )
 
 

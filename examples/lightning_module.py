@@ -50,8 +50,8 @@ def train(policy: gaf.GAF | None) -> None:
     model = Digits()
     trainer.fit(model, DataLoader(data, batch_size=B, shuffle=True))
     accuracy = (model.net(test_x).argmax(1) == test_y).float().mean().item()
-    told = {key: round(value.item(), 3) for key, value in trainer.callback_metrics.items()}
-    print(f"{'GAF' if policy else 'averaging'}: accuracy {accuracy:.3f}", told)
+    logged = {key: round(value.item(), 3) for key, value in trainer.callback_metrics.items()}
+    print(f"{'GAF' if policy else 'averaging'}: accuracy {accuracy:.3f}", logged)
 
 
 if __name__ == "__main__":

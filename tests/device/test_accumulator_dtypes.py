@@ -234,7 +234,7 @@ def trained(policy: Any, **options: Any) -> list[Any]:
     ids=["mean", "halving", "plain", "best", "layer", "scaler", "skip", "bn", "leave_out"],
 )
 def test_a_default_device_changes_nothing(policy: Any, options: dict[str, Any]) -> None:
-    """Under "meta" whatever is made without a device has no value."""
+    """Under "meta" a tensor made without a device has no value."""
     expected = trained(policy, **options)
     torch.set_default_device("meta")
     try:

@@ -150,7 +150,7 @@ def warned(acc: gaf.Accumulator, p: nn.Parameter, rows: list, steps: int) -> lis
         (AGREE, "Every micro-gradient was accepted in 100 steps"),
     ],
 )
-def test_a_tau_that_never_or_always_accepts_is_told_once_after_100_steps(
+def test_a_tau_that_never_or_always_accepts_is_reported_once_after_100_steps(
     rows: list, message: str, start: str
 ) -> None:
     p = vector()

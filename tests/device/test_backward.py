@@ -29,7 +29,7 @@ from helpers.pairs import each_pair
 
 @ENGINES
 @pytest.mark.parametrize("place", [0, 1])
-def test_a_hook_that_takes_gradients_is_told_of_and_the_row_does_not_count(
+def test_a_hook_that_takes_gradients_is_refused_and_the_row_does_not_count(
     wrap: Callable, place: int
 ) -> None:
     p, q = vector(4), vector(4)
@@ -72,7 +72,7 @@ def test_a_micro_batch_that_reaches_no_parameter_is_an_error_at_once_and_the_row
     assert acc.stats()["micro_gradients"] == 3
 
 
-def test_an_optimizer_of_parameters_that_were_replaced_is_told_of_under_every_scope() -> None:
+def test_an_optimizer_of_parameters_that_were_replaced_is_refused_under_every_scope() -> None:
     """As by load_state_dict(assign=True), or a copy of the model."""
     for scope in ("all", "layer"):
         model = nn.Linear(4, 2)

@@ -62,7 +62,7 @@ def test_a_decision_has_one_weight_per_row() -> None:
         acc.step()
 
 
-def test_a_policy_that_returns_plain_numbers_is_told_what_is_wanted() -> None:
+def test_a_policy_that_returns_plain_numbers_is_refused() -> None:
     model, optimizer = line()
     numbers: Any = [1.0], [True], True, [0.0]
     acc = gaf.Accumulator(optimizer, lambda K: Decision(*numbers))

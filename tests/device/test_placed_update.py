@@ -75,7 +75,7 @@ CLEARINGS: dict[str, tuple[Callable, str]] = {
 
 @SCALED
 @pytest.mark.parametrize("how", CLEARINGS)
-def test_an_update_that_was_cleared_in_whole_or_in_part_is_told_of(how: str, scaled: bool) -> None:
+def test_an_update_that_was_cleared_in_whole_or_in_part_is_noticed(how: str, scaled: bool) -> None:
     layers, optimizers, acc = two(scaled)
     params = [p for layer in layers for p in layer.parameters()]
     before = [p.detach().clone() for p in params]

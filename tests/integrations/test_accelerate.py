@@ -304,7 +304,7 @@ def test_engines_that_reduce_by_themselves_are_refused(kind, monkeypatch):
         attach(loop.accelerator, loop.model, loop.optimizer, gaf.GAF())
 
 
-def test_a_loop_that_goes_past_it_is_told():
+def test_a_loop_that_bypasses_it_is_refused():
     loop = Loop(gaf.GAF(TAU))
     mean_loss(loop.model, samples(BATCH)).backward()
     with pytest.raises(

@@ -68,8 +68,8 @@ def ray_worker() -> tuple[list[float], dict[str, Any], dict[str, float]]:
 
 @pytest.mark.distributed
 def test_the_worker_of_the_ray_train_page_filters_among_two_ranks(pair):
-    (weights, stats, told), other = pair.run(ray_worker)
-    assert (weights, stats, told) == other
+    (weights, stats, logged), other = pair.run(ray_worker)
+    assert (weights, stats, logged) == other
     assert stats["steps"] == 20
-    assert told["gaf/stepped"] == stats["stepped"] / 20
-    assert 0 < told["gaf/acceptance"] < 1
+    assert logged["gaf/stepped"] == stats["stepped"] / 20
+    assert 0 < logged["gaf/acceptance"] < 1

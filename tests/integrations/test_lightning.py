@@ -267,7 +267,7 @@ class Gathers(ClosureAlone):
 
 
 @pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler")
-def test_a_module_that_accumulates_by_itself_is_told():
+def test_a_module_that_accumulates_by_itself_is_refused():
     """Lightning would add its micro-gradients up undivided, where an update here is their mean."""
     message = (
         r"must be accumulate_grad_batches = 1 micro-batches; .* of Gathers gathers more. Set the"

@@ -209,7 +209,7 @@ def gaf_train(monkeypatch, capsys) -> Callable[..., tuple[int, str]]:
     return call
 
 
-def test_gaf_train_sends_every_evaluation_to_all_that_it_is_told_of(gaf_train, offline):
+def test_gaf_train_sends_every_evaluation_to_all_that_it_is_given(gaf_train, offline):
     out = offline / "run"
     assert gaf_train("--tracker", "tensorboard", "wandb", "trackio", "--out", out)[0] == 0
     lines = records.read(out).evals

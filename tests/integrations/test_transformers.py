@@ -327,7 +327,7 @@ def test_the_mixin_serves_subclasses(tmp_path):
     assert made.gaf.stats()["steps"] == made.gaf.stats()["stepped"] == 2
 
 
-def test_a_training_step_that_goes_past_it_is_told(tmp_path):
+def test_a_training_step_that_bypasses_it_is_refused(tmp_path):
     class Past(GAFTrainer):
         def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
             loss = self.compute_loss(model, inputs)

@@ -33,17 +33,16 @@ class LossScaling:
 
     @property
     def factor(self) -> float:
-        """What the losses of this macro-batch were multiplied by."""
+        """What the losses of this macro-batch were multiplied by. Waits for the device."""
         return 1.0 if self.scaler is None else self.scaler.get_scale()
 
-    def has_overflowed(self, norms2: Sequence[float]) -> bool:
+    def has_overflowed(self, norms2: Sequence[float], factor: float) -> bool:
         """Whether the scale was too large for some row, or has fallen to 0 after many overflows.
 
-        Nothing can be unscaled with a scale of 0.
+        Nothing can be unscaled with a scale of 0. The caller passes `factor`, because reading it
+        waits for the device.
         """
-        if self.scaler is None:
-            return False
-        return self.factor == 0 or has_overflow(norms2)
+        return self.scaler is not None and (factor == 0 or has_overflow(norms2))
 
     def unscale(self, overflow: bool) -> None:
         """Has the scaler look at every optimizer's update; after a skip, at a stand-in for it."""
