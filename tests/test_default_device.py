@@ -19,7 +19,8 @@ from gaf.measure.acceptance import measure_acceptance
 from gaf.measure.result import Probe
 from gaf.ranks.handle import Handle
 from gaf.record.audit import Excess
-from gaf.record.telemetry import Outcome, Telemetry, packed
+from gaf.record.outcome import Outcome, pack
+from gaf.record.telemetry import Telemetry
 from gaf.rules import agreement
 from gaf.rules.blas import gram_by_blas, products_by_blas
 from gaf.rules.decision import Evidence
@@ -73,7 +74,7 @@ def kept_rows(make: Callable[[], Any]) -> Any:
         rows.take(1, row[15:])
         rows.add()
     decision, evidence = rows.decide()
-    return decision, evidence, rows.update(decision.weights.tolist()), packed(decision, evidence)
+    return decision, evidence, rows.update(decision.weights.tolist()), pack(decision, evidence)
 
 
 def judged_by_a_handle() -> Any:

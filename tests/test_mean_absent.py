@@ -11,7 +11,8 @@ from torch.optim import SGD
 
 import gaf
 from gaf.device.sums import SumOnDevice
-from gaf.record.telemetry import Outcome, Telemetry
+from gaf.record.outcome import Outcome
+from gaf.record.telemetry import Telemetry
 
 NAN, INF = math.nan, math.inf
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]

@@ -8,7 +8,7 @@ from torch import nn
 
 import gaf
 from gaf.record.audit import Excess, value_per_row
-from gaf.record.telemetry import WINDOW
+from gaf.record.recent import WINDOW
 
 NAN = math.nan
 

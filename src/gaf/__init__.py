@@ -6,7 +6,7 @@ from gaf.measure.result import Probe
 from gaf.ranks.attach import attach
 from gaf.ranks.handle import Handle
 from gaf.record.audit import Audit
-from gaf.record.telemetry import Outcome
+from gaf.record.outcome import Outcome
 from gaf.rules.averaging import Mean, RandomSkip
 from gaf.rules.combine import aggregate
 from gaf.rules.decision import Decision

@@ -27,7 +27,7 @@ from gaf.device.placed import PlacedUpdate
 from gaf.device.rows import StackedRows, StreamedRows, rows_for
 from gaf.device.scaler import LossScaling
 from gaf.record.ledger import Ledger
-from gaf.record.telemetry import Outcome
+from gaf.record.outcome import Outcome
 from gaf.rules.contract import Policy, check_policy, scope_of
 from gaf.rules.decision import Decision, as_skip, check_weights
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch.distributed as dist
 from torch.amp import GradScaler
 
-from gaf.record.telemetry import frames_inside
+from gaf.record.hints import frames_inside
 from gaf.rules.contract import Policy, min_accepted_of, scope_of
 
 

@@ -22,7 +22,7 @@ from gaf.ranks.skips import SkippedParameters
 from gaf.ranks.stale import CLEAR_FIRST, IN_PART, StaleGradients
 from gaf.ranks.step_hooks import StepHooks
 from gaf.ranks.steps import parameters_of
-from gaf.record.telemetry import Outcome
+from gaf.record.outcome import Outcome
 from gaf.rules.averaging import Mean, averages
 from gaf.rules.contract import Policy
 from gaf.rules.decision import Decision, Evidence, as_skip, check_weights

@@ -14,7 +14,7 @@ from gaf.ranks.decider import Decider
 from gaf.ranks.row_ledger import check_handle_state
 from gaf.ranks.stale import StaleGradients
 from gaf.record.gate import gate, ungate
-from gaf.record.telemetry import Outcome
+from gaf.record.outcome import Outcome
 from gaf.rules.averaging import averages
 from gaf.rules.contract import Policy, check_policy
 from gaf.rules.decision import Decision

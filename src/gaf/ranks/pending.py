@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gaf.ranks.row_ledger import RowLedger
 from gaf.ranks.stale import StaleGradients
-from gaf.record.telemetry import Outcome
+from gaf.record.outcome import Outcome
 from gaf.rules.contract import learned_state, load_learned_state
 
 

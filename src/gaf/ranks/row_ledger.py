@@ -3,7 +3,7 @@
 from typing import Any
 
 from gaf.record.ledger import Ledger
-from gaf.record.telemetry import Outcome
+from gaf.record.outcome import Outcome
 from gaf.rules.contract import Policy
 
 

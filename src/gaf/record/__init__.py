@@ -1,1 +1,1 @@
-"""What happened: statistics of the steps, schedulers that pause on skipped steps, scores of the samples."""
+"""What came of the decisions: counts and averages, gated schedulers, and scores of who disagreed."""

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from gaf.arguments import whole_number
-from gaf.record.telemetry import WINDOW, Outcome
+from gaf.record.outcome import Outcome
+from gaf.record.recent import WINDOW
 from gaf.rules.decision import Decision
 from gaf.shapes import Float64
 

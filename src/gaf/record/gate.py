@@ -1,4 +1,4 @@
-"""Makes a learning-rate scheduler stand still on a skipped step."""
+"""Learning-rate schedulers that stand still on a skip."""
 
 from collections.abc import Callable
 from typing import Any
@@ -22,51 +22,60 @@ class Gate:
         self.called = False
 
     def passes(self, name: str) -> bool:
+        """Whether the optimizer moved since the last call. name: the scheduler's, for the message.
+
+        Raises:
+            RuntimeError: if the scheduler is not stepped after every step.
+        """
         decided, taken = self.progress()
         if self.called and decided - self.decided > 1:
             raise RuntimeError(
-                f"gate: {name}.step() must be called after every step, for that is what a skip holds back; "
-                f"{decided - self.decided} steps went by since the last call. A scheduler stepped once per epoch needs no gate: "
-                "use the ungated one."
+                f"gate: {name}.step() must be called after every step, because a gate holds it back "
+                f"on a skip; {decided - self.decided} steps went by since the last call. "
+                "A scheduler stepped once per epoch needs no gate: use the ungated one."
             )
         moved = taken > self.taken
         self.decided, self.taken, self.called = decided, taken, True
         return moved
 
 
-class Gated:
+class GatedScheduler:
+    """The first base of a gated scheduler's class: its step() goes through the gate."""
+
     def step(self, *args: Any, **kwargs: Any) -> None:
         own = None if getattr(self, "_is_initial", False) else _gates.get(self)
         if own is None or own.passes(type(self).__name__):
             super().step(*args, **kwargs)  # type: ignore[misc]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """A copy is a plain scheduler: nobody tells it of skips."""
-        return empty, (type(self).__mro__[2],), self.__dict__
+        """A copy is a plain scheduler, of the class before gating: no gate follows it."""
+        return new_without_init, (type(self).__mro__[2],), self.__dict__
 
 
-def empty(kind: Any) -> Any:
+def new_without_init(kind: Any) -> Any:
     return kind.__new__(kind)
 
 
 def gate(scheduler: LRScheduler, progress: Callable[[], tuple[int, int]]) -> LRScheduler:
-    """Changes the scheduler in place: whoever holds it, sees it stand still. Its state_dict stays as it was.
+    """Changes the scheduler in place, so that whoever holds it sees it stand still.
 
-    A copied or unpickled scheduler is not gated, nor is one whose handle was detached.
+    It changes the object's class, not its attributes: its state_dict stays as it was. A copied or
+    unpickled scheduler is not gated, nor is one whose handle was detached.
     """
     if isinstance(scheduler, ReduceLROnPlateau):
         raise TypeError(
-            "gate: ReduceLROnPlateau is stepped once per evaluation with a metric, not once per optimizer step; got one. "
-            "Use it as it is: a skip does not touch it."
+            "gate: ReduceLROnPlateau is stepped once per evaluation with a metric, not once per "
+            "optimizer step; got one. Use it as it is: a skip does not touch it."
         )
     if not isinstance(scheduler, LRScheduler):
-        raise TypeError(f"gate: the scheduler must be a torch.optim.lr_scheduler.LRScheduler; got {type(scheduler).__name__}. "
-                        "Call its step() only after a step that was taken.")  # fmt: skip
-    if not isinstance(scheduler, Gated):
-        kind = type(scheduler)
-        scheduler.__class__ = type(
-            kind.__name__, (Gated, kind), {"__module__": kind.__module__, "__doc__": kind.__doc__}
+        raise TypeError(
+            "gate: the scheduler must be a torch.optim.lr_scheduler.LRScheduler; "
+            f"got {type(scheduler).__name__}. Call its step() only after a step that was taken."
         )
+    if not isinstance(scheduler, GatedScheduler):
+        kind = type(scheduler)
+        names = {"__module__": kind.__module__, "__doc__": kind.__doc__}
+        scheduler.__class__ = type(kind.__name__, (GatedScheduler, kind), names)
     _gates[scheduler] = Gate(progress)
     return scheduler
 

@@ -6,7 +6,8 @@ from typing import Any
 from torch.optim.lr_scheduler import LRScheduler
 
 from gaf.record.gate import gate
-from gaf.record.telemetry import Outcome, Telemetry
+from gaf.record.outcome import Outcome
+from gaf.record.telemetry import Telemetry
 from gaf.rules.contract import Policy, learned_state, load_learned_state
 from gaf.rules.decision import Decision, as_skip
 from gaf.rules.policies import private_copy

@@ -6,7 +6,7 @@ functions at the right read these attributes:
     scope            "all", "group" or "layer": what one decision covers        scope_of
     min_accepted     the policy never steps on fewer accepted rows              min_accepted_of
     max_norm_ratio   a row of more than this many median norms is absent        max_norm_ratio_of
-    tau              its threshold, a number or an object that adapts           tau_given
+    tau              its threshold, a number or an object that adapts           given_tau
     planned          (step, k) -> the k weights of a step, whatever its rows    is_planned
     state_dict       () -> what it has learned                                  learned_state
     load_state_dict  takes back what state_dict gave                            load_learned_state
@@ -50,7 +50,7 @@ def max_norm_ratio_of(policy: Any) -> float | None:
     return getattr(policy, "max_norm_ratio", None)
 
 
-def tau_given(policy: Any) -> Any:
+def given_tau(policy: Any) -> Any:
     """The tau that the policy was given, a number or a threshold object; None without one."""
     return getattr(policy, "tau", None)
 

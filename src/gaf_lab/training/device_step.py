@@ -14,10 +14,17 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import gaf
+<<<<<<< HEAD
 from gaf.device.backward import unshare
 from gaf.device.rows import StackedRows, StreamedRows, rows_on_device
 from gaf.record.telemetry import packed
 from gaf.rules.contract import Policy, is_planned, tau_given
+=======
+from gaf.device.backward import unshared
+from gaf.device.rows import Stacked, Streamed, rows_on_device
+from gaf.record.outcome import pack
+from gaf.rules.contract import Policy, given_tau, is_planned
+>>>>>>> 4a6b974 (record/: outcome, recent and hints beside telemetry)
 from gaf.rules.decision import Evidence
 from gaf.rules.judging import streams
 from gaf.rules.thresholds import Threshold
@@ -83,7 +90,7 @@ class DeviceStep:
             self.rate.copy_(self.row("rates", now))
             self.optimizer.step()
             self.optimizer.zero_grad()
-            entry = torch.cat([packed(decision, evidence), torch.stack(losses).double()])
+            entry = torch.cat([pack(decision, evidence), torch.stack(losses).double()])
             self.log.index_copy_(0, self.at, entry[None])
             self.at += 1
             self.taken += decision.stepped
@@ -143,7 +150,7 @@ class DeviceStep:
             values = self.optimizer.state[p].values()
             moments += [value for value in values if isinstance(value, Tensor)]
         model = [*self.model.parameters(), *self.model.buffers()]
-        tau = tau_given(self.policy)
+        tau = given_tau(self.policy)
         learned = [tau.state_on(self.device)] if isinstance(tau, Threshold) else []
         targets = self.objective.state_dict().values()
         own = self.at, self.taken, self.rate, self.log
