@@ -44,18 +44,21 @@ class Hints:
             self._warn_once("absent", ALL_ABSENT)
         if not steps[-1].compared:
             return
-        self.steps_without_acceptance = (
-            0 if steps[-1].accepted else self.steps_without_acceptance + 1
-        )
-        self.steps_all_accepted = (
-            self.steps_all_accepted + 1 if steps[-1].accepted == steps[-1].compared else 0
-        )
+        self._count(steps[-1])
         seen = [step for step in steps if step.compared]
         if self.steps_without_acceptance >= WINDOW:
             self._warn_once("none", explain_none_accepted(policy, outcome, seen))
         tau = given_tau(policy) if isinstance(given_tau(policy), Real) else 2
         if self.steps_all_accepted >= WINDOW and tau < 2:
             self._warn_once("all", explain_all_accepted(tau, seen))
+
+    def _count(self, step: Recent) -> None:
+        self.steps_without_acceptance += 1
+        self.steps_all_accepted += 1
+        if step.accepted:
+            self.steps_without_acceptance = 0
+        if step.accepted != step.compared:
+            self.steps_all_accepted = 0
 
     def _warn_once(self, reason: str, message: str) -> None:
         if reason not in self.warned:

@@ -14,17 +14,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import gaf
-<<<<<<< HEAD
 from gaf.device.backward import unshare
 from gaf.device.rows import StackedRows, StreamedRows, rows_on_device
-from gaf.record.telemetry import packed
-from gaf.rules.contract import Policy, is_planned, tau_given
-=======
-from gaf.device.backward import unshared
-from gaf.device.rows import Stacked, Streamed, rows_on_device
 from gaf.record.outcome import pack
 from gaf.rules.contract import Policy, given_tau, is_planned
->>>>>>> 4a6b974 (record/: outcome, recent and hints beside telemetry)
 from gaf.rules.decision import Evidence
 from gaf.rules.judging import streams
 from gaf.rules.thresholds import Threshold
