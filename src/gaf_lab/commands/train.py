@@ -121,7 +121,7 @@ def check_before_start(options: TrainOptions, ranks: int) -> tuple[bool, str | N
     """
     from gaf_lab.records.locks import check_free
     from gaf_lab.training import trackers
-    from gaf_lab.training.over_ranks import check_ranks
+    from gaf_lab.training.engines import check_ranks
     from gaf_lab.training.resume import check_output_folder, is_restart
 
     check_ranks(options.config, ranks)

@@ -38,7 +38,7 @@ class Sampler(Protocol):
 
 
 class Stream:
-    """Permutations of `items`, one after the other without end; the p-th is seeded by (seed, name, p)."""
+    """Permutations of `items`, one after the other; the p-th is seeded by (seed, name, p)."""
 
     def __init__(self, items: Tensor, seed: int, name: str) -> None:
         self.items, self.seed, self.name = items, seed, name

@@ -101,7 +101,7 @@ def number_or_dash(value: float | None) -> str:
 
 
 def label_noise(config: TrainConfig) -> str:
-    """The fault of the training labels: "40% symmetric label noise", "human labels"; "" if clean."""
+    """The training labels' fault: "40% symmetric label noise", "human labels"; "" if clean."""
     if config.noise == "human":
         return "human labels"
     if config.noise == "none" or not config.noise_rate:
@@ -139,7 +139,7 @@ def table_line(cells: Iterable[str]) -> str:
 class ConsoleListener:
     """A progress bar over steps, and a line per evaluation.
 
-    Without a terminal there is no bar; a line reports the progress to an evaluation that takes long.
+    Without a terminal there is no bar; a line reports the progress if an evaluation takes long.
     """
 
     def __init__(self, console: Console) -> None:

@@ -111,7 +111,7 @@ class DeviceStep:
         return loss.detach()
 
     def pictures(self, i: int) -> tuple[Tensor, Tensor]:
-        """Micro-batch i of the current step: pictures (b, C, H, W) uint8, augmented, and indices (b,)."""
+        """Micro-batch i of the step: pictures (b, C, H, W) uint8, augmented, and indices (b,)."""
         index = self.row("index", self.at)[i]
         assert isinstance(self.problem.train.x, Tensor)
         x = self.problem.train.x[index]

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 import gaf
@@ -23,6 +24,10 @@ class Interval:
     signal: float = 0.0
     norm2: float = 0.0
     seconds: float = 0.0
+
+    @classmethod
+    def empty(cls, device: torch.device) -> "Interval":
+        return cls(losses=torch.zeros((), device=device), rows=[])
 
     def add(self, outcome: gaf.Outcome) -> None:
         self.rows.append(sum(outcome.accepted))

@@ -17,51 +17,10 @@ import gaf
 from gaf.record.ledger import Ledger
 from gaf.rules.contract import Policy
 from gaf_lab.data.problem import Problem
-from gaf_lab.settings.checks import ConfigError
-from gaf_lab.settings.config import TrainConfig
 from gaf_lab.training.device_step import DeviceStep
 from gaf_lab.training.tables import AHEAD, Tables, draws
 from gaf_lab.training.techniques import Objective
 from gaf_lab.training.turns import Turns
-
-
-def obstacle(config: TrainConfig, world: int = 1) -> str | None:
-    """Why this engine cannot run a config; None if it can.
-
-    The message names the field, the requirement and the value.
-    """
-    needs = {
-        "dataset": (config.dataset != "imagenet", "must fit into the device's memory"),
-        "optimizer": (
-            config.optimizer != "rmsprop",
-            "must have a fused form, which skips without the host",
-        ),
-        "mixup": (not config.mixup, "must be 0"),
-        "sam": (not config.sam, "must be 0"),
-        "ema": (not config.ema, "must be 0"),
-        "bn": (config.bn == "all", "must be 'all'"),
-        "scope": (config.scope == "all" or config.policy != "gaf", "must be 'all'"),
-        "compile": (not config.compile, "must be off"),
-    }
-    for name, (holds, requirement) in needs.items():
-        if not holds:
-            return f"{name} {requirement} for engine 'device'; got {getattr(config, name)!r}."
-    if world > 1:
-        return f"engine must not be 'device' on several ranks; got it on {world}."
-    return None
-
-
-def check_device_engine(config: TrainConfig, world: int) -> None:
-    """ConfigError if the config names this engine, and it cannot run the config."""
-    found = obstacle(config, world)
-    if config.engine == "device" and found is not None:
-        raise ConfigError(f"{found} Use --engine plain.")
-
-
-def uses_device_engine(config: TrainConfig, device: torch.device, world: int) -> bool:
-    """Whether this engine runs the config: if it is named, and under "auto" on CUDA if it can."""
-    possible = device.type == "cuda" and obstacle(config, world) is None
-    return config.engine == "device" or (config.engine == "auto" and possible)
 
 
 class Captured:
@@ -168,7 +127,7 @@ class OnDevice:
         self.waiting.extend(self.one.log[: len(self._launched)].tolist())
 
     def micro_gradients(self, step: int) -> Tensor:
-        """The losses (k,), on the CPU, of the next step to report; its micro-gradients were taken."""
+        """The losses (k,), on the CPU, of the next step to report. It has been taken."""
         return torch.tensor(self.waiting[0][-self.config.k :])
 
     def step(self) -> None:
@@ -195,7 +154,7 @@ class OnDevice:
 
     @torch.no_grad()
     def _share_optimizer_state(self) -> None:
-        """Copies the optimizer's state, which may have been loaded, to where the steps change it."""
+        """Copies the optimizer's state, perhaps loaded, to the memory that the steps change."""
         state = self.one.optimizer.state
         for p, values in self.optimizer.state.items():
             for name, value in values.items():

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, MultiStepLR, ReduceLROnPlateau
 
 import gaf
 from gaf.rules.judging import streams
@@ -18,7 +17,8 @@ from gaf_lab.settings.checks import ConfigError
 from gaf_lab.settings.config import TrainConfig
 from gaf_lab.training.buckets import PerBucket
 from gaf_lab.training.controls import RandomSubset, ReplaySkip
-from gaf_lab.training.launched import OnDevice, uses_device_engine
+from gaf_lab.training.engines import uses_device_engine
+from gaf_lab.training.launched import OnDevice
 from gaf_lab.training.one_by_one import OneByOne, Stepper
 from gaf_lab.training.over_ranks import OverRanks, data_parallel
 from gaf_lab.training.ranks import ALONE, Group
@@ -88,17 +88,6 @@ def make_optimizer(
     if config.optimizer == "adam":
         return torch.optim.Adam(params, **shared)
     return torch.optim.AdamW(params, **shared)
-
-
-def make_scheduler(config: TrainConfig, optimizer: Optimizer, steps: int) -> LRScheduler | None:
-    if config.schedule == "cosine":
-        return CosineAnnealingLR(optimizer, T_max=steps)
-    if config.schedule == "multi-step":
-        milestones = [round(m * steps) for m in config.milestones]
-        return MultiStepLR(optimizer, milestones, gamma=config.gamma)
-    if config.schedule == "plateau":
-        return ReduceLROnPlateau(optimizer, factor=config.gamma, patience=config.patience)
-    return None
 
 
 def make_policy(config: TrainConfig) -> Any:

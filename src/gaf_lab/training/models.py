@@ -1,4 +1,7 @@
-"""The networks of the experiments, for pictures (b, channels, height, width). Initialised from torch's global generator."""
+"""The networks of the experiments, for pictures (b, channels, height, width).
+
+They are initialised from torch's global generator.
+"""
 
 import itertools
 from collections.abc import Callable
@@ -19,7 +22,10 @@ def mlp(pixels: int, classes: int, width: int = 512) -> nn.Module:
 
 
 def convnet(channels: int, classes: int, width: int = 32) -> nn.Module:
-    """Three convolutions with BatchNorm, halved in size twice; a baseline that trains in minutes on a CPU."""
+    """Three convolutions with BatchNorm, halved in size twice.
+
+    A baseline that trains in minutes on a CPU.
+    """
     widths = (channels, width, 2 * width, 4 * width)
     layers: list[nn.Module] = []
     for i, (before, after) in enumerate(itertools.pairwise(widths)):

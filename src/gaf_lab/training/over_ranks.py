@@ -9,43 +9,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 import gaf
-from gaf_lab.settings.checks import ConfigError
-from gaf_lab.settings.config import TrainConfig
 from gaf_lab.training.ranks import PATIENCE, Group
-
-
-def check_ranks(config: TrainConfig, world: int) -> None:
-    """ConfigError if `world` ranks cannot run the config."""
-    if world == 1:
-        return
-    if config.k != world:
-        raise ConfigError(
-            "k must be the number of ranks, because each computes one micro-batch; "
-            f"got k = {config.k} on {world} ranks. "
-            f"Start {config.k} of them (torchrun --nproc-per-node), or set --k {world}."
-        )
-    if config.bn == "accepted":
-        raise ConfigError(
-            "bn must be 'all' on several ranks, because DistributedDataParallel hands out "
-            f"the statistics of rank 0, accepted or not; got 'accepted' on {world} ranks. "
-            "Set --bn all, or run one process."
-        )
-    if config.compile:
-        raise ConfigError(
-            f"compile must be off on several ranks; got it on {world}. "
-            "Set --no-compile, or run one process."
-        )
-    if config.loss == "elr":
-        raise ConfigError(
-            "loss must not be 'elr' on several ranks, because a sample's past predictions are "
-            f"known only to the rank that drew it; got 'elr' on {world} ranks. Run one process."
-        )
-    if config.policy == "gaf" and config.scope == "group":
-        raise ConfigError(
-            "scope must be 'all' on several ranks, because gaf.attach reports only the last "
-            f"bucket's decision, and the records need all; got 'group' on {world} ranks. "
-            "Run one process."
-        )
 
 
 class OverRanks:

@@ -2,8 +2,8 @@
 
 `torchrun --nproc-per-node K -m gaf_lab train ...` computes one of the K micro-batches on each.
 
-The ranks use two groups. Numbers, errors and turns go over gloo; on CUDA, gradients go over NCCL. So
-a rank that waits for another one's evaluation or download blocks no collective of an accelerator.
+The ranks use two groups. Numbers, errors and turns go over gloo; on CUDA, gradients go over NCCL.
+So a rank that waits for another one's evaluation or download blocks no accelerator's collective.
 """
 
 import contextlib

@@ -1,12 +1,18 @@
-"""Whether a run can begin in an output folder, or go on there."""
+"""The output folder of a run: whether it can begin or go on there, and its first lines."""
 
+import os
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from gaf_lab.records import checkpoint
+import torch
+
+from gaf_lab.records import checkpoint, environment
 from gaf_lab.records import run as records
 from gaf_lab.settings.checks import ConfigError
 from gaf_lab.settings.config import TrainConfig
-from gaf_lab.training.ranks import launch
+from gaf_lab.training.ranks import Group, launch
 
 
 def check_output_folder(config: TrainConfig, folder: Path, resume: bool) -> records.Run | None:
@@ -22,7 +28,7 @@ def check_output_folder(config: TrainConfig, folder: Path, resume: bool) -> reco
 
 
 def prepare_folder(folder: Path, resume: bool) -> None:
-    """Makes the folder, if it is missing. Refuses one with a run in it, or without one to resume."""
+    """Makes the folder if it is missing. Refuses one with a run, or without one to resume."""
     if resume and not never_began(folder):
         checkpoint.find_checkpoint(folder)
     records.make_folder(folder)
@@ -66,3 +72,57 @@ def finished_run(config: TrainConfig, folder: Path) -> records.Run | None:
     run = records.read(folder)
     finished = run.end is not None and run.end["status"] == "finished"
     return run if finished and run.header.get("config_hash") == config.hash else None
+
+
+def begin_records(
+    config: TrainConfig,
+    folder: Path,
+    device: torch.device,
+    command: str | None,
+    state: dict[str, Any] | None,
+    group: Group,
+    first: Callable[[], dict[str, Any]] | None,
+) -> None:
+    """Writes the header, and the first checkpoint if checkpoints are kept.
+
+    With a checkpoint `state`, cuts off the lines written after it: they will be written again.
+    """
+    if state is not None:
+        truncate_records(folder / records.FILE, state["records_size"])
+        return
+    records.append(folder, header(config, folder, device, command, group))
+    if first is not None:
+        checkpoint.save(folder, first())
+
+
+def truncate_records(path: Path, size: int) -> None:
+    """Cuts the records off at the size that they had when the checkpoint was written."""
+    found = path.stat().st_size
+    if found < size:
+        raise checkpoint.CheckpointError(
+            f"{path}: must hold the {size:,} bytes that the checkpoint goes on from; "
+            f"it has {found:,}. "
+            "It was cut off or replaced: put it back, or start again in another folder."
+        )
+    os.truncate(path, size)
+
+
+def header(
+    config: TrainConfig, folder: Path, device: torch.device, command: str | None, group: Group
+) -> dict[str, Any]:
+    what = {
+        "kind": "run",
+        "name": folder.name,
+        "arm": config.arm,
+        "config": config.plain(),
+        "config_hash": config.hash,
+        "command": command,
+    }
+    started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    where = {
+        "versions": environment.versions(),
+        "machine": environment.machine(device),
+        "commit": environment.commit(),
+        "started": started,
+    }
+    return what | where | {"ranks": group.world, "launch": launch()}

@@ -6,25 +6,19 @@ The k micro-batches of a step are computed by one process in turn, or by k ranks
 """
 
 import contextlib
-import os
-import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from gaf_lab.data.read_ahead import worker_died
-from gaf_lab.records import checkpoint, environment
+from gaf_lab.records import checkpoint
 from gaf_lab.records import run as records
 from gaf_lab.records.locks import check_free, own_folder
 from gaf_lab.settings.config import TrainConfig
-from gaf_lab.training.launched import check_device_engine
+from gaf_lab.training.engines import check_device_engine, check_ranks
 from gaf_lab.training.listener import Listener
-from gaf_lab.training.over_ranks import check_ranks
-from gaf_lab.training.ranks import ALONE, Group, launch
-from gaf_lab.training.resume import check_output_folder, never_began, prepare_folder
+from gaf_lab.training.ranks import ALONE, Group
+from gaf_lab.training.resume import begin_records, check_output_folder, never_began, prepare_folder
 from gaf_lab.training.training import Diverged, Training
 from gaf_lab.training.turns import Turns, run_to_end
 
@@ -100,7 +94,7 @@ def train_in_turns(
     group.led(lambda: begin_records(config, folder, training.device, command, state, group, first))
     status = "interrupted"
     try:
-        status = yield from training.run_in_turns(folder, listener, steps, keep_checkpoints)
+        status = yield from training.run(folder, listener, steps, keep_checkpoints)
     except Diverged as error:
         status = "diverged"
         kept = describe_checkpoint(folder / checkpoint.FILE)
@@ -156,61 +150,7 @@ def find_start(
     return None, done
 
 
-def begin_records(
-    config: TrainConfig,
-    folder: Path,
-    device: torch.device,
-    command: str | None,
-    state: dict[str, Any] | None,
-    group: Group,
-    first: Callable[[], dict[str, Any]] | None,
-) -> None:
-    """Writes the header, and the first checkpoint if checkpoints are kept.
-
-    With a checkpoint `state`, cuts off the lines written after it: they will be written again.
-    """
-    if state is not None:
-        truncate_records(folder / records.FILE, state["records_size"])
-        return
-    records.append(folder, header(config, folder, device, command, group))
-    if first is not None:
-        checkpoint.save(folder, first())
-
-
-def truncate_records(path: Path, size: int) -> None:
-    """Cuts the records off at the size that they had when the checkpoint was written."""
-    found = path.stat().st_size
-    if found < size:
-        raise checkpoint.CheckpointError(
-            f"{path}: must hold the {size:,} bytes that the checkpoint goes on from; "
-            f"it has {found:,}. "
-            "It was cut off or replaced: put it back, or start again in another folder."
-        )
-    os.truncate(path, size)
-
-
 def describe_checkpoint(path: Path) -> str:
     if path.is_file():
         return f"The last good checkpoint is {path}."
     return "There was no checkpoint yet."
-
-
-def header(
-    config: TrainConfig, folder: Path, device: torch.device, command: str | None, group: Group
-) -> dict[str, Any]:
-    what = {
-        "kind": "run",
-        "name": folder.name,
-        "arm": config.arm,
-        "config": config.plain(),
-        "config_hash": config.hash,
-        "command": command,
-    }
-    started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    where = {
-        "versions": environment.versions(),
-        "machine": environment.machine(device),
-        "commit": environment.commit(),
-        "started": started,
-    }
-    return what | where | {"ranks": group.world, "launch": launch()}

@@ -3,12 +3,8 @@
 They are the very draws of `Problem.micro_batch`.
 """
 
-import copy
-import warnings
-
 import torch
 from torch import Tensor
-from torch.optim.lr_scheduler import LRScheduler
 
 from gaf_lab.data.problem import Problem
 from gaf_lab.settings.config import TrainConfig
@@ -50,24 +46,3 @@ def draws(problem: Problem, step: int) -> Tables:
     if config.augment:
         found["shifts"] = torch.stack([problem.shifts(step, i) for i in range(config.k)])
     return found
-
-
-def rates_ahead(scheduler: LRScheduler, count: int) -> list[float]:
-    """The learning rate now and after each of the next count - 1 calls of the scheduler's step().
-
-    The scheduler itself is not changed.
-    """
-    twin = copy.copy(scheduler)  # of a gated scheduler, one that is not gated
-    group = scheduler.optimizer.param_groups[0]
-    twin.optimizer = torch.optim.SGD([torch.zeros(1)], lr=group["lr"])
-    twin.optimizer.param_groups[0]["initial_lr"] = group["initial_lr"]
-    rates = [group["lr"]]
-    with warnings.catch_warnings():
-        # no optimizer steps here
-        warnings.filterwarnings(
-            "ignore", "(Detected call of `lr_scheduler|Seems like `optimizer).step"
-        )
-        for _ in range(count - 1):
-            twin.step()
-            rates.append(twin.optimizer.param_groups[0]["lr"])
-    return rates

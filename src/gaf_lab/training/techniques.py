@@ -157,7 +157,10 @@ def ema_model(model: nn.Module, decay: float) -> AveragedModel:
 
 
 class EarlyStopping:
-    """Ends a run after `patience` evaluations in a row without a better accuracy on held-out labels (Prechelt 1998)."""
+    """Ends a run after `patience` evaluations in a row without a better held-out accuracy.
+
+    See Prechelt 1998.
+    """
 
     def __init__(self, patience: int) -> None:
         self.patience = patience

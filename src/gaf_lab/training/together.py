@@ -1,4 +1,6 @@
-"""Several runs on one device in one process: one small network does not fill a GPU, several side by side do.
+"""Several runs on one device in one process.
+
+One small network does not fill a GPU; several side by side do.
 
 Runs take turns on the host, in one thread. A run's turn ends when it has launched steps
 (`launched.py`) on its own CUDA stream. While the device works on them, the others process their

@@ -1,17 +1,15 @@
 """One training run in memory: the loop, and everything that changes in it.
 
-data -> micro-batch -> micro-gradient -> decision -> step or skip -> evaluation -> records, checkpoint
+data -> micro-batch -> micro-gradient -> decision -> step or skip -> evaluation -> records
 """
 
 import time
-import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 import gaf
 from gaf_lab.data.problem import make_problem
@@ -27,15 +25,14 @@ from gaf_lab.training.make import (
     learning_rate,
     make_optimizer,
     make_policy,
-    make_scheduler,
     make_stepper,
     pick_device,
 )
 from gaf_lab.training.models import make_model
 from gaf_lab.training.ranks import ALONE, Group
-from gaf_lab.training.tables import rates_ahead
+from gaf_lab.training.schedule import Schedule
 from gaf_lab.training.techniques import EarlyStopping, Objective, ema_model
-from gaf_lab.training.turns import Turns, run_to_end
+from gaf_lab.training.turns import Turns
 
 CHECK_LOSS_EVERY = 50  # steps on an accelerator: each check waits for it
 
@@ -50,9 +47,8 @@ class Training:
     def __init__(self, config: TrainConfig, data_folder: Path | None, group: Group = ALONE) -> None:
         self.config, self.group = config, group
         self.device = group.each(lambda: pick_device(config.device, group))
-        self.problem = group.each(
-            lambda: make_problem(config, data_folder, self.device, group.world)
-        )
+        given = config, data_folder, self.device, group.world
+        self.problem = group.each(lambda: make_problem(*given))
         train, classes = self.problem.train, self.problem.classes
         torch.manual_seed(derive_seed(config.seed, "weights"))
         model = make_model(config.model, self.problem.shape, classes, config.stem)
@@ -66,39 +62,29 @@ class Training:
         group.led(lambda: check_rows(config, policy, self.model, self.device))
         make = partial(make_optimizer, config, rate)
         self.optimizer = make(list(self.model.parameters()))
-        self.scheduler = make_scheduler(config, self.optimizer, self.problem.steps)
+        self.schedule = Schedule(config, self.optimizer, self.problem.steps)
         self.accumulator, self.stepper = make_stepper(
             self.problem, self.model, self.objective, policy, self.optimizer, make, group
         )
-        self.plateau = self.scheduler if isinstance(self.scheduler, ReduceLROnPlateau) else None
-        if self.scheduler is not None and self.plateau is None and config.schedule_waits:
-            self.accumulator.gate(self.scheduler)
-        self.step, self.seconds = 0, 0.0
-        self.interval = self._new_interval()
+        if self.schedule.per_step is not None and config.schedule_waits:
+            self.accumulator.gate(self.schedule.per_step)
+        self.step, self.seconds, self.interval = 0, 0.0, Interval.empty(self.device)
 
     def run(
-        self,
-        folder: Path,
-        listener: Listener,
-        steps: int | None = None,
-        keep_checkpoints: bool = True,
-    ) -> str:
+        self, folder: Path, listener: Listener, steps: int | None, keep_checkpoints: bool
+    ) -> Turns[str]:
         """Trains to the end, or to step `steps`. Returns the status of the end line.
+
+        It gives way to other runs while the device works on launched steps.
 
         Raises:
             Diverged: if every loss of a step is NaN or infinite.
         """
-        return run_to_end(self.run_in_turns(folder, listener, steps, keep_checkpoints))
-
-    def run_in_turns(
-        self, folder: Path, listener: Listener, steps: int | None, keep_checkpoints: bool
-    ) -> Turns[str]:
-        """`run`, giving way to other runs while the device works on launched steps."""
         last = min(self.problem.steps, steps or self.problem.steps)
         listener.begin(self.problem, self.step, last)
         while self.step < last and not self.over:
             started = time.perf_counter()
-            yield from self.stepper.ready(self.step, last, self.next_rates)
+            yield from self.stepper.ready(self.step, last, self.schedule.next_rates)
             outcome = self.macro_batch()
             self.interval.seconds += time.perf_counter() - started
             listener.stepped(self.step, outcome)
@@ -106,12 +92,6 @@ class Training:
                 line = self.evaluation()
                 self.group.led(partial(self._keep, line, folder, listener, keep_checkpoints))
         return "finished" if last == self.problem.steps or self.over else "stopped"
-
-    def next_rates(self, count: int) -> list[float]:
-        """The next learning rates, as the schedule counts steps."""
-        if self.scheduler is None or self.plateau is not None:
-            return [self.optimizer.param_groups[0]["lr"]] * count
-        return rates_ahead(self.scheduler, count)
 
     @property
     def over(self) -> bool:
@@ -133,11 +113,7 @@ class Training:
         assert outcome is not None
         if self.average is not None and outcome.stepped:
             self.average.update_parameters(self.model)
-        if self.scheduler is not None and self.plateau is None:
-            with warnings.catch_warnings():
-                # torch warns if the first steps are skipped
-                warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
-                self.scheduler.step()
+        self.schedule.after_step()
         self.step += 1
         self.interval.add(outcome)
         return outcome
@@ -160,25 +136,23 @@ class Training:
         measured = self._measure()
         loss = self.group.total(float(self.interval.losses))
         stats = self.accumulator.stats(self.config.b)
-        number = self.problem.evaluation(self.step)
-        if self.plateau is not None and number and number % self.config.plateau_every == 0:
-            self.plateau.step(measured[f"{self.config.select_on}_loss"])
+        self.schedule.after_evaluation(self.problem.evaluation(self.step), measured)
         self.seconds += self.interval.seconds + time.perf_counter() - started
         samples = self.step * self.config.k * self.config.b
-        position = {
+        line = {
             "kind": "eval",
             "step": self.step,
             "steps_taken": stats["stepped"],
             "samples": samples,
-        }
-        progress = {
             "passes": samples / len(self.problem.train),
             "seconds": self.seconds,
             "lr": self.optimizer.param_groups[0]["lr"],
+            **self.interval.line(self.config.b, loss),
+            "noise_scale": stats["noise_scale"],
+            "norm_dispersion": stats["norm_dispersion"],
+            **measured,
         }
-        noise = {key: stats[key] for key in ("noise_scale", "norm_dispersion")}
-        line = position | progress | self.interval.line(self.config.b, loss) | noise | measured
-        self.interval = self._new_interval()
+        self.interval = Interval.empty(self.device)
         return line
 
     def _measure(self) -> dict[str, Any]:
@@ -194,14 +168,8 @@ class Training:
         self.stopping.put_back(model)
         return self.group.led(partial(evaluate, model, self.problem))
 
-    def _new_interval(self) -> Interval:
-        return Interval(losses=torch.zeros((), device=self.device), rows=[])
-
     def state_dict(self, folder: Path) -> dict[str, Any]:
-        """Everything that the rest of the run depends on, at the end of an interval.
-
-        With the size of the records at that point.
-        """
+        """Everything that the rest of the run depends on, and the size of the records so far."""
         return {
             "config_hash": self.config.hash,
             "step": self.step,
@@ -209,7 +177,7 @@ class Training:
             "records_size": (folder / records.FILE).stat().st_size,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
+            "scheduler": self.schedule.state_dict(),
             "accumulator": self.accumulator.state_dict(),
             "objective": self.objective.state_dict(),
             "average": None if self.average is None else self.average.state_dict(),
@@ -222,8 +190,7 @@ class Training:
         self.step, self.seconds = state["step"], state["seconds"]
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        if self.scheduler is not None:
-            self.scheduler.load_state_dict(state["scheduler"])
+        self.schedule.load_state_dict(state["scheduler"])
         self.accumulator.load_state_dict(state["accumulator"])
         self.objective.load_state_dict(state.get("objective", {}))  # older checkpoints have none
         if self.average is not None:

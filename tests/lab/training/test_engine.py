@@ -23,11 +23,12 @@ from gaf_lab.records import run as records
 from gaf_lab.settings.checks import ConfigError
 from gaf_lab.settings.config import TrainConfig
 from gaf_lab.training.device_step import DeviceStep
-from gaf_lab.training.launched import OnDevice, check_device_engine, uses_device_engine
+from gaf_lab.training.engines import check_device_engine, uses_device_engine
+from gaf_lab.training.launched import OnDevice
 from gaf_lab.training.make import make_optimizer, make_policy
 from gaf_lab.training.models import make_model
 from gaf_lab.training.run import train
-from gaf_lab.training.tables import rates_ahead
+from gaf_lab.training.schedule import rates_ahead
 from gaf_lab.training.techniques import Objective
 from gaf_lab.training.together import in_turns, train_together
 from gaf_lab.training.training import Diverged, Training
@@ -223,7 +224,7 @@ def fresh(**changes) -> DeviceStep:
     on_device = training.accumulator
     assert isinstance(on_device, OnDevice)
     on_device._call = lambda: None
-    on_device.launch(range(20), training.next_rates(20))
+    on_device.launch(range(20), training.schedule.next_rates(20))
     return on_device.one
 
 
@@ -413,7 +414,7 @@ def test_weights_on_the_device_give_the_update_that_weights_on_the_host_give(pol
 @pytest.mark.parametrize("schedule", ["cosine", "multi-step"])
 def test_rates_ahead_are_those_that_come(schedule):
     training = Training(dataclasses.replace(SMALL, schedule=schedule), None)
-    scheduler, group = training.scheduler, training.optimizer.param_groups[0]
+    scheduler, group = training.schedule.scheduler, training.optimizer.param_groups[0]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for start in range(0, 27, 9):

@@ -25,7 +25,7 @@ from gaf_lab.records import run as records
 from gaf_lab.settings.checks import ConfigError
 from gaf_lab.settings.config import TrainConfig
 from gaf_lab.settings.reading import from_dict
-from gaf_lab.training.over_ranks import check_ranks
+from gaf_lab.training.engines import check_ranks
 from gaf_lab.training.ranks import Group, here
 from gaf_lab.training.resume import is_restart
 from gaf_lab.training.run import train

@@ -16,8 +16,8 @@ from gaf_lab.records import run as records
 from gaf_lab.settings.checks import ConfigError
 from gaf_lab.settings.config import TrainConfig
 from gaf_lab.training import techniques
+from gaf_lab.training.engines import check_ranks
 from gaf_lab.training.evaluate import evaluate
-from gaf_lab.training.over_ranks import check_ranks
 from gaf_lab.training.run import train
 from gaf_lab.training.techniques import (
     EarlyLearning,

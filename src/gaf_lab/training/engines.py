@@ -1,0 +1,79 @@
+"""Which engine runs a config, and which configs an engine cannot run."""
+
+import torch
+
+from gaf_lab.settings.checks import ConfigError
+from gaf_lab.settings.config import TrainConfig
+
+
+def obstacle(config: TrainConfig, world: int = 1) -> str | None:
+    """Why this engine cannot run a config; None if it can.
+
+    The message names the field, the requirement and the value.
+    """
+    needs = {
+        "dataset": (config.dataset != "imagenet", "must fit into the device's memory"),
+        "optimizer": (
+            config.optimizer != "rmsprop",
+            "must have a fused form, which skips without the host",
+        ),
+        "mixup": (not config.mixup, "must be 0"),
+        "sam": (not config.sam, "must be 0"),
+        "ema": (not config.ema, "must be 0"),
+        "bn": (config.bn == "all", "must be 'all'"),
+        "scope": (config.scope == "all" or config.policy != "gaf", "must be 'all'"),
+        "compile": (not config.compile, "must be off"),
+    }
+    for name, (holds, requirement) in needs.items():
+        if not holds:
+            return f"{name} {requirement} for engine 'device'; got {getattr(config, name)!r}."
+    if world > 1:
+        return f"engine must not be 'device' on several ranks; got it on {world}."
+    return None
+
+
+def check_device_engine(config: TrainConfig, world: int) -> None:
+    """ConfigError if the config names this engine, and it cannot run the config."""
+    found = obstacle(config, world)
+    if config.engine == "device" and found is not None:
+        raise ConfigError(f"{found} Use --engine plain.")
+
+
+def uses_device_engine(config: TrainConfig, device: torch.device, world: int) -> bool:
+    """Whether this engine runs the config: if it is named, and under "auto" on CUDA if it can."""
+    possible = device.type == "cuda" and obstacle(config, world) is None
+    return config.engine == "device" or (config.engine == "auto" and possible)
+
+
+def check_ranks(config: TrainConfig, world: int) -> None:
+    """ConfigError if `world` ranks cannot run the config."""
+    if world == 1:
+        return
+    if config.k != world:
+        raise ConfigError(
+            "k must be the number of ranks, because each computes one micro-batch; "
+            f"got k = {config.k} on {world} ranks. "
+            f"Start {config.k} of them (torchrun --nproc-per-node), or set --k {world}."
+        )
+    if config.bn == "accepted":
+        raise ConfigError(
+            "bn must be 'all' on several ranks, because DistributedDataParallel hands out "
+            f"the statistics of rank 0, accepted or not; got 'accepted' on {world} ranks. "
+            "Set --bn all, or run one process."
+        )
+    if config.compile:
+        raise ConfigError(
+            f"compile must be off on several ranks; got it on {world}. "
+            "Set --no-compile, or run one process."
+        )
+    if config.loss == "elr":
+        raise ConfigError(
+            "loss must not be 'elr' on several ranks, because a sample's past predictions are "
+            f"known only to the rank that drew it; got 'elr' on {world} ranks. Run one process."
+        )
+    if config.policy == "gaf" and config.scope == "group":
+        raise ConfigError(
+            "scope must be 'all' on several ranks, because gaf.attach reports only the last "
+            f"bucket's decision, and the records need all; got 'group' on {world} ranks. "
+            "Run one process."
+        )
