@@ -16,6 +16,7 @@ from gaf.device.sums import SumOnDevice
 from helpers.accumulating import ENGINES, POLICIES, ROWS_OF_4, feed, stacked, vector
 from helpers.digits import (
     Batch,
+    close_to_sum,
     conv_net,
     flat_grad,
     micro_batches,
@@ -39,10 +40,7 @@ def test_channels_last_parameters_and_their_gradients_are_read_alike(digits: Bat
             acc.backward(cross_entropy(model(x), y))
         want, accepted = gaf.reference(rows, tau)
         assert acc.decide().accepted.tolist() == accepted
-        # float32 sums
-        torch.testing.assert_close(
-            flat_grad(model), want, rtol=0, atol=8 * 2**-24 * rows.abs().max().item()
-        )
+        close_to_sum(flat_grad(model), want, rows)
         acc.step()
 
 
@@ -63,9 +61,7 @@ def test_parameters_of_other_dtypes_are_decided_and_updated_alike(
     assert all(p.grad.dtype == dtype for p in model.parameters())
     # At most four roundings, each half a unit in the last place, of sums of at most four of the
     # largest entry.
-    torch.testing.assert_close(
-        flat_grad(model), want, rtol=0, atol=8 * torch.finfo(dtype).eps * rows.abs().max().item()
-    )
+    close_to_sum(flat_grad(model), want, rows, torch.finfo(dtype).eps)
     acc.step()
 
 
