@@ -15,7 +15,7 @@ from gaf.device.batchnorm import BatchNormStatistics
 from helpers.accumulating import FailsInBackward
 from helpers.comparing import same
 from helpers.digits import Batch, conv_net, flat_grad, micro_batches, micro_gradients, mixed_tau
-from helpers.norms import accepted_only, batches, norm_net, statistics
+from helpers.norms import accepted_only, norm_batches, norm_net, statistics
 from helpers.pairs import each_pair
 
 
@@ -186,7 +186,7 @@ def test_a_compiled_model_has_the_statistics_of_one_that_is_not(
         model = norm_net()
         run = form(model, backend)
         if ran_before:
-            run(batches(9)[0][0])
+            run(norm_batches(9)[0][0])
         acc = accepted_only(model, 0.0, run)
         for macro, tau in enumerate((0.0, 0.9, 2.0, 0.0)):
             if macro == 3:
@@ -195,7 +195,7 @@ def test_a_compiled_model_has_the_statistics_of_one_that_is_not(
                 model.load_state_dict(state)
             acc.policy = gaf.GAF(tau)
             before = statistics(model)
-            for x, y in batches(macro):
+            for x, y in norm_batches(macro):
                 acc.backward(cross_entropy(run(x), y))
                 assert same(before, statistics(model))  # while the macro-batch is collected
             assert acc.step().stepped == (tau > 0)
@@ -240,7 +240,7 @@ def test_other_forms_of_a_model_keep_the_statistics_of_accepted_micro_batches(
     run, plain = form(model), form(saw)
     for tau in (2.0, 0.0):
         acc = gaf.Accumulator(SGD(run.parameters(), 0.0), gaf.GAF(tau), model=run, bn="accepted")
-        for x, y in batches():
+        for x, y in norm_batches():
             acc.backward(cross_entropy(run(x), y))
             if tau:
                 cross_entropy(plain(x), y).backward()
@@ -257,7 +257,7 @@ def test_lazy_layers_take_part_once_they_are_there() -> None:
         model=model,
         bn="accepted",
     )
-    for x, y in batches():
+    for x, y in norm_batches():
         acc.backward(cross_entropy(model(x), y))
     assert not acc.step().stepped
     assert model[1].running_mean.tolist() == [0] * 6

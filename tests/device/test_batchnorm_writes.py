@@ -16,12 +16,12 @@ from torch.optim import SGD
 import gaf
 from gaf.device.batchnorm import BatchNormStatistics
 from helpers.comparing import same
-from helpers.norms import K, accepted_only, batches, norm_net, statistics
+from helpers.norms import K, accepted_only, norm_batches, norm_net, statistics
 from helpers.pairs import each_pair
 
 
 def probe(model: nn.Module) -> None:
-    gaf.probe(model, cross_entropy, batches(7, 8), k=3)
+    gaf.probe(model, cross_entropy, norm_batches(7, 8), k=3)
 
 
 def load(model: nn.Module) -> None:
@@ -48,7 +48,7 @@ def replace(model: Any) -> None:
 
 
 def pass_in_training_mode_and_load(model: nn.Module) -> None:
-    model(batches(8)[0][0])
+    model(norm_batches(8)[0][0])
     load(model)
 
 
@@ -63,14 +63,14 @@ def test_what_is_written_between_macro_batches_is_where_the_next_one_starts(
     model = norm_net()
     acc = accepted_only(model, 0.0)
     for macro in range(when):
-        for x, y in batches(macro):
+        for x, y in norm_batches(macro):
             acc.backward(cross_entropy(model(x), y))
         acc.step()
     if first is not None:
         first(model)
     between(model)
     written = statistics(model)
-    for x, y in batches(5):
+    for x, y in norm_batches(5):
         acc.backward(cross_entropy(model(x), y))
     assert not acc.step().stepped
     assert same(written, statistics(model))
@@ -82,20 +82,20 @@ def test_a_layer_in_evaluation_mode_keeps_what_is_written_to_it() -> None:
     model.eval()
     fill(model)
     written = statistics(model)
-    for x, y in batches():
+    for x, y in norm_batches():
         acc.backward(cross_entropy(model(x), y))
     acc.step()
     assert same(written, statistics(model))
 
 
 def forward_first(model: nn.Module, acc: gaf.Accumulator) -> None:
-    losses = [cross_entropy(model(x), y) for x, y in batches()]
+    losses = [cross_entropy(model(x), y) for x, y in norm_batches()]
     for loss in losses:
         acc.backward(loss)
 
 
 def two_losses(model: nn.Module, acc: gaf.Accumulator) -> None:
-    (x, y), *_ = batches()
+    (x, y), *_ = norm_batches()
     out = model(x)
     acc.backward(cross_entropy(out, y), retain_graph=True)
     acc.backward(out.square().mean())
@@ -123,7 +123,7 @@ def test_passes_whose_micro_batch_is_not_known_are_refused(loop: Callable, form:
 
 def one_ahead(model: nn.Module, acc: gaf.Accumulator) -> None:
     """As a loop that prefetches: the next forward pass before each backward pass."""
-    (x, y), *rest = batches()
+    (x, y), *rest = norm_batches()
     loss = cross_entropy(model(x), y)
     for x, y in rest:
         following = cross_entropy(model(x), y)
@@ -145,7 +145,7 @@ def test_the_same_loops_are_right_with_bn_all() -> None:
         model, plain = norm_net(), norm_net()
         acc = gaf.Accumulator(SGD(model.parameters(), 0.0), gaf.GAF(0.0), model=model)
         loop(model, acc)
-        for x, _ in batches()[: 1 if loop is two_losses else K]:
+        for x, _ in norm_batches()[: 1 if loop is two_losses else K]:
             plain(x)
         assert same(statistics(model), statistics(plain))
 
@@ -154,7 +154,7 @@ def test_a_micro_batch_without_batch_norm_is_no_cause_for_a_refusal() -> None:
     """A penalty on weights as a micro-batch of its own, and one in evaluation mode."""
     model = norm_net()
     acc = accepted_only(model, 2.0)
-    (x, y), (u, v), *_ = batches()
+    (x, y), (u, v), *_ = norm_batches()
     saw = copy.deepcopy(model)
     acc.backward(cross_entropy(model(x), y))
     acc.backward(sum(p.square().sum() for p in model.parameters()))
@@ -170,7 +170,7 @@ def test_a_pass_without_gradients_after_the_loss_is_no_cause_for_a_refusal(again
     """For a metric: its move is the micro-batch's, as two passes' are."""
     model = norm_net()
     acc, saw = accepted_only(model, 2.0), copy.deepcopy(model)
-    for x, y in batches():
+    for x, y in norm_batches():
         loss = cross_entropy(model(x), y)
         saw(x)
         if again:
@@ -190,12 +190,12 @@ def test_a_copied_or_saved_model_is_a_plain_one() -> None:
     loaded = torch.load(file, weights_only=False)
     for other in (copy.deepcopy(model), loaded, torch.optim.swa_utils.AveragedModel(model).module):
         plain = norm_net()
-        for x, _ in batches():
+        for x, _ in norm_batches():
             other(x)
             plain(x)
         assert same(statistics(other), statistics(plain))
     before = statistics(model)
-    for x, y in batches():
+    for x, y in norm_batches():
         acc.backward(cross_entropy(model(x), y))
     acc.step()
     assert same(before, statistics(model))
@@ -220,10 +220,10 @@ def test_two_that_watch_one_model_do_not_disturb_each_other() -> None:
     """As when a notebook's cell is run again."""
     model = norm_net()
     old = accepted_only(model, 2.0)
-    for x, y in batches():
+    for x, y in norm_batches():
         old.backward(cross_entropy(model(x), y))
     acc, before = accepted_only(model, 0.0), statistics(model)
-    for x, y in batches(1):
+    for x, y in norm_batches(1):
         acc.backward(cross_entropy(model(x), y))
     assert not acc.step().stepped
     assert same(before, statistics(model))
@@ -232,7 +232,7 @@ def test_two_that_watch_one_model_do_not_disturb_each_other() -> None:
 def test_statistics_hold_no_graph() -> None:
     model = norm_net()
     watching = BatchNormStatistics(model)
-    out = model(batches()[0][0])
+    out = model(norm_batches()[0][0])
     node = weakref.ref(out)
     del out
     assert node() is None

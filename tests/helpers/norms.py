@@ -16,7 +16,7 @@ def norm_net() -> nn.Sequential:
     return nn.Sequential(*first, *second)
 
 
-def batches(macro: int = 0, k: int = K) -> list[tuple[Tensor, Tensor]]:
+def norm_batches(macro: int = 0, k: int = K) -> list[tuple[Tensor, Tensor]]:
     generator = torch.Generator().manual_seed(macro)
     found = []
     for i in range(k):
