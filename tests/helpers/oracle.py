@@ -86,15 +86,15 @@ def close(actual: nn.Module, expected: nn.Module) -> None:
     assert error <= 1e-6, f"relative error {error:.2e}"
 
 
-def forget() -> None:
+def reset_accelerate() -> None:
     """Resets how many micro-batches make a step: Accelerate keeps that for the whole process."""
     if "accelerate" in sys.modules:
         sys.modules["accelerate"].state.GradientState._reset_state()
 
 
-def launched() -> None:
+def set_launcher_environment() -> None:
     """Sets a launcher's environment. Not in a conftest: ranks import it by its module's name."""
-    forget()
+    reset_accelerate()
     rank, world = str(dist.get_rank()), str(dist.get_world_size())
     os.environ.update(
         RANK=rank,
@@ -106,14 +106,14 @@ def launched() -> None:
     )
 
 
-def alike(a: Any, b: Any) -> bool:
+def nearly_same(a: Any, b: Any) -> bool:
     """Nested: equal but for the last digits of what was measured.
 
     DistributedDataParallel lays buckets out otherwise in a first pass than in later ones, and how a
     BLAS rounds a sum can depend on where its terms lie.
     """
     if isinstance(a, dict):
-        return a.keys() == b.keys() and all(alike(a[key], b[key]) for key in a)
+        return a.keys() == b.keys() and all(nearly_same(a[key], b[key]) for key in a)
     if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(alike, a, b))
+        return len(a) == len(b) and all(map(nearly_same, a, b))
     return a == b or (isinstance(a, float) and math.isclose(a, b, rel_tol=1e-5))

@@ -4,13 +4,13 @@ from collections.abc import Iterator
 
 import pytest
 
-from helpers.oracle import forget, launched  # puts ranks on the path
+from helpers.oracle import reset_accelerate, set_launcher_environment  # puts ranks on the path
 from helpers.ranks import Ranks
 
 
 @pytest.fixture(autouse=True)
 def _nothing_left() -> None:
-    forget()
+    reset_accelerate()
 
 
 @pytest.fixture(scope="session")
@@ -23,5 +23,5 @@ def two() -> Iterator[Ranks]:
 @pytest.fixture
 def pair(two: Ranks) -> Ranks:
     """As a launcher starts them: the framework before may have left another environment."""
-    two.run(launched)
+    two.run(set_launcher_environment)
     return two

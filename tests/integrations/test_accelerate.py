@@ -13,7 +13,18 @@ from torch.utils.data import DataLoader, TensorDataset
 import gaf
 from gaf.integrations.trackers import metrics
 from helpers.comparing import same
-from helpers.oracle import BATCH, STEPS, K, alike, close, flat, follow, mean_loss, network, samples
+from helpers.oracle import (
+    BATCH,
+    STEPS,
+    K,
+    close,
+    flat,
+    follow,
+    mean_loss,
+    nearly_same,
+    network,
+    samples,
+)
 from helpers.ranks import Ranks
 
 pytest.importorskip("accelerate")
@@ -148,7 +159,7 @@ def test_bf16_autocast():
     assert (flat(model) - flat(by_hand(gaf.GAF(TAU), STEPS * K * BATCH, 0.4)[0])).norm() > 1e-4
 
 
-def scaled(policy: Any, **options: Any) -> Loop:
+def scaled_loop(policy: Any, **options: Any) -> Loop:
     """Accelerate makes a GradScaler on accelerators only; here one of the CPU's, in its place."""
     AcceleratorState._reset_state(True)
     made = Accelerator.__init__
@@ -170,7 +181,7 @@ def scaled(policy: Any, **options: Any) -> Loop:
 @pytest.mark.parametrize("clip", [None, 0.4])
 def test_a_grad_scaler_changes_nothing_but_an_overflow_steps_nowhere(clip):
     with_scaler, without = (
-        scaled(gaf.GAF(TAU), clip=clip or 1e9),
+        scaled_loop(gaf.GAF(TAU), clip=clip or 1e9),
         Loop(gaf.GAF(TAU), mixed_precision="bf16", clip=clip or 1e9),
     )
     assert with_scaler.accelerator.scaler.is_enabled() and with_scaler.handle.scaler is not None
@@ -185,7 +196,7 @@ def test_a_grad_scaler_changes_nothing_but_an_overflow_steps_nowhere(clip):
     assert with_scaler.accelerator.scaler.get_scale() == scale / 2
 
 
-def resumed(folder: Path, make: Any) -> tuple[Loop, Loop]:
+def run_and_resume(folder: Path, make: Any) -> tuple[Loop, Loop]:
     """One undisturbed run, and one that was saved half way and resumed as in a new process."""
     half, end = STEPS // 2 * K, STEPS * K
     undisturbed = make().run(stop=end)
@@ -201,7 +212,7 @@ def resumed(folder: Path, make: Any) -> tuple[Loop, Loop]:
     [lambda: gaf.GAF(TAU), lambda: gaf.GAF(gaf.QuantileTau(0.4)), lambda: gaf.RandomSkip(0.5)],
 )
 def test_a_resumed_run_ends_bit_for_bit_as_an_undisturbed_one(tmp_path, make):
-    undisturbed, second = resumed(tmp_path, lambda: Loop(make()))
+    undisturbed, second = run_and_resume(tmp_path, lambda: Loop(make()))
     assert same(second.state(), undisturbed.state())
     # as text, where NaN is NaN
     assert str(second.handle.state_dict()) == str(undisturbed.handle.state_dict())
@@ -394,7 +405,7 @@ def test_a_step_on_gradients_from_elsewhere_is_refused_also_later():
     assert loop.run(K, 2 * K).handle.stats()["stepped"] == 2
 
 
-def dropped(policy: Any) -> Loop:
+def run_with_clearing(policy: Any) -> Loop:
     """A loop that clears the gradients of its second macro-batch, and takes no step there."""
     loop = Loop(policy)
     for number, batch in enumerate(list(loop.loader)[: 4 * K]):
@@ -407,8 +418,8 @@ def dropped(policy: Any) -> Loop:
 
 
 def test_gradients_that_are_cleared_before_a_step_count_for_nothing():
-    loop = dropped(gaf.GAF(2.0))
-    close(loop.model, dropped(None).model)
+    loop = run_with_clearing(gaf.GAF(2.0))
+    close(loop.model, run_with_clearing(None).model)
     assert loop.handle.stats()["micro_gradients"] == 3 * K
 
 
@@ -514,7 +525,7 @@ def test_resumed_ranks_end_with_the_weights_of_undisturbed_ones_bit_for_bit(pair
         pair.run(on_a_rank, TAU)[0],
         pair.run(on_a_rank, TAU, float("inf"), str(tmp_path))[0],
     )
-    assert same(state, again) and alike(known, known_again)
+    assert same(state, again) and nearly_same(known, known_again)
 
 
 def overflow_on_a_rank() -> tuple[list[bool], float, bool]:
@@ -522,7 +533,7 @@ def overflow_on_a_rank() -> tuple[list[bool], float, bool]:
 
     Returns the steps, the scale, and whether all else stood still.
     """
-    loop = scaled(gaf.GAF(TAU), clip=0.4, count=2 * STEPS * K * BATCH).whole()
+    loop = scaled_loop(gaf.GAF(TAU), clip=0.4, count=2 * STEPS * K * BATCH).whole()
     taken, before, scale = list(loop.taken), loop.state(), loop.accelerator.scaler.get_scale()
     x, y = samples(BATCH)
     for step in range(K):

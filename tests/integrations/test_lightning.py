@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import StepLR
 from torch.utils.data import DataLoader, TensorDataset
 
 import gaf
-from helpers.oracle import alike, network, samples
+from helpers.oracle import nearly_same, network, samples
 
 pl = pytest.importorskip("lightning.pytorch")
 from lightning.fabric import Fabric  # noqa: E402
@@ -86,7 +86,7 @@ def flat(model: nn.Module) -> Tensor:
     return torch.cat([p.detach().double().reshape(-1) for p in model.parameters()])
 
 
-def fitted(
+def fit_module(
     callbacks: Any = (), module: Any = None, ckpt_path: Any = None, **options: Any
 ) -> tuple[Any, Any]:
     module, run = module or Module(), trainer(callbacks, **options)
@@ -169,7 +169,7 @@ def near(a: Tensor, b: Tensor) -> bool:
 )
 def test_weights_are_those_of_a_loop_written_by_hand(options):
     callback = GAFCallback(gaf.GAF(tau=TAU))
-    module, run = fitted([callback], **options)
+    module, run = fit_module([callback], **options)
     expected, share = by_hand(
         TAU, clip=options.get("gradient_clip_val"), bf16="precision" in options
     )
@@ -197,8 +197,8 @@ def test_weights_are_those_of_a_loop_written_by_hand(options):
 def test_a_tau_that_accepts_all_is_lightning_itself(options):
     """Whole macro-batches: of a short one, Lightning divides the sum by more than there are."""
     callback = GAFCallback(gaf.GAF(tau=2))
-    filtered, _ = fitted([callback], limit_train_batches=7 * K, **options)
-    plain, _ = fitted(limit_train_batches=7 * K, **options)
+    filtered, _ = fit_module([callback], limit_train_batches=7 * K, **options)
+    plain, _ = fit_module(limit_train_batches=7 * K, **options)
     assert flat(plain).isfinite().all() and not near(flat(plain), flat(network()))
     assert near(flat(filtered), flat(plain))
     assert callback.decider.stats()["stepped"] == (7 * K // options.get("k", K)) * 2
@@ -252,8 +252,8 @@ def test_gradients_that_are_cleared_before_a_step_count_for_nothing(kind, k):
     callback = GAFCallback(gaf.GAF(tau=2))
     options = {"k": k, "limit_train_batches": 6 * 4}
     (filtered, run), (plain, expected) = (
-        fitted([callback], kind(), **options),
-        fitted(module=kind(), **options),
+        fit_module([callback], kind(), **options),
+        fit_module(module=kind(), **options),
     )
     assert near(flat(filtered), flat(plain)) and not near(flat(plain), flat(network()))
     assert run.optimizers[0].param_groups[0]["lr"] == expected.optimizers[0].param_groups[0]["lr"]
@@ -273,7 +273,7 @@ def test_a_module_that_accumulates_by_itself_is_refused():
         r"must be accumulate_grad_batches = 1 micro-batches; .* of Gathers gathers more. Set the"
     )
     with pytest.raises(RuntimeError, match=f"GAFCallback: {message}"):
-        fitted([GAFCallback(gaf.GAF(tau=2))], Gathers(), k=1)
+        fit_module([GAFCallback(gaf.GAF(tau=2))], Gathers(), k=1)
 
 
 class Sharpness(Module):
@@ -291,7 +291,7 @@ def test_a_module_that_never_steps_its_optimizer_is_warned_of():
     with pytest.warns(
         UserWarning, match=r"60 micro-gradients came .* optimizer_step\(\) of Sharpness must call"
     ):
-        fitted([GAFCallback(gaf.GAF(tau=2))], Sharpness(), k=1, epochs=1)
+        fit_module([GAFCallback(gaf.GAF(tau=2))], Sharpness(), k=1, epochs=1)
 
 
 class Extra(Module):
@@ -305,7 +305,7 @@ def test_more_than_a_closure_for_the_step_is_refused():
     with pytest.raises(
         TypeError, match=r"optimizer.step must be given a closure alone; got step_index. Leave"
     ):
-        fitted([GAFCallback(gaf.GAF(tau=2))], Extra())
+        fit_module([GAFCallback(gaf.GAF(tau=2))], Extra())
 
 
 class Sometimes(Module):
@@ -320,7 +320,7 @@ class Sometimes(Module):
 def test_micro_batches_without_a_loss_are_no_rows(tau):
     """Also the first and the last of a macro-batch; the update is the mean over the rows."""
     callback, module, net = GAFCallback(gaf.GAF(tau=tau)), Sometimes(), network()
-    fitted([callback], module, epochs=1)
+    fit_module([callback], module, epochs=1)
     optimizer = SGD(net.parameters())
     x, y = (part.split(BATCH) for part in samples(SAMPLES))
     for start in range(0, len(x), K):
@@ -349,8 +349,8 @@ class Never(Module):
 def test_without_any_loss_nothing_happens_that_lightning_would_not_do(k, precision):
     callback, options = GAFCallback(gaf.GAF(tau=2)), {"k": k, "precision": precision}
     (module, run), (_, plain) = (
-        fitted([callback], Never(), **options),
-        fitted(module=Never(), **options),
+        fit_module([callback], Never(), **options),
+        fit_module(module=Never(), **options),
     )
     assert torch.equal(flat(module), flat(network())) and callback.decider.stats()["steps"] == 0
     assert run.global_step == plain.global_step
@@ -363,7 +363,7 @@ def test_without_any_loss_nothing_happens_that_lightning_would_not_do(k, precisi
 def test_fit_again_goes_on_as_lightning_does():
     ends = []
     for callbacks in ([GAFCallback(gaf.GAF(tau=2))], []):
-        module, run = fitted(callbacks, epochs=1, limit_train_batches=7 * K)
+        module, run = fit_module(callbacks, epochs=1, limit_train_batches=7 * K)
         run.fit_loop.max_epochs = 2
         run.fit(module)
         ends.append(flat(module))
@@ -414,7 +414,7 @@ class ByEpoch(Module):
 def test_schedulers_that_follow_no_steps_are_lightnings():
     rates = []
     for callbacks in ([GAFCallback(gaf.GAF(tau=0.0))], []):
-        _, run = fitted(callbacks, ByEpoch(), limit_train_batches=2 * K)
+        _, run = fit_module(callbacks, ByEpoch(), limit_train_batches=2 * K)
         rates.append(run.optimizers[0].param_groups[0]["lr"])
     assert rates[0] == rates[1] < 0.1 / 4
 
@@ -451,14 +451,16 @@ def test_after_an_exception_the_same_optimizer_fits_again(where):
         kept = None if policy is None else GAFCallback(policy)
         callbacks = [] if policy is None else [kept]
         with pytest.raises(ZeroDivisionError) as caught:
-            fitted(callbacks, module)
+            fit_module(callbacks, module)
         assert "zero_grad" not in vars(module.optimizer)
         if where == "before the step" and kept is not None:
             assert kept.decider.stats()["stepped"] == 0
         module.optimizer.step()  # nobody stands in the way, though `kept` and `caught` live on
         module.net.load_state_dict(network().state_dict())
         module.optimizer.state.clear()
-        fitted([] if policy is None else [GAFCallback(policy)], module, limit_train_batches=7 * K)
+        fit_module(
+            [] if policy is None else [GAFCallback(policy)], module, limit_train_batches=7 * K
+        )
         ends.append(flat(module))
         assert caught.value is not None
     assert near(*ends)
@@ -471,8 +473,8 @@ def test_a_run_resumed_in_the_middle_of_an_epoch_is_lightnings(tmp_path):
             tmp_path / folder, every_n_train_steps=3, save_top_k=-1, monitor=None, filename="{step}"
         )
         made = [[] if policy is None else [GAFCallback(policy)] for _ in range(2)]
-        fitted([*made[0], keep], epochs=1, limit_train_batches=7 * K)
-        module, run = fitted(
+        fit_module([*made[0], keep], epochs=1, limit_train_batches=7 * K)
+        module, run = fit_module(
             made[1],
             epochs=1,
             limit_train_batches=7 * K,
@@ -490,7 +492,7 @@ def in_float16(callbacks: Any, scale: float) -> tuple[Tensor, torch.amp.GradScal
         "limit_train_batches": 7 * K,
         "gradient_clip_val": 0.2,
     }
-    module, run = fitted(callbacks, **options)
+    module, run = fit_module(callbacks, **options)
     return flat(module), scaler, run
 
 
@@ -516,7 +518,7 @@ def test_a_skip_leaves_everything_alone(optimizer):
     """tau = 0: no two micro-gradients point the same way."""
     module = Module(optimizer)
     before = flat(module)
-    _, run = fitted([GAFCallback(gaf.GAF(tau=0.0))], module)
+    _, run = fit_module([GAFCallback(gaf.GAF(tau=0.0))], module)
     assert torch.equal(flat(module), before)
     assert run.optimizers[0].state_dict()["state"] == {}
     assert run.lr_scheduler_configs[0].scheduler.last_epoch == 0
@@ -527,10 +529,10 @@ def test_a_skip_leaves_everything_alone(optimizer):
 @pytest.mark.parametrize("policy", [partial(gaf.GAF, tau=TAU), partial(gaf.RandomSkip, 0.5)])
 def test_a_resumed_run_ends_bit_for_bit_as_one_that_was_not_stopped(tmp_path, policy):
     kept = GAFCallback(policy())
-    whole, _ = fitted([kept], epochs=4)
-    fitted([GAFCallback(policy()), ModelCheckpoint(tmp_path, save_last=True)], epochs=2)
+    whole, _ = fit_module([kept], epochs=4)
+    fit_module([GAFCallback(policy()), ModelCheckpoint(tmp_path, save_last=True)], epochs=2)
     again = GAFCallback(policy())
-    resumed, _ = fitted([again], epochs=4, ckpt_path=tmp_path / "last.ckpt")
+    resumed, _ = fit_module([again], epochs=4, ckpt_path=tmp_path / "last.ckpt")
     assert torch.equal(flat(resumed), flat(whole))
     # where a policy has no tau, it is NaN
     assert str(again.decider.stats()) == str(kept.decider.stats())
@@ -559,7 +561,7 @@ def test_an_epoch_that_is_broken_off_leaves_no_micro_gradients_to_the_next():
             return -1 if index == K + 3 else None
 
     callback = GAFCallback(gaf.GAF(tau=2))
-    fitted([callback], Stopped())
+    fit_module([callback], Stopped())
     assert callback.decider.stats()["micro_gradients"] == 2 * K
 
 
@@ -569,13 +571,13 @@ def test_a_macro_batch_without_losses_decides_nothing():
             return None if index < K else super().training_step(batch, index)
 
     callback = GAFCallback(gaf.GAF(tau=2))
-    fitted([callback], Silent(), epochs=1)
+    fit_module([callback], Silent(), epochs=1)
     assert callback.decider.stats()["steps"] == 7
 
 
 def test_the_trainers_logger_shows_agreement_at_every_step(tmp_path):
     callback = GAFCallback(gaf.GAF(tau=TAU), b=BATCH)
-    _, run = fitted([callback], logger=CSVLogger(tmp_path, name="", version=""), epochs=2)
+    _, run = fit_module([callback], logger=CSVLogger(tmp_path, name="", version=""), epochs=2)
     with (tmp_path / "metrics.csv").open() as file:
         lines = list(csv.DictReader(file))
     stats = callback.decider.stats(b=BATCH)
@@ -594,7 +596,7 @@ def test_only_clean_batch_norm_statistics_where_asked_for():
                 nn.Linear(13, 31), nn.BatchNorm1d(31), nn.Tanh(), nn.Linear(31, 5)
             )
 
-    module, _ = fitted([GAFCallback(gaf.GAF(tau=0.0), bn="accepted")], Normed())
+    module, _ = fit_module([GAFCallback(gaf.GAF(tau=0.0), bn="accepted")], Normed())
     assert torch.equal(module.net[1].running_mean, torch.zeros(31))
 
 
@@ -603,7 +605,7 @@ def test_what_stands_in_for_the_strategy_goes_when_fit_ends_or_fails():
         def training_step(self, batch: Any, index: int) -> Tensor:
             raise ZeroDivisionError
 
-    _, run = fitted([GAFCallback(gaf.GAF(tau=TAU))], epochs=1)
+    _, run = fit_module([GAFCallback(gaf.GAF(tau=TAU))], epochs=1)
     assert not {"backward", "optimizer_step"} & vars(run.strategy).keys()
     run = trainer([GAFCallback(gaf.GAF(tau=TAU))])
     with pytest.raises(ZeroDivisionError):
@@ -695,12 +697,12 @@ class OwnPrecision(Precision):
 )
 def test_what_would_go_past_the_decision_is_refused(module, options, message):
     with pytest.raises((TypeError, ValueError), match=f"GAFCallback: {message}"):
-        fitted([GAFCallback(gaf.GAF(tau=TAU))], module(), k=1, **options)
+        fit_module([GAFCallback(gaf.GAF(tau=TAU))], module(), k=1, **options)
 
 
 def test_several_callbacks_are_refused():
     with pytest.raises(ValueError, match="GAFCallback: there must be one; the Trainer has several"):
-        fitted([GAFCallback(gaf.GAF(tau=TAU)), Again(gaf.GAF(tau=TAU))])
+        fit_module([GAFCallback(gaf.GAF(tau=TAU)), Again(gaf.GAF(tau=TAU))])
 
 
 class Again(GAFCallback):
@@ -734,13 +736,13 @@ def test_an_unknown_option_is_refused_when_it_is_given():
 def test_an_option_of_ranks_is_refused_on_one_device():
     message = r"where micro-batches are the rows, .* got 'micro_group', .* Leave it out, or start"
     with pytest.raises(TypeError, match=f"GAFCallback: {message}"):
-        fitted([GAFCallback(gaf.GAF(), micro_group=2)])
+        fit_module([GAFCallback(gaf.GAF(), micro_group=2)])
 
 
 @pytest.mark.usefixtures("unchecked")
 def test_numpy_numbers_are_numbers():
     callback = GAFCallback(gaf.GAF(tau=2), b=np.int64(20))
-    fitted([callback], epochs=1)
+    fit_module([callback], epochs=1)
     assert callback.b == 20.0
 
 
@@ -845,7 +847,7 @@ def test_ranks_resume_to_the_same_weights_bit_for_bit(pair, tmp_path):
         pair, gaf.GAF(tau=0.9), "strategy", epochs=2, ckpt_path=str(tmp_path / "last.ckpt")
     )
     assert torch.equal(resumed["weights"], whole["weights"])
-    assert alike(resumed["stats"], whole["stats"])
+    assert nearly_same(resumed["stats"], whole["stats"])
 
 
 @pytest.mark.distributed
