@@ -10,7 +10,7 @@ from torch.amp import GradScaler
 from torch.optim import SGD
 
 import gaf
-from helpers.attached import Vector, attached, equal, row_loss, values
+from helpers.attached import Vector, attach_model, equal, row_loss, values
 from helpers.problems import (
     KINDS,
     close,
@@ -29,8 +29,8 @@ pytestmark = pytest.mark.distributed
 # --------------------------------------------------------------------------- accumulation, clearing
 
 
-def accumulation(view: bool) -> list[bool]:
-    model, optimizer, handle = attached(gaf.GAF(), gradient_as_bucket_view=view)
+def accumulate(view: bool) -> list[bool]:
+    model, optimizer, handle = attach_model(gaf.GAF(), gradient_as_bucket_view=view)
     rank, W = dist.get_rank(), dist.get_world_size()
     went = []
     for step, kind in enumerate(KINDS):
@@ -60,12 +60,12 @@ def accumulation(view: bool) -> list[bool]:
 def test_gradients_accumulated_without_synchronisation_are_the_row(
     world: World, W: int, view: bool
 ) -> None:
-    for went in world(W).run(accumulation, view):
+    for went in world(W).run(accumulate, view):
         assert set(went) == {True, False}
 
 
-def stale(view: bool) -> None:
-    model, optimizer, _ = attached(gaf.GAF(2.0), gradient_as_bucket_view=view)
+def accumulate_onto_an_update(view: bool) -> None:
+    model, optimizer, _ = attach_model(gaf.GAF(2.0), gradient_as_bucket_view=view)
     plain_loss(model, 0, dist.get_rank()).backward()
     optimizer.step()
     plain_loss(model, 1, dist.get_rank()).backward()
@@ -83,11 +83,11 @@ def stale(view: bool) -> None:
 
 @pytest.mark.parametrize("view", [False, True])
 def test_accumulating_onto_an_update_is_refused(world: World, view: bool) -> None:
-    world(2).run(stale, view)
+    world(2).run(accumulate_onto_an_update, view)
 
 
-def late_clearing() -> None:
-    model, optimizer, handle = attached(gaf.GAF(2.0))
+def clear_late() -> None:
+    model, optimizer, handle = attach_model(gaf.GAF(2.0))
     for step in range(3):
         loss = plain_loss(model, step, dist.get_rank())
         optimizer.zero_grad(set_to_none=step != 1)
@@ -97,11 +97,11 @@ def late_clearing() -> None:
 
 
 def test_gradients_may_be_cleared_after_the_forward_pass(world: World) -> None:
-    world(2).run(late_clearing)
+    world(2).run(clear_late)
 
 
-def uneven() -> list[int]:
-    model, optimizer, handle = attached(gaf.GAF(2.0))
+def run_out_of_data() -> list[int]:
+    model, optimizer, handle = attach_model(gaf.GAF(2.0))
     rank = dist.get_rank()
     with model.join():
         for step in range(2 + rank):
@@ -115,16 +115,16 @@ def uneven() -> list[int]:
 
 def test_a_rank_without_data_is_absent(world: World) -> None:
     """3 ranks with 2, 3 and 4 batches: the third step has two rows; the fourth has one: a skip."""
-    for told in world(3).run(uneven):
+    for told in world(3).run(run_out_of_data):
         assert told == [4, 3, 2, 1, 0]
 
 
 # ------------------------------------------------------------------------------------------- scaler
 
 
-def scaled() -> list[Any]:
+def scale_losses() -> list[Any]:
     scaler = GradScaler("cpu", init_scale=1024.0, growth_interval=2)
-    model, optimizer, handle = attached(gaf.GAF(0.5), Vector, scaler=scaler)
+    model, optimizer, handle = attach_model(gaf.GAF(0.5), Vector, scaler=scaler)
     twin = Vector()
     other = SGD(twin.parameters(), 0.05, momentum=0.9, weight_decay=0.01)
     rank = dist.get_rank()
@@ -160,9 +160,9 @@ def scaled() -> list[Any]:
     return told
 
 
-def unscaled() -> None:
+def keep_a_scaler_idle() -> None:
     """A scaler that is passed and not used, as in a loop whose autocast is switched off."""
-    model, optimizer, handle = attached(gaf.GAF(2.0), scaler=GradScaler("cpu"))
+    model, optimizer, handle = attach_model(gaf.GAF(2.0), scaler=GradScaler("cpu"))
     plain_loss(model, 0, dist.get_rank()).backward()
     before = values(model)
     optimizer.step()
@@ -171,10 +171,10 @@ def unscaled() -> None:
 
 
 def test_a_scaler_may_stand_by(world: World) -> None:
-    world(2).run(unscaled)
+    world(2).run(keep_a_scaler_idle)
 
 
 def test_an_overflow_on_one_rank_lowers_the_scale_and_steps_nowhere(world: World) -> None:
     """Steps and skips both let the scale grow, after two of them; it falls at the overflow."""
-    for told in world(2).run(scaled):
+    for told in world(2).run(scale_losses):
         assert told == [1024.0, 2048.0, 1024.0, 1024.0, 2048.0]

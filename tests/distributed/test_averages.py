@@ -9,16 +9,16 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD
 
 import gaf
-from helpers.attached import attached, difference, equal, loss, momentum, net, values
+from helpers.attached import attach_model, difference, equal, loss, momentum, net, values
 from helpers.problems import Wide, plain_loss
 from helpers.ranks import World
 
 pytestmark = pytest.mark.distributed
 
 
-def mean_is_ddp(dtype: torch.dtype, view: bool) -> None:
+def compare_mean_with_ddp(dtype: torch.dtype, view: bool) -> None:
     options = {"bucket_cap_mb": 0.002, "gradient_as_bucket_view": view}
-    model, optimizer, handle = attached(gaf.Mean(), partial(Wide, dtype), **options)
+    model, optimizer, handle = attach_model(gaf.Mean(), partial(Wide, dtype), **options)
     torch.manual_seed(3)
     plain = DistributedDataParallel(Wide(dtype), **options)
     other = SGD(plain.parameters(), 0.05, momentum=0.9, weight_decay=0.01)
@@ -37,11 +37,11 @@ def mean_is_ddp(dtype: torch.dtype, view: bool) -> None:
 @pytest.mark.parametrize("W", [2, 3, 4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_mean_is_plain_ddp_bit_for_bit(world: World, W: int, dtype: torch.dtype) -> None:
-    world(W).run(mean_is_ddp, dtype, W == 3)
+    world(W).run(compare_mean_with_ddp, dtype, W == 3)
 
 
-def random_skip() -> list[bool]:
-    model, optimizer, handle = attached(gaf.RandomSkip(0.5, seed=4))
+def skip_at_random() -> list[bool]:
+    model, optimizer, handle = attach_model(gaf.RandomSkip(0.5, seed=4))
     went = []
     for step in range(8):
         before = values(model)
@@ -55,12 +55,12 @@ def random_skip() -> list[bool]:
 
 
 def test_random_skips_fall_alike_on_all_ranks(world: World) -> None:
-    first, *others = world(3).run(random_skip)
+    first, *others = world(3).run(skip_at_random)
     assert set(first) == {True, False}
     assert all(other == first for other in others)
 
 
-def joined(initial: bool) -> None:
+def average_after_a_join(initial: bool) -> None:
     ends = []
     for filtered in (False, True):
         model = net(6, 8, 3)
@@ -82,4 +82,4 @@ def joined(initial: bool) -> None:
 def test_mean_is_plain_ddp_bit_for_bit_where_ranks_have_joined(
     world: World, W: int, initial: bool
 ) -> None:
-    world(W).run(joined, initial)
+    world(W).run(average_after_a_join, initial)

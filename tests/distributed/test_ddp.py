@@ -122,7 +122,7 @@ def test_modes(world: World, W: int, mode: str) -> None:
     run(world, W, make=Wide, bucket_cap_mb=SMALL_BUCKETS, **{mode: True})
 
 
-def rank_dependent(model: nn.Module, step: int, rank: int) -> Tensor:
+def rank_dependent_loss(model: nn.Module, step: int, rank: int) -> Tensor:
     from helpers.problems import batch
 
     x, y = batch(step, rank)
@@ -134,7 +134,7 @@ def test_parameters_that_only_some_ranks_use(world: World, view: bool) -> None:
     run(
         world,
         3,
-        loss=rank_dependent,
+        loss=rank_dependent_loss,
         find_unused_parameters=True,
         gradient_as_bucket_view=view,
         bucket_cap_mb=SMALL_BUCKETS,
@@ -169,7 +169,7 @@ def test_one_row_is_plain_training_and_warned_of(world: World, W: int) -> None:
     world(W).run(one_row, W, W)
 
 
-def frozen() -> nn.Module:
+def partly_frozen() -> nn.Module:
     model = Odd()
     model.first.requires_grad_(False)
     return model
@@ -192,7 +192,7 @@ class Checkpointed(Wide):
         return self.layers[3:](h)
 
 
-@pytest.mark.parametrize("make", [frozen, Mixed, Checkpointed, partial(Wide, torch.float64)])
+@pytest.mark.parametrize("make", [partly_frozen, Mixed, Checkpointed, partial(Wide, torch.float64)])
 def test_models(world: World, make: Callable[[], nn.Module]) -> None:
     run(world, 3, make=make, bucket_cap_mb=SMALL_BUCKETS)
 
@@ -202,13 +202,13 @@ def test_half_precision(world: World, dtype: torch.dtype) -> None:
     run(world, 3, make=partial(Wide, dtype), tolerance=1e-2)
 
 
-def autocast(model: nn.Module, step: int, rank: int) -> Tensor:
+def autocast_loss(model: nn.Module, step: int, rank: int) -> Tensor:
     with torch.autocast("cpu", torch.bfloat16):
         return plain_loss(model, step, rank)
 
 
 def test_autocast(world: World) -> None:
-    run(world, 2, make=Wide, loss=autocast)
+    run(world, 2, make=Wide, loss=autocast_loss)
 
 
 @pytest.mark.parametrize("compiled", ["before", "after"])
@@ -247,7 +247,7 @@ def test_a_static_graphs_first_pass_numbers_all_its_buckets_0(world: World, W: i
 
 @pytest.mark.slow
 @pytest.mark.parametrize("W", [2, 3, 4])
-@pytest.mark.parametrize("make", [Odd, Wide, Mixed, Checkpointed, frozen])
+@pytest.mark.parametrize("make", [Odd, Wide, Mixed, Checkpointed, partly_frozen])
 @pytest.mark.parametrize(
     "mode",
     ["gradient_as_bucket_view", "static_graph", "find_unused_parameters", "broadcast_buffers"],

@@ -16,7 +16,7 @@ import gaf
 from gaf.ranks import messages
 from gaf.ranks.exchange import Exchange
 from gaf.ranks.messages import add_in_rank_order
-from helpers.attached import Vector, attached, values
+from helpers.attached import Vector, attach_model, values
 from helpers.problems import Wide, close, flat_grad, micro_gradients, plain_loss, same_everywhere
 from helpers.ranks import World
 
@@ -26,9 +26,9 @@ pytestmark = pytest.mark.distributed
 # ------------------------------------------------------------------------------------ what it costs
 
 
-def cost(micro_group: int) -> dict[str, float]:
+def coordinates_sent(micro_group: int) -> dict[str, float]:
     """Coordinates that this rank hands to the collectives in one step, counted at each call."""
-    model, _, _ = attached(gaf.GAF(2.0), Wide, bucket_cap_mb=0.05)
+    model, _, _ = attach_model(gaf.GAF(2.0), Wide, bucket_cap_mb=0.05)
     hook = model._comm_hooks[0][0].__self__
     hook.handle.detach()
     handle = gaf.attach(model, SGD(model.parameters(), 0.1), gaf.GAF(2.0), micro_group=micro_group)
@@ -69,7 +69,7 @@ def cost(micro_group: int) -> dict[str, float]:
 def test_a_step_sends_what_one_all_reduce_sends_and_holds_one_gradient_more(
     world: World, W: int, micro_group: int
 ) -> None:
-    for told in world(W).run(cost, micro_group):
+    for told in world(W).run(coordinates_sent, micro_group):
         assert 0.99 <= told["gradient"] <= 1.01
         k = W // micro_group
         # K, the scale, and whether an update was still there
@@ -77,7 +77,7 @@ def test_a_step_sends_what_one_all_reduce_sends_and_holds_one_gradient_more(
         assert 0.99 * (W > 2) <= told["held"] <= 1.01 * (W > 2)
 
 
-def many_ranks() -> None:
+def add_as_many_ranks() -> None:
     """The way of more than 32 ranks, taken by few."""
     partial_sum = torch.randn(11, dtype=torch.float64) * 10.0 ** torch.arange(-5, 6)
     partial_sum = partial_sum * (dist.get_rank() + 1)
@@ -93,10 +93,10 @@ def many_ranks() -> None:
 def test_beyond_32_ranks_partial_sums_are_added_in_blocks_to_the_same_bits(
     world: World, W: int
 ) -> None:
-    world(W).run(many_ranks)
+    world(W).run(add_as_many_ranks)
 
 
-def slices(sizes: list[int], dtype: torch.dtype) -> None:
+def exchange_pieces(sizes: list[int], dtype: torch.dtype) -> None:
     """Pieces of any size, empty ones too, come back as the weighted sum."""
     W, rank = dist.get_world_size(), dist.get_rank()
     rng = torch.Generator().manual_seed(0)
@@ -128,7 +128,7 @@ def slices(sizes: list[int], dtype: torch.dtype) -> None:
 def test_pieces_of_any_size_come_back(
     world: World, W: int, sizes: list[int], dtype: torch.dtype
 ) -> None:
-    world(W).run(slices, sizes, dtype)
+    world(W).run(exchange_pieces, sizes, dtype)
 
 
 # ------------------------------------------------------------------------- two ranks, the short way
@@ -141,13 +141,13 @@ def way_of(model: DistributedDataParallel) -> str:
     )
 
 
-def short_way(scale: float) -> None:
+def compare_the_short_way(scale: float) -> None:
     """Rows of very different length, nearly orthogonal: the cosine comes from the shorter one."""
     torch.manual_seed(0)
     n = 5000
     a, b = torch.randn(2, n)
     b = (b - a * (a @ b) / (a @ a) + 0.04 * a) / scale
-    model, _, handle = attached(gaf.GAF(1.0), partial(Vector, n))
+    model, _, handle = attach_model(gaf.GAF(1.0), partial(Vector, n))
     torch.dot(model(torch.ones(1)), [a, b][dist.get_rank()]).backward()
     assert way_of(model) == "OneDecision by Pair"
     exact = 1 - torch.nn.functional.cosine_similarity(a.double(), b.double(), dim=0)
@@ -158,12 +158,12 @@ def short_way(scale: float) -> None:
 
 @pytest.mark.parametrize("scale", [1.0, 1e3, 1e-3, 1e6])
 def test_two_ranks_of_different_norm_are_compared_exactly(world: World, scale: float) -> None:
-    world(2).run(short_way, scale)
+    world(2).run(compare_the_short_way, scale)
 
 
-def ways() -> list[str]:
+def ways_by_policy() -> list[str]:
     """The policy may be another at each step; each goes its own way and gives its own update."""
-    model, optimizer, handle = attached(gaf.GAF(0.9), Wide)
+    model, optimizer, handle = attach_model(gaf.GAF(0.9), Wide)
     told = []
     policies = [
         gaf.GAF(2.0, average="halving"),
@@ -184,15 +184,15 @@ def ways() -> list[str]:
 
 
 def test_the_policy_may_change_between_steps(world: World) -> None:
-    for told in world(2).run(ways):
+    for told in world(2).run(ways_by_policy):
         pair, general = "OneDecision by Pair", "OneDecision by Exchange"
         assert told == [pair, "PlainAverage", general, "DecisionPerBucket", pair]
 
 
-def bucketwise() -> tuple[int, int]:
+def decide_by_bucket() -> tuple[int, int]:
     """Each bucket's parameters get what the algorithm gives on their coordinates alone."""
     W, rank = dist.get_world_size(), dist.get_rank()
-    model, optimizer, handle = attached(gaf.GAF(1.1, scope="group"), Wide, bucket_cap_mb=0.002)
+    model, optimizer, handle = attach_model(gaf.GAF(1.1, scope="group"), Wide, bucket_cap_mb=0.002)
     moved = stood = 0
     seen: list[list[Tensor]] = []
     settle = handle.settle
@@ -238,6 +238,6 @@ def bucketwise() -> tuple[int, int]:
 
 
 def test_scope_group_decides_bucket_by_bucket(world: World) -> None:
-    for moved, stood in world(2).run(bucketwise):
+    for moved, stood in world(2).run(decide_by_bucket):
         assert moved > 0
         assert stood > 0

@@ -15,7 +15,7 @@ from helpers.ranks import World
 pytestmark = pytest.mark.distributed
 
 
-def frozen_after_wrapping(late: bool) -> None:
+def freeze_after_wrapping(late: bool) -> None:
     """Buckets smaller than the layers, some of which hold nothing but what is frozen."""
     ends = []
     for filtered in (False, True):
@@ -38,10 +38,10 @@ def frozen_after_wrapping(late: bool) -> None:
 
 @pytest.mark.parametrize("late", [False, True])
 def test_layers_may_be_frozen_and_thawed_again(world: World, late: bool) -> None:
-    world(2).run(frozen_after_wrapping, late)
+    world(2).run(freeze_after_wrapping, late)
 
 
-def thawed(late: bool) -> None:
+def thaw(late: bool) -> None:
     model = deep()
     model[0].requires_grad_(False)
     wrapped, optimizer = DistributedDataParallel(model), momentum(model)
@@ -61,10 +61,10 @@ def thawed(late: bool) -> None:
 
 @pytest.mark.parametrize("late", [False, True])
 def test_layers_thawed_after_wrapping_are_refused_by_name(world: World, late: bool) -> None:
-    world(2).run(thawed, late)
+    world(2).run(thaw, late)
 
 
-def ignored() -> None:
+def ignore_parameters() -> None:
     """What DDP is told to ignore is the user's own, also on a skip."""
     model = net(6, 8, 3)
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ["2.bias"])
@@ -79,10 +79,10 @@ def ignored() -> None:
 
 
 def test_parameters_that_ddp_ignores_are_left_alone(world: World) -> None:
-    world(2).run(ignored)
+    world(2).run(ignore_parameters)
 
 
-def sharded_and_thawed() -> None:
+def thaw_shards() -> None:
     mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard"))
     model = net(6, 8, 3)
     for layer in (model[0], model[2]):
@@ -116,4 +116,4 @@ def sharded_and_thawed() -> None:
 
 
 def test_sharded_layers_may_be_thawed_after_attach(world: World) -> None:
-    world(2).run(sharded_and_thawed)
+    world(2).run(thaw_shards)

@@ -30,7 +30,7 @@ from helpers.ranks import World
 pytestmark = pytest.mark.distributed
 
 
-def sharded(make: Callable[[], nn.Module], mesh: DeviceMesh) -> nn.Module:
+def shard_model(make: Callable[[], nn.Module], mesh: DeviceMesh) -> nn.Module:
     torch.manual_seed(5)
     model = make()
     for module in [m for m in model.modules() if isinstance(m, nn.Linear)]:
@@ -39,7 +39,7 @@ def sharded(make: Callable[[], nn.Module], mesh: DeviceMesh) -> nn.Module:
     return model
 
 
-def whole(model: nn.Module, twin: nn.Module) -> None:
+def whole_tensors(model: nn.Module, twin: nn.Module) -> None:
     """Fills `twin` with the model's parameters."""
     with torch.no_grad():
         for p, q in zip(model.parameters(), twin.parameters(), strict=True):
@@ -70,11 +70,11 @@ def buffers_held() -> list[int]:
     return held
 
 
-def hybrid(
+def check_replicas(
     replicas: int, shards: int, make: Callable[[], nn.Module], micro_group: int = 1
 ) -> list[str]:
     mesh = init_device_mesh("cpu", (replicas, shards), mesh_dim_names=("replicate", "shard"))
-    model = sharded(make, mesh["shard"])
+    model = shard_model(make, mesh["shard"])
     torch.manual_seed(5)
     twin = make()
     optimizer = AdamW(model.parameters(), 0.01)
@@ -84,7 +84,7 @@ def hybrid(
     held = buffers_held()
     W, rank, went = replicas * shards, dist.get_rank(), []
     for step, kind in enumerate(KINDS):
-        whole(model, twin)
+        whole_tensors(model, twin)
         rows = (
             micro_gradients(twin, step, W)
             .view(replicas // micro_group, shards * micro_group, -1)
@@ -116,24 +116,24 @@ def hybrid(
 
 @pytest.mark.parametrize("make", [Odd, Wide])
 def test_replicas_of_a_sharded_model_are_filtered_exactly(world: World, make: type) -> None:
-    for went in world(4).run(hybrid, 2, 2, make):
+    for went in world(4).run(check_replicas, 2, 2, make):
         assert {"step", "skip"} == set(went)
 
 
 def test_replicas_with_one_shard_each(world: World) -> None:
     """More replicas: what a flat data-parallel job is, on FSDP2's engine."""
-    for went in world(3).run(hybrid, 3, 1, Wide):
+    for went in world(3).run(check_replicas, 3, 1, Wide):
         assert {"step", "skip"} == set(went)
 
 
 def test_micro_groups_of_replicas(world: World) -> None:
-    for went in world(4).run(hybrid, 4, 1, Wide, 2):
+    for went in world(4).run(check_replicas, 4, 1, Wide, 2):
         assert {"step", "skip"} == set(went)
 
 
-def accumulated() -> None:
+def accumulate() -> None:
     mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard"))
-    model = sharded(Wide, mesh["shard"])
+    model = shard_model(Wide, mesh["shard"])
     torch.manual_seed(5)
     twin = Wide()
     optimizer = SGD(model.parameters(), 0.1)
@@ -152,7 +152,7 @@ def accumulated() -> None:
 
 
 def test_accumulation_without_synchronisation(world: World) -> None:
-    world(2).run(accumulated)
+    world(2).run(accumulate)
 
 
 class Sided(Odd):
@@ -162,9 +162,9 @@ class Sided(Odd):
         return super().forward(x, side=dist.get_rank() == 0)
 
 
-def unused() -> None:
+def leave_parameters_unused() -> None:
     mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard"))
-    model = sharded(Sided, mesh["shard"])
+    model = shard_model(Sided, mesh["shard"])
     handle = gaf.attach(
         model, SGD(model.parameters(), 0.1), gaf.GAF(2.0), group=mesh["replicate"].get_group()
     )
@@ -185,14 +185,14 @@ def unused() -> None:
 
 
 def test_parameters_that_only_some_replicas_use(world: World) -> None:
-    world(2).run(unused)
+    world(2).run(leave_parameters_unused)
 
 
-def flat(tau: float) -> tuple[int, int]:
+def check_flat_model(tau: float) -> tuple[int, int]:
     """Each FSDP module's parameters get what the algorithm gives on their coordinates alone."""
     W = dist.get_world_size()
     mesh = init_device_mesh("cpu", (W,))
-    model = sharded(Wide, mesh)
+    model = shard_model(Wide, mesh)
     torch.manual_seed(5)
     twin = Wide()
     optimizer = SGD(model.parameters(), 0.05, momentum=0.9, weight_decay=0.01)
@@ -200,7 +200,7 @@ def flat(tau: float) -> tuple[int, int]:
     groups = [list(m.parameters()) for m in twin.modules() if isinstance(m, nn.Linear)]
     moved = stood = 0
     for step in range(4):
-        whole(model, twin)
+        whole_tensors(model, twin)
         rows = []
         for rank in range(W):
             copied = copy.deepcopy(twin)
@@ -238,7 +238,7 @@ def flat(tau: float) -> tuple[int, int]:
     assert handle.stats()["steps"] == 4 * len(groups)
     handle.detach()
     optimizer.zero_grad()
-    whole(model, twin)
+    whole_tensors(model, twin)
     rows_now = micro_gradients(twin, 9, W)
     plain_loss(model, 9, dist.get_rank()).backward()
     close(whole_grad(model), rows_now.mean(0), rows_now)
@@ -247,19 +247,19 @@ def flat(tau: float) -> tuple[int, int]:
 
 @pytest.mark.parametrize("W", [2, 3])
 def test_a_flat_model_decides_group_by_group(world: World, W: int) -> None:
-    for moved, stood in world(W).run(flat, 0.95):
+    for moved, stood in world(W).run(check_flat_model, 0.95):
         assert moved > 0
         assert stood > 0
 
 
 def refusals() -> None:
     mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard"))
-    both = sharded(Odd, mesh)
+    both = shard_model(Odd, mesh)
     with pytest.raises(TypeError, match="the shard dimension of the mesh alone"):
         gaf.attach(
             both, SGD(both.parameters(), 0.1), gaf.GAF(), group=mesh["replicate"].get_group()
         )
-    model = sharded(Odd, mesh["shard"])
+    model = shard_model(Odd, mesh["shard"])
     optimizer = SGD(model.parameters(), 0.1)
     with pytest.raises(TypeError, match='scope="group".*got neither'):
         gaf.attach(model, optimizer, gaf.GAF())

@@ -19,7 +19,7 @@ from helpers.ranks import World
 pytestmark = pytest.mark.distributed
 
 
-def joined_and_dropped(name: str) -> None:
+def join_and_drop(name: str) -> None:
     """A pass that no step follows, while the other rank has no more data: both forget it."""
     model = net(6, 8, 3)
     wrapped, optimizer = DistributedDataParallel(model), SGD(model.parameters(), RATE)
@@ -42,7 +42,7 @@ def joined_and_dropped(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["RandomSkip", "ScheduleTau"])
 def test_a_rank_that_has_joined_counts_what_the_others_step_on(world: World, name: str) -> None:
-    world(2).run(joined_and_dropped, name)
+    world(2).run(join_and_drop, name)
 
 
 class ActorCritic(nn.Module):
@@ -81,7 +81,7 @@ def test_shards_that_hold_nothing_count_and_draw_as_the_others(world: World, nam
     assert all(other == first for other in others)
 
 
-def joined_last(name: str) -> None:
+def join_before_the_last_pass(name: str) -> None:
     """The longer rank's last pass is followed by no step; the next epoch is decided alike."""
     model = net(6, 8, 3)
     wrapped, optimizer = DistributedDataParallel(model), SGD(model.parameters(), RATE)
@@ -103,4 +103,4 @@ def joined_last(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["RandomSkip", "ScheduleTau"])
 def test_a_rank_that_had_joined_forgets_a_last_pass_without_a_step(world: World, name: str) -> None:
-    world(2).run(joined_last, name)
+    world(2).run(join_before_the_last_pass, name)

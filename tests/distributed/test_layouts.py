@@ -43,7 +43,7 @@ class Weights(nn.Module):
         return sum((p * x).sum() for p, x in zip(self.weights, xs, strict=True))  # type: ignore[return-value]
 
 
-def drawn(model: Weights, rank: int) -> list[Tensor]:
+def random_rows(model: Weights, rank: int) -> list[Tensor]:
     rng = torch.Generator().manual_seed(rank)
     common = torch.Generator().manual_seed(99)
     return [
@@ -54,11 +54,11 @@ def drawn(model: Weights, rank: int) -> list[Tensor]:
 
 def rows_of(model: Weights, W: int) -> Tensor:
     return torch.stack(
-        [torch.cat([x.double().reshape(-1) for x in drawn(model, rank)]) for rank in range(W)]
+        [torch.cat([x.double().reshape(-1) for x in random_rows(model, rank)]) for rank in range(W)]
     )
 
 
-def under_ddp(names: list[str], dtype: torch.dtype, scope: str, ddp: dict[str, Any]) -> None:
+def check_under_ddp(names: list[str], dtype: torch.dtype, scope: str, ddp: dict[str, Any]) -> None:
     W = dist.get_world_size()
     model = Weights(names, dtype)
     wrapped = DistributedDataParallel(model, **ddp)
@@ -68,7 +68,7 @@ def under_ddp(names: list[str], dtype: torch.dtype, scope: str, ddp: dict[str, A
     update, right = gaf.aggregate(rows, gaf.GAF(2.0))
     for _ in range(3):  # DDP lays its buckets out anew after the first pass
         optimizer.zero_grad()
-        wrapped(drawn(model, dist.get_rank())).backward()
+        wrapped(random_rows(model, dist.get_rank())).backward()
         assert handle.last is not None
         # The first bucket holds everything; `drawn` already has float32's and bfloat16's own
         # rounding of the rows.
@@ -84,20 +84,20 @@ ALL = list(LAYOUTS)
 @pytest.mark.parametrize("names", [ALL, *([n] for n in ALL if n != "empty")], ids=str)
 def test_ddp(world: World, W: int, names: list[str]) -> None:
     """Two ranks of float32 go the short way, three the general one."""
-    world(W).run(under_ddp, names, torch.float32, "all", {})
+    world(W).run(check_under_ddp, names, torch.float32, "all", {})
 
 
 @pytest.mark.parametrize("W", [2, 3])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_ddp_in_other_precisions(world: World, W: int, dtype: torch.dtype) -> None:
-    world(W).run(under_ddp, ALL, dtype, "all", {})
+    world(W).run(check_under_ddp, ALL, dtype, "all", {})
 
 
 @pytest.mark.parametrize("W", [2, 3])
 @pytest.mark.parametrize("scope", ["all", "group"])
 @pytest.mark.parametrize("mode", ["gradient_as_bucket_view", "static_graph"])
 def test_ddp_in_other_modes(world: World, W: int, scope: str, mode: str) -> None:
-    world(W).run(under_ddp, ALL, torch.float32, scope, {mode: True})
+    world(W).run(check_under_ddp, ALL, torch.float32, scope, {mode: True})
 
 
 class Image(nn.Sequential):
@@ -140,7 +140,7 @@ def test_a_convolution_in_channels_last(world: World, W: int, view: bool) -> Non
 SHARDED = ["contiguous", "expanded", "one"]
 
 
-def under_hsdp() -> None:
+def check_under_hsdp() -> None:
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
     model = Weights(SHARDED)
     twin = Weights(SHARDED)
@@ -152,23 +152,23 @@ def under_hsdp() -> None:
         rows_of(twin, 4).view(2, 2, -1).mean(1)
     )  # a replica's row is the mean of its shards' batches
     _, right = gaf.aggregate(rows, gaf.GAF(2.0))
-    model(drawn(twin, dist.get_rank())).backward()
+    model(random_rows(twin, dist.get_rank())).backward()
     assert handle.last is not None
     torch.testing.assert_close(handle.last.distances, right.distances, rtol=0, atol=1e-6)
     handle.detach()
 
 
 def test_replicas_of_a_sharded_model(world: World) -> None:
-    world(4).run(under_hsdp)
+    world(4).run(check_under_hsdp)
 
 
-def under_flat_fsdp() -> None:
+def check_under_flat_fsdp() -> None:
     W = dist.get_world_size()
     model, twin = Weights(SHARDED), Weights(SHARDED)
     fully_shard(model, mesh=init_device_mesh("cpu", (W,)))
     handle = gaf.attach(model, SGD(model.parameters(), 0.1), gaf.GAF(2.0, scope="group"))
     _, right = gaf.aggregate(rows_of(twin, W), gaf.GAF(2.0))
-    model(drawn(twin, dist.get_rank())).backward()
+    model(random_rows(twin, dist.get_rank())).backward()
     assert handle.last is not None
     torch.testing.assert_close(handle.last.distances, right.distances, rtol=0, atol=1e-6)
     handle.detach()
@@ -176,7 +176,7 @@ def under_flat_fsdp() -> None:
 
 @pytest.mark.parametrize("W", [2, 3])
 def test_a_flat_sharded_model(world: World, W: int) -> None:
-    world(W).run(under_flat_fsdp)
+    world(W).run(check_under_flat_fsdp)
 
 
 # --------------------------------------------------------------------------------------- one device
@@ -190,7 +190,7 @@ def test_the_accumulator(names: list[str], start: str, dtype: torch.dtype) -> No
     acc = gaf.Accumulator(SGD(model.parameters(), 0.1), gaf.GAF(2.0, start=start))
     _, right = gaf.aggregate(rows_of(model, 4), gaf.GAF(2.0, start=start))
     for rank in range(4):
-        acc.backward(model(drawn(model, rank)))
+        acc.backward(model(random_rows(model, rank)))
     decision = acc.step()
     torch.testing.assert_close(
         decision.distances, right.distances, rtol=0, atol=5e-3 if dtype == torch.bfloat16 else 1e-6
@@ -200,7 +200,7 @@ def test_the_accumulator(names: list[str], start: str, dtype: torch.dtype) -> No
 @pytest.mark.parametrize("names", [ALL, *([n] for n in ALL if n != "empty")], ids=str)
 def test_the_probe(names: list[str]) -> None:
     model = Weights(names)
-    batches = [(drawn(model, i), torch.zeros(1)) for i in range(8)]
+    batches = [(random_rows(model, i), torch.zeros(1)) for i in range(8)]
     found = gaf.probe(model, lambda output, y: output, batches, k=4, b=1)
     rows = rows_of(model, 8)
     torch.testing.assert_close(found.gram, rows @ rows.T, rtol=1e-5, atol=1e-5)

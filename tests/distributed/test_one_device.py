@@ -11,16 +11,16 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 import gaf
-from helpers.attached import attached
+from helpers.attached import attach_model
 from helpers.problems import KINDS, Wide, micro_gradients, plain_loss, telling_tau
 from helpers.ranks import World
 
 pytestmark = pytest.mark.distributed
 
 
-def ranks_and_accumulator(start: str) -> None:
+def compare_with_accumulator(start: str) -> None:
     W = dist.get_world_size()
-    model, optimizer, handle = attached(gaf.GAF(0.9, start=start), Wide)
+    model, optimizer, handle = attach_model(gaf.GAF(0.9, start=start), Wide)
     twin = copy.deepcopy(model.module)
     other = SGD(twin.parameters(), 0.05, momentum=0.9, weight_decay=0.01)
     acc = gaf.Accumulator(other, gaf.GAF(0.9, start=start))
@@ -50,15 +50,15 @@ def ranks_and_accumulator(start: str) -> None:
 def test_w_ranks_do_what_one_device_does_with_w_micro_batches(
     world: World, W: int, start: str
 ) -> None:
-    world(W).run(ranks_and_accumulator, start)
+    world(W).run(compare_with_accumulator, start)
 
 
-def pulled(model: nn.Module, step: int, rank: int) -> Tensor:
+def loss_pulled_to_a_target(model: nn.Module, step: int, rank: int) -> Tensor:
     """A loss whose gradients have something in common."""
     return plain_loss(model, step, rank) + 0.1 * sum(p.sum() for p in model.parameters())
 
 
-def ranks_and_accumulator_that_adapt(kind: str) -> tuple[list[float], list[float], list[float]]:
+def taus_of_both(kind: str) -> tuple[list[float], list[float], list[float]]:
     """tau of every step: under attach, on one device, and from a state that was saved half-way."""
     W = dist.get_world_size()
     kinds = {
@@ -67,7 +67,7 @@ def ranks_and_accumulator_that_adapt(kind: str) -> tuple[list[float], list[float
         "QuantileTau": gaf.QuantileTau,
         "MovingAverageTau": partial(gaf.MovingAverageTau, cap=2.0),
     }
-    model, optimizer, handle = attached(gaf.GAF(kinds[kind]()), Wide)
+    model, optimizer, handle = attach_model(gaf.GAF(kinds[kind]()), Wide)
     twin = copy.deepcopy(model.module)
     acc = gaf.Accumulator(SGD(twin.parameters(), 0.05), gaf.GAF(kinds[kind]()))
     over, alone = [], []
@@ -78,10 +78,10 @@ def ranks_and_accumulator_that_adapt(kind: str) -> tuple[list[float], list[float
             handle = gaf.attach(model, optimizer, gaf.GAF(kinds[kind]()))
             handle.load_state_dict(saved)
         optimizer.zero_grad()
-        pulled(model, step, dist.get_rank()).backward()
+        loss_pulled_to_a_target(model, step, dist.get_rank()).backward()
         optimizer.step()
         for rank in range(W):
-            acc.backward(pulled(twin, step, rank))
+            acc.backward(loss_pulled_to_a_target(twin, step, rank))
         acc.step()
         twin.load_state_dict(model.module.state_dict())  # tau is compared, not how rounding grows
         over.append(handle.stats()["tau"])
@@ -94,7 +94,7 @@ def ranks_and_accumulator_that_adapt(kind: str) -> tuple[list[float], list[float
 def test_a_tau_that_adapts_is_the_same_on_all_ranks_and_that_of_one_device(
     world: World, W: int, kind: str
 ) -> None:
-    ranks = world(W).run(ranks_and_accumulator_that_adapt, kind)
+    ranks = world(W).run(taus_of_both, kind)
     over, alone, state = ranks[0]
     assert all(rank == ranks[0] or rank[::2] == ranks[0][::2] for rank in ranks)  # bit for bit
     assert len(set(over)) > 2

@@ -20,8 +20,8 @@ from helpers.attached import (
     difference,
     loss,
     momentum,
-    moved,
     values,
+    which_moved,
 )
 from helpers.problems import micro_gradients, same_everywhere
 from helpers.ranks import World
@@ -56,7 +56,7 @@ class To(nn.Module):
         return x.to(self.dtype)
 
 
-def mixed() -> nn.Module:
+def mixed_precision_net() -> nn.Module:
     torch.manual_seed(0)
     layers: list[nn.Module] = []
     for i in range(6):
@@ -65,7 +65,7 @@ def mixed() -> nn.Module:
     return nn.Sequential(*layers, To(torch.float32), nn.Linear(6, 3, bias=False))
 
 
-def early(make: Callable[[], nn.Module], scope: str, ddp: dict[str, Any]) -> None:
+def send_early(make: Callable[[], nn.Module], scope: str, ddp: dict[str, Any]) -> None:
     model = make()
     wrapped = DistributedDataParallel(model, bucket_cap_mb=SMALL, **ddp)
     optimizer = SGD(model.parameters(), RATE)
@@ -75,7 +75,7 @@ def early(make: Callable[[], nn.Module], scope: str, ddp: dict[str, Any]) -> Non
         loss(wrapped, step).backward()
         before = values(model)
         optimizer.step()
-        assert all(moved(model, before))
+        assert all(which_moved(model, before))
         same_everywhere(*model.parameters())
     assert handle.stats()["stepped"] == handle.stats()["steps"] > 0
 
@@ -86,16 +86,16 @@ def early(make: Callable[[], nn.Module], scope: str, ddp: dict[str, Any]) -> Non
     [
         (OtherOrder, {"find_unused_parameters": True}),
         (OtherOrder, {"find_unused_parameters": True, "gradient_as_bucket_view": True}),
-        (mixed, {}),
+        (mixed_precision_net, {}),
     ],
 )
 def test_gradients_may_arrive_before_their_buckets_turn(
     world: World, make: Callable[[], nn.Module], scope: str, ddp: dict[str, Any]
 ) -> None:
-    world(2).run(early, make, scope, ddp)
+    world(2).run(send_early, make, scope, ddp)
 
 
-def swapped(clear: str) -> None:
+def swap_branches(clear: str) -> None:
     """Rank r takes branch r in the first pass, and the other in the second."""
     rank = dist.get_rank()
     model = Branches()
@@ -125,10 +125,10 @@ def swapped(clear: str) -> None:
 def test_updates_of_parameters_that_other_ranks_have_used_are_noticed_too(
     world: World, clear: str
 ) -> None:
-    world(2).run(swapped, clear)
+    world(2).run(swap_branches, clear)
 
 
-def drawn_alike() -> None:
+def draw_alike() -> None:
     """Passes without a step, over branches that differ by rank: RandomSkip draws alike."""
     rank = dist.get_rank()
     model = Branches()
@@ -142,16 +142,16 @@ def drawn_alike() -> None:
         before = values(model)
         optimizer.step()
         expected = any(gaf.RandomSkip(0.5, seed=1).planned(step, 2))
-        assert any(moved(model, before)) == expected
+        assert any(which_moved(model, before)) == expected
         same_everywhere(*model.parameters())
     assert handle.state_dict()["policy"] == {"step": 8}
 
 
 def test_a_policys_draws_stay_together_where_ranks_use_different_parameters(world: World) -> None:
-    world(2).run(drawn_alike)
+    world(2).run(draw_alike)
 
 
-def cleared_with_zeros(name: str) -> None:
+def clear_with_zeros(name: str) -> None:
     model = deep()
     wrapped = DistributedDataParallel(model, bucket_cap_mb=1e-6)
     optimizer = momentum(model)
@@ -170,7 +170,7 @@ def cleared_with_zeros(name: str) -> None:
         optimizer.step()
         scheduler.step()
         assert handle.last is not None
-        assert set(moved(model, before)) == {bool(handle.last.stepped)}
+        assert set(which_moved(model, before)) == {bool(handle.last.stepped)}
         went.append(bool(handle.last.stepped))
     assert set(went) == {True, False}
     assert scheduler.last_epoch == handle.stats()["stepped"] == sum(went)
@@ -178,10 +178,10 @@ def cleared_with_zeros(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["RandomSkip", "GAF"])
 def test_a_skip_holds_where_gradients_are_cleared_with_zeros(world: World, name: str) -> None:
-    world(2).run(cleared_with_zeros, name)
+    world(2).run(clear_with_zeros, name)
 
 
-def skipped_first(detaches: bool) -> None:
+def skip_the_first_pass(detaches: bool) -> None:
     """RandomSkip and GAF: two passes share a step; the first is a skip, the second is not."""
     for policies in ([gaf.RandomSkip(0.0), gaf.Mean()], [gaf.GAF(0.0), gaf.GAF(2.0)]):
         model = Branches()
@@ -206,10 +206,10 @@ def skipped_first(detaches: bool) -> None:
 
 @pytest.mark.parametrize("detaches", [False, True])
 def test_an_earlier_pass_of_the_same_step_stays_skipped(world: World, detaches: bool) -> None:
-    world(2).run(skipped_first, detaches)
+    world(2).run(skip_the_first_pass, detaches)
 
 
-def decayed_by_hand() -> None:
+def decay_by_hand() -> None:
     """Branches that differ by rank, cleared with zeros, decay by the loop: a skip moves nothing."""
     model = Branches()
     wrapped = DistributedDataParallel(model, find_unused_parameters=True)
@@ -223,9 +223,9 @@ def decayed_by_hand() -> None:
             p.grad.add_(p.detach(), alpha=0.1)
         before = values(model)
         optimizer.step()
-        assert set(moved(model, before)) == {tau == 2.0}
+        assert set(which_moved(model, before)) == {tau == 2.0}
         same_everywhere(*model.parameters())
 
 
 def test_a_skip_moves_nothing_where_ranks_use_different_parameters(world: World) -> None:
-    world(2).run(decayed_by_hand)
+    world(2).run(decay_by_hand)

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD
 
 import gaf
-from helpers.attached import attached
+from helpers.attached import attach_model
 from helpers.problems import Odd
 from helpers.ranks import World
 
@@ -42,36 +42,36 @@ def other_hook() -> tuple[Any, Any]:
     return model, SGD(model.parameters(), 0.1)
 
 
-def twice() -> tuple[Any, Any]:
-    model, optimizer, _ = attached(gaf.GAF())
+def attach_twice() -> tuple[Any, Any]:
+    model, optimizer, _ = attach_model(gaf.GAF())
     return model, optimizer
 
 
-def in_backward() -> tuple[Any, Any]:
+def optimizer_in_backward() -> tuple[Any, Any]:
     model = DistributedDataParallel(Odd())
     for p in model.parameters():
         p._in_backward_optimizers = []  # what apply_optimizer_in_backward leaves
     return model, SGD(model.parameters(), 0.1)
 
 
-def wrapped(make: Callable[[], nn.Module], **ddp: Any) -> tuple[Any, Any]:
+def wrap(make: Callable[[], nn.Module], **ddp: Any) -> tuple[Any, Any]:
     model = DistributedDataParallel(make(), **ddp)
     return model, SGD(model.parameters(), 0.1)
 
 
-def overlapping() -> tuple[Any, Any]:
+def overlapping_optimizer() -> tuple[Any, Any]:
     model = DistributedDataParallel(Odd())
     optimizer = ZeroRedundancyOptimizer(model.parameters(), SGD, lr=0.1)
     optimizer._overlap_with_ddp = True
     return model, optimizer
 
 
-def needs_closure() -> tuple[Any, Any]:
+def closure_optimizer() -> tuple[Any, Any]:
     model = DistributedDataParallel(Odd())
     return model, torch.optim.LBFGS(model.parameters())
 
 
-def bare() -> tuple[Any, Any]:
+def bare_model() -> tuple[Any, Any]:
     model = Odd()
     return model, SGD(model.parameters(), 0.1)
 
@@ -89,42 +89,42 @@ def mixed_precision() -> tuple[Any, Any]:
 
 
 REFUSALS: dict[str, tuple[Callable[[], tuple[Any, Any]], dict[str, Any], str]] = {
-    "bare": (bare, {}, "must be data parallel.*got Odd.*gaf.Accumulator"),
+    "bare": (bare_model, {}, "must be data parallel.*got Odd.*gaf.Accumulator"),
     "outside": (outside_optimizer, {}, "must hold every trainable parameter.*'module.scale'"),
     "hook": (other_hook, {}, "no other communication hook; it has allreduce_hook"),
-    "twice": (twice, {}, "attached already"),
-    "in backward": (in_backward, {}, "must step after the backward pass"),
+    "twice": (attach_twice, {}, "attached already"),
+    "in backward": (optimizer_in_backward, {}, "must step after the backward pass"),
     "sync batch norm": (sync_batch_norm, {}, "SyncBatchNorm 'module.1' mixes"),
     "sparse": (
-        partial(wrapped, partial(nn.Embedding, 5, 3, sparse=True)),
+        partial(wrap, partial(nn.Embedding, 5, 3, sparse=True)),
         {},
         "must be dense; 'module' is sparse",
     ),
     "complex": (
-        partial(wrapped, partial(nn.Linear, 3, 3, dtype=torch.complex64)),
+        partial(wrap, partial(nn.Linear, 3, 3, dtype=torch.complex64)),
         {},
         "must be real",
     ),
-    "overlap": (overlapping, {}, "overlap_with_ddp=False"),
+    "overlap": (overlapping_optimizer, {}, "overlap_with_ddp=False"),
     "python reducer": (python_reducer, {}, "Python reducer"),
     "mixed precision": (mixed_precision, {}, "Use torch.autocast"),
     "micro group": (
-        partial(wrapped, Odd),
+        partial(wrap, Odd),
         {"micro_group": 3},
         r"divides the 2 ranks; got 3. Use one of \[1, 2\]",
     ),
-    "policy": (partial(wrapped, Odd), {"policy": gaf.GAF}, "attach: policy must be a callable"),
+    "policy": (partial(wrap, Odd), {"policy": gaf.GAF}, "attach: policy must be a callable"),
     "too many": (
-        partial(wrapped, Odd),
+        partial(wrap, Odd),
         {"policy": gaf.GAF(min_accepted=3)},
         "must be at most the number of rows.*got 3 and 2 rows",
     ),
-    "closure": (needs_closure, {}, "attach: the optimizer must not need a closure; LBFGS"),
-    "group": (partial(wrapped, Odd), {"group": "another"}, "must be the model's own process group"),
+    "closure": (closure_optimizer, {}, "attach: the optimizer must not need a closure; LBFGS"),
+    "group": (partial(wrap, Odd), {"group": "another"}, "must be the model's own process group"),
 }
 
 
-def refused(name: str) -> None:
+def check_refusal(name: str) -> None:
     make, options, message = REFUSALS[name]
     model, optimizer = make()
     options = options | ({"group": dist.new_group([0, 1])} if "group" in options else {})
@@ -134,10 +134,10 @@ def refused(name: str) -> None:
 
 @pytest.mark.parametrize("name", REFUSALS)
 def test_what_cannot_work_is_refused_with_the_way_out(world: World, name: str) -> None:
-    world(2).run(refused, name)
+    world(2).run(check_refusal, name)
 
 
-def disagreement(what: str) -> None:
+def disagree(what: str) -> None:
     rank = dist.get_rank()
     model = DistributedDataParallel(Odd())
     if what == "parameters" and rank == 1:
@@ -156,4 +156,4 @@ def disagreement(what: str) -> None:
 
 @pytest.mark.parametrize("what", ["policy", "parameters", "micro_group"])
 def test_ranks_that_disagree_are_told_which(world: World, what: str) -> None:
-    world(3).run(disagreement, what)
+    world(3).run(disagree, what)

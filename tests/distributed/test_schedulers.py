@@ -17,7 +17,7 @@ import gaf
 from helpers.attached import (
     RATE,
     Heads,
-    attached,
+    attach_model,
     deep,
     difference,
     equal,
@@ -35,7 +35,7 @@ pytestmark = pytest.mark.distributed
 # ------------------------------------------------------------------------ optimizers and schedulers
 
 
-def two_optimizers() -> None:
+def share_a_decision() -> None:
     torch.manual_seed(3)
     inner = Odd()
     model = DistributedDataParallel(inner)
@@ -58,10 +58,10 @@ def two_optimizers() -> None:
 
 
 def test_several_optimizers_share_one_decision(world: World) -> None:
-    world(2).run(two_optimizers)
+    world(2).run(share_a_decision)
 
 
-def sharded_optimizer() -> None:
+def shard_the_optimizer() -> None:
     torch.manual_seed(3)
     model, twin = DistributedDataParallel(Odd()), Odd()
     twin.load_state_dict(model.module.state_dict())
@@ -80,11 +80,11 @@ def sharded_optimizer() -> None:
 
 
 def test_zero_redundancy_optimizer(world: World) -> None:
-    world(2).run(sharded_optimizer)
+    world(2).run(shard_the_optimizer)
 
 
-def closures() -> None:
-    model, optimizer, handle = attached(gaf.GAF(2.0))
+def step_with_closures() -> None:
+    model, optimizer, handle = attach_model(gaf.GAF(2.0))
     for step, tau in enumerate((2.0, 0.0, 2.0)):
         handle.policy = gaf.GAF(tau)
         before = values(model)
@@ -101,11 +101,11 @@ def closures() -> None:
 
 
 def test_a_closure_that_runs_the_backward_pass_is_filtered_too(world: World) -> None:
-    world(2).run(closures)
+    world(2).run(step_with_closures)
 
 
-def gated() -> list[float]:
-    model, optimizer, handle = attached(gaf.GAF(2.0), lr=1.0)
+def gate_by_skips() -> list[float]:
+    model, optimizer, handle = attach_model(gaf.GAF(2.0), lr=1.0)
     scheduler = handle.gate(LambdaLR(optimizer, lambda t: 0.5**t))
     seen = []
     for step, tau in enumerate((2.0, 0.0, 0.0, 2.0)):
@@ -119,13 +119,13 @@ def gated() -> list[float]:
 
 
 def test_a_gated_scheduler_stands_still_on_a_skip(world: World) -> None:
-    assert world(2).run(gated) == [[0.5, 0.5, 0.5, 0.25]] * 2
+    assert world(2).run(gate_by_skips) == [[0.5, 0.5, 0.5, 0.25]] * 2
 
 
 # --------------------------------------------------------------------------------- gated schedulers
 
 
-def overflowing(name: str, fused: bool) -> None:
+def gate_by_overflows(name: str, fused: bool) -> None:
     model = deep()
     wrapped = DistributedDataParallel(model)
     optimizer = AdamW(model.parameters(), 0.01, fused=fused)
@@ -165,10 +165,10 @@ POLICIES: dict[str, Callable[[], Any]] = {
 def test_a_gated_scheduler_stands_still_at_an_overflow(
     world: World, name: str, fused: bool
 ) -> None:
-    world(2).run(overflowing, name, fused)
+    world(2).run(gate_by_overflows, name, fused)
 
 
-def gates() -> None:
+def gate_anew() -> None:
     model = net(6, 8, 3)
     wrapped, optimizer = DistributedDataParallel(model), SGD(model.parameters(), RATE)
     scheduler = StepLR(optimizer, 1, 0.9)
@@ -196,10 +196,10 @@ def gates() -> None:
 
 
 def test_a_scheduler_is_free_after_detach_and_gated_again_by_a_new_handle(world: World) -> None:
-    world(2).run(gates)
+    world(2).run(gate_anew)
 
 
-def in_turns() -> None:
+def gate_in_turns() -> None:
     """Two optimizers of one model that step in turns, each with a scheduler of its own."""
     torch.manual_seed(0)
     model = Heads()
@@ -221,10 +221,10 @@ def in_turns() -> None:
 
 
 def test_a_gated_scheduler_follows_its_own_optimizer(world: World) -> None:
-    world(2).run(in_turns)
+    world(2).run(gate_in_turns)
 
 
-def failing_step() -> None:
+def fail_a_step() -> None:
     """An optimizer whose step fails has taken none."""
     model = net(6, 8, 3)
 
@@ -251,4 +251,4 @@ def failing_step() -> None:
 
 
 def test_a_step_that_fails_is_not_counted(world: World) -> None:
-    world(2).run(failing_step)
+    world(2).run(fail_a_step)

@@ -48,7 +48,7 @@ class AddUp(torch.autograd.Function):
         return grad, None
 
 
-def spread_out(together: bool) -> tuple[bool, float]:
+def train_over_shards(together: bool) -> tuple[bool, float]:
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
     data, tensor = mesh["data"], mesh["tensor"]
     model = Halves(tensor.get_group(), tensor.get_local_rank())
@@ -71,12 +71,12 @@ def spread_out(together: bool) -> tuple[bool, float]:
 
 
 def test_shards_decide_alike_where_their_gram_matrices_are_added_up(world: World) -> None:
-    assert {stepped for stepped, _ in world(4).run(spread_out, True)} == {True}
-    alone = world(4).run(spread_out, False)
+    assert {stepped for stepped, _ in world(4).run(train_over_shards, True)} == {True}
+    alone = world(4).run(train_over_shards, False)
     assert len({stepped for stepped, _ in alone}) == 2  # each half for itself: one steps, one skips
 
 
-def wrong_shards() -> None:
+def give_wrong_shards() -> None:
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
     model = net(6, 8, 3)
     wrapped = DistributedDataParallel(model, process_group=mesh["data"].get_group())
@@ -97,10 +97,10 @@ def wrong_shards() -> None:
 
 
 def test_wrong_arguments_are_named(world: World) -> None:
-    world(4).run(wrong_shards)
+    world(4).run(give_wrong_shards)
 
 
-def meshes_and_numpy() -> None:
+def give_meshes_and_numpy() -> None:
     import numpy as np
 
     mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard"))
@@ -128,10 +128,10 @@ def meshes_and_numpy() -> None:
 
 
 def test_a_mesh_is_a_group_and_numpys_integers_are_integers(world: World) -> None:
-    world(2).run(meshes_and_numpy)
+    world(2).run(give_meshes_and_numpy)
 
 
-def elsewhere_by_default(scope: str) -> list[float]:
+def train_with_another_default_device(scope: str) -> list[float]:
     model = net(6, 8, 3)
     wrapped = DistributedDataParallel(model)
     found = []
@@ -158,5 +158,5 @@ def elsewhere_by_default(scope: str) -> list[float]:
 @pytest.mark.parametrize("W", [2, 3])
 @pytest.mark.parametrize("scope", ["all", "group"])
 def test_another_default_device_changes_nothing(world: World, W: int, scope: str) -> None:
-    for sums in world(W).run(elsewhere_by_default, scope):
+    for sums in world(W).run(train_with_another_default_device, scope):
         assert sums == pytest.approx([1.0, 1.0, 1.0])

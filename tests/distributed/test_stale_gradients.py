@@ -17,7 +17,7 @@ from helpers.attached import (
     loss,
     momentum,
     net,
-    trained_plainly,
+    train_plainly,
     values,
 )
 from helpers.ranks import World
@@ -25,7 +25,7 @@ from helpers.ranks import World
 pytestmark = pytest.mark.distributed
 
 
-def weighed_by_gradient_norms() -> None:
+def weigh_by_gradient_norms() -> None:
     """torch.autograd.grad after the forward pass, as VQGAN and GradNorm weigh their losses."""
     ends = []
     for filtered in (False, True):
@@ -44,10 +44,10 @@ def weighed_by_gradient_norms() -> None:
 
 
 def test_gradients_that_are_only_asked_for_are_no_accumulation(world: World) -> None:
-    world(2).run(weighed_by_gradient_norms)
+    world(2).run(weigh_by_gradient_norms)
 
 
-def saliency() -> None:
+def look_at_saliency() -> None:
     """The same under FSDP2, with respect to the input, while the last update is still there."""
     mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard"))
     model = fully_shard(net(6, 8, 3), mesh=mesh["shard"])
@@ -63,10 +63,10 @@ def saliency() -> None:
 
 
 def test_fsdp2_too_may_be_asked_for_gradients(world: World) -> None:
-    world(2).run(saliency)
+    world(2).run(look_at_saliency)
 
 
-def uncleared_body() -> None:
+def leave_the_body_uncleared() -> None:
     torch.manual_seed(0)
     model = Heads()
     wrapped = DistributedDataParallel(model, find_unused_parameters=True)
@@ -82,11 +82,11 @@ def uncleared_body() -> None:
 
 def test_one_uncleared_optimizer_of_two_is_noticed(world: World) -> None:
     ranks = world(2)
-    ranks.run(uncleared_body)
+    ranks.run(leave_the_body_uncleared)
     ranks.broken = True  # DDP's own state is that of a pass that an exception ended
 
 
-def cleared_with_zeros() -> None:
+def clear_with_zeros() -> None:
     model = net(6, 8, 3)
     wrapped, optimizer = DistributedDataParallel(model), momentum(model)
     handle = gaf.attach(wrapped, optimizer, gaf.GAF(2.0))
@@ -97,14 +97,14 @@ def cleared_with_zeros() -> None:
         loss(wrapped, step).backward()
         optimizer.step()
     assert handle.stats()["stepped"] == 4
-    assert difference(values(model), trained_plainly(range(4))) < 1e-6
+    assert difference(values(model), train_plainly(range(4))) < 1e-6
 
 
 def test_gradients_filled_with_zeros_are_cleared(world: World) -> None:
-    world(2).run(cleared_with_zeros)
+    world(2).run(clear_with_zeros)
 
 
-def broken_off() -> None:
+def break_off_a_pass() -> None:
     """A pass onto an update, ended by an exception, leaves nothing once gradients are cleared."""
     model = net(6, 8, 3)
     wrapped, optimizer = (
@@ -127,7 +127,7 @@ def broken_off() -> None:
 
 
 def test_a_pass_that_an_exception_ended_raises_no_alarm_later(world: World) -> None:
-    world(2).run(broken_off)
+    world(2).run(break_off_a_pass)
 
 
 class Methods(nn.Module):
@@ -142,7 +142,7 @@ class Methods(nn.Module):
         return self.inner(x)
 
 
-def other_forward_method() -> None:
+def call_another_forward_method() -> None:
     mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard"))
     model = Methods()
     fully_shard(model, mesh=mesh["shard"])
@@ -160,4 +160,4 @@ def other_forward_method() -> None:
 
 
 def test_a_forward_method_of_fsdp2_is_watched_too(world: World) -> None:
-    world(2).run(other_forward_method)
+    world(2).run(call_another_forward_method)

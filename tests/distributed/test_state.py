@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import ExponentialLR, LinearLR, SequentialLR, Step
 from torch.optim.swa_utils import AveragedModel
 
 import gaf
-from helpers.attached import RATE, attached, equal, loss, net, values
+from helpers.attached import RATE, attach_model, equal, loss, net, values
 from helpers.problems import close, flat_grad, micro_gradients, plain_loss, same_everywhere
 from helpers.ranks import World
 
@@ -29,8 +29,8 @@ pytestmark = pytest.mark.distributed
 # ---------------------------------------------------------------------------- detach, state, groups
 
 
-def detached() -> None:
-    model, optimizer, handle = attached(gaf.GAF(0.0))
+def detach_and_attach_again() -> None:
+    model, optimizer, handle = attach_model(gaf.GAF(0.0))
     plain_loss(model, 0, dist.get_rank()).backward()
     assert handle.last is not None
     assert not handle.last.stepped
@@ -51,11 +51,11 @@ def detached() -> None:
 
 
 def test_detach_leaves_plain_averaging_and_attaching_again_filters(world: World) -> None:
-    world(2).run(detached)
+    world(2).run(detach_and_attach_again)
 
 
-def state() -> None:
-    model, optimizer, handle = attached(gaf.RandomSkip(0.5))
+def save_and_load() -> None:
+    model, optimizer, handle = attach_model(gaf.RandomSkip(0.5))
     for step in range(3):
         optimizer.zero_grad()
         plain_loss(model, step, dist.get_rank()).backward()
@@ -70,13 +70,13 @@ def state() -> None:
 
 
 def test_state_is_saved_and_taken_back(world: World) -> None:
-    world(2).run(state)
+    world(2).run(save_and_load)
 
 
 # --------------------------------------------------------------------------------------- the policy
 
 
-def another_policy() -> None:
+def exchange_policies() -> None:
     model = net(6, 8, 3)
     wrapped, optimizer = DistributedDataParallel(model), SGD(model.parameters(), RATE)
     handle = gaf.attach(wrapped, optimizer, gaf.GAF(2.0))
@@ -105,13 +105,13 @@ def another_policy() -> None:
 
 
 def test_a_policy_that_is_put_in_later_is_checked_and_copied(world: World) -> None:
-    world(2).run(another_policy)
+    world(2).run(exchange_policies)
 
 
 # ------------------------------------------------------------------------------- copying and saving
 
 
-def copied_and_saved() -> None:
+def copy_and_save() -> None:
     model = net(6, 8, 3)
     wrapped, optimizer = DistributedDataParallel(model), SGD(model.parameters(), RATE)
     handle = gaf.attach(wrapped, optimizer, gaf.GAF(0.0))
@@ -140,13 +140,13 @@ def copied_and_saved() -> None:
 
 
 def test_a_model_is_copied_and_saved_as_before_attach(world: World) -> None:
-    world(2).run(copied_and_saved)
+    world(2).run(copy_and_save)
 
 
 # ----------------------------------------------------------------------------- state, gates, attach
 
 
-def saved_after_an_overflow() -> None:
+def save_after_an_overflow() -> None:
     model = net(6, 8, 3)
     wrapped, optimizer = DistributedDataParallel(model), SGD(model.parameters(), RATE)
     scaler = GradScaler("cpu", init_scale=2.0)
@@ -168,7 +168,7 @@ def saved_after_an_overflow() -> None:
     assert handle.state_dict()["policy"] == state["policy"]  # nothing was taken
 
 
-def gated_oddly() -> None:
+def gate_oddly() -> None:
     model = net(6, 8, 3)
     wrapped, optimizer = DistributedDataParallel(model), SGD(model.parameters(), RATE)
     handle = gaf.attach(wrapped, optimizer, gaf.GAF(2.0))
@@ -192,7 +192,7 @@ def gated_oddly() -> None:
         handle.gate(StepLR(optimizer, 1))
 
 
-def shared_by_two_models() -> None:
+def share_between_models() -> None:
     """The optimizer moves the second model while the first skips: its scheduler goes on."""
     torch.manual_seed(0)
     first, second = nn.Linear(6, 4), nn.Linear(4, 3)
@@ -209,7 +209,7 @@ def shared_by_two_models() -> None:
     assert scheduler.last_epoch == 3
 
 
-def evaluated_before() -> None:
+def evaluate_before() -> None:
     """FSDP2 leaves the root whole after a forward pass without gradients."""
     mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard"))
     model = fully_shard(net(6, 8, 3), mesh=mesh["shard"])
@@ -222,7 +222,7 @@ def evaluated_before() -> None:
     assert handle.stats()["stepped"] == 1
 
 
-def refused_without_a_trace() -> None:
+def refuse_without_a_trace() -> None:
     mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard"))
     model = fully_shard(net(6, 8, 3), mesh=mesh["shard"])
     optimizer = SGD(model.parameters(), RATE)
@@ -237,11 +237,11 @@ def refused_without_a_trace() -> None:
 @pytest.mark.parametrize(
     "task",
     [
-        saved_after_an_overflow,
-        gated_oddly,
-        shared_by_two_models,
-        evaluated_before,
-        refused_without_a_trace,
+        save_after_an_overflow,
+        gate_oddly,
+        share_between_models,
+        evaluate_before,
+        refuse_without_a_trace,
     ],
 )
 def test_state_gates_and_attach(world: World, task: Callable[[], None]) -> None:

@@ -11,7 +11,7 @@ from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import StepLR
 
 import gaf
-from helpers.attached import RATE, loss, momentum, moved, net, values
+from helpers.attached import RATE, loss, momentum, net, values, which_moved
 from helpers.ranks import World
 
 pytestmark = pytest.mark.distributed
@@ -45,7 +45,7 @@ class Named(Optimizer):
                 p.add_(p.grad if p.grad is not None else 0.0, alpha=-RATE)
 
 
-def nested() -> None:
+def step_within_a_step() -> None:
     model = net(6, 8, 3)
     wrapped, optimizer = DistributedDataParallel(model), Derived(model.parameters(), RATE)
     SGD([nn.Parameter(torch.zeros(1))], RATE)  # the base class is hooked as well
@@ -60,7 +60,7 @@ def nested() -> None:
     assert (handle.stats()["steps"], handle.stats()["stepped"], scheduler.last_epoch) == (4, 2, 2)
 
 
-def named_closures() -> None:
+def give_closures_by_name() -> None:
     model = net(6, 8, 3)
     wrapped, optimizer = DistributedDataParallel(model), Named(model.parameters())
     handle = gaf.attach(wrapped, optimizer, gaf.GAF(2.0))
@@ -73,11 +73,11 @@ def named_closures() -> None:
 
         before = values(model)
         optimizer.step(loss_fn=closure) if step else optimizer.step(closure, 7.0)
-        assert set(moved(model, before)) == {tau == 2.0}
+        assert set(which_moved(model, before)) == {tau == 2.0}
         assert optimizer.scale == (1.0 if step else 7.0)
 
 
-def strangers() -> None:
+def step_with_strangers() -> None:
     model = net(6, 8, 3)
     wrapped, optimizer = DistributedDataParallel(model), SGD(model.parameters(), RATE)
     handle = gaf.attach(wrapped, optimizer, gaf.GAF(0.0))
@@ -87,13 +87,13 @@ def strangers() -> None:
     before = values(model)
     with pytest.raises(RuntimeError, match="every optimizer that steps on the model's parameters"):
         another.step()
-    assert not any(moved(model, before))
+    assert not any(which_moved(model, before))
     elsewhere.step()
     handle.detach()
     another.step()
 
 
-@pytest.mark.parametrize("task", [nested, named_closures, strangers])
+@pytest.mark.parametrize("task", [step_within_a_step, give_closures_by_name, step_with_strangers])
 def test_steps_that_optimizers_take_in_ways_of_their_own(
     world: World, task: Callable[[], None]
 ) -> None:
@@ -123,7 +123,7 @@ class Around(Optimizer):
         return loss
 
 
-def closures(kind: Callable[..., Optimizer], word: str) -> None:
+def evaluate_closures(kind: Callable[..., Optimizer], word: str) -> None:
     SGD([nn.Parameter(torch.zeros(1))], RATE)  # the base class is hooked as well
     model = net(6, 8, 3)
     options = {} if kind is Around else {"lr": RATE, "momentum": 0.9}
@@ -148,7 +148,7 @@ def closures(kind: Callable[..., Optimizer], word: str) -> None:
                 optimizer.step(closure)
             continue
         optimizer.step(**{word: closure}) if word else optimizer.step(closure)
-        assert set(moved(model, before)) == {tau == 2.0}
+        assert set(which_moved(model, before)) == {tau == 2.0}
         if scheduler is not None:
             scheduler.step()
     assert (handle.stats()["steps"], handle.stats()["stepped"]) == (5, 3)
@@ -169,10 +169,10 @@ def closures(kind: Callable[..., Optimizer], word: str) -> None:
 def test_closures_are_filtered_whatever_the_optimizer_does_with_them(
     world: World, kind: type, word: str
 ) -> None:
-    world(2).run(closures, kind, word)
+    world(2).run(evaluate_closures, kind, word)
 
 
-def deleted() -> None:
+def delete_wrappers() -> None:
     """A function that wraps, attaches and returns leaves no hook, and stops no later optimizer."""
     from torch.optim.optimizer import _global_optimizer_pre_hooks
 
@@ -188,11 +188,11 @@ def deleted() -> None:
         before = values(model)
         loss(model, step).backward()
         SGD(model.parameters(), RATE).step()  # plain training goes on
-        assert all(moved(model, before))
+        assert all(which_moved(model, before))
         model.zero_grad()
         found.append(len(_global_optimizer_pre_hooks))
     assert found[0] == found[2]
 
 
 def test_a_wrapper_that_is_gone_stops_no_later_optimizer(world: World) -> None:
-    world(2).run(deleted)
+    world(2).run(delete_wrappers)

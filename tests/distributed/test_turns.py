@@ -17,7 +17,7 @@ from helpers.ranks import World
 pytestmark = pytest.mark.distributed
 
 
-def adversarial(clears: bool, policy: Any) -> tuple[list[Tensor], Any, Any, Any]:
+def train_gan(clears: bool, policy: Any) -> tuple[list[Tensor], Any, Any, Any]:
     """A GAN's loop. clears: whether the generator's step first clears the discriminator's."""
     torch.manual_seed(0)
     generator, critic = DistributedDataParallel(net(4, 4)), DistributedDataParallel(net(4, 3, 1))
@@ -45,9 +45,9 @@ def adversarial(clears: bool, policy: Any) -> tuple[list[Tensor], Any, Any, Any]
     return [*values(generator), *values(critic)], first, second, scheduler
 
 
-def taking_turns(clears: bool) -> None:
-    plain, *_ = adversarial(clears, None)
-    filtered, first, second, scheduler = adversarial(clears, lambda: gaf.GAF(2.0))
+def take_turns(clears: bool) -> None:
+    plain, *_ = train_gan(clears, None)
+    filtered, first, second, scheduler = train_gan(clears, lambda: gaf.GAF(2.0))
     assert difference(plain, filtered) < 1e-6
     assert scheduler.last_epoch == 6
     for handle in (first, second):
@@ -57,12 +57,12 @@ def taking_turns(clears: bool) -> None:
 
 @pytest.mark.parametrize("clears", [True, False])
 def test_a_handle_counts_its_own_models_steps_only(world: World, clears: bool) -> None:
-    world(2).run(taking_turns, clears)
+    world(2).run(take_turns, clears)
 
 
-def learning_in_turns() -> None:
+def learn_in_turns() -> None:
     """A policy learns from the steps taken on its decisions: RandomSkip draws once for each."""
-    _, first, second, scheduler = adversarial(True, lambda: gaf.RandomSkip(0.5, seed=1))
+    _, first, second, scheduler = train_gan(True, lambda: gaf.RandomSkip(0.5, seed=1))
     expected = [any(gaf.RandomSkip(0.5, seed=1).planned(step, 2)) for step in range(6)]
     for handle in (first, second):
         assert handle.state_dict()["policy"] == {"step": 6}
@@ -71,10 +71,10 @@ def learning_in_turns() -> None:
 
 
 def test_a_policy_learns_from_its_own_models_steps_only(world: World) -> None:
-    world(2).run(learning_in_turns)
+    world(2).run(learn_in_turns)
 
 
-def alternating() -> None:
+def alternate_heads() -> None:
     """Heads in turn, each with a step of its own, cleared with zeros."""
     model = Branches()
     wrapped = DistributedDataParallel(model, find_unused_parameters=True)
@@ -88,10 +88,10 @@ def alternating() -> None:
 
 
 def test_heads_in_turn_count_a_step_each(world: World) -> None:
-    world(2).run(alternating)
+    world(2).run(alternate_heads)
 
 
-def turns(clears: bool, none: bool, freezes: bool) -> list[int]:
+def count_turns(clears: bool, none: bool, freezes: bool) -> list[int]:
     """A GAN's loop with every way of clearing; the critic's first layer may be frozen (FreezeD)."""
     torch.manual_seed(0)
     generator = DistributedDataParallel(net(4, 4))
@@ -125,10 +125,10 @@ def turns(clears: bool, none: bool, freezes: bool) -> list[int]:
 def test_a_gan_is_counted_right_however_it_clears(
     world: World, clears: bool, none: bool, freezes: bool
 ) -> None:
-    assert world(2).run(turns, clears, none, freezes) == [[6, 6, 6]] * 2
+    assert world(2).run(count_turns, clears, none, freezes) == [[6, 6, 6]] * 2
 
 
-def drawn_in_turns() -> None:
+def draw_in_turns() -> None:
     """A GAN that clears with zeros, under a policy that skips: each critic's step draws once."""
     torch.manual_seed(0)
     generator, critic = DistributedDataParallel(net(4, 4)), DistributedDataParallel(net(4, 6, 1))
@@ -151,4 +151,4 @@ def drawn_in_turns() -> None:
 
 
 def test_a_gan_that_clears_with_zeros_draws_once_a_step(world: World) -> None:
-    world(2).run(drawn_in_turns)
+    world(2).run(draw_in_turns)

@@ -21,7 +21,7 @@ from helpers.attached import (
     loss,
     momentum,
     net,
-    trained_plainly,
+    train_plainly,
     values,
 )
 from helpers.problems import micro_gradients
@@ -30,7 +30,7 @@ from helpers.ranks import World
 pytestmark = pytest.mark.distributed
 
 
-def rewrapped(deleted: bool) -> None:
+def wrap_again(deleted: bool) -> None:
     model = net(6, 8, 3)
     optimizer = momentum(model)
     first = DistributedDataParallel(model)
@@ -52,17 +52,17 @@ def rewrapped(deleted: bool) -> None:
         loss(second, step).backward()
         optimizer.step()
     assert handle.stats()["stepped"] == 3
-    assert difference(values(model), trained_plainly(range(1, 4))) < 1e-6
+    assert difference(values(model), train_plainly(range(1, 4))) < 1e-6
 
 
 @pytest.mark.parametrize("deleted", [True, False])
 def test_a_model_that_is_wrapped_again_moves_as_its_new_handle_says(
     world: World, deleted: bool
 ) -> None:
-    world(2).run(rewrapped, deleted)
+    world(2).run(wrap_again, deleted)
 
 
-def reduced_by_hand(overflow: bool) -> None:
+def reduce_by_hand(overflow: bool) -> None:
     """After a skip, a step of the user's own, on gradients averaged by hand under no_sync."""
     model = net(6, 8, 3)
     wrapped, optimizer = DistributedDataParallel(model), SGD(model.parameters(), RATE)
@@ -91,10 +91,10 @@ def reduced_by_hand(overflow: bool) -> None:
 
 @pytest.mark.parametrize("overflow", [False, True])
 def test_a_skip_does_not_reach_a_later_step_of_the_users_own(world: World, overflow: bool) -> None:
-    world(2).run(reduced_by_hand, overflow)
+    world(2).run(reduce_by_hand, overflow)
 
 
-def two_models() -> None:
+def train_two_models() -> None:
     torch.manual_seed(0)
     encoder, decoder = nn.Linear(6, 4), nn.Linear(4, 3)
     optimizer = SGD([*encoder.parameters(), *decoder.parameters()], RATE, momentum=0.9)
@@ -117,7 +117,7 @@ def two_models() -> None:
 
 
 def test_a_handle_acts_on_its_own_parameters_only(world: World) -> None:
-    world(2).run(two_models)
+    world(2).run(train_two_models)
 
 
 def head_rows(model: Heads, which: int, step: int) -> Tensor:
@@ -127,7 +127,7 @@ def head_rows(model: Heads, which: int, step: int) -> Tensor:
     )
 
 
-def shared_step(hybrid: bool, view: bool, scope: str) -> None:
+def share_a_step(hybrid: bool, view: bool, scope: str) -> None:
     """Two synchronised passes over different heads, then one step: each head has its decision."""
     torch.manual_seed(0)
     model, twin = Heads(), Heads()
@@ -180,10 +180,10 @@ def whole_values(model: nn.Module) -> list[Tensor]:
 def test_passes_over_different_parameters_may_share_a_step(
     world: World, hybrid: bool, view: bool, scope: str
 ) -> None:
-    world(2).run(shared_step, hybrid, view, scope)
+    world(2).run(share_a_step, hybrid, view, scope)
 
 
-def detached_in_between() -> None:
+def detach_in_between() -> None:
     """After the decision and before the step: the skip holds all the same."""
     model = net(6, 8, 3)
     wrapped, optimizer = DistributedDataParallel(model), momentum(model)
@@ -199,10 +199,10 @@ def detached_in_between() -> None:
 
 
 def test_detaching_leaves_a_skip_in_place(world: World) -> None:
-    world(2).run(detached_in_between)
+    world(2).run(detach_in_between)
 
 
-def twice() -> None:
+def attach_twice() -> None:
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
     group = mesh["replicate"].get_group()
     hybrid = fully_shard(net(6, 8, 3), mesh=mesh["shard"])
@@ -232,4 +232,4 @@ def twice() -> None:
 
 
 def test_a_model_is_attached_once_at_a_time(world: World) -> None:
-    world(4).run(twice)
+    world(4).run(attach_twice)

@@ -55,7 +55,7 @@ def momentum(model: nn.Module) -> SGD:
     return SGD(model.parameters(), RATE, momentum=0.9, weight_decay=0.1)
 
 
-def trained_plainly(steps: range) -> list[Tensor]:
+def train_plainly(steps: range) -> list[Tensor]:
     model = net(6, 8, 3)
     wrapped, optimizer = DistributedDataParallel(model), momentum(model)
     for step in steps:
@@ -78,7 +78,7 @@ def head_loss(model: nn.Module, which: int, step: int) -> Tensor:
     return loss(lambda x: model(x, which), step)  # type: ignore[arg-type]
 
 
-def attached(
+def attach_model(
     policy: Any,
     make: Callable[[], nn.Module] = Odd,
     lr: float = 0.05,
@@ -109,7 +109,7 @@ class Vector(nn.Module):
         return self.p * x
 
 
-def moved(model: nn.Module, before: list[Tensor]) -> list[bool]:
+def which_moved(model: nn.Module, before: list[Tensor]) -> list[bool]:
     return [not torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True)]
 
 
