@@ -42,8 +42,8 @@ class SentBucket:
 def gradients_kept(bucket: GradBucket, stale: StaleGradients) -> Pieces:
     """This rank's gradients in p.grad, and their places in the bucket.
 
-    DDP leaves p.grad alone until the pass is over. Empty where p.grad is a view of the bucket, and
-    where there was no backward pass: on a rank that has joined.
+    DDP leaves p.grad alone until the pass is over. Empty if p.grad is a view of the bucket, and on
+    a rank that has joined, which runs no backward pass.
     """
     if not in_backward():
         return [], []
@@ -60,8 +60,8 @@ def gradients_kept(bucket: GradBucket, stale: StaleGradients) -> Pieces:
 def place_of(p: Tensor, place: Tensor) -> Tensor:
     """A parameter's gradient in its bucket, with every coordinate where `p` has it.
 
-    DDP lays a parameter out in the order of its own strides, where these leave no gaps, and shows
-    the memory as if it were contiguous.
+    DDP lays a parameter out in the order of its own strides, if these leave no gaps, and shows the
+    memory as if it were contiguous.
     """
     if p.is_contiguous() or torch.empty_like(p, device="meta").stride() != p.stride():
         return place

@@ -98,7 +98,7 @@ class Decider:
     def end(self) -> None:
         """The pass's last decision is taken."""
         self.skips.end_pass(self.stale, several=len(self.pending.passes) > 1)
-        reached = self.stale.reached()
+        reached = self.stale.reached_parameters()
         self.stale.close()
         self.steps.end_pass()
         self.pending.end_pass(reached)
@@ -132,7 +132,7 @@ class Decider:
             RuntimeError: on all ranks, if one of them began its backward pass on top of a part of
                 the last update.
         """
-        stale = self.stale.found(self.steps.all_stepped())
+        stale = self.stale.added_to_updates(self.steps.all_stepped())
         flag = partial.new_zeros(1) if stale is None else stale.to(partial).reshape(1)
         known, ranks = torch.cat([partial.reshape(-1), self._loss_scale(partial), flag]), 1
         for group in over:

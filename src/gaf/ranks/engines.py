@@ -1,6 +1,6 @@
 """The data-parallel engine of a model: whose gradients are compared, and what installs a handle.
 
-Engines are imported where they are used.
+An engine is imported only when a model uses it.
 """
 
 from collections.abc import Callable

@@ -13,6 +13,8 @@ of every row. The sum over the ranks of the slices' Gram matrices is K.
     gram           all ranks add  k k scalars    every rank holds K and takes the same decision
     give_back      all-gather     n (W-1)/W      every rank holds w^T G[:, slice r] from every r
 
+Together a rank sends 2 n (W-1)/W coordinates, as in the ring all-reduce, and k k scalars.
+
 The slices are one gradient-sized buffer, the only one. Flat pieces of the gradient (a bucket, a
 parameter's shard) are sent as soon as they exist, so that the way in runs during the backward pass.
 A piece is cut into W equal slices. Its remainder is joined with those of the other pieces into a
@@ -48,8 +50,7 @@ class Parcel:
 
     whole: Tensor  # (W c,), this rank's values; later the update
     slices: Tensor  # (W, c), every rank's values of this rank's slice
-    # (k, c): the first of each micro-group, which takes the group's average
-    rows: Tensor
+    rows: Tensor  # (k, c), the first slice of each micro-group, which takes the group's average
     works: list[Any]
 
 
@@ -69,7 +70,7 @@ class Exchange:
         self.device = torch.device("cpu")  # of what is sent
         self.parcels: list[Parcel] = []
         self.rests: list[Tensor] = []  # pieces too small to cut, and remainders of cutting
-        # a parcel of rests, and where they belong
+        # each parcel of rests, with the places that they came from
         self.returns: list[tuple[Tensor, list[Tensor]]] = []
         self._spare = SpareMemory()
 
@@ -145,7 +146,7 @@ class Exchange:
 
     def _post(self, whole: Tensor) -> None:
         places = whole.view(self.W, -1)
-        slices = self._spare.like(whole).view(self.W, -1)
+        slices = self._spare.take_like(whole).view(self.W, -1)
         works = all_to_all(slices, places, self.group, self.tag + 2 * len(self.parcels))
         self.parcels.append(Parcel(whole, slices, slices[:: self.micro_group], works))
 
@@ -161,7 +162,7 @@ class SpareMemory:
     def __init__(self, flats: Sequence[Tensor] = ()) -> None:
         self.flats = list(flats)
 
-    def like(self, flat: Tensor) -> Tensor:
+    def take_like(self, flat: Tensor) -> Tensor:
         """A tensor of the same size, dtype and device: a spare one, or the head of a longer one.
 
         Longer ones occur because DDP cuts its buckets anew after a while.

@@ -16,7 +16,7 @@ from gaf.rules.combine import combine_into
 
 
 class GroupwiseShards:
-    """scope="group": one decision where the gradients of a parameter group are reduced."""
+    """scope="group": one decision at each reduction of a parameter group's gradients."""
 
     def __init__(self, handle: Handle, model: nn.Module, exchange: Exchange) -> None:
         self.handle = handle

@@ -10,10 +10,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 TAG = 2**20  # of the first message between gloo processes; a user's own are numbered lower
-# ranks up to which every rank adds up all shares of K; beyond, each rank adds a block of entries
+# Up to so many ranks each adds up all shares of K; among more, each adds up a block of entries.
 FEW = 32
 
-# torch 2.13's name
+# all_gather_single is torch 2.13's name.
 _all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(
     dist, "all_gather_into_tensor", None
 )

@@ -38,7 +38,7 @@ class Pair(Exchange):
         own, places = find_kept()
         slices = flat.new_empty(0)
         if not own:
-            slices = self._spare.like(flat).copy_(flat)
+            slices = self._spare.take_like(flat).copy_(flat)
             own, places = [slices], [flat]
         work = dist.all_reduce(flat, group=self.group, async_op=True)
         self.parcels.append(Parcel(flat, slices, slices, [work]))

@@ -75,7 +75,7 @@ class PendingDecisions:
             self.count_joined()
             return 0
         before = set().union(*(one.reached for one in mine))
-        again = bool(before & stale.reached())
+        again = bool(before & stale.reached_parameters())
         holds = any(p.grad is not None for p in before)
         answers = (not joined, bool(mine), again, holds)
         device = next(iter(stale.params)).device

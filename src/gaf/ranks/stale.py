@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-IN_PART = 1e6  # of a rank where one optimizer was cleared and another was not; 1 where none was
+IN_PART = 1e6  # a rank's answer if one optimizer was cleared and another was not; 1 if none was
 CLEAR_FIRST = (
     "attach: the gradients must be cleared before a backward pass that synchronises; the last "
     "update was still there and would mix with the new micro-gradients. Call optimizer.zero_grad() "
@@ -67,7 +67,7 @@ class StaleGradients:
         """After a survey: the pass has added to these."""
         self._arrived.update(params)
 
-    def reached(self) -> set[Tensor]:
+    def reached_parameters(self) -> set[Tensor]:
         """Parameters that the pass has reached on this rank so far."""
         return set(self._arrived)
 
@@ -75,7 +75,7 @@ class StaleGradients:
         """Whether a parameter holds an earlier pass's gradient, not reached on this rank so far."""
         return p in self._updated and p not in self._arrived and p.grad is not None
 
-    def found(self, optimizers: Sequence[Sequence[Tensor]] = ()) -> Tensor | None:
+    def added_to_updates(self, optimizers: Sequence[Sequence[Tensor]] = ()) -> Tensor | None:
         """() float64, above 0 if a gradient was added to an update; None is 0.
 
         Args:
