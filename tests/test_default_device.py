@@ -21,7 +21,7 @@ from gaf.ranks.handle import Handle
 from gaf.record.audit import Excess
 from gaf.record.outcome import Outcome, pack
 from gaf.record.telemetry import Telemetry
-from gaf.rules import agreement
+from gaf.rules import agreement, prediction
 from gaf.rules.blas import gram_by_blas, products_by_blas
 from gaf.rules.decision import Evidence
 from gaf.rules.gram import gram_of, inner_products
@@ -122,7 +122,7 @@ def measured() -> Any:
     K = gaf.gram(ROWS)[:3, :3].repeat(4, 4) + torch.eye(12, dtype=torch.float64, device="cpu")
     return (
         vars(agreement.noise_of(K, 8)), agreement.cosines_of(K), agreement.dimension_of(K), agreement.noise_squared(K),
-        agreement.noise_floor(0.05, 100.0), agreement.tau_for(0.5, 4, 3.0, 100.0), vars(measure_acceptance(K, 4, 0.9)),
+        prediction.noise_floor(0.05, 100.0), prediction.tau_for(0.5, 4, 3.0, 100.0), vars(measure_acceptance(K, 4, 0.9)),
         Probe(5, 4, K, {"all": K}, 0).recommend().tau,
     )  # fmt: skip
 

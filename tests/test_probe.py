@@ -14,9 +14,10 @@ import gaf
 from gaf.measure.acceptance import measure_acceptance
 from gaf.measure.probe import probe
 from gaf.measure.result import Probe
-from gaf.rules import agreement
-from gaf.rules.agreement import dimension_of, noise_floor, noise_of, predicted_acceptance, tau_for
+from gaf.rules import prediction
+from gaf.rules.agreement import dimension_of, noise_of
 from gaf.rules.gram import gram_of
+from gaf.rules.prediction import noise_floor, predicted_acceptance, tau_for
 
 
 def spectrum(name: str) -> Tensor:
@@ -117,15 +118,15 @@ def test_mean_and_spread_of_the_cosine_with_a_sum(name, rho, c):
     cosines = torch.cosine_similarity(rows[:, :c].sum(1), rows[:, c], dim=1)
     dimension = float(1 / eigenvalues.square().sum())
     # of order 1 / d_eff
-    assert float(cosines.mean()) == pytest.approx(agreement.expected_cosine(rho, c), abs=0.02)
+    assert float(cosines.mean()) == pytest.approx(prediction.expected_cosine(rho, c), abs=0.02)
     assert float(cosines.std()) == pytest.approx(
-        agreement.spread_of_cosine(rho, dimension, c), rel=0.1
+        prediction.spread_of_cosine(rho, dimension, c), rel=0.1
     )
 
 
 def test_where_all_is_noise_the_cosine_scatters_by_the_root_of_the_dimension_and_the_mean_is_that_of_b():
-    assert agreement.spread_of_cosine(math.inf, 400.0, 1) == pytest.approx(0.05, rel=1e-4)
-    assert 1 - agreement.expected_cosine(9.0, 1) == pytest.approx(9 / (1 + 9))
+    assert prediction.spread_of_cosine(math.inf, 400.0, 1) == pytest.approx(0.05, rel=1e-4)
+    assert 1 - prediction.expected_cosine(9.0, 1) == pytest.approx(9 / (1 + 9))
 
 
 @pytest.mark.parametrize("name", SPECTRA)

@@ -18,14 +18,8 @@ from gaf.measure.advice import (
     reason_of_noise_floor,
     reason_of_share,
 )
-from gaf.rules.agreement import (
-    Noise,
-    cosines_of,
-    noise_floor,
-    noise_of,
-    predicted_acceptance,
-    tau_for,
-)
+from gaf.rules.agreement import Noise, cosines_of, noise_of
+from gaf.rules.prediction import noise_floor, predicted_acceptance, tau_for
 from gaf.shapes import Float64
 
 MORE = "Give more micro-batches, or lower k."

@@ -1,4 +1,4 @@
-"""What a policy says about the k micro-gradients of one macro-batch, and what was measured of them."""
+"""What a policy decides about the k micro-gradients of one macro-batch, and the evidence."""
 
 import math
 from collections.abc import Sequence
@@ -15,14 +15,16 @@ from gaf.shapes import Bool, Float64
 class Decision:
     """Weights of the rows and whether to step, with the distances that decided.
 
-    All fields are tensors on the Gram matrix's device, so that taking a decision costs no host synchronisation.
+    All fields are tensors on the Gram matrix's device, so that a decision costs no host
+    synchronisation.
 
     Attributes:
         weights: (k,) float64; the update is `weights @ rows`. Zeros where not stepped.
         accepted: (k,) bool; the rows that make up the update. All False where not stepped.
         stepped: () bool; whether the optimizer is to step.
-        distances: (k,) float64 in [0, 2]; cosine distance of each row to the running sum that it was compared with.
-            0 for the row that the sum started from, NaN for an absent row (zero, NaN or infinite).
+        distances: (k,) float64 in [0, 2]; cosine distance of each row to the running sum that it
+            was compared with. 0 for the row that the sum started from, NaN for an absent row (zero,
+            NaN or infinite).
     """
 
     weights: Float64[Tensor, " k"]
@@ -47,33 +49,34 @@ class Evidence:
 
 
 def as_skip(decision: Decision) -> Decision:
-    """The same evidence, no step."""
-    d = decision
+    """The same distances, no step."""
     return Decision(
-        torch.zeros_like(d.weights),
-        torch.zeros_like(d.accepted),
-        torch.zeros_like(d.stepped),
-        d.distances,
+        weights=torch.zeros_like(decision.weights),
+        accepted=torch.zeros_like(decision.accepted),
+        stepped=torch.zeros_like(decision.stepped),
+        distances=decision.distances,
     )
 
 
 def check_decision(decision: Any, policy: Any, k: int, device: torch.device) -> Decision:
-    """The decision that a policy took, if it is one about these rows. Looks at no value, and so waits for no device.
+    """The decision that a policy returned, if it is one about these rows.
+
+    Looks at no value, and so waits for no device.
 
     Args:
         decision: what the policy returned.
         policy: named in messages.
-        k: rows that it was asked about.
+        k: how many rows it decided about.
         device: of the Gram matrix.
 
     Raises:
-        TypeError: where it is no Decision of tensors.
-        ValueError: where a field has another shape, another kind of numbers, or lies on another device.
+        TypeError: if it is no Decision of tensors.
+        ValueError: if a field has another shape, another kind of numbers, or another device.
     """
     if not isinstance(decision, Decision) or not all(
         isinstance(part, Tensor) for part in vars(decision).values()
     ):
-        found = f"one with {decision!r}" if isinstance(decision, Decision) else shown(decision)
+        found = describe_value(decision)
         raise TypeError(
             f"policy {policy!r}: it must return a gaf.Decision of tensors; got {found}. "
             "Build one with a tensor for each field, on the Gram matrix's device."
@@ -83,32 +86,40 @@ def check_decision(decision: Any, policy: Any, k: int, device: torch.device) -> 
     return decision
 
 
-def shown(value: Any) -> str:
+def describe_value(value: Any) -> str:
     """A tensor by its shape, everything else as it prints."""
+    if isinstance(value, Decision):
+        return f"one with {value!r}"
     return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
-
-
-def check_weights(weights: Sequence[float], stepped: bool, policy: Any) -> None:
-    """Once the weights are on the host: a step by weights that are not finite would leave no parameter that is.
-
-    Raises:
-        ValueError: where they are not.
-    """
-    if stepped and not all(map(math.isfinite, weights)):
-        raise ValueError(
-            f"policy {policy!r}: a Decision that steps must have finite weights; got {list(weights)}. "
-            "Give a row that is not to count the weight 0, or do not step."
-        )
 
 
 def check_field(
     name: str, part: Tensor, policy: Any, shape: tuple[int, ...], device: torch.device
 ) -> None:
-    yes_or_no = name in ("accepted", "stepped")
-    kind = "bool" if yes_or_no else "float64 (or another floating point type)"
-    sound = part.dtype == torch.bool if yes_or_no else part.is_floating_point()
-    if tuple(part.shape) != shape or not sound or part.device != device:
-        one = {"weights": "weight", "distances": "distance"}.get(name, name)
-        rows = f"for each of the {shape[0]} rows" if shape else "for all rows together, of shape ()"
-        raise ValueError(f"policy {policy!r}: a Decision must have, in {kind} and on the Gram matrix's device {device}, one {one} {rows}; "
-                         f"got shape {tuple(part.shape)} of {part.dtype} on {part.device}. See gaf.Decision for each field.")  # fmt: skip
+    """ValueError if a field of a Decision has another shape, kind of numbers or device."""
+    if name in ("accepted", "stepped"):
+        kind, sound = "bool", part.dtype == torch.bool
+    else:
+        kind, sound = "float64 (or another floating point type)", part.is_floating_point()
+    if tuple(part.shape) == shape and sound and part.device == device:
+        return
+    one = {"weights": "weight", "distances": "distance"}.get(name, name)
+    rows = f"for each of the {shape[0]} rows" if shape else "for all rows together, of shape ()"
+    raise ValueError(
+        f"policy {policy!r}: a Decision must have, in {kind} and on the Gram matrix's device "
+        f"{device}, one {one} {rows}; got shape {tuple(part.shape)} of {part.dtype} on "
+        f"{part.device}. See gaf.Decision for each field."
+    )
+
+
+def check_weights(weights: Sequence[float], stepped: bool, policy: Any) -> None:
+    """Refuses a step whose weights are not finite: no parameter would stay finite after it.
+
+    Raises:
+        ValueError: if the step is taken and a weight is not finite.
+    """
+    if stepped and not all(map(math.isfinite, weights)):
+        raise ValueError(
+            f"policy {policy!r}: a Decision that steps must have finite weights; "
+            f"got {list(weights)}. Give a row that is not to count the weight 0, or do not step."
+        )

@@ -1,4 +1,7 @@
-"""GAF as it stands in the paper: vectors, no Gram matrix, float64. Slow, short, and what the tests hold the rest against."""
+"""GAF as the paper has it: vectors, no Gram matrix, float64.
+
+Slow and short. The tests compare everything else with it.
+"""
 
 import torch
 from torch import Tensor
@@ -11,7 +14,10 @@ from gaf.shapes import Float, Float64
 def reference(
     rows: Float[Tensor, "k n"], tau: float, average: str = "mean", min_accepted: int = 2
 ) -> tuple[Float64[Tensor, " n"] | None, list[bool]]:
-    """Algorithm 1 of arXiv 2412.18052 (start="first"). Returns the update, None for a skip, and which rows were accepted."""
+    """Algorithm 1 of arXiv 2412.18052 (start="first").
+
+    Returns the update, None for a skip, and which rows were accepted.
+    """
     check_rows(rows)
     tau = real_number("reference: tau", tau, 0, 2, "The paper uses 0.97.")
     one_of("reference: average", average, ("mean", "halving"))
@@ -23,11 +29,9 @@ def reference(
             accepted.append(sound)
             total = g if sound else None
             continue
-        cosine = (
-            torch.dot(total, g) / (total.norm() * g.norm())
-            if total.norm() > 0
-            else torch.tensor(0.0, device=g.device)
-        )
+        cosine = torch.zeros((), dtype=g.dtype, device=g.device)
+        if total.norm() > 0:
+            cosine = torch.dot(total, g) / (total.norm() * g.norm())
         accepted.append(sound and bool((1 - cosine).clamp(0, 2) <= tau + 1e-12))
         if accepted[-1]:
             total = (total + g) / 2 if average == "halving" else total + g

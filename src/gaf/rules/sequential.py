@@ -92,7 +92,7 @@ class Sequential:
         raise NotImplementedError
 
     def shrink(self, count: Int[Tensor, "*s"]) -> Float64[Tensor, "*s"]:
-        """What the sum is multiplied by once a row has joined `count` others: 1 or, halving, 1/2."""
+        """The factor of the sum once a row has joined `count` others: 1, or 1/2 for "halving"."""
         halved = (count > 0) & (self.average == "halving")
         return 1.0 - 0.5 * halved.double()
 

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from gaf.measure.advice import Recommendation
 from gaf.measure.result import Probe
-from gaf.rules.agreement import expected_cosine
+from gaf.rules.prediction import expected_cosine
 from gaf_lab.records import run as records
 
 BINS = 100
