@@ -81,7 +81,7 @@ def measured(policy: str, tau: float, b: int, pictures: Path, out: Path) -> dict
     }
     return {
         "kind": "vit-l16", "config": run.header["config"], **found, "seconds_per_step": K * b / line["samples_per_second"],
-        "peak_gib": usage.ru_maxrss / 2**20, "checkpoint_gib": (out / checkpoint.FILE).stat().st_size / 2**30,
+        "peak_gib": usage.ru_maxrss / 2**20, "checkpoint_gib": (out / checkpoint.CHECKPOINT_FILE).stat().st_size / 2**30,
         "workers": reader_count(),
     }  # fmt: skip
 

@@ -28,7 +28,7 @@ AUTO = "GAF, moving-average 0.05"
 
 @cache
 def runs() -> list[Run]:
-    return packs.read(ROOT / "results" / "choosing-tau.jsonl")
+    return packs.read_pack(ROOT / "results" / "choosing-tau.jsonl")
 
 
 def arms_at(task: str, b: int, rate: float) -> dict[str, Arm]:

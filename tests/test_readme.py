@@ -119,7 +119,7 @@ def claims() -> Iterator[str]:
         f"{100 * mean_of(demo[name], measures.SELECTED):.1f}%" for name in ("averaging", "GAF")
     )
     yield f"checkpoint ({best}) is as good as GAF at its own ({own})"
-    table = packs.read(ROOT / "results" / "table1-small.jsonl")
+    table = packs.read_pack(ROOT / "results" / "table1-small.jsonl")
     clean, some, most = (
         by_name(run for run in table if run.header["config"]["noise_rate"] == rate)
         for rate in (0.0, 0.4, 0.6)

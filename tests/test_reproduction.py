@@ -31,7 +31,7 @@ COLUMNS = (
 
 @cache
 def runs(name: str) -> list[Run]:
-    return packs.read(ROOT / "results" / f"{name}-small.jsonl")
+    return packs.read_pack(ROOT / "results" / f"{name}-small.jsonl")
 
 
 def runs_at(name: str, field: str, value: object) -> list[Run]:

@@ -35,7 +35,6 @@ TWICE = {  # names that several files define
     },
     "gaf_lab": {
         "Cell",
-        "FILE",
         "NOTHING",
         "Problem",
         "Step",
@@ -47,7 +46,6 @@ TWICE = {  # names that several files define
         "main",
         "outcome",
         "plain",
-        "read",
         "static",
         "table",
         "write",

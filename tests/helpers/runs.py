@@ -18,7 +18,7 @@ class Stop(Silent):
 
 
 def final_state(folder):
-    state = torch.load(folder / checkpoint.FILE, weights_only=True)
+    state = torch.load(folder / checkpoint.CHECKPOINT_FILE, weights_only=True)
     state.pop("seconds")
     state.pop("records_size")
     return state

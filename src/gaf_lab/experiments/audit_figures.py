@@ -42,7 +42,7 @@ def draw_audit(found: AuditResult, path: Path) -> None:
     draw_quality(axes[0], found)
     if known:
         draw_roc(axes[1], found)
-    with records.whole(path) as part:
+    with records.replace_whole(path) as part:
         figure.savefig(part, dpi=DPI)
 
 
@@ -101,7 +101,7 @@ def draw_suspects(found: AuditResult, path: Path) -> None:
         if known:
             color = WRONG if found.flipped[i] else RIGHT
         draw_suspect(ax, found, i, color)
-    with records.whole(path) as part:
+    with records.replace_whole(path) as part:
         figure.savefig(part, dpi=DPI)
 
 

@@ -34,7 +34,7 @@ def write_samples(found: AuditResult, path: Path) -> None:
     known = bool(found.flipped.any())
     train = found.problem.train
     others = [name for name in SCORES if name != RANKING]
-    with records.whole(path) as part, part.open("w", newline="") as file:
+    with records.replace_whole(path) as part, part.open("w", newline="") as file:
         out = csv.writer(file)
         given = ["index", "given_label", "predicted_label", "label_quality", "is_label_issue"]
         out.writerow([*given, *others, "appearances", "true_label", "flipped"])

@@ -34,7 +34,7 @@ def draw_probe(lines: Sequence[ProbeLine], path: Path) -> None:
         draw_distances(row[0], group)
         draw_acceptance(row[1], group)
         draw_layers(row[2], group[0])
-    with records.whole(path) as part:
+    with records.replace_whole(path) as part:
         figure.savefig(part, dpi=DPI)
 
 

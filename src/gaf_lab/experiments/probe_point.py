@@ -86,7 +86,7 @@ class ProbePoint:
         }
         if self.m == 1:
             found["layers"] = [layer_line(merged, name) for name in merged.layers]
-        rounded: dict[str, Any] = round_off(records.plain(found))
+        rounded: dict[str, Any] = round_off(records.as_json(found))
         return rounded
 
     def _curve_point(self, merged: Probe, tau: float) -> list[float]:

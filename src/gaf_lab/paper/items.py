@@ -7,15 +7,15 @@ from gaf_lab.settings.checks import ConfigError, nearest
 
 NOISE_RATES = (0.0, 0.05, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.75)
 HUMAN_COLUMN = "100N-Fine"
-COLUMNS = (*NOISE_RATES, HUMAN_COLUMN)
+TABLE1_COLUMNS = (*NOISE_RATES, HUMAN_COLUMN)
 PaperValues = dict[str, dict[float | str, float]]  # what the paper prints, by arm and x
 
 # table 1: validation accuracy
 GAF_ROW = (0.63, 0.61, 0.60, 0.58, 0.54, 0.53, 0.48, 0.39, 0.13, 0.614)
 AVERAGING_ROW = (0.62, 0.58, 0.53, 0.50, 0.40, 0.38, 0.33, 0.20, 0.11, 0.521)
 TABLE1: PaperValues = {
-    "GAF": dict(zip(COLUMNS, GAF_ROW, strict=True)),
-    "averaging": dict(zip(COLUMNS, AVERAGING_ROW, strict=True)),
+    "GAF": dict(zip(TABLE1_COLUMNS, GAF_ROW, strict=True)),
+    "averaging": dict(zip(TABLE1_COLUMNS, AVERAGING_ROW, strict=True)),
 }
 FIGURE6: PaperValues = {
     arm: {x: value for x, value in row.items() if x != HUMAN_COLUMN} for arm, row in TABLE1.items()

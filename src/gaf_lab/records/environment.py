@@ -1,4 +1,4 @@
-"""Under what a run ran: versions, machine, commit."""
+"""The environment of a run: versions, machine, commit."""
 
 import contextlib
 import os
@@ -26,46 +26,49 @@ def machine(device: torch.device) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
     }
-    return facts | ({"gpu": torch.cuda.get_device_name(device)} if device.type == "cuda" else {})
+    if device.type == "cuda":
+        facts["gpu"] = torch.cuda.get_device_name(device)
+    return facts
 
 
 def memory() -> int:
-    """Bytes of main memory that this process may use at most: the machine's, or its container's."""
+    """Bytes of main memory that this process may use: the machine's, or its container's."""
     sizes = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        with contextlib.suppress(OSError, ValueError):  # ValueError: "max", where there is none
+        with contextlib.suppress(OSError, ValueError):  # ValueError: "max", if there is no limit
             sizes.append(int(Path(limit).read_text()))
     return min(sizes)
 
 
 def check_memory(what: str, size: int, fix: str) -> None:
-    """ConfigError where so many bytes do not fit into main memory."""
+    """ConfigError if so many bytes do not fit into main memory."""
     if size > memory():
         raise ConfigError(
-            f"{what}: must fit into memory, {memory() / 1e9:,.0f} GB; needs {size / 1e9:,.0f} GB. {fix}"
+            f"{what}: must fit into memory, {memory() / 1e9:,.0f} GB; "
+            f"needs {size / 1e9:,.0f} GB. {fix}"
         )
 
 
 def cpu_name() -> str:
     info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    return next(
-        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")),
-        platform.processor(),
-    )
+    for line in info.read_text().splitlines() if info.is_file() else ():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor()
 
 
 def commit() -> str | None:
-    """The project's commit, with "+" where files were changed since; None outside a checkout."""
+    """The project's commit, with "+" if files have changed since; None outside a checkout."""
     here = Path(__file__).parent
     try:
-        head = git(here, "rev-parse", "--short=12", "HEAD")
-        return head + ("+" if git(here, "status", "--porcelain", "--untracked-files=no") else "")
+        head = run_git(here, "rev-parse", "--short=12", "HEAD")
+        changed = run_git(here, "status", "--porcelain", "--untracked-files=no")
+        return f"{head}+" if changed else head
     except (OSError, subprocess.CalledProcessError):
         return None
 
 
-def git(folder: Path, *args: str) -> str:
+def run_git(folder: Path, *args: str) -> str:
     return subprocess.run(
         ["git", "-C", str(folder), *args], capture_output=True, text=True, check=True
     ).stdout.strip()

@@ -20,7 +20,7 @@ def find_runs(places: list[Path]) -> list[Run]:
         )
     folders = sorted({folder for place in places for folder in run_folders(place)})
     files = [place for place in places if place.is_file() and place.name != FILE]
-    return [*map(read, folders), *(run for file in files for run in read_pack(file))]
+    return [*map(read, folders), *(run for file in files for run in runs_in_pack(file))]
 
 
 def run_folders(place: Path) -> list[Path]:
@@ -41,8 +41,8 @@ def run_folders(place: Path) -> list[Path]:
     return found
 
 
-def read_pack(file: Path) -> list[Run]:
-    runs = packs.read(file)
+def runs_in_pack(file: Path) -> list[Run]:
+    runs = packs.read_pack(file)
     if not runs:
         raise ValueError(
             f"{file}: must hold at least one run; none was found. Give another file of results/."

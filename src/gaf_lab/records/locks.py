@@ -1,4 +1,4 @@
-"""Who works in a folder: a lock that the kernel takes back from a process that dies, so that a kill leaves none behind."""
+"""Locks on folders in use. The kernel releases the lock of a process that dies."""
 
 import contextlib
 import errno
@@ -15,24 +15,24 @@ from gaf_lab.records import run as records
 from gaf_lab.settings.checks import ConfigError
 
 LOCK = "lock"
-# a network file system without locks: there, as before, whoever starts two runs in a folder must know
-WITHOUT = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
+# errors of a network file system without locks; there, a second run in a folder is not refused
+NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
 
 
 class FolderBusy(ConfigError):
-    """Another run is at work in the folder."""
+    """Another run uses the folder."""
 
 
 @contextlib.contextmanager
 def file_lock(path: Path) -> Iterator[None]:
-    """Holds the lock on a file, which is made where it is missing; waits for whoever holds it."""
+    """Holds the lock on a file, which is made if it is missing; waits for another holder."""
     with path.open("a") as file:
-        take(file, wait=True)
+        take_lock(file, wait=True)
         yield
 
 
-def take(file: IO[str], wait: bool) -> bool:
-    """Takes the lock on an open file, which ends with the file. False where another one has it, and `wait` is off."""
+def take_lock(file: IO[str], wait: bool) -> bool:
+    """Takes the lock on an open file until it is closed. False if taken and `wait` is off."""
     if sys.platform == "win32":
         return True
     import fcntl
@@ -46,15 +46,15 @@ def take(file: IO[str], wait: bool) -> bool:
 
 @contextlib.contextmanager
 def own_folder(folder: Path, command: str | None = None) -> Iterator[None]:
-    """Makes the folder, and keeps every other run out of it meanwhile.
+    """Makes the folder, and keeps every other run out of it.
 
     Args:
         folder: of one run's records, or one command's output.
-        command: what those who are kept out are told; None takes this program's own words.
+        command: shown to those who are kept out; None takes this program's command line.
 
     Raises:
-        FolderBusy: where another one is at work in the folder.
-        ConfigError: where the folder cannot be written.
+        FolderBusy: if another run uses the folder.
+        ConfigError: if the folder cannot be written.
     """
     new = not folder.exists()
     records.make_folder(folder)
@@ -62,24 +62,27 @@ def own_folder(folder: Path, command: str | None = None) -> Iterator[None]:
         if not take_if_locks_exist(file):
             file.seek(0)
             raise FolderBusy(
-                f"output folder {folder}: must be one run's at a time; {file.read().strip() or 'another run'} is at work in it. "
+                f"output folder {folder}: must be one run's at a time; "
+                f"{file.read().strip() or 'another run'} is at work in it. "
                 "Wait for its end or stop it, or give another one with --out."
             )
         file.truncate(0)
-        file.write(f"{command or own_words()} (process {os.getpid()} on {socket.gethostname()}, "
-                   f"since {time.strftime('%Y-%m-%d %H:%M:%S')})")  # fmt: skip
+        file.write(
+            f"{command or own_command()} (process {os.getpid()} on {socket.gethostname()}, "
+            f"since {time.strftime('%Y-%m-%d %H:%M:%S')})"
+        )
         file.flush()
         try:
             yield
         finally:
             file.truncate(0)
-            if new and [path.name for path in folder.iterdir()] == [LOCK]:  # nothing was begun
+            if new and [path.name for path in folder.iterdir()] == [LOCK]:  # the run made nothing
                 (folder / LOCK).unlink()
                 folder.rmdir()
 
 
 def check_free(folder: Path) -> None:
-    """FolderBusy where another run is at work in the folder; a folder that is not there stays so."""
+    """FolderBusy if another run uses the folder. A missing folder is not made."""
     if (folder / LOCK).is_file():
         with own_folder(folder):
             pass
@@ -87,12 +90,12 @@ def check_free(folder: Path) -> None:
 
 def take_if_locks_exist(file: IO[str]) -> bool:
     try:
-        return take(file, wait=False)
+        return take_lock(file, wait=False)
     except OSError as error:
-        if error.errno in WITHOUT:
+        if error.errno in NO_LOCKS:
             return True
         raise
 
 
-def own_words() -> str:
+def own_command() -> str:
     return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])

@@ -43,5 +43,5 @@ def write_measurements(
         "commit": environment.commit(),
     }
     lines = [{"kind": "conditions", **conditions, **where}, *(each.line() for each in found)]
-    with records.whole(path) as part:
+    with records.replace_whole(path) as part:
         part.write_text("".join(json.dumps(line) + "\n" for line in lines))

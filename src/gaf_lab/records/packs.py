@@ -1,8 +1,10 @@
-"""Many runs in one small file, to be kept beside the code: every number of their evaluations, without the rows of single steps.
+"""Packs: many runs in one small file, kept beside the code.
 
-First line: {"kind": "pack", "config": {...}, "versions": {...}, "machine": {...}, "commit"}, what most runs share; then a line per run,
-{"kind": "packed", "name", "arm", "config_hash", ..., "config": {what differs}, "evals": {key: [one value per evaluation]}, "end"}.
-`gaf report FILE` reads such a file as it reads folders.
+A pack has every number of the evaluations, without the rows of single steps. Its first line holds
+what most runs share: {"kind": "pack", "config": {...}, "versions": {...}, "machine": {...},
+"commit"}. A line per run follows: {"kind": "packed", "name", "arm", "config_hash", ..., "config":
+{what differs}, "evals": {key: [one value per evaluation]}, "end"}. `gaf report FILE` reads a pack
+as it reads folders.
 """
 
 import json
@@ -11,13 +13,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from gaf_lab.records.run import Run, plain, whole
+from gaf_lab.records.run import Run, as_json, replace_whole
 
-SHARED = ("config", "versions", "machine", "commit", "command")
+SHARED_KEYS = ("config", "versions", "machine", "commit", "command")
 DIGITS = 5
+SAME = object()  # a value that does not differ from the shared one
 
 
-def write(runs: Sequence[Run], path: Path) -> None:
+def write_pack(runs: Sequence[Run], path: Path) -> None:
     """Packs runs, in their order. Numbers keep five significant digits.
 
     Raises:
@@ -25,80 +28,74 @@ def write(runs: Sequence[Run], path: Path) -> None:
     """
     if not runs:
         raise ValueError(f"pack {path}: must have at least one run; got none.")
-    first = {key: common([run.header.get(key) for run in runs]) for key in SHARED}
-    lines = [{"kind": "pack", **first}, *(packed(run, first) for run in runs)]
+    shared = {key: most_common([run.header.get(key) for run in runs]) for key in SHARED_KEYS}
+    lines = [{"kind": "pack", **shared}, *(pack_run(run, shared) for run in runs)]
     path.parent.mkdir(parents=True, exist_ok=True)
-    with whole(path) as part:
+    with replace_whole(path) as part:
         part.write_text("".join(json.dumps(line, allow_nan=False) + "\n" for line in lines))
 
 
-def read(path: Path) -> list[Run]:
+def read_pack(path: Path) -> list[Run]:
     """The runs of a pack.
 
     Raises:
-        ValueError: where the file is no pack.
+        ValueError: if the file is no pack.
     """
     try:
-        first, *rest = [json.loads(line) for line in path.read_text().splitlines()]
+        shared, *lines = [json.loads(line) for line in path.read_text().splitlines()]
     except (ValueError, UnicodeDecodeError):
-        first, rest = {}, []
-    if not isinstance(first, dict) or first.get("kind") != "pack":
-        raise ValueError(f"{path}: must be a pack of runs, whose first line is of kind 'pack'; it is not. Give a folder of runs, "
-                         "or a file of results/.")  # fmt: skip
-    return [unpacked(line, first, path) for line in rest]
+        shared, lines = {}, []
+    if not isinstance(shared, dict) or shared.get("kind") != "pack":
+        raise ValueError(
+            f"{path}: must be a pack of runs, whose first line is of kind 'pack'; it is not. "
+            "Give a folder of runs, or a file of results/."
+        )
+    return [unpack_run(line, shared, path) for line in lines]
 
 
-def common(values: list[Any]) -> Any:
-    """For tables the most frequent value of each key; else the most frequent value."""
+def most_common(values: list[Any]) -> Any:
+    """The most frequent value; for tables, the most frequent value of each key."""
     if all(isinstance(value, dict) for value in values):
-        return {key: common([value.get(key) for value in values]) for key in values[0]}
+        return {key: most_common([value.get(key) for value in values]) for key in values[0]}
     return json.loads(Counter(json.dumps(value) for value in values).most_common(1)[0][0])
 
 
-def packed(run: Run, first: dict[str, Any]) -> dict[str, Any]:
-    header = {
-        key: without(value, first[key]) if key in SHARED else value
-        for key, value in run.header.items()
-    }
-    header = {key: value for key, value in header.items() if value is not SAME} | {"kind": "packed"}
+def pack_run(run: Run, shared: dict[str, Any]) -> dict[str, Any]:
+    header: dict[str, Any] = {}
+    for key, value in run.header.items():
+        own = difference_from(value, shared[key]) if key in SHARED_KEYS else value
+        if own is not SAME:
+            header[key] = own
     keys = dict.fromkeys(key for line in run.evals for key in line if key not in ("kind", "rows"))
-    return header | {
-        "evals": {key: [short(line.get(key)) for line in run.evals] for key in keys},
-        "end": run.end,
-    }
+    evals = {key: [round_number(line.get(key)) for line in run.evals] for key in keys}
+    return header | {"kind": "packed", "evals": evals, "end": run.end}
 
 
-SAME = object()
+def difference_from(value: Any, shared: Any) -> Any:
+    """The part of a value that differs from the shared one, or SAME."""
+    if not (isinstance(value, dict) and isinstance(shared, dict)):
+        return SAME if json.dumps(value) == json.dumps(shared) else value
+    own = {}
+    for key, item in value.items():
+        if key not in shared or json.dumps(item) != json.dumps(shared[key]):
+            own[key] = item
+    return own or SAME
 
 
-def without(value: Any, shared: Any) -> Any:
-    """What of a value differs from the shared one."""
-    if isinstance(value, dict) and isinstance(shared, dict):
-        return {
-            key: item
-            for key, item in value.items()
-            if key not in shared or json.dumps(item) != json.dumps(shared[key])
-        } or SAME
-    return SAME if json.dumps(value) == json.dumps(shared) else value
-
-
-def unpacked(line: dict[str, Any], first: dict[str, Any], path: Path) -> Run:
+def unpack_run(line: dict[str, Any], shared: dict[str, Any], path: Path) -> Run:
     columns, end = line.pop("evals"), line.pop("end")
-    header = {key: together(first[key], line.get(key)) for key in SHARED} | {
-        key: v for key, v in line.items() if key not in SHARED
-    }
-    evals = [
-        {"kind": "eval", **dict(zip(columns, values, strict=True))}
-        for values in zip(*columns.values(), strict=True)
-    ]
+    header = {key: merge(shared[key], line.get(key)) for key in SHARED_KEYS}
+    header |= {key: value for key, value in line.items() if key not in SHARED_KEYS}
+    rows = zip(*columns.values(), strict=True)
+    evals = [{"kind": "eval", **dict(zip(columns, row, strict=True))} for row in rows]
     return Run(path.parent / str(line.get("name")), header | {"kind": "run"}, evals, end)
 
 
-def together(shared: Any, own: Any) -> Any:
+def merge(shared: Any, own: Any) -> Any:
     if isinstance(shared, dict):
         return shared | (own or {})
     return shared if own is None else own
 
 
-def short(value: Any) -> Any:
-    return float(f"{value:.{DIGITS}g}") if isinstance(value, float) else plain(value)
+def round_number(value: Any) -> Any:
+    return float(f"{value:.{DIGITS}g}") if isinstance(value, float) else as_json(value)

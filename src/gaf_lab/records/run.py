@@ -1,25 +1,30 @@
-"""A run's records: one folder, `records.jsonl` in it; a header line, then one line per evaluation, then an end line.
+"""A run's records: a folder with `records.jsonl`, and the only source of figures and tables.
 
-Every figure and table is a function of these files alone.
+The file has a header line, then a line for each evaluation, then an end line.
 
-header: {"kind": "run", "name", "arm", "config": {...}, "config_hash", "versions": {...}, "machine": {...}, "commit", "started",
-         "ranks", "launch"}
+header: {"kind": "run", "name", "arm", "config": {...}, "config_hash", "versions": {...},
+         "machine": {...}, "commit", "started", "ranks", "launch"}
 eval:   {"kind": "eval", "step", "steps_taken", "samples", "passes", "seconds", "lr", "train_loss",
-         "acceptance", "distance_mean", "distance_min", "distance_pairs", "noise_scale", "norm_dispersion",
-         "heldout_accuracy", "heldout_loss", "test_accuracy", "test_loss",
+         "acceptance", "distance_mean", "distance_min", "distance_pairs", "noise_scale",
+         "norm_dispersion", "heldout_accuracy", "heldout_loss", "test_accuracy", "test_loss",
          "memorised", "corrected", "clean_accuracy", "samples_per_second", "rows": [...]}
 end:    {"kind": "end", "status": "finished" | "stopped" | "interrupted" | "diverged", "seconds"}
 
-Accuracies and shares are in [0, 1]; samples and passes count what was drawn, stepped on or not; `seconds` is time in
-training and evaluation, resumed runs added up. `memorised`, `corrected`: of the training samples whose label was
-flipped, the share predicted as the wrong label, and as the true one; null without flips. `clean_accuracy`: of the
-others. `acceptance`, distances: since the line before; acceptance is accepted over all micro-gradients, 0 for a
-skipped step. `distance_mean` and `distance_min` are to the running sum of the rows accepted before, under averaging of all rows
-before, so that they differ between arms on the same rows. `distance_pairs` is that of two micro-gradients, whatever is done with
-them: 1 - |g|^2 / mean |g_i|^2, with |g|^2 estimated from all compared rows. Older records have B / (b + B) for it, B being
-`noise_scale`, over the last 100 steps. `ranks`: processes that computed the micro-batches; `launch`: which torchrun command
-started them, null without. `rows`: for each step since the line before, how many rows were accepted, 0 for a skip. A value that
-does not exist is null.
+Accuracies and shares are in [0, 1]. A value that does not exist is null.
+samples, passes: of what was drawn, skipped steps included.
+seconds: in training and evaluation, over all parts of a resumed run.
+memorised, corrected: of the training samples with a flipped label, the share predicted as the wrong
+    label, and as the true label; null without flips.
+clean_accuracy: of the other training samples.
+acceptance: accepted micro-gradients over all, since the line before; a skipped step has 0.
+distance_mean, distance_min: to the running sum of the rows accepted before, since the line before.
+    Under averaging the sum holds all rows before, so arms differ in them on the same rows.
+distance_pairs: of two micro-gradients, independent of the arm: 1 - |g|^2 / mean |g_i|^2, with |g|^2
+    estimated from all compared rows. Older records have B / (b + B), B being `noise_scale`, over
+    the last 100 steps.
+rows: the accepted rows of each step since the line before, 0 for a skipped step.
+ranks: processes that computed the micro-batches. launch: the torchrun command that started them,
+    or null.
 """
 
 import contextlib
@@ -59,13 +64,18 @@ class Run:
 
     @property
     def selected(self) -> dict[str, Any]:
-        """The evaluation with the best accuracy on the held-out noisy labels, the earliest of equals; the last without held-out."""
+        """The first evaluation with the best accuracy on held-out noisy labels.
+
+        Without held-out labels, the last evaluation.
+        """
         scored = [line for line in self.evals if line["heldout_accuracy"] is not None]
-        return max(scored, key=lambda line: line["heldout_accuracy"]) if scored else self.evals[-1]
+        if not scored:
+            return self.evals[-1]
+        return max(scored, key=lambda line: line["heldout_accuracy"])
 
 
 def make_folder(folder: Path) -> None:
-    """Makes an output folder, and tries whether it can be written; ConfigError where not."""
+    """Makes an output folder; ConfigError if it cannot be written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".writable"
@@ -83,20 +93,19 @@ def make_folder(folder: Path) -> None:
 
 
 def make_file(path: Path) -> None:
-    """Makes the folder of an output file, and tries whether the file can be written there; ConfigError where not."""
+    """Makes the folder of an output file; ConfigError if the file cannot be written there."""
     if path.is_dir():
         raise ConfigError(
-            f"output file {path}: must be a file; it is a folder. Give a file's name in it with --out."
+            f"output file {path}: must be a file; it is a folder. "
+            "Give a file's name in it with --out."
         )
     make_folder(path.parent)
 
 
 @contextlib.contextmanager
-def whole(path: Path) -> Iterator[Path]:
-    """Where to write a file that takes its place once it is whole; what goes wrong before leaves what was there."""
-    part = path.with_name(
-        f".part-{path.name}"
-    )  # the ending stays: it names the format of a picture
+def replace_whole(path: Path) -> Iterator[Path]:
+    """A temporary path, which replaces the file at the end; an error leaves the old file."""
+    part = path.with_name(f".part-{path.name}")  # the suffix stays: it names a picture's format
     try:
         yield part
         part.replace(path)
@@ -106,51 +115,60 @@ def whole(path: Path) -> Iterator[Path]:
 
 def append(folder: Path, line: dict[str, Any]) -> None:
     with (folder / FILE).open("a") as file:
-        file.write(json.dumps(plain(line), allow_nan=False) + "\n")
+        file.write(json.dumps(as_json(line), allow_nan=False) + "\n")
 
 
-def plain(value: Any) -> Any:
-    """Without what JSON does not know: NaN and infinities become null, paths text."""
+def as_json(value: Any) -> Any:
+    """The value as JSON has it: NaN and infinities become null, paths text."""
     if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items()}
+        return {key: as_json(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
+        return [as_json(item) for item in value]
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     return value if value is None or isinstance(value, bool | int | str) else str(value)
 
 
 def read(folder: Path) -> Run:
-    """A finished, running or interrupted run; a last line that was cut off while being written is left out.
+    """A finished, running or interrupted run. A last line that was cut off is skipped.
 
     Raises:
-        ValueError: where there are no records in the folder, or a line other than the last is broken.
+        ValueError: if the folder has no records, or a line other than the last is broken.
     """
     path = folder / FILE
     if not path.is_file():
         raise ValueError(
-            f"{folder}: must hold a run, that is a file {FILE}; it does not. Give the folder that `gaf train --out` wrote."
+            f"{folder}: must hold a run, that is a file {FILE}; it does not. "
+            "Give the folder that `gaf train --out` wrote."
         )
+    parsed = parse_lines(path)
+    if not parsed or parsed[0].get("kind") != "run":
+        raise ValueError(
+            f"{path}: the first line must be a header of kind 'run'; it is not. "
+            "Was the file edited?"
+        )
+    evals = [line for line in parsed if line["kind"] == "eval"]
+    ends = [line for line in parsed if line["kind"] == "end"]
+    return Run(folder, parsed[0], evals, ends[-1] if ends else None)
+
+
+def parse_lines(path: Path) -> list[dict[str, Any]]:
+    """The records in a file, without a broken last line."""
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     parsed: list[dict[str, Any]] = []
     for number, text in enumerate(lines, 1):
         try:
             line = json.loads(text)
         except json.JSONDecodeError as error:
-            if number < len(lines):
-                raise ValueError(
-                    f"{path}: line {number} must be JSON; it is not ({error.msg}). Was the file edited?"
-                ) from None
-            continue
+            if number == len(lines):
+                break
+            raise ValueError(
+                f"{path}: line {number} must be JSON; it is not ({error.msg}). Was the file edited?"
+            ) from None
         if not isinstance(line, dict) or "kind" not in line:
             raise ValueError(
-                f"{path}: line {number} must be a record with a kind; it is not. Was the file edited?"
+                f"{path}: line {number} must be a record with a kind; it is not. "
+                "Was the file edited?"
             )
         parsed.append(line)
-    if not parsed or parsed[0].get("kind") != "run":
-        raise ValueError(
-            f"{path}: the first line must be a header of kind 'run'; it is not. Was the file edited?"
-        )
-    evals = [line for line in parsed if line["kind"] == "eval"]
-    ends = [line for line in parsed if line["kind"] == "end"]
-    return Run(folder, parsed[0], evals, ends[-1] if ends else None)
+    return parsed

@@ -53,7 +53,7 @@ class Job:
 
     @property
     def resumable(self) -> bool:
-        return (self.folder / checkpoint.FILE).is_file()
+        return (self.folder / checkpoint.CHECKPOINT_FILE).is_file()
 
     @property
     def title(self) -> str:

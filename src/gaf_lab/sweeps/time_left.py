@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from gaf_lab.settings.config import TrainConfig
 
-ENOUGH = 0.05  # share of a run that shows its speed
+ENOUGH_SHARE = 0.05  # share of a run that shows its speed
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class TimeLeft:
 
     A run takes its cost times a factor: the seconds per cost of the finished runs of its kind, or
     of those in progress, or else of all runs. A run in progress has a factor once it has shown
-    ENOUGH. Runs keep the plan's order, as many at a time as were seen at a time.
+    ENOUGH_SHARE. Runs keep the plan's order, as many at a time as were seen at a time.
 
     Args:
         expected: every run of the plan, by name, in its order.
@@ -63,7 +63,7 @@ class TimeLeft:
     def finish(self, name: str, seconds: float) -> None:
         """seconds: in training and evaluation. A warm run's start is added to them."""
         run = self.watched.pop(name, None)
-        if run is not None and run.warm and run.shares and run.shares[0][1] < ENOUGH:
+        if run is not None and run.warm and run.shares and run.shares[0][1] < ENOUGH_SHARE:
             seconds = max(seconds, self.clock() - run.started)
         self.seconds[name] = seconds
         self.over.add(name)
@@ -118,11 +118,11 @@ class TimeLeft:
         return dict(sums)
 
     def observed_seconds(self, run: Watched) -> float | None:
-        """Seconds of a whole run at its speed so far; None if it has not shown ENOUGH."""
+        """Seconds of a whole run at its speed so far; None if it has not shown ENOUGH_SHARE."""
         if len(run.shares) < 2:
             return None
         (begun, first), (last, share) = run.shares
-        return (last - begun) / (share - first) if share - first >= ENOUGH else None
+        return (last - begun) / (share - first) if share - first >= ENOUGH_SHARE else None
 
 
 def run_kind(config: TrainConfig) -> Hashable:

@@ -45,7 +45,7 @@ def never_began(folder: Path) -> bool:
     Such a run begins anew, and nothing is lost.
     """
     path = folder / records.FILE
-    if not path.is_file() or (folder / checkpoint.FILE).is_file():
+    if not path.is_file() or (folder / checkpoint.CHECKPOINT_FILE).is_file():
         return False
     text = path.read_text(errors="replace")
     return (not text or text.startswith('{"kind": "run"')) and '{"kind": "eval"' not in text
@@ -61,7 +61,7 @@ def is_restart(folder: Path) -> bool:
         return False
     if records.read(folder).header.get("launch") != command:
         return False
-    if (folder / checkpoint.FILE).is_file():
+    if (folder / checkpoint.CHECKPOINT_FILE).is_file():
         return True
     (folder / records.FILE).unlink()
     return False

@@ -97,7 +97,7 @@ def train_in_turns(
         status = yield from training.run(folder, listener, steps, keep_checkpoints)
     except Diverged as error:
         status = "diverged"
-        kept = describe_checkpoint(folder / checkpoint.FILE)
+        kept = describe_checkpoint(folder / checkpoint.CHECKPOINT_FILE)
         raise Diverged(f"{error} {kept} A lower learning rate is the usual way out.") from None
     except RuntimeError as error:
         raise worker_died(error) from None

@@ -390,11 +390,11 @@ def test_a_bench_refuses_a_folder_as_its_file_before_it_measures(run, tmp_path, 
 
 def test_a_file_is_replaced_as_a_whole_or_not_at_all(tmp_path):
     path = tmp_path / "samples.csv"
-    with records.whole(path) as part:
+    with records.replace_whole(path) as part:
         part.write_text("first")
 
     def fail():
-        with records.whole(path) as part:
+        with records.replace_whole(path) as part:
             part.write_text("sec")
             raise OSError("full")
 

@@ -71,7 +71,11 @@ def test_every_command_that_runs_refuses_a_folder_in_which_another_is_at_work(
         assert cli.main([*words, "--out", str(tmp_path)]) == 2
     assert BUSY in capsys.readouterr().err
     assert (tmp_path / records.FILE).read_bytes() == before
-    assert {path.name for path in tmp_path.iterdir()} == {LOCK, records.FILE, checkpoint.FILE}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        LOCK,
+        records.FILE,
+        checkpoint.CHECKPOINT_FILE,
+    }
 
 
 def test_while_a_run_goes_on_its_folder_is_its_own(tmp_path):
@@ -112,7 +116,7 @@ def test_a_killed_run_leaves_no_lock_and_goes_on_from_its_first_checkpoint(tmp_p
     """The first evaluation is a long way off: what it goes on from was written before the first step."""
     words = (*WORDS, "--passes", "4000", "--eval-every", "4000", "--out", str(tmp_path))
     process = begun(*words)
-    wait_for(tmp_path / checkpoint.FILE, process)
+    wait_for(tmp_path / checkpoint.CHECKPOINT_FILE, process)
     assert cli.main(["train", *words, "--resume"]) == 2
     process.send_signal(signal.SIGKILL)
     process.communicate()
@@ -125,7 +129,7 @@ def test_a_killed_run_leaves_no_lock_and_goes_on_from_its_first_checkpoint(tmp_p
 def test_what_ctrl_c_proposes_before_the_first_evaluation_goes_on(tmp_path):
     words = (*WORDS, "--passes", "4000", "--eval-every", "4000", "--out", str(tmp_path))
     process = begun(*words)
-    wait_for(tmp_path / checkpoint.FILE, process)
+    wait_for(tmp_path / checkpoint.CHECKPOINT_FILE, process)
     process.send_signal(signal.SIGINT)
     out = process.communicate(timeout=60)[0]
     assert process.returncode == 130
@@ -143,7 +147,7 @@ def test_a_run_that_was_stopped_between_its_header_and_its_first_checkpoint_begi
     tmp_path, cut, resume
 ):
     train(SMALL, tmp_path, Silent(), steps=1)
-    (tmp_path / checkpoint.FILE).unlink()
+    (tmp_path / checkpoint.CHECKPOINT_FILE).unlink()
     header = (tmp_path / records.FILE).read_text().splitlines(keepends=True)[0]
     (tmp_path / records.FILE).write_text(header if cut == "whole" else cut)
     run = train(SMALL, tmp_path, Silent(), resume=resume)

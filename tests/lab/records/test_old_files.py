@@ -51,7 +51,7 @@ def test_old_configs_keep_their_hash(config):
 
 
 def test_old_packs_are_read():
-    gaf, mean = packs.read(OLD / "pack.jsonl")
+    gaf, mean = packs.read_pack(OLD / "pack.jsonl")
     assert (gaf.arm, mean.arm) == ("GAF + EMA of weights, quantile", "averaging")
     assert gaf.header["config_hash"] == "623032e7d09a"
     assert mean.header["config"]["policy"] == "mean"

@@ -21,8 +21,8 @@ def runs():
 
 
 def test_headers_ends_and_statistics_survive(runs, tmp_path):
-    packs.write(runs, tmp_path / "p.jsonl")
-    again = packs.read(tmp_path / "p.jsonl")
+    packs.write_pack(runs, tmp_path / "p.jsonl")
+    again = packs.read_pack(tmp_path / "p.jsonl")
     assert [run.header for run in again] == [run.header for run in runs]
     assert [run.end for run in again] == [run.end for run in runs]
     for arm, same in zip(group_by_arm(runs), group_by_arm(again), strict=True):
@@ -34,8 +34,8 @@ def test_headers_ends_and_statistics_survive(runs, tmp_path):
 
 
 def test_every_number_of_every_evaluation_survives(runs, tmp_path):
-    packs.write(runs, tmp_path / "p.jsonl")
-    for run, same in zip(runs, packs.read(tmp_path / "p.jsonl"), strict=True):
+    packs.write_pack(runs, tmp_path / "p.jsonl")
+    for run, same in zip(runs, packs.read_pack(tmp_path / "p.jsonl"), strict=True):
         for line, other in zip(run.evals, same.evals, strict=True):
             assert line.keys() - other.keys() == {"rows"}
             for key, value in other.items():
@@ -51,15 +51,15 @@ def test_runs_of_other_conditions_keep_theirs(runs, tmp_path):
         runs[0].evals,
         None,
     )
-    packs.write([*runs, other], tmp_path / "p.jsonl")
-    last = packs.read(tmp_path / "p.jsonl")[-1]
+    packs.write_pack([*runs, other], tmp_path / "p.jsonl")
+    last = packs.read_pack(tmp_path / "p.jsonl")[-1]
     assert last.header["commit"] == "another"
     assert last.header["machine"]["cpu"] == "another"
     assert last.end is None
 
 
 def test_report_finds_packs_beside_folders(runs, tmp_path):
-    packs.write(runs[:2], tmp_path / "p.jsonl")
+    packs.write_pack(runs[:2], tmp_path / "p.jsonl")
     assert len(find_runs([DEMO, tmp_path / "p.jsonl"])) == len(runs) + 2
 
 
@@ -69,9 +69,9 @@ def test_what_is_no_pack_is_refused(text, tmp_path):
     with pytest.raises(
         ValueError, match=r"must be a pack of runs, whose first line is of kind 'pack'; it is not"
     ):
-        packs.read(tmp_path / "p.jsonl")
+        packs.read_pack(tmp_path / "p.jsonl")
 
 
 def test_without_runs_there_is_no_pack(tmp_path):
     with pytest.raises(ValueError, match="must have at least one run; got none"):
-        packs.write([], tmp_path / "p.jsonl")
+        packs.write_pack([], tmp_path / "p.jsonl")

@@ -327,7 +327,7 @@ def test_a_worker_that_is_killed_is_replaced_and_its_run_goes_on_from_the_checkp
     kept, others = [], set(multiprocessing.active_children())
 
     def kill():
-        wait_until((folder / checkpoint.FILE).exists)
+        wait_until((folder / checkpoint.CHECKPOINT_FILE).exists)
         (worker,) = set(multiprocessing.active_children()) - others
         worker.kill()
         # join() here would take the exit code that the sweep waits for
@@ -403,7 +403,7 @@ def test_without_a_checkpoint_a_run_that_was_cut_off_starts_anew(here, tmp_path)
         assert told(swept.runs[0]) == told(
             train(BASE, tmp_path / str(len(text)) / folder.name, Silent())
         )
-        assert not (folder / checkpoint.FILE).exists()
+        assert not (folder / checkpoint.CHECKPOINT_FILE).exists()
         (folder / records.FILE).unlink()
 
 
@@ -454,7 +454,7 @@ def test_the_bar_over_all_runs_counts_samples_and_starts_at_what_checkpoints_hol
     board.show_progress(folder_name(short), JobProgress(0.5, ""))
     board.draw()
     assert task.completed == pytest.approx(there + 270)
-    (tmp_path / folder_name(long) / checkpoint.FILE).unlink()
+    (tmp_path / folder_name(long) / checkpoint.CHECKPOINT_FILE).unlink()
     assert plan[folder_name(long)].recorded_progress() == JobProgress(0.0, "")
 
 

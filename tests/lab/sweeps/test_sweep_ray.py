@@ -63,7 +63,7 @@ def test_a_node_that_is_killed_loses_no_run(cluster, tmp_path):
 
     def kill():
         """As soon as the long run has a checkpoint, the node that it is on."""
-        wait_until((folder / checkpoint.FILE).exists)
+        wait_until((folder / checkpoint.CHECKPOINT_FILE).exists)
         (raylet,) = set(ancestors(holder(folder / LOCK))) & nodes.keys()
         cluster.remove_node(nodes[raylet], allow_graceful=False)
         seen.append(records.read(folder))

@@ -68,7 +68,7 @@ class Keeps(Silent):
 def run(config, folder, **options):
     keeps = Keeps()
     found = train(config, folder, keeps, **options)
-    return found, keeps.outcomes, torch.load(folder / checkpoint.FILE, weights_only=True)
+    return found, keeps.outcomes, torch.load(folder / checkpoint.CHECKPOINT_FILE, weights_only=True)
 
 
 def assert_same(a, b, where="", but=("seconds", "records_size")):
@@ -504,7 +504,9 @@ def test_runs_that_share_a_process_are_what_they_are_alone(tmp_path):
         assert keeps[i].outcomes == outcomes or all(
             a.accepted == b.accepted for a, b in zip(keeps[i].outcomes, outcomes, strict=True)
         )
-        assert_same(torch.load(tmp_path / f"{i}" / checkpoint.FILE, weights_only=True), state)
+        assert_same(
+            torch.load(tmp_path / f"{i}" / checkpoint.CHECKPOINT_FILE, weights_only=True), state
+        )
 
 
 def test_a_run_that_ends_badly_leaves_the_others_alone(tmp_path):

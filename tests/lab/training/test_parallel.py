@@ -88,7 +88,7 @@ def words_of(config):
 
 
 def state_in(folder):
-    return torch.load(folder / checkpoint.FILE, weights_only=True)
+    return torch.load(folder / checkpoint.CHECKPOINT_FILE, weights_only=True)
 
 
 def assert_close(a, b):
@@ -403,7 +403,7 @@ def test_kill_minus_9_of_a_worker_brings_the_run_back_and_to_the_same_end(
     process = torchrun(
         WORLD, *words_of(config), "--out", tmp_path / "cut", options=["--max-restarts", "2"]
     )
-    before, kept = [], tmp_path / "cut" / checkpoint.FILE
+    before, kept = [], tmp_path / "cut" / checkpoint.CHECKPOINT_FILE
 
     def begun():
         return (tmp_path / "cut" / records.FILE).exists()

@@ -494,7 +494,7 @@ def test_an_interrupted_run_that_is_resumed_ends_bit_for_bit_as_an_undisturbed_o
 def test_a_checkpoint_from_before_the_techniques_is_resumed(tmp_path):
     train(SMALL, tmp_path / "whole", Silent())
     train(SMALL, tmp_path / "old", Silent(), steps=8)
-    state = torch.load(tmp_path / "old" / checkpoint.FILE, weights_only=True)
+    state = torch.load(tmp_path / "old" / checkpoint.CHECKPOINT_FILE, weights_only=True)
     checkpoint.save(
         tmp_path / "old",
         {

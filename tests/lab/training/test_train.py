@@ -87,10 +87,10 @@ def test_kill_minus_9_at_any_moment_and_resume_gives_the_same_final_weights(tmp_
     subprocess.run([*command, str(tmp_path / "whole")], check=True, **quiet)
     cut, kills = tmp_path / "cut", 0
     for size in (600, 6000):  # bytes of records: after the header, and after some evaluations
-        resume = ["--resume"] if (cut / checkpoint.FILE).exists() else []
+        resume = ["--resume"] if (cut / checkpoint.CHECKPOINT_FILE).exists() else []
         process = subprocess.Popen([*command, str(cut), *resume], **quiet)
         while process.poll() is None and not ((cut / records.FILE).exists() and (cut / records.FILE).stat().st_size > size
-                                              and (cut / checkpoint.FILE).exists()):  # fmt: skip
+                                              and (cut / checkpoint.CHECKPOINT_FILE).exists()):  # fmt: skip
             time.sleep(0.01)
         kills += process.poll() is None
         process.send_signal(signal.SIGKILL)
@@ -207,19 +207,19 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_the_last_good_checkpoi
     try:
         with pytest.raises(
             Diverged,
-            match=f"all 4 micro-batches gave NaN or infinity. The last good checkpoint is {tmp_path / checkpoint.FILE}",
+            match=f"all 4 micro-batches gave NaN or infinity. The last good checkpoint is {tmp_path / checkpoint.CHECKPOINT_FILE}",
         ):
             train(config, tmp_path, Break())
     finally:
         module.Training = original
     assert records.read(tmp_path).end["status"] == "diverged"
-    kept = torch.load(tmp_path / checkpoint.FILE, weights_only=True)["model"]
+    kept = torch.load(tmp_path / checkpoint.CHECKPOINT_FILE, weights_only=True)["model"]
     assert all(bool(t.isfinite().all()) for t in kept.values())
 
 
 def test_a_corrupted_checkpoint_is_refused(tmp_path):
     train(SMALL, tmp_path, Silent(), steps=25)
-    path = tmp_path / checkpoint.FILE
+    path = tmp_path / checkpoint.CHECKPOINT_FILE
     content = path.read_bytes()
     for broken in (content[: len(content) // 2], b"", b"nonsense" * 100):
         path.write_bytes(broken)
@@ -238,7 +238,9 @@ class Evil:
 def test_a_malicious_checkpoint_is_refused_and_nothing_in_it_runs(tmp_path):
     train(SMALL, tmp_path, Silent(), steps=25)
     mark = tmp_path / "executed"
-    torch.save({"config_hash": SMALL.hash, "model": Evil(mark)}, tmp_path / checkpoint.FILE)
+    torch.save(
+        {"config_hash": SMALL.hash, "model": Evil(mark)}, tmp_path / checkpoint.CHECKPOINT_FILE
+    )
     with pytest.raises(CheckpointError, match="must be whole; it cannot be read"):
         train(SMALL, tmp_path, Silent(), resume=True)
     assert not mark.exists()
@@ -298,20 +300,20 @@ def test_a_run_killed_before_its_end_line_gets_it_when_resumed(tmp_path):
 
 def test_a_full_disk_while_saving_keeps_the_checkpoint_before(tmp_path):
     checkpoint.save(tmp_path, {"config_hash": "a", "x": torch.zeros(10)})
-    before = (tmp_path / checkpoint.FILE).read_bytes()
+    before = (tmp_path / checkpoint.CHECKPOINT_FILE).read_bytes()
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     # writes beyond fail, as on a full disk
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:
         with pytest.raises(
             CheckpointError,
-            match="must be written .* The checkpoint before it is whole: go on from there with --resume",
+            match="must be written .* The checkpoint before it is whole: resume from it with --resume",
         ):
             checkpoint.save(tmp_path, {"config_hash": "a", "x": torch.zeros(1_000_000)})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert (tmp_path / checkpoint.FILE).read_bytes() == before
-    assert [p.name for p in tmp_path.iterdir()] == [checkpoint.FILE]
+    assert (tmp_path / checkpoint.CHECKPOINT_FILE).read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == [checkpoint.CHECKPOINT_FILE]
 
 
 def test_an_output_folder_that_cannot_be_written_is_refused(tmp_path):
