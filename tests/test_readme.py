@@ -22,6 +22,7 @@ from gaf_lab.report.arms import Arm
 from helpers.tables import by_name, mean_of, percent, points_between, ratio, table
 
 ROOT = Path(__file__).parent.parent
+SOURCES = ROOT / "src"
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
@@ -180,16 +181,32 @@ def test_every_file_that_the_readme_points_to_exists():
     assert [link for link in links if "://" not in link and not (ROOT / link).exists()] == []
 
 
-def test_the_annotated_tree_names_every_room():
-    """The tree is the README's last indented block."""
-    rooms = {
-        f"{path.relative_to(ROOT / 'src')}/"
-        for package in ("gaf", "gaf_lab")
-        for path in (ROOT / "src" / package).iterdir()
-        if (path / "__init__.py").exists()
-    }
+def rooms_of(package: str) -> list[str]:
+    return [path.parent.name for path in sorted((SOURCES / package).glob("*/__init__.py"))]
+
+
+def test_the_annotated_tree_names_every_room_and_every_file_of_the_library():
     (tree,) = re.findall(r"(?m)^    src/gaf/ .*\n(?:    .*\n)+", README)
-    assert [room for room in rooms if f"      {room.split('/', 1)[1]} " not in tree] == []
+    library, _, lab = tree.partition("    src/gaf_lab/")
+    assert [room for room in rooms_of("gaf_lab") if f"\n      {room}/ " not in lab] == []
+    ground, *rest = re.split(r"\n      (\w+)/ ", library)
+    texts = {"": ground} | dict(zip(rest[::2], rest[1::2], strict=True))
+    assert sorted(texts) == ["", *rooms_of("gaf")]
+    for path in (SOURCES / "gaf").rglob("*.py"):
+        folders = path.relative_to(SOURCES / "gaf").parts[:-1]
+        if not path.name.startswith("__"):
+            assert re.search(rf"\b{path.name}\b", texts[folders[0] if folders else ""]), path
+    named = set(re.findall(r"\w+\.py", library))
+    assert named <= {path.name for path in (SOURCES / "gaf").rglob("*.py")}
+
+
+def test_every_file_that_a_text_names_by_its_folder_exists():
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")]
+    homes = (ROOT, SOURCES, SOURCES / "gaf", SOURCES / "gaf_lab")
+    for page in pages:
+        for path in re.findall(r"(?<![\w/.])(?:\w+/)+\w+\.py\b", page.read_text()):
+            folders = (*homes, page.parent)
+            assert any((home / path).exists() for home in folders), f"{page.name}: {path}"
 
 
 if __name__ == "__main__":
