@@ -149,8 +149,11 @@ def show(line: Line) -> None:
         print(f"{mark}  {line['name']:<75} {line['value']}", flush=True)
     elif line["kind"] == "ratio":
         spread = f"{line['ratio_p10']:.3f} to {line['ratio_p90']:.3f}"
-        print(f"{line['name']:<60} {line['ms_median']:>9.2f} ms  {line['ratio_median']:.3f} ({spread}) of plain, n = {line['rounds']}",
-              flush=True)  # fmt: skip
+        print(
+            f"{line['name']:<60} {line['ms_median']:>9.2f} ms  {line['ratio_median']:.3f} "
+            f"({spread}) of plain, n = {line['rounds']}",
+            flush=True,
+        )
     else:
         print(f"{line['name']} after {line['seconds']} s", flush=True)
 
@@ -162,9 +165,12 @@ def conditions(device: torch.device, commit: str | None) -> Line:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": commit or output("git", "-C", str(HERE), "describe", "--always", "--dirty", "--exclude=*"),
-        "cuda": None, "nccl": None, "driver": None,
-    }  # fmt: skip
+        "commit": commit
+        or output("git", "-C", str(HERE), "describe", "--always", "--dirty", "--exclude=*"),
+        "cuda": None,
+        "nccl": None,
+        "driver": None,
+    }
     if device.type == "cuda":
         nccl = torch.cuda.nccl.version() if dist.is_nccl_available() else ()
         facts |= {

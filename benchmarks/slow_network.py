@@ -171,7 +171,7 @@ def wait(ranks: list[subprocess.Popen[bytes]], said: list[BinaryIO]) -> None:
         time.sleep(0.1)
 
 
-# ---------------------------------------------------------------------------------------------- the network
+# --- the network
 
 
 @contextlib.contextmanager
@@ -209,7 +209,7 @@ def join(bridge: str, name: str, cable: str, address: str, mbit: float) -> None:
 
 
 def limit(mbit: float) -> tuple[str, ...]:
-    """A token bucket of 4 ms, at least one of TCP's 64 KiB segments; a queue of 100 ms before it."""
+    """A token bucket of 4 ms, at least a 64 KiB segment of TCP; a queue of 100 ms before it."""
     burst = max(2**17, int(mbit * 1e6 / 8 * 0.004))
     return (
         "root",

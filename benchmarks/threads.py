@@ -44,9 +44,20 @@ NOISE = [
     "100",
 ]
 COMMANDS = {
-    "mlp": ["--preset", "demo-gaf", "--tau", "2", "--passes", "20", "--eval-every", "20", "--steps", "80"],
+    "mlp": [
+        "--preset",
+        "demo-gaf",
+        "--tau",
+        "2",
+        "--passes",
+        "20",
+        "--eval-every",
+        "20",
+        "--steps",
+        "80",
+    ],
     "convnet": [*NOISE, "--model", "convnet", "--tau", "2", "--steps", "5"],
-}  # fmt: skip
+}
 ONE = "one thread"
 SETTINGS: dict[str, dict[str, str]] = {
     ONE: {"OMP_NUM_THREADS": "1"},
@@ -91,9 +102,15 @@ def measure(rounds: int, others: int, models: list[str]) -> Iterator[dict[str, A
             for setting, environ in SETTINGS.items():
                 seconds, cpu = taken(COMMANDS[model], environ)
                 yield {
-                    "kind": "threads", "round": number, "model": model, "setting": setting, "others": beside, "seconds": round(seconds, 2),
-                    "cpu_seconds": round(cpu, 2), "load": round(os.getloadavg()[0], 1),
-                }  # fmt: skip
+                    "kind": "threads",
+                    "round": number,
+                    "model": model,
+                    "setting": setting,
+                    "others": beside,
+                    "seconds": round(seconds, 2),
+                    "cpu_seconds": round(cpu, 2),
+                    "load": round(os.getloadavg()[0], 1),
+                }
 
 
 @contextmanager
@@ -131,7 +148,8 @@ def table(lines: list[dict[str, Any]]) -> Iterator[str]:
 
     CPU time is relative to one thread without others, in the same round.
     """
-    yield "| model | threads | CPU time, no others | CPU time, others | time, no others | time, others |"
+    columns = ("CPU time, no others", "CPU time, others", "time, no others", "time, others")
+    yield f"| model | threads | {' | '.join(columns)} |"
     yield "|---|---|---|---|---|---|"
     for model, setting in itertools.product(
         dict.fromkeys(line["model"] for line in lines), SETTINGS

@@ -52,9 +52,23 @@ def main() -> None:
 def measured(policy: str, tau: float, b: int, pictures: Path, out: Path) -> dict[str, Any]:
     """Of one run, in a process of its own."""
     config = {
-        "dataset": "imagenet", "model": "vit-l16", "size": 224, "k": K, "b": b, "policy": policy, "tau": tau, "noise": "none",
-        "heldout": 0.0, "limit": K * b, "passes": STEPS, "eval_every": STEPS, "probe": 1, "optimizer": "sgd", "lr": 0.01, "device": "cpu",
-    }  # fmt: skip
+        "dataset": "imagenet",
+        "model": "vit-l16",
+        "size": 224,
+        "k": K,
+        "b": b,
+        "policy": policy,
+        "tau": tau,
+        "noise": "none",
+        "heldout": 0.0,
+        "limit": K * b,
+        "passes": STEPS,
+        "eval_every": STEPS,
+        "probe": 1,
+        "optimizer": "sgd",
+        "lr": 0.01,
+        "device": "cpu",
+    }
     words = [
         word for key, value in config.items() for word in (f"--{key.replace('_', '-')}", str(value))
     ] + ["--augment"]
@@ -80,18 +94,26 @@ def measured(policy: str, tau: float, b: int, pictures: Path, out: Path) -> dict
         for name in ("step", "steps_taken", "acceptance", "distance_mean", "train_loss", "rows")
     }
     return {
-        "kind": "vit-l16", "config": run.header["config"], **found, "seconds_per_step": K * b / line["samples_per_second"],
-        "peak_gib": usage.ru_maxrss / 2**20, "checkpoint_gib": (out / checkpoint.CHECKPOINT_FILE).stat().st_size / 2**30,
+        "kind": "vit-l16",
+        "config": run.header["config"],
+        **found,
+        "seconds_per_step": K * b / line["samples_per_second"],
+        "peak_gib": usage.ru_maxrss / 2**20,
+        "checkpoint_gib": (out / checkpoint.CHECKPOINT_FILE).stat().st_size / 2**30,
         "workers": reader_count(),
-    }  # fmt: skip
+    }
 
 
 def conditions() -> dict[str, Any]:
     versions = environment.versions() | {
         name: metadata.version(name) for name in ("transformers", "pillow")
     }
-    return {"versions": versions, "machine": environment.machine(torch.device("cpu")), "commit": environment.commit(),
-            "load": os.getloadavg()[0]}  # fmt: skip
+    return {
+        "versions": versions,
+        "machine": environment.machine(torch.device("cpu")),
+        "commit": environment.commit(),
+        "load": os.getloadavg()[0],
+    }
 
 
 if __name__ == "__main__":

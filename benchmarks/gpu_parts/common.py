@@ -61,15 +61,28 @@ def lines(name: str, look: Callable[[], Found]) -> Iterator[Line]:
         for what, value, expected, tolerance in look():
             ok = None if value == NEEDS_CUDA else close(value, expected, tolerance)
             seen = str(value) if value in (math.inf, -math.inf) or value != value else value
-            yield {"kind": "check", "name": f"{name}: {what}", "ok": ok, "value": seen,
-                   "expected": expected, "tolerance": tolerance}  # fmt: skip
+            yield {
+                "kind": "check",
+                "name": f"{name}: {what}",
+                "ok": ok,
+                "value": seen,
+                "expected": expected,
+                "tolerance": tolerance,
+            }
     except Exception as error:
         yield failed(name, f"{type(error).__name__}: {error}", traceback.format_exc())
 
 
 def failed(name: str, value: str, trace: str = "") -> Line:
-    return {"kind": "check", "name": name, "ok": False, "value": value[-1000:],
-            "expected": "no exception", "tolerance": 0.0, "trace": trace[-2000:]}  # fmt: skip
+    return {
+        "kind": "check",
+        "name": name,
+        "ok": False,
+        "value": value[-1000:],
+        "expected": "no exception",
+        "tolerance": 0.0,
+        "trace": trace[-2000:],
+    }
 
 
 def emit(line: Line) -> None:
@@ -84,7 +97,7 @@ def close(value: Any, expected: Any, tolerance: float) -> bool:
     return bool(value == expected)
 
 
-# ------------------------------------------------------------------------------------------ the small network
+# --- the small network
 
 
 class Network(nn.Module):
@@ -122,7 +135,7 @@ def mean_loss(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def row_of(model: nn.Module, batch: Batch) -> Tensor:
-    """(n,) float64 on the CPU, by torch.autograd.grad and in the order of each parameter's own indices."""
+    """(n,) float64 on the CPU, by torch.autograd.grad, in the order of each parameter's indices."""
     grads = torch.autograd.grad(mean_loss(model, batch), list(model.parameters()))
     return torch.cat([g.reshape(-1).double().cpu() for g in grads])
 
@@ -167,7 +180,7 @@ def sgd(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
 
 
-# ------------------------------------------------------------------------------------------ waiting for the device
+# --- waiting for the device
 
 
 @contextlib.contextmanager
@@ -199,7 +212,7 @@ def waits(options: Options, step: Step) -> int | str:
     return sum("synchronizing CUDA operation" in str(one.message) for one in caught)
 
 
-# ------------------------------------------------------------------------------------------ ratios
+# --- ratios
 
 
 def ratios(
@@ -245,9 +258,16 @@ def ratio_line(name: str, ours: list[float], plain: list[float]) -> Line:
     low, *_, high = (
         statistics.quantiles(found, n=10, method="inclusive") if len(found) > 1 else found * 2
     )
-    return {"kind": "ratio", "name": name, "rounds": len(found), "ms_median": statistics.median(ours),
-            "plain_ms_median": statistics.median(plain), "ratio_median": statistics.median(found),
-            "ratio_p10": low, "ratio_p90": high}  # fmt: skip
+    return {
+        "kind": "ratio",
+        "name": name,
+        "rounds": len(found),
+        "ms_median": statistics.median(ours),
+        "plain_ms_median": statistics.median(plain),
+        "ratio_median": statistics.median(found),
+        "ratio_p10": low,
+        "ratio_p90": high,
+    }
 
 
 def silence() -> None:

@@ -252,7 +252,9 @@ def audited(options: Options) -> Found:
     here, there = gaf.Audit(2 * K), gaf.Audit(2 * K)
     decision = accumulate(model, gaf.GAF(TAU, start="best"), given).step()
     here.record(members, decision)
-    there.record(members.cpu(), gaf.aggregate(rows_of(Network().to(options.device), given),
-                                              gaf.GAF(TAU, start="best"))[1])  # fmt: skip
+    there.record(
+        members.cpu(),
+        gaf.aggregate(rows_of(Network().to(options.device), given), gaf.GAF(TAU, start="best"))[1],
+    )
     apart = (here.scores().cpu() - there.scores()).nan_to_num(nan=1.0).abs().max()
     yield "scores", float(apart), 0.0, FLOAT32

@@ -34,7 +34,16 @@ from gpu_parts.common import (
 if importlib.util.find_spec("numpy") is None:
     import torch._dynamo  # looks for numpy too, and must not find the stand-in
 
-for module in ("numpy", "pooch", "requests", "rich", "rich.console", "rich.progress", "PIL", "PIL.Image"):  # fmt: skip
+for module in (
+    "numpy",
+    "pooch",
+    "requests",
+    "rich",
+    "rich.console",
+    "rich.progress",
+    "PIL",
+    "PIL.Image",
+):
     if isinstance(sys.modules.get(module.split(".")[0]), MagicMock) or (
         importlib.util.find_spec(module.split(".")[0]) is None
     ):
@@ -81,8 +90,18 @@ def engine(options: Options) -> Iterator[Line]:
 def small(options: Options, **changes: Any) -> TrainConfig:
     """Some tens of steps of a small network; pictures are noise."""
     base = TrainConfig(
-        dataset="noise", limit=400, model="convnet", k=4, b=20, passes=4.0, eval_every=4.0, lr=0.02, tau=0.9, nesterov=True, probe=100,
-    )  # fmt: skip
+        dataset="noise",
+        limit=400,
+        model="convnet",
+        k=4,
+        b=20,
+        passes=4.0,
+        eval_every=4.0,
+        lr=0.02,
+        tau=0.9,
+        nesterov=True,
+        probe=100,
+    )
     if options.small:
         base = dataclasses.replace(base, limit=100, b=5, passes=1.0, eval_every=1.0, probe=20)
     return dataclasses.replace(base, device=options.device.type, **changes)
@@ -148,7 +167,7 @@ def same_side_by_side(options: Options) -> Found:
     )
 
 
-# ------------------------------------------------------------------------------------------ ratios
+# --- ratios
 
 
 def ratios_of_engine(options: Options) -> Iterator[Line]:
@@ -189,9 +208,17 @@ class Runs:
         size: Line = {"model": "resnet18", "k": 4, "b": 100, "limit": 10_000}
         size = {"model": "convnet", "k": 2, "b": 5, "limit": 60} if options.small else size
         config = TrainConfig(
-            dataset="noise", engine=kind, device=options.device.type, augment=True, passes=1000.0, lr=0.01, nesterov=True,
-            weight_decay=5e-4, **size, **changes,
-        )  # type: ignore[arg-type]  # fmt: skip
+            dataset="noise",
+            engine=kind,
+            device=options.device.type,
+            augment=True,
+            passes=1000.0,
+            lr=0.01,
+            nesterov=True,
+            weight_decay=5e-4,
+            **size,
+            **changes,
+        )  # type: ignore[arg-type]
         self.places = [RunContext() for _ in range(count)]
         self.trainings = []
         for seed, place in enumerate(self.places):

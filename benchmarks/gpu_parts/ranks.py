@@ -233,7 +233,7 @@ def step(
 
 
 def skip(options: Options) -> Found:
-    """Nothing agrees enough. One rank alone has no other to disagree with; there RandomSkip skips."""
+    """Nothing agrees enough. One rank has no other to disagree with; RandomSkip skips."""
     alone = dist.get_world_size() == 1
     model, optimizer = wrapped(options)
     handle = gaf.attach(model, optimizer, gaf.GAF(2.0))

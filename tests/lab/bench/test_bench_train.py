@@ -1,6 +1,7 @@
-"""gaf bench train, gaf bench cpu: a timed step is gaf train's; what is reported follows from the times; docs/speed.md's figures.
+"""gaf bench train, gaf bench cpu: timed steps are gaf train's, and reports follow from the times.
 
-`python tests/lab/test_bench_train.py` prints the page's tables anew.
+The figures of docs/speed.md are those of the records. `python
+tests/lab/bench/test_bench_train.py` prints the page's tables anew.
 """
 
 import dataclasses
@@ -69,7 +70,7 @@ SMALL = TrainConfig(
 )
 
 
-# ---------------------------------------------------------------------------------------------- tables of the page
+# --- tables of the page
 
 
 def lines_of(name: str, kind: str) -> list[dict[str, Any]]:
@@ -89,9 +90,12 @@ def conditions() -> str:
     pictures = {"cifar100": "CIFAR-100", "noise": "White noise of CIFAR-100's shape"}[
         found["dataset"]
     ]
-    sizes = f"{pictures}; {found['model']}, stem {found['stem']}, k = {found['k']}, b = {found['b']}, sampler {found['sampler']}"
-    machine = f"{found['machine']['threads']} of {found['machine']['cores']} cores, load {found['load']:.0f}"
-    return f"{sizes}; {machine}; {found['rounds']} rounds."
+    machine = found["machine"]
+    return (
+        f"{pictures}; {found['model']}, stem {found['stem']}, k = {found['k']}, b = {found['b']}, "
+        f"sampler {found['sampler']}; {machine['threads']} of {machine['cores']} cores, "
+        f"load {found['load']:.0f}; {found['rounds']} rounds."
+    )
 
 
 def train_table() -> str:
@@ -113,7 +117,8 @@ def train_table() -> str:
             ]
         )
         lines.append(
-            f"| {line['arm']} | {line['cpu_ms_median']:.0f} | {ratios} | {100 * line['stepped']:.0f}% |"
+            f"| {line['arm']} | {line['cpu_ms_median']:.0f} | {ratios} "
+            f"| {100 * line['stepped']:.0f}% |"
         )
     return "\n".join(lines)
 
@@ -166,7 +171,7 @@ def test_the_pages_figures_are_the_records(part):
     assert part() in (ROOT / "docs" / "speed.md").read_text()
 
 
-# ---------------------------------------------------------------------------------------------- what is timed
+# --- what is timed
 
 
 def test_each_begins_in_turn_and_the_first_round_is_not_counted():
@@ -246,7 +251,7 @@ def test_the_plain_loop_draws_as_many_of_each_class_where_it_is_to(sampler):
     assert loop.draw() != drawn
 
 
-# ---------------------------------------------------------------------------------------------- what is reported
+# --- what is reported
 
 
 def took(*walls: float) -> list[StepTime]:
@@ -359,7 +364,7 @@ def test_what_cannot_be_measured_is_said(words, message, capsys):
     assert message in capsys.readouterr().err
 
 
-# ---------------------------------------------------------------------------------------------- gaf bench cpu
+# --- gaf bench cpu
 
 
 def test_settings_by_hand():
@@ -394,7 +399,7 @@ def test_threads_of_processes_started_meanwhile_sleep_or_do_what_they_do_unasked
 
 
 class Simulated:
-    """A crew whose channels-last steps take half as long, whose second process is free, and that has no compiler."""
+    """A crew without a compiler: channels-last halves its steps, more processes cost nothing."""
 
     def __init__(self, config: TrainConfig, cores: int) -> None:
         self.closed = False
@@ -429,9 +434,9 @@ def test_speeds_are_those_of_all_processes_and_ratios_are_to_one_thread(simulate
 
 def test_the_choice_is_the_fastest_and_what_failed_is_said(simulated):
     said = advice(simulated, "mlp")
-    assert (
-        said
-        == "4 threads, channels-last: 40 steps/s; compiling failed; 4 runs at once, one thread each: 2.00 times the steps of one"
+    assert said == (
+        "4 threads, channels-last: 40 steps/s; compiling failed; "
+        "4 runs at once, one thread each: 2.00 times the steps of one"
     )
     rows = [setting_cells(m.line()) for m in simulated]
     assert sum("failed: no g++" in row for row in rows) == 8

@@ -1,4 +1,4 @@
-"""benchmarks/gpu.py, which is meant for a machine with a GPU: a rehearsal on the CPU runs all that does not need CUDA."""
+"""benchmarks/gpu.py, for a machine with a GPU: a rehearsal on the CPU runs what needs no CUDA."""
 
 import importlib.util
 import json

@@ -1,4 +1,4 @@
-"""A command's threads sleep while they wait for one another; what that saves on a busy machine is what docs/speed.md says."""
+"""A command's threads sleep while they wait for one another; docs/speed.md has what that saves."""
 
 import importlib.util
 import json

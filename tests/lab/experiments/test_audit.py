@@ -1,4 +1,4 @@
-"""The rejection audit: what a score is, that a wrong label which speaks up is found, and the page's table."""
+"""The audit: what a score is, that wrong labels are found, what is reported, the page's table."""
 
 import csv
 import dataclasses
@@ -46,7 +46,10 @@ def outcome(distances: list[float], tau: float = 0.9) -> gaf.Outcome:
 def written_out(
     steps: list[tuple[list[torch.Tensor], list[float]]], n: int, of: Callable[[float], float]
 ) -> list[float]:
-    """Each sample's mean excess over the last 100 steps, one appearance at a time; of: what is said of a compared row's distance."""
+    """Each sample's mean excess over the last 100 steps, one appearance at a time.
+
+    of: the value of a compared row, by its distance.
+    """
     excess: list[list[float]] = [[] for _ in range(n)]
     rows = [[of(d) for d in sorted(d for d in distances if d == d)[1:]] for _, distances in steps]
     rows = [[*row, statistics.fmean(row)] for row in rows]  # the start's
@@ -58,7 +61,7 @@ def written_out(
     return [statistics.fmean(one) if one else 0.0 for one in excess]
 
 
-def test_a_score_is_the_mean_excess_over_the_last_hundred_steps_of_the_micro_batches_that_held_the_sample():
+def test_a_score_is_the_mean_excess_over_the_last_hundred_steps_of_the_samples_micro_batches():
     draw, tally, steps = torch.Generator().manual_seed(0), Tally(9), []
     for t in range(130):
         distances = (0.6 + 0.7 * torch.rand(4, generator=draw)).tolist()
@@ -206,10 +209,14 @@ def test_label_quality_is_the_margin_of_the_given_label():
 
 
 def test_the_confident_joint_counts_what_looks_as_much_of_another_class_as_that_class_itself_does():
-    """Labels 0 are right but for one, which is as much of class 1 as those labelled 1 are; one is undecided, and counts as neither."""
+    """One label 0 is wrong: it is as much of class 1 as those labelled 1 are.
+
+    One more is undecided, and counts as neither.
+    """
     p = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.1, 0.9], [0.5, 0.5], [0.2, 0.8], [0.1, 0.9]])
     given = torch.tensor([0, 0, 0, 0, 1, 1])
-    # means: 0.575 of class 0, 0.85 of class 1; of the labels 0 three are sure, one of them of class 1; of the labels 1 one is sure
+    # Means: 0.575 of class 0, 0.85 of class 1. Of the labels 0 three are sure, one of them of
+    # class 1; of the labels 1 one is sure.
     assert count_wrong_labels(p, given) == round(4 * 1 / 3)
     assert count_wrong_labels(p[:, [1, 0]], 1 - given) == 1  # classes are but names
 
@@ -236,7 +243,10 @@ def test_about_as_many_are_marked_as_are_wrong_and_these_are_mostly_wrong(rate, 
 
 
 def test_the_file_is_ranked_by_the_best_of_what_was_measured():
-    """On every setting of the page label quality is the best, or within a hundredth of it, and far better than the filter's distance."""
+    """On every setting of the page, label quality is at most a hundredth below the best.
+
+    It is far better than the filter's distance.
+    """
     text = (ROOT / "results" / "audit.jsonl").read_text().splitlines()
     lines = [line for line in map(json.loads, text) if line["kind"] == "audit"]
     assert len(lines) >= 12

@@ -1,4 +1,4 @@
-"""gaf probe: its recommendation holds on other micro-gradients, and the training that it looks into goes on as if it had not."""
+"""gaf probe: its recommendation holds on other micro-gradients; the training stays as it was."""
 
 import io
 import json
@@ -40,7 +40,7 @@ def lines_of(folder):
 
 
 @pytest.mark.parametrize("b", [10, 100])
-def test_on_mnist5k_what_the_tau_accepts_of_unseen_micro_gradients_is_within_ten_points_of_the_prediction(
+def test_on_mnist5k_what_the_tau_accepts_of_unseen_ones_is_within_ten_points_of_the_prediction(
     run, tmp_path, monkeypatch, b
 ):
     monkeypatch.setattr(probe_point, "CURVE_TAUS", [0.5, 0.7, 0.9])  # the curve is for the figure
@@ -101,10 +101,26 @@ def test_slices_change_the_memory_and_not_the_outcome():
 
 def line(**changes):
     found = {
-        "after": 0, "m": 1, "b": 10, "k": 8, "rows": 128, "absent": 0, "distance_mean": 0.9, "distance_expected": 0.9, "tau": 0.8,
-        "noise_scale": None, "noise_low": 4157.0, "noise_high": None, "dimension": None, "predicted": 0.1, "measured": 0.1,
-        "measured_steps": 0.5, "reason": "Because.", "tau_interval": [0.77, 0.83], "measured_interval": [0.05, 0.15],
-    }  # fmt: skip
+        "after": 0,
+        "m": 1,
+        "b": 10,
+        "k": 8,
+        "rows": 128,
+        "absent": 0,
+        "distance_mean": 0.9,
+        "distance_expected": 0.9,
+        "tau": 0.8,
+        "noise_scale": None,
+        "noise_low": 4157.0,
+        "noise_high": None,
+        "dimension": None,
+        "predicted": 0.1,
+        "measured": 0.1,
+        "measured_steps": 0.5,
+        "reason": "Because.",
+        "tau_interval": [0.77, 0.83],
+        "measured_interval": [0.05, 0.15],
+    }
     return found | changes
 
 
@@ -130,15 +146,17 @@ def test_it_ends_with_one_recommendation_in_one_line(run, tmp_path):
     assert low < last["tau"] < high < low + 0.2
     assert 0 <= least <= last["measured"] <= most <= 1
     assert out.splitlines()[-1] == (
-        f"Recommended: --tau {last['tau']:.3f} (95% interval {low:.3f} to {high:.3f}), from 128 micro-gradients of b = 16 after 10 steps, "
-        f"one seed. Of those compared it should accept {100 * last['predicted']:.0f}%; of 64 others it accepted "
-        f"{100 * last['measured']:.0f}% ({100 * least:.0f} to {100 * most:.0f}%). The accuracy of the training is not measured."
+        f"Recommended: --tau {last['tau']:.3f} (95% interval {low:.3f} to {high:.3f}), "
+        "from 128 micro-gradients of b = 16 after 10 steps, one seed. "
+        f"Of those compared it should accept {100 * last['predicted']:.0f}%; "
+        f"of 64 others it accepted {100 * last['measured']:.0f}% "
+        f"({100 * least:.0f} to {100 * most:.0f}%). The accuracy of the training is not measured."
     )
     assert "Recommended" not in " ".join(out.splitlines()[:-1])
 
 
 def test_where_nothing_can_be_learned_nothing_is_recommended(run, tmp_path):
-    """White noise with random labels, averaged over micro-batches of 2: its gradients have no direction in common."""
+    """The gradients of white noise with random labels, b = 2, have no direction in common."""
     sizes = ("--limit", 400, "--model", "mlp", "--k", 4, "--b", 2, "--after", 0, "--rows", 64)
     _, out, _ = run("--dataset", "noise", "--noise", "none", *sizes, "--out", tmp_path)
     assert out.splitlines()[-1].startswith(
@@ -150,12 +168,21 @@ def test_where_nothing_can_be_learned_nothing_is_recommended(run, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "why"),
     [
-        ({"noise_scale": None, "noise_high": None}, "(B may be anything from 4,157 samples up). Raise --b or --rows, or probe --after"),
-        ({"tau_interval": None}, "they are too few for an interval at k = 8. Raise --rows to 32 or more."),
+        (
+            {"noise_scale": None, "noise_high": None},
+            "(B may be anything from 4,157 samples up). Raise --b or --rows, or probe --after",
+        ),
+        (
+            {"tau_interval": None},
+            "they are too few for an interval at k = 8. Raise --rows to 32 or more.",
+        ),
         ({"tau_interval": [0.6, 0.9]}, "it may lie anywhere from 0.60 to 0.90. Raise --rows."),
-        ({"predicted": 0.4}, "of 64 others tau = 0.800 accepted 5 to 15%, and 40% were predicted. Raise --rows."),
+        (
+            {"predicted": 0.4},
+            "of 64 others tau = 0.800 accepted 5 to 15%, and 40% were predicted. Raise --rows.",
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_the_numbers_do_not_bear_out_is_not_recommended(changes, why):
     known = {"noise_scale": 5000.0, "noise_low": 4157.0, "noise_high": 6000.0}
     assert recommendation([line(**known)]).startswith("Recommended: --tau 0.800 (95%")
@@ -165,7 +192,7 @@ def test_what_the_numbers_do_not_bear_out_is_not_recommended(changes, why):
 
 
 def test_the_interval_of_a_mean_is_students():
-    """For a mean over equal parts the jackknife is the textbook's interval: mean +- t s / sqrt(n)."""
+    """Of a mean over equal parts the jackknife is the textbook's: mean +- t s / sqrt(n)."""
     values = [0.1, 0.5, 0.3, 0.9, 0.7, 0.2, 0.4, 0.6]
     less = [(sum(values) - one) / 7 for one in values]
     mean, half = sum(values) / 8, 2.365 * statistics.stdev(values) / 8**0.5
@@ -189,11 +216,13 @@ def test_an_interval_leaves_out_an_eighth_of_each_half_and_needs_enough_rows():
         (("--sam", 0.1), "sam must be 0 for a probe; got 0.1"),
         (
             ("--rows", 12),
-            "rows must be at least 8 and twice k, which is 8; got 12. Give --rows 128, or lower --k.",
+            "rows must be at least 8 and twice k, which is 8; got 12. "
+            "Give --rows 128, or lower --k.",
         ),
         (
             ("--k", 100),
-            "rows must be at least 8 and twice k, which is 100; got 128. Give --rows 200, or lower --k.",
+            "rows must be at least 8 and twice k, which is 100; got 128. "
+            "Give --rows 200, or lower --k.",
         ),
         (
             ("--after", -1),
@@ -205,15 +234,18 @@ def test_an_interval_leaves_out_an_eighth_of_each_half_and_needs_enough_rows():
         (("--slices", 10**9), "slices must lie in [1, 1000]; got 1000000000"),
         (
             ("--after", 10**12),
-            "after must name steps of training, at least 0 and fewer than 1,000,000,000; got [10000",
+            "after must name steps of training, at least 0 and fewer than 1,000,000,000; "
+            "got [10000",
         ),
         (
             ("--rows", 10**9),
-            "rows = 1,000,000,000 micro-gradients of 301,066 numbers, in 1 slices: must fit into memory",
+            "rows = 1,000,000,000 micro-gradients of 301,066 numbers, in 1 slices: "
+            "must fit into memory",
         ),
         (
             ("--rows", 10**6, "--slices", 1000),
-            "rows = 1,000,000 micro-gradients of 301,066 numbers, in 1,000 slices: must fit into memory",
+            "rows = 1,000,000 micro-gradients of 301,066 numbers, in 1,000 slices: "
+            "must fit into memory",
         ),
         (("--toml", "/nowhere.toml"), "config file /nowhere.toml: must exist"),
         (("--out", "/dev/null/probe"), "output folder /dev/null/probe: must be writable"),

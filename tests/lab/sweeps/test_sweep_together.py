@@ -1,4 +1,4 @@
-"""Runs that take turns in one process end as runs in processes of their own; one that fails does not disturb the others."""
+"""Runs in turns in one process end as runs in processes; one that fails disturbs no other."""
 
 import dataclasses
 import io
