@@ -18,7 +18,7 @@ from gaf.device.rows import StackedRows
 from gaf.measure.acceptance import measure_acceptance
 from gaf.measure.result import Probe
 from gaf.ranks.handle import Handle
-from gaf.record.audit import Excess
+from gaf.record.excess import Excess
 from gaf.record.outcome import Outcome, pack
 from gaf.record.telemetry import Telemetry
 from gaf.rules import agreement, prediction

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 import gaf
-from gaf.record.audit import Excess, value_per_row
+from gaf.record.audit import value_per_row
+from gaf.record.excess import Excess
 from gaf.record.recent import WINDOW
 
 NAN = math.nan

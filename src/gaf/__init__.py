@@ -1,4 +1,19 @@
-"""Gradient agreement filtering: average only the micro-gradients that agree, and skip the step where too few do."""
+"""Gradient agreement filtering: average only the micro-gradients that agree.
+
+Before averaging k micro-gradients, GAF drops those that point away from the rest; if too few agree,
+it skips the optimizer step. The rooms, in the order of the data:
+
+    device      micro-gradients one after the other in time, on one device (`Accumulator`)
+    ranks       micro-gradients of data-parallel processes (`attach`, `Handle`)
+    rules       rows -> K = G G^T -> Decision -> w^T G, the same for both
+    record      what came of the decisions: statistics, gated schedulers, `Audit`
+    measure     micro-gradients looked at without a step (`probe`)
+    integrations    the two engines in Lightning, Accelerate and transformers
+
+Read rules/combine.py first: `aggregate` is the whole algorithm on a matrix. Then rules/gram.py (K),
+rules/sequential.py (the rule), rules/policies.py (`GAF`), and device/accumulate.py or
+ranks/attach.py for where the rows come from and where the update goes.
+"""
 
 from gaf.device.accumulate import Accumulator
 from gaf.measure.probe import probe

@@ -1,4 +1,4 @@
-"""Numbers that users give: those of numpy are as good as Python's, and what cannot be used is told by name."""
+"""Numbers that users give: numpy's are as good as Python's, and an error names the argument."""
 
 import math
 from numbers import Integral, Real
@@ -13,7 +13,7 @@ def is_number(value: Any) -> bool:
 
 
 def plain_number(value: Any) -> float:
-    """A number as Python's, which prints and compares alike wherever it came from."""
+    """A number as Python's: it prints and compares alike, wherever it came from."""
     return value if type(value) in (int, float) else float(value)
 
 
@@ -24,10 +24,10 @@ def whole_number(subject: str, value: Any, least: int | None, fix: str) -> int:
         subject: whose argument it is and its name, as "Audit: n".
         value: what the user gave.
         least: the smallest that is allowed; None for any.
-        fix: a sentence that says what to give.
+        fix: a sentence on what to give.
 
     Raises:
-        ValueError: where it is no integer of Python's or numpy's, or too small.
+        ValueError: if it is no integer of Python's or numpy's, or too small.
     """
     whole = isinstance(value, Integral) and not isinstance(value, bool)
     if not whole or (least is not None and value < least):
@@ -44,10 +44,10 @@ def real_number(subject: str, value: Any, low: float, high: float, fix: str) -> 
         value: what the user gave.
         low: the least, `ABOVE_0` for any number above 0.
         high: the greatest; infinity itself is never allowed.
-        fix: a sentence that says what to give.
+        fix: a sentence on what to give.
 
     Raises:
-        ValueError: where it is no number of Python's or numpy's, NaN, or out of its range.
+        ValueError: if it is no number of Python's or numpy's, NaN, or out of its range.
     """
     if not is_number(value) or not low <= value <= high or math.isinf(value):
         least = "above 0" if low == ABOVE_0 else f"of at least {low:g}"
@@ -57,7 +57,7 @@ def real_number(subject: str, value: Any, low: float, high: float, fix: str) -> 
 
 
 def one_of(subject: str, value: Any, choices: tuple[str, ...]) -> None:
-    """ValueError where the value is none of the choices."""
+    """ValueError if the value is none of the choices."""
     if not isinstance(value, str) or value not in choices:
         raise ValueError(
             f"{subject} must be one of {', '.join(map(repr, choices))}; got {value!r}."

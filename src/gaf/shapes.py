@@ -1,6 +1,7 @@
-"""Array shapes as types: read by people and type checkers always, checked while the tests run, absent otherwise.
+"""Array shapes as types, for readers and type checkers; checked while the tests run.
 
-The tests import jaxtyping before `gaf`; then the annotations are real and every call is checked against them.
+The tests import jaxtyping before `gaf`; then the annotations are real and every call is checked
+against them. Otherwise they are plain tensors.
 """
 
 import sys

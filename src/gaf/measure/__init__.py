@@ -1,1 +1,1 @@
-"""Looking at micro-gradients without stepping: how well they agree, and how many each tau would accept."""
+"""Measuring without a step: how well micro-gradients agree, and how many each tau would accept."""

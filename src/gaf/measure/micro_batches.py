@@ -63,8 +63,8 @@ def samples_in(micro_batch: Any) -> int:
     first = next((part for part in parts if isinstance(part, Tensor) and part.ndim), None)
     if first is None:
         raise TypeError(
-            "probe: a micro-batch must be a pair (x, y) or a mapping, with a tensor of b samples in "
-            f"it; got {type(micro_batch).__name__}. Where it holds no tensor, pass b=."
+            "probe: a micro-batch must be a pair (x, y) or a mapping, with a tensor of b samples "
+            f"in it; got {type(micro_batch).__name__}. If it holds no tensor, pass b=."
         )
     return len(first)
 

@@ -1,6 +1,6 @@
 """Measures micro-gradients without training: how far they agree, and which tau to take.
 
-model, micro-batches -> rows, a slice of the coordinates at a time -> K per layer -> K -> B, d_eff -> tau
+model, micro-batches -> rows, some coordinates at a time -> K per layer -> K -> B, d_eff -> tau
 """
 
 from collections.abc import Callable, Iterable, Sequence

@@ -1,4 +1,4 @@
-"""Runs models as if they had not been run: what they hold, and the sources of randomness, are put back."""
+"""Runs models as if they had not run: what they hold, and all random state, is put back."""
 
 import random
 import sys
@@ -20,13 +20,15 @@ CONTAINERS = (dict, OrderedDict, defaultdict, list, set, deque)
 
 @contextmanager
 def untouched(*owners: Any) -> Iterator[None]:
-    """Puts back, however it ends, what the modules among the owners hold and all global random state.
+    """Puts back what the modules among the owners hold, and all global random state.
 
-    Of a module: attributes, and so modes, hooks, parameters and buffers, those that were None included; the values of all its
-    tensors, bit for bit in their own memory; `requires_grad`; `p.grad`, which is None in between. What dictionaries, lists and sets
+    It does so after an exception too. Of a module: attributes, and so modes, hooks, parameters and
+    buffers, also those that were None; the values of all its tensors, bit for bit in their own
+    memory; `requires_grad`; `p.grad`, which is None in between. What dictionaries, lists and sets
     of a module hold is put back, however deep; other objects are left alone.
 
-    Of randomness: torch's on the CPU and on CUDA devices, Python's `random`, and numpy's if it is loaded.
+    Of randomness: torch's on the CPU and on CUDA devices, Python's `random`, and numpy's if it is
+    loaded.
 
     Gradients are recorded inside, and autocast keeps no copies of weights.
     """
@@ -81,7 +83,7 @@ def keep_random_state() -> Undo:
 
 
 def keep_modes(modules: Iterable[nn.Module]) -> Undo:
-    """train or eval, also of scripted modules, whose attributes are not Python's."""
+    """train or eval. Also for scripted modules, whose attributes are not Python's."""
     modes = [(module, module.training) for module in modules]
 
     def undo() -> None:
@@ -93,7 +95,8 @@ def keep_modes(modules: Iterable[nn.Module]) -> Undo:
 
 
 def keep_contents(containers: Iterable[Any]) -> Undo:
-    kept = [(one, list(one.items() if isinstance(one, dict) else one)) for one in containers]
+    """What dictionaries, lists, sets and deques hold."""
+    kept = [(one, items_of(one)) for one in containers]
 
     def undo() -> None:
         for one, items in kept:
@@ -104,15 +107,26 @@ def keep_contents(containers: Iterable[Any]) -> Undo:
     return undo
 
 
-def same_items(one: Any, items: list[Any]) -> bool:
+def items_of(container: Any) -> list[Any]:
+    """The items of a list or set, the (key, value) pairs of a dictionary."""
+    return list(container.items() if isinstance(container, dict) else container)
+
+
+def same_items(container: Any, items: list[Any]) -> bool:
     """Whether a container holds the very same objects in the same order."""
-    now = list(one.items()) if isinstance(one, dict) else list(one)
-    flat, was = (chain.from_iterable(x) if isinstance(one, dict) else x for x in (now, items))
-    return len(now) == len(items) and all(a is b for a, b in zip(flat, was, strict=True))
+    now, was = items_of(container), items
+    if len(now) != len(was):
+        return False
+    if isinstance(container, dict):
+        now, was = list(chain.from_iterable(now)), list(chain.from_iterable(was))
+    return all(a is b for a, b in zip(now, was, strict=True))
 
 
 def keep_values(tensors: Iterable[Tensor]) -> Undo:
-    """Values in their memory, so that views, tied and expanded tensors need no care, and the memory that each tensor shows."""
+    """Values in their memory, and which memory each tensor shows.
+
+    Views, tied and expanded tensors need no care this way.
+    """
     shown = [(t, t.data) for t in tensors if has_memory(t)]
     memory = {t.untyped_storage()._cdata: t.untyped_storage() for t, _ in shown}
     kept = [(storage, content(storage).clone()) for storage in memory.values()]
@@ -131,7 +145,10 @@ def keep_values(tensors: Iterable[Tensor]) -> Undo:
 
 
 def has_memory(t: Tensor) -> bool:
-    """Whether a tensor's values lie in one piece of memory; those of sparse ones, and of classes made of others, do not."""
+    """Whether a tensor's values lie in one piece of memory.
+
+    Those of sparse tensors, and of tensor classes made of other tensors, do not.
+    """
     strided = t.layout == torch.strided and t.device.type != "meta"
     return strided and not is_lazy(t) and not is_traceable_wrapper_subclass(t)
 
@@ -150,7 +167,10 @@ def same_place(a: Tensor, b: Tensor) -> bool:
 
 
 def keep_leaves(leaves: Iterable[Tensor]) -> Undo:
-    """Gradients, requires_grad, and whether there are hooks. A gradient is away meanwhile: what comes is not added to it."""
+    """Gradients, requires_grad, and whether there are hooks.
+
+    A gradient is taken away meanwhile, so that no other is added to it.
+    """
     kept = [(t, t.requires_grad, t.grad, [getattr(t, name) for name in HOOKS]) for t in leaves]
     for t, _, grad, _ in kept:
         if grad is not None:

@@ -1,1 +1,1 @@
-"""What came of the decisions: counts and averages, gated schedulers, and scores of who disagreed."""
+"""What came of the decisions: counts and averages, gated schedulers, scores of who disagreed."""

@@ -30,8 +30,8 @@ class Gate:
         decided, taken = self.progress()
         if self.called and decided - self.decided > 1:
             raise RuntimeError(
-                f"gate: {name}.step() must be called after every step, because a gate holds it back "
-                f"on a skip; {decided - self.decided} steps went by since the last call. "
+                f"gate: {name}.step() must be called after every step, because a gate holds it "
+                f"back on a skip; {decided - self.decided} steps went by since the last call. "
                 "A scheduler stepped once per epoch needs no gate: use the ungated one."
             )
         moved = taken > self.taken

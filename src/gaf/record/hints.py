@@ -1,4 +1,4 @@
-"""Warnings about a run that goes wrong: nothing agrees, everything agrees, or all rows are absent."""
+"""Warnings about a run that goes wrong: no row agrees, every row agrees, or all are absent."""
 
 import math
 import sys

@@ -1,8 +1,8 @@
 """How far micro-gradients agree, from K: gradient noise scale and effective dimension.
 
 g_i = g + e_i with Cov(e_i) = Sigma / b, and rho = B / b. Whether a row is accepted depends on
-cosines alone, and these on rho and d_eff: the mean cosine falls as rho grows, and it scatters by about
-1 / sqrt(d_eff). `gaf.rules.prediction` derives acceptance from both.
+cosines alone, and these on rho and d_eff: the mean cosine falls as rho grows, and it scatters by
+about 1 / sqrt(d_eff). `gaf.rules.prediction` derives acceptance from both.
 """
 
 import math

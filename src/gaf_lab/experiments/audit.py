@@ -26,7 +26,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 import gaf
-from gaf.record.audit import Excess, value_per_row
+from gaf.record.audit import value_per_row
+from gaf.record.excess import Excess
 from gaf.rules.sequential import TIE
 from gaf_lab.experiments.audit_result import AuditResult
 from gaf_lab.experiments.label_quality import count_wrong_labels, label_quality, mark_lowest
