@@ -1,4 +1,7 @@
-"""Files are verified by content, never written beside, and never run; a download goes on where it was cut off."""
+"""Files are verified by content and never run; a data folder is never written to.
+
+A download resumes where it was cut off.
+"""
 
 import builtins
 import gzip
@@ -90,7 +93,8 @@ def test_a_pickle_that_would_write_a_file_is_refused_and_nothing_runs(
     function = name.split(".")[-1]
     with pytest.raises(
         DataError,
-        match=rf"^train: must be a pickle of numpy arrays and lists alone; it asks for \w+\.{function}\. It was refused",
+        match=r"^train: must be a pickle of numpy arrays and lists alone; "
+        rf"it asks for \w+\.{function}\. It was refused",
     ):
         unpickle(content, "train")
     assert not marker.exists()
@@ -179,7 +183,8 @@ def test_a_pt_file_that_would_write_a_file_is_refused_and_nothing_runs(
         torch.save({"clean_label": call}, path, _use_new_zipfile_serialization=zipped)
         with pytest.raises(
             DataError,
-            match=rf"human\.pt: must hold numpy arrays, .*; it .*{name.split('.')[-1]}.*was refused before",
+            match=r"human\.pt: must hold numpy arrays, .*; "
+            rf"it .*{name.split('.')[-1]}.*was refused before",
         ):
             load_pt(path)
         assert not marker.exists()
@@ -327,22 +332,25 @@ def test_an_empty_folder_says_what_to_put_there(tmp_path: Path) -> None:
     with pytest.raises(DataError) as error:
         read_archive(CIFAR100, tmp_path)
     assert str(error.value) == (
-        f"{tmp_path}: must hold cifar-100-python.tar.gz, or the folder cifar-100-python with train, test, meta; got no archive, and no "
-        f"train, test, meta. Download {CIFAR100.source.url} (md5 {CIFAR100.source.md5}) into {tmp_path}, or give the folder that holds it: "
-        "--data DIR."
+        f"{tmp_path}: must hold cifar-100-python.tar.gz, or the folder cifar-100-python with "
+        "train, test, meta; got no archive, and no train, test, meta. "
+        f"Download {CIFAR100.source.url} (md5 {CIFAR100.source.md5}) into {tmp_path}, "
+        "or give the folder that holds it: --data DIR."
     )
 
 
 def test_a_folder_that_is_none(tmp_path: Path) -> None:
     with pytest.raises(
         DataError,
-        match="^data folder .*: must be a folder; it does not exist. Give the folder that holds the data, or leave out --data",
+        match="^data folder .*: must be a folder; it does not exist. "
+        "Give the folder that holds the data, or leave out --data",
     ):
         read_archive(CIFAR100, tmp_path / "absent")
     (tmp_path / "file").touch()
     with pytest.raises(
         DataError,
-        match="^data folder .*: must be a folder; it is a file. Give the folder it lies in, or leave out --data",
+        match="^data folder .*: must be a folder; it is a file. "
+        "Give the folder it lies in, or leave out --data",
     ):
         locate(sources.HUMAN_LABELS, tmp_path / "file")
 
@@ -455,7 +463,8 @@ def test_offline_the_error_says_the_url_the_checksum_and_where_to_put_the_file(
     with pytest.raises(DataError) as error:
         fetch(source)
     assert str(error.value).endswith(
-        f"Download {source.url} (md5 {source.md5}) into {own_cache}, or give the folder that holds it: --data DIR."
+        f"Download {source.url} (md5 {source.md5}) into {own_cache}, "
+        "or give the folder that holds it: --data DIR."
     )
 
 

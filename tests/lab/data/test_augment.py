@@ -1,4 +1,4 @@
-"""The batched augmentation is what one picture at a time would give, and normalising undoes to the bytes."""
+"""The batched augmentation equals that of one picture at a time; normalising can be undone."""
 
 import time
 
@@ -32,9 +32,14 @@ def crops(picture: Tensor, padding: int) -> Tensor:
 
 
 @given(
-    st.integers(1, 4), st.integers(1, 3), st.integers(1, 6), st.integers(1, 6), st.integers(0, 3),
-    st.sampled_from([torch.uint8, torch.float32]), st.integers(0, 2**40),
-)  # fmt: skip
+    st.integers(1, 4),
+    st.integers(1, 3),
+    st.integers(1, 6),
+    st.integers(1, 6),
+    st.integers(0, 3),
+    st.sampled_from([torch.uint8, torch.float32]),
+    st.integers(0, 2**40),
+)
 def test_each_picture_is_one_of_its_crops(
     b: int, c: int, h: int, w: int, padding: int, dtype: torch.dtype, seed: int
 ) -> None:
@@ -95,7 +100,8 @@ def test_normalise_leaves_floats_alone_too() -> None:
 def test_moments_of_another_number_of_channels() -> None:
     with pytest.raises(
         ValueError,
-        match=r"^normalise: mean and std must have one number per channel, 3; got 1 and 1\. Use those of the data set",
+        match=r"^normalise: mean and std must have one number per channel, 3; got 1 and 1\. "
+        "Use those of the data set",
     ):
         normalise(pictures(1, 3, 4, 4), (0.5,), (0.5,))
 

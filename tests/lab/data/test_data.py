@@ -1,4 +1,4 @@
-"""Every data set is what it says, from its real file where that is at hand; and what is wrong with a file is said."""
+"""Every data set is as published, from its real file if that is at hand; faults are reported."""
 
 import gzip
 import pickle
@@ -170,7 +170,8 @@ def test_a_label_out_of_range_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_pa
     write(monkeypatch, tmp_path, fine_labels=[100] + [i % 100 for i in range(1, 200)])
     with pytest.raises(
         DataError,
-        match=r"^cifar100: train labels must lie in \[0, 100\); got 0 to 100\. Is it the file of another data set\?",
+        match=r"^cifar100: train labels must lie in \[0, 100\); got 0 to 100\. "
+        r"Is it the file of another data set\?",
     ):
         load_dataset("cifar100", tmp_path)
     write(monkeypatch, tmp_path, coarse_labels=[-1] * 200)
@@ -190,7 +191,8 @@ def test_human_labels_of_other_pictures_are_refused(fake: Path) -> None:
     fakes.save_human(fake, clean_label=(np.arange(200) + 1) % 100)
     with pytest.raises(
         DataError,
-        match=r"human\.pt: its clean labels must be those of CIFAR-100 in the same order; they are not",
+        match=r"human\.pt: its clean labels must be those of CIFAR-100 in the same order; "
+        "they are not",
     ):
         load_dataset("cifar100n", fake)
 
@@ -205,7 +207,8 @@ def test_missing_human_labels_say_where_they_come_from(fake: Path) -> None:
     (fake / HUMAN).unlink()
     with pytest.raises(
         DataError,
-        match=rf"must hold {HUMAN}; it does not\. Download https://.*\(md5 {sources.HUMAN_LABELS.md5}\) into {fake}",
+        match=rf"must hold {HUMAN}; it does not\. "
+        rf"Download https://.*\(md5 {sources.HUMAN_LABELS.md5}\) into {fake}",
     ):
         load_dataset("cifar100n", fake)
 
@@ -331,7 +334,8 @@ def test_moments_are_those_of_the_pictures(channels: int, n: int, seed: int) -> 
 def test_an_unknown_name_is_answered_with_the_nearest(name: str, nearest: str) -> None:
     with pytest.raises(
         ValueError,
-        match=rf"^data: the name must be one of digits, .*; got '{name}'\. Did you mean '{nearest}'\?",
+        match=rf"^data: the name must be one of digits, .*; got '{name}'\. "
+        rf"Did you mean '{nearest}'\?",
     ):
         load_dataset(name)
 

@@ -1,4 +1,4 @@
-"""Label noise flips as many labels as it says, to the classes it says, and the mask is the truth about it."""
+"""Label noise flips the stated number of labels to the stated classes; the mask is correct."""
 
 import pytest
 import torch
@@ -90,7 +90,8 @@ def test_human_labels_are_passed_on_with_where_they_differ() -> None:
 def test_a_rate_that_is_no_share_is_refused(noise, rate: float) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(
         ValueError,
-        match=rf"^noise: rate must lie in \[0, 1\); got {rate}\. It is the share of labels that are flipped\.$",
+        match=rf"^noise: rate must lie in \[0, 1\); got {rate}\. "
+        r"It is the share of labels that are flipped\.$",
     ):
         noise(labels(10, 2), rate, 2, 0)
 
@@ -118,7 +119,8 @@ def test_labels_and_classes_that_do_not_fit_are_refused() -> None:
 def test_human_labels_must_be_there_and_as_many() -> None:
     with pytest.raises(
         ValueError,
-        match=r"human labels must come with the data set; got one without\. Use cifar100n or cifar100n-coarse",
+        match=r"human labels must come with the data set; got one without\. "
+        "Use cifar100n or cifar100n-coarse",
     ):
         human(torch.arange(3), None)
     with pytest.raises(ValueError, match=r"there must be one human label per sample, 3; got 2"):

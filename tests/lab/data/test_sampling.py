@@ -1,4 +1,7 @@
-"""A micro-batch is a function of the seed and its number; a pass visits every sample once; strata are exact."""
+"""A micro-batch is a function of the seed and its number; a pass visits every sample once.
+
+Strata are exact.
+"""
 
 import pytest
 import torch
@@ -111,7 +114,8 @@ def test_keys_are_the_same_on_every_machine() -> None:
 def test_more_per_class_than_there_is() -> None:
     with pytest.raises(
         ValueError,
-        match=r"^stratified: every class must have b / classes = 4 samples; class 1 has 3\. Use b=6 or fewer, or the iid sampler\.$",
+        match=r"^stratified: every class must have b / classes = 4 samples; class 1 has 3\. "
+        r"Use b=6 or fewer, or the iid sampler\.$",
     ):
         Stratified(labels(2, 3, extra=5), 2, 8, 0)
 
@@ -125,7 +129,8 @@ def test_a_class_without_samples() -> None:
 def test_a_batch_that_is_no_multiple_of_the_classes(b: int, use: int) -> None:
     with pytest.raises(
         ValueError,
-        match=rf"^stratified: b must be a multiple of the 4 classes; got {b}\. Use b={use}, or the iid sampler",
+        match=rf"^stratified: b must be a multiple of the 4 classes; got {b}\. "
+        f"Use b={use}, or the iid sampler",
     ):
         Stratified(labels(4, 5), 4, b, 0)
 

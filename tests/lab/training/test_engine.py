@@ -1,5 +1,7 @@
-"""The device engine decides and trains as the plain path does, never looks at the host, and can be captured; both read each other's
-checkpoints; runs that share a process are what they are alone."""
+"""The device engine decides and trains as the plain path does, without the host, and is captured.
+
+Both read each other's checkpoints. Runs that share a process give the same results as alone.
+"""
 
 import contextlib
 import dataclasses
@@ -130,7 +132,7 @@ def recorded(tmp_path_factory):
 )
 @pytest.mark.filterwarnings("ignore:gaf. One micro-gradient")
 def test_the_engine_decides_and_trains_as_the_plain_path(tmp_path, recorded, changes):
-    """Without one rounding in common: its optimizer is fused, its learning rate a float32, its products come in other chunks."""
+    """No rounding is the same: a fused optimizer, a float32 learning rate, products in chunks."""
     config = dataclasses.replace(SMALL, replay=recorded, **changes)
     plain, device = (
         run(dataclasses.replace(config, engine=name), tmp_path / name)
@@ -254,8 +256,11 @@ class NothingFromPython(TorchFunctionMode):
 
 @pytest.fixture
 def meta(monkeypatch):
-    """A step whose tensors have no data: it can only go on where nobody looks at any. The library goes an accelerator's way."""
-    # knows no meta device
+    """A step whose tensors have no data: it fails if anything reads one.
+
+    The library takes an accelerator's path.
+    """
+    # autocast supports no meta device
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
 
     def make(**changes):
@@ -281,13 +286,29 @@ def meta(monkeypatch):
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"start": "best"}, {"start": "worst"}, {"average": "halving"}, {"policy": "mean"}, {"policy": "random-skip"},
-     {"policy": "random-subset"}, {"policy": "replay-skip"}, {"optimizer": "adam"}, {"optimizer": "adamw", "schedule_waits": True},
-     {"momentum": 0.0, "nesterov": False}, {"loss": "gce"}, {"loss": "elr"}, CONVNET,
-     *({"threshold": name} for name in ("auto", "signal", "noise-floor", "quantile")),
-     pytest.param(CONVNET | {"model": "resnet18", "limit": 60}, marks=pytest.mark.slow)],
+    [
+        {},
+        {"start": "best"},
+        {"start": "worst"},
+        {"average": "halving"},
+        {"policy": "mean"},
+        {"policy": "random-skip"},
+        {"policy": "random-subset"},
+        {"policy": "replay-skip"},
+        {"optimizer": "adam"},
+        {"optimizer": "adamw", "schedule_waits": True},
+        {"momentum": 0.0, "nesterov": False},
+        {"loss": "gce"},
+        {"loss": "elr"},
+        CONVNET,
+        {"threshold": "auto"},
+        {"threshold": "signal"},
+        {"threshold": "noise-floor"},
+        {"threshold": "quantile"},
+        pytest.param(CONVNET | {"model": "resnet18", "limit": 60}, marks=pytest.mark.slow),
+    ],
     ids=str,
-)  # fmt: skip
+)
 def test_a_step_never_looks_at_the_host_nor_takes_anything_from_it(meta, recorded, changes):
     step = meta(replay=recorded, **changes)
     step.state()  # a threshold's first state comes from Python, when a step is warmed up
@@ -321,7 +342,10 @@ def test_and_that_would_be_seen(look: Callable[[torch.Tensor], Any]):
 
 
 class Tape(TorchDispatchMode):
-    """Stands in for a CUDA graph: notes what operations were done on which memory, and does them again, without a line of Python."""
+    """Stands in for a CUDA graph: records operations and their memory, and repeats them.
+
+    A repetition runs none of the step's Python.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -348,11 +372,22 @@ class Tape(TorchDispatchMode):
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"start": "best"}, {"average": "halving"}, {"policy": "random-skip"}, {"optimizer": "adamw", "lr": 0.001}, CONVNET,
-     {"schedule": "cosine", "schedule_waits": True}, {"loss": "elr"},
-     *({"threshold": name} for name in ("auto", "signal", "noise-floor", "quantile"))],
+    [
+        {},
+        {"start": "best"},
+        {"average": "halving"},
+        {"policy": "random-skip"},
+        {"optimizer": "adamw", "lr": 0.001},
+        CONVNET,
+        {"schedule": "cosine", "schedule_waits": True},
+        {"loss": "elr"},
+        {"threshold": "auto"},
+        {"threshold": "signal"},
+        {"threshold": "noise-floor"},
+        {"threshold": "quantile"},
+    ],
     ids=str,
-)  # fmt: skip
+)
 def test_a_step_that_is_noted_once_and_repeated_is_a_step(changes):
     """What a graph does: no state that moves a step may lie in Python."""
     lived, noted = fresh(**changes), fresh(**changes)
@@ -567,7 +602,8 @@ def test_runs_go_round():
         ),
         (
             {"optimizer": "rmsprop"},
-            "optimizer must have a fused form, which skips without the host for engine 'device'; got 'rmsprop'",
+            "optimizer must have a fused form, which skips without the host for engine 'device'; "
+            "got 'rmsprop'",
         ),
         (
             {"dataset": "imagenet"},

@@ -1,4 +1,7 @@
-"""A decision per bucket: DistributedDataParallel's buckets, GAF on each one's rows, and a bucket that skips stays as it is."""
+"""A decision per bucket: DistributedDataParallel's buckets, and GAF on the rows of each.
+
+A bucket that skips stays as it is.
+"""
 
 import copy
 import dataclasses
@@ -40,7 +43,7 @@ NETS = [
 
 
 def seen_by_ddp(rank, folder):
-    """Sets of parameter names in each bucket, in the order in which they come once DDP has arranged them."""
+    """Sets of parameter names in each bucket, in DDP's final order."""
     torch.set_num_threads(1)
     os.environ["LOCAL_RANK"] = str(rank)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=1)
@@ -166,7 +169,7 @@ def test_one_bucket_is_the_whole_gradient(policy):
         give(whole, twin, data)
         assert len(per.layers) == 1
         assert per.outcome.accepted == whole.outcome.accepted
-        # the same numbers added up in another order of parameters, which can move the last bits of a float32
+        # the same numbers added in another order of parameters: the last bits can differ
         assert all(
             torch.allclose(p, q, rtol=1e-5, atol=1e-7)
             for p, q in zip(net.parameters(), twin.parameters(), strict=True)
@@ -255,6 +258,7 @@ def test_a_run_decides_per_bucket_and_records_what_any_bucket_accepted(tmp_path)
 def test_accepted_batch_norm_statistics_are_refused():
     with pytest.raises(
         ConfigError,
-        match="scope 'group' and 'layer' go with bn 'all' and a fixed threshold alone: .*; got 'group'",
+        match="scope 'group' and 'layer' go with bn 'all' and a fixed threshold alone: .*; "
+        "got 'group'",
     ):
         dataclasses.replace(SMALL, bn="accepted")

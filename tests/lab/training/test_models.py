@@ -77,7 +77,10 @@ def test_a_vit_knows_the_order_of_its_patches_by_their_positions_alone():
     [("vit-l16", 232, 16, 224), ("vit-tiny", 28, 8, 32), ("vit-l16", 17, 16, 16)],
 )
 def test_a_vit_refuses_pictures_that_do_not_divide_into_patches(name, side, patch, fix):
-    message = f"size must be a multiple of the patches' {patch} pixels for {name}.* got pictures of {side} x {side}. .*--size {fix}.$"
+    message = (
+        f"size must be a multiple of the patches' {patch} pixels for {name}.* "
+        f"got pictures of {side} x {side}. .*--size {fix}.$"
+    )
     with pytest.raises(ConfigError, match=message):
         make_model(name, (3, side, side), 10, "cifar")
 

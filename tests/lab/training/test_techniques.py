@@ -1,4 +1,7 @@
-"""Each technique is its published formula: closed forms, values by hand, limits; and a run that uses it goes on bit for bit."""
+"""Each technique is its published formula: closed forms, values by hand, limits.
+
+A run that uses it resumes bit for bit.
+"""
 
 import copy
 import dataclasses
@@ -121,7 +124,10 @@ def test_early_learnings_targets_are_running_averages_of_what_was_said_of_each_s
 
 
 def test_early_learnings_gradient_is_the_papers():
-    """Lemma 2 of arXiv 2007.00151: p - y + lambda g with g_c = p_c / (1 - <p, t>) sum_j (t_j - t_c) p_j."""
+    """Lemma 2 of arXiv 2007.00151: p - y + lambda g.
+
+    g_c = p_c / (1 - <p, t>) sum_j (t_j - t_c) p_j.
+    """
     loss = early(weight=2.5)
     loss.targets = torch.rand(20, 5, dtype=torch.float64).softmax(1)
     scores, y = scores_and_labels()
@@ -211,7 +217,8 @@ def test_mixups_share_is_beta_distributed(alpha):
     m = torch.tensor([mix(x, y, alpha, 0, step)[2] for step in range(n)], dtype=torch.float64)
     variance = 1 / (4 * (2 * alpha + 1))
     assert abs(m.mean() - 0.5) < 5 * math.sqrt(variance / n)
-    # a sample variance's standard deviation is at most that of a two-point distribution's square, (1/4) / sqrt(n)
+    # a sample variance's standard deviation is at most that of a two-point distribution's
+    # square, (1/4) / sqrt(n)
     assert abs(m.var() - variance) < 5 * 0.25 / math.sqrt(n)
 
 
@@ -283,7 +290,7 @@ def test_sam_puts_the_weights_back_where_the_second_pass_fails():
 
 
 def update_of(autocast, sam):
-    """What a step of averaging subtracts from the weights at rate 1, and what it is by hand in float64."""
+    """The change of the weights by a step of averaging at rate 1, and the same in float64."""
     training = Training(
         changed(model="mlp", policy="mean", sam=sam, momentum=0.0, lr=1.0, autocast=autocast), None
     )
@@ -373,7 +380,10 @@ def test_early_stopping_counts_looks_without_a_better_one_and_keeps_the_best():
 
 @pytest.fixture
 def accuracies(monkeypatch):
-    """Gives evaluations these held-out accuracies, one for each new state of the weights, and the same one for the same state."""
+    """Held-out accuracies that evaluations return, one for each new state of the weights.
+
+    The same state gets the same accuracy.
+    """
     wanted, seen = [], {}
 
     def evaluate(model, problem):
@@ -532,7 +542,8 @@ def test_a_difference_to_a_run_from_before_the_techniques_names_what_differs_alo
         ({"loss": "elr", "mixup": 0.1}, "loss elr goes neither with sam nor with mixup"),
         (
             {"loss": "gce", "label_smoothing": 0.1},
-            r"label_smoothing must lie in \[0, 1\), and goes with cross-entropy alone; got 0.1. Set",
+            r"label_smoothing must lie in \[0, 1\), and goes with cross-entropy alone; "
+            "got 0.1. Set",
         ),
         (
             {"loss": "elr", "label_smoothing": 0.1},

@@ -1,4 +1,7 @@
-"""Runs: killed and resumed they end the same; records say what happened; what cannot go on says so and loses nothing."""
+"""Runs that are killed and resumed end the same; records report what happened.
+
+A run that cannot go on reports why, and loses nothing.
+"""
 
 import dataclasses
 import errno
@@ -41,12 +44,34 @@ SMALL = TrainConfig(
     "changes",
     [
         {"policy": "gaf", "tau": 0.9, "augment": True, "bn": "accepted", "schedule_waits": True},
-        {"policy": "random-skip", "optimizer": "adamw", "lr": 0.002, "schedule": "plateau", "patience": 0},
-        {"policy": "gaf", "start": "best", "optimizer": "rmsprop", "lr": 0.001, "schedule": "multi-step", "sampler": "stratified-observed",
-         "b": 20, "noise": "asymmetric", "noise_rate": 0.2},
-        {"policy": "mean", "optimizer": "adam", "lr": 0.001, "model": "mlp", "nesterov": True, "autocast": "bfloat16"},
+        {
+            "policy": "random-skip",
+            "optimizer": "adamw",
+            "lr": 0.002,
+            "schedule": "plateau",
+            "patience": 0,
+        },
+        {
+            "policy": "gaf",
+            "start": "best",
+            "optimizer": "rmsprop",
+            "lr": 0.001,
+            "schedule": "multi-step",
+            "sampler": "stratified-observed",
+            "b": 20,
+            "noise": "asymmetric",
+            "noise_rate": 0.2,
+        },
+        {
+            "policy": "mean",
+            "optimizer": "adam",
+            "lr": 0.001,
+            "model": "mlp",
+            "nesterov": True,
+            "autocast": "bfloat16",
+        },
     ],
-)  # fmt: skip
+)
 def test_an_interrupted_run_that_is_resumed_ends_bit_for_bit_as_an_undisturbed_one(
     tmp_path, changes
 ):
@@ -63,6 +88,13 @@ def test_an_interrupted_run_that_is_resumed_ends_bit_for_bit_as_an_undisturbed_o
         assert {k: v for k, v in a.items() if k not in timing} == {
             k: v for k, v in b.items() if k not in timing
         }
+
+
+def far_enough(folder, size):
+    """Whether a run has a checkpoint, and more than `size` bytes of records."""
+    path = folder / records.FILE
+    written = path.exists() and path.stat().st_size > size
+    return written and (folder / checkpoint.CHECKPOINT_FILE).exists()
 
 
 def test_kill_minus_9_at_any_moment_and_resume_gives_the_same_final_weights(tmp_path):
@@ -89,8 +121,7 @@ def test_kill_minus_9_at_any_moment_and_resume_gives_the_same_final_weights(tmp_
     for size in (600, 6000):  # bytes of records: after the header, and after some evaluations
         resume = ["--resume"] if (cut / checkpoint.CHECKPOINT_FILE).exists() else []
         process = subprocess.Popen([*command, str(cut), *resume], **quiet)
-        while process.poll() is None and not ((cut / records.FILE).exists() and (cut / records.FILE).stat().st_size > size
-                                              and (cut / checkpoint.CHECKPOINT_FILE).exists()):  # fmt: skip
+        while process.poll() is None and not far_enough(cut, size):
             time.sleep(0.01)
         kills += process.poll() is None
         process.send_signal(signal.SIGKILL)
@@ -207,7 +238,8 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_the_last_good_checkpoi
     try:
         with pytest.raises(
             Diverged,
-            match=f"all 4 micro-batches gave NaN or infinity. The last good checkpoint is {tmp_path / checkpoint.CHECKPOINT_FILE}",
+            match="all 4 micro-batches gave NaN or infinity. "
+            f"The last good checkpoint is {tmp_path / checkpoint.CHECKPOINT_FILE}",
         ):
             train(config, tmp_path, Break())
     finally:
@@ -251,7 +283,8 @@ def test_a_checkpoint_of_another_config_is_refused(tmp_path):
     other = dataclasses.replace(SMALL, tau=0.5, policy="mean")
     with pytest.raises(
         CheckpointError,
-        match="must be of the same config; policy: 'gaf' there, 'mean' here, tau: 0.8 there, 0.5 here. Resume",
+        match="must be of the same config; policy: 'gaf' there, 'mean' here, "
+        "tau: 0.8 there, 0.5 here. Resume",
     ):
         train(other, tmp_path, Silent(), resume=True)
     # 4 and 4.0 hash differently
@@ -265,7 +298,8 @@ def test_a_checkpoint_whose_config_is_not_in_the_records_is_refused_by_its_hash(
     path.write_text(path.read_text().replace(SMALL.hash, "0" * 12))
     with pytest.raises(
         CheckpointError,
-        match=f"must be of the same config; it has hash {SMALL.hash}, this config {other.hash}. Resume",
+        match=f"must be of the same config; it has hash {SMALL.hash}, "
+        f"this config {other.hash}. Resume",
     ):
         train(other, tmp_path, Silent(), resume=True)
 
@@ -307,7 +341,8 @@ def test_a_full_disk_while_saving_keeps_the_checkpoint_before(tmp_path):
     try:
         with pytest.raises(
             CheckpointError,
-            match="must be written .* The checkpoint before it is whole: resume from it with --resume",
+            match="must be written .* The checkpoint before it is whole: "
+            "resume from it with --resume",
         ):
             checkpoint.save(tmp_path, {"config_hash": "a", "x": torch.zeros(1_000_000)})
     finally:
@@ -321,7 +356,8 @@ def test_an_output_folder_that_cannot_be_written_is_refused(tmp_path):
     file.touch()
     with pytest.raises(
         ConfigError,
-        match=rf"{file}/run: must be writable; it is not \({file}/run: Not a directory\). Give another one with",
+        match=rf"{file}/run: must be writable; it is not \({file}/run: Not a directory\). "
+        "Give another one with",
     ):
         train(SMALL, file / "run", Silent())
     with pytest.raises(
@@ -339,7 +375,8 @@ def test_an_output_folder_under_a_root_that_cannot_be_written_is_refused(tmp_pat
     monkeypatch.setattr(Path, "mkdir", refuse)
     with pytest.raises(
         ConfigError,
-        match=r"^output folder /nowhere/x: must be writable; it is not \(/nowhere: Read-only file system\). Give",
+        match=r"^output folder /nowhere/x: must be writable; "
+        r"it is not \(/nowhere: Read-only file system\). Give",
     ):
         train(SMALL, Path("/nowhere/x"), Silent())
 
