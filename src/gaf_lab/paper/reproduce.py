@@ -74,7 +74,7 @@ def reproduce(
         sections.append((ITEMS[name], runs, notes))
     title = f"The paper, at scale {scale}" if len(names) > 1 else ITEMS[names[0]].title
     with Progress(console, "figure") as progress:
-        return page.write(sections, out, title, progress), swept
+        return page.write_page(sections, out, title, progress), swept
 
 
 def finished_hashes(configs: Configs, out: Path) -> set[str]:

@@ -15,6 +15,8 @@ from gaf_lab.paper import figures as pf
 from gaf_lab.paper import page as paper_page
 from gaf_lab.paper import plane, sheet
 from gaf_lab.paper.items import HUMAN_COLUMN, Item
+from gaf_lab.paper.page_table import table_headings, table_rows
+from gaf_lab.paper.sentences import figure_caption
 from gaf_lab.records.run import Run
 from gaf_lab.report import measures
 from gaf_lab.report import statistics as st
@@ -378,7 +380,9 @@ def test_the_table_has_the_papers_columns_and_its_lines_beneath():
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Path:
     sections = [(item, runs(), NOTES) for item, runs in DRAWN.values()][:-1]
-    return paper_page.write(sections, tmp_path_factory.mktemp("paper"), "The paper, made again")
+    return paper_page.write_page(
+        sections, tmp_path_factory.mktemp("paper"), "The paper, made again"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -419,13 +423,13 @@ def test_each_figure_has_its_claim_its_notes_and_what_came_out(shown):
 
 
 def test_the_table_beside_a_figure_has_last_selected_paper_and_n():
-    assert paper_page.headings(NOISE) == [
+    assert table_headings(NOISE) == [
         "test accuracy, last (%)",
         "test accuracy, selected on held-out (%)",
         "paper (%)",
         "n",
     ]
-    rows = paper_page.rows(NOISE, noisy())
+    rows = table_rows(NOISE, noisy())
     assert [(row["place"], row["arm"], row["n"]) for row in rows] == [
         ("0", "averaging", 2), ("", "GAF", 2), ("40", "averaging", 2), ("", "GAF", 2), ("", "random subset", 2),
     ]  # fmt: skip
@@ -445,11 +449,11 @@ def test_what_nobody_recorded_has_no_panel_no_column_and_no_picture(tmp_path):
         each.evals[:] = [line | {"heldout_accuracy": None} for line in each.evals]
     assert [measure for _, measure in pf.rows_of(NOISE, runs)] == [measures.LAST]
     assert len(pf.static(NOISE, runs).axes) == 1
-    part = paper_page.section(NOISE, runs, NOTES, tmp_path)
+    part = paper_page.make_section(NOISE, runs, NOTES, tmp_path)
     assert part["columns"] == ["test accuracy, last (%)", "paper (%)", "n"]
     assert part["rows"][3]["cells"] == [("71.0", "± 1.4"), ("53.0", "")]
     assert [label for label, _ in pf.blocks(TABLE, runs)] == ["test accuracy, last (%)"]
-    assert paper_page.section(NOISE, [], NOTES, tmp_path)["chart"] is None
+    assert paper_page.make_section(NOISE, [], NOTES, tmp_path)["chart"] is None
     assert pf.static(NOISE, []).axes == []
     curves = over_training()
     for each in curves:
@@ -469,19 +473,19 @@ def test_the_table_has_the_columns_that_were_run_and_names_the_others():
 @pytest.mark.parametrize(("ks", "words"), [((2,), "of a step's two"), ((2, 8), "to the running")])
 def test_the_caption_says_what_the_distance_is_to(ks, words):
     runs = [run(arm, k=k) for arm in ("averaging", "GAF") for k in ks]
-    assert f"Distance: {words}" in paper_page.caption(TRAINING, runs)
-    assert "Distance" not in paper_page.caption(NOISE, runs)
+    assert f"Distance: {words}" in figure_caption(TRAINING, runs)
+    assert "Distance" not in figure_caption(NOISE, runs)
 
 
 def test_a_figure_without_runs_says_so(tmp_path):
-    found = Page(paper_page.write([(NOISE, [], NOTES)], tmp_path, "Nothing yet").read_text())
+    found = Page(paper_page.write_page([(NOISE, [], NOTES)], tmp_path, "Nothing yet").read_text())
     assert "No run of this figure was finished." in found.text
     assert (tmp_path / "fig6.png").is_file()
 
 
 def test_the_same_runs_give_the_same_page(tmp_path):
     one, other = (
-        paper_page.write([(TABLE, human(), NOTES)], tmp_path / name, "x").read_text()
+        paper_page.write_page([(TABLE, human(), NOTES)], tmp_path / name, "x").read_text()
         for name in ("a", "b")
     )
     assert one == other
@@ -491,7 +495,9 @@ def test_names_are_text_in_the_page_and_in_the_pictures(tmp_path):
     bad = "<img src=x onerror=alert(1)> $\\frac{ {{ 7*7 }}"
     runs = [run(bad, seed, (0.5,), noise_rate=rate) for seed in range(2) for rate in (0.1, 0.4)]
     found = Page(
-        paper_page.write([(NOISE, runs, (bad,)), (TABLE, runs, (bad,))], tmp_path, bad).read_text()
+        paper_page.write_page(
+            [(NOISE, runs, (bad,)), (TABLE, runs, (bad,))], tmp_path, bad
+        ).read_text()
     )
     assert not [key for _, attrs in found.elements for key in attrs if key.startswith("on")]
     assert found.text.count(" ".join(bad.split())) >= 4
@@ -499,7 +505,7 @@ def test_names_are_text_in_the_page_and_in_the_pictures(tmp_path):
 
 def test_of_many_arms_the_differences_fold_away(tmp_path):
     runs = [run(arm, 0, (0.5,), policy="gaf" if arm.startswith("GAF") else "mean") for arm in KNOWN]
-    found = Page(paper_page.write([(TABLE, runs, NOTES)], tmp_path, "x").read_text())
+    found = Page(paper_page.write_page([(TABLE, runs, NOTES)], tmp_path, "x").read_text())
     assert len(KNOWN) - 1 > 2 * CROWD
     assert (
         len(
