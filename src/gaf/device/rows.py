@@ -57,8 +57,8 @@ class StreamedRows:
     def __init__(self, policy: Sequential, sum: SumOnCpu | SumOnDevice) -> None:
         self.policy, self.sum = policy, sum
         # whether the current row has a gradient for each parameter
-        self.got: list[bool] = [False] * len(sum.voters)
-        self.holds: list[list[bool]] = []  # the same for every row before
+        self.has_gradient: list[bool] = [False] * len(sum.voters)
+        self.had_gradient: list[list[bool]] = []  # the same for every row before
         self.count = torch.zeros((), dtype=torch.int64, device=sum.device)
         self.norm2 = torch.zeros((), dtype=torch.float64, device=sum.device)  # |s|^2
         self.accepted: list[Tensor] = []
@@ -68,7 +68,7 @@ class StreamedRows:
         self.signals: list[Tensor] = []
 
     def __len__(self) -> int:
-        return len(self.holds)
+        return len(self.had_gradient)
 
     @property
     def spare(self) -> Buffers:
@@ -76,12 +76,12 @@ class StreamedRows:
 
     def take(self, j: int, grad: Tensor) -> None:
         """Adds parameter j's gradient to the row, as it arrives in the backward pass."""
-        self.got[j] = True
+        self.has_gradient[j] = True
         self.sum.take(j, grad)
 
     def drop(self) -> None:
         """Drops the row whose backward pass failed."""
-        self.got = [False] * len(self.got)
+        self.has_gradient = [False] * len(self.has_gradient)
         self.sum.drop()
 
     def add(self) -> None:
@@ -97,8 +97,8 @@ class StreamedRows:
         self.signals.append(signal_of(self.policy, count, inner, own))
         self.norm2 = torch.where(joins, norm2_after(norm2, inner, own, shrink), norm2)
         self.count = count + joins
-        self.holds.append(self.got)
-        self.got = [False] * len(self.got)
+        self.had_gradient.append(self.has_gradient)
+        self.has_gradient = [False] * len(self.has_gradient)
 
     def decide(self) -> tuple[Decision, Evidence]:
         accepted, distances = torch.stack(self.accepted), torch.stack(self.distances)
@@ -111,7 +111,7 @@ class StreamedRows:
 
     def update(self, weights: list[float]) -> Buffers:
         """w^T G; None for a parameter that no accepted row has a gradient for."""
-        used = [holds for holds, weight in zip(self.holds, weights, strict=True) if weight]
+        used = [had for had, weight in zip(self.had_gradient, weights, strict=True) if weight]
         if self.policy.average == "mean" and {w for w in weights if w} != {max(weights)}:
             raise ValueError(
                 f"policy {self.policy!r}: a policy whose rows stream must weigh them alike; got "
