@@ -15,6 +15,7 @@ import inspect
 import json
 import math
 import os
+import pkgutil
 import re
 import shlex
 import subprocess
@@ -226,6 +227,25 @@ def test_what_fragments_call_exists_and_takes_these_arguments():
         signature.bind_partial(
             *given, **{keyword.arg: None for keyword in call.keywords if keyword.arg}
         )
+
+
+def exists(name: str) -> bool:
+    """Whether a dotted name is a module, or something in one."""
+    try:
+        pkgutil.resolve_name(name)
+    except (ImportError, AttributeError):
+        return False
+    return True
+
+
+def test_names_with_dots_exist():
+    texts = TEXTS | {name: (ROOT / name).read_text() for name in ("README.md", "CONTRIBUTING.md")}
+    found = {
+        name
+        for text in texts.values()
+        for name in re.findall(r"(?<![\w.])gaf(?:_lab)?(?:\.\w+)+", text)
+    }
+    assert [name for name in found - {"gaf.pt"} if not exists(name)] == []
 
 
 RUN = """
