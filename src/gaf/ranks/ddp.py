@@ -186,4 +186,4 @@ def install_in_ddp(
     hook.watch()
     inside, ignored = set(hook.params), model.parameters_to_ignore
     named = model.module.named_parameters()
-    handle.refuse_gradients({p: n for n, p in named if p not in inside and n not in ignored})
+    handle.outside = {p: n for n, p in named if p not in inside and n not in ignored}

@@ -1,6 +1,9 @@
 """From the ranks' Gram matrix to a step or none: what every data-parallel engine calls.
 
-    begin -> settle: Gram -> decision -> update -> end -> optimizer.step(): the decision counts
+    begin     a backward pass starts a decision                               pending
+    settle    Gram matrix -> decision -> update in the engine's buffers       exchange
+    end       a skip marks the parameters that the next step leaves alone     skips
+    step()    of an optimizer: it moves, or skips; the decision counts        step_hooks, pending
 
 An engine begins and ends each pass, and settles once in it, or once for each group of parameters.
 """
@@ -37,6 +40,8 @@ class Decider:
 
     Attributes:
         over: the groups over whose ranks the coordinates are spread.
+        outside: the model's parameters that no decision covers, with their names: they were frozen
+            when the engine was made, and it would not average them.
         moves: whether the last pass's decision steps, or any of its groups'.
     """
 
@@ -59,15 +64,11 @@ class Decider:
         scaled = self.scaler is not None
         self.steps = StepHooks(optimizers, scaled, self._prepare_step, self.pending.count)
         self._scale = 1.0  # what the scaler multiplied the rows by
-        self._outside: dict[Tensor, str] = {}  # frozen parameters that the engine would not average
+        self.outside: dict[Tensor, str] = {}
         self._undo: list[Callable[[], None]] = [self.steps.remove]
 
     def on_detach(self, undo: Callable[[], None]) -> None:
         self._undo.append(undo)
-
-    def refuse_gradients(self, outside: dict[Tensor, str]) -> None:
-        """outside: the model's parameters that no decision covers, with their names."""
-        self._outside = outside
 
     def arrive(self, p: Tensor) -> None:
         """Before a backward pass adds to a parameter's gradient: an earlier skip of it is over."""
@@ -193,7 +194,7 @@ class Decider:
         """
         if any(one.stale for one in self.pending.passes):
             raise RuntimeError(CLEAR_FIRST)
-        for p, name in self._outside.items():
+        for p, name in self.outside.items():
             if p.requires_grad and p.grad is not None:
                 raise_thawed(name)
         self.skips.clear_gradients(parameters_of(optimizer))

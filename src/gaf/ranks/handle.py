@@ -131,7 +131,7 @@ class Handle(Decider):
         self.skips.close(self.stale.params)
         while self._undo:
             self._undo.pop()()
-        self.stale, self._outside = StaleGradients(set(), False), {}
+        self.stale, self.outside = StaleGradients(set(), False), {}
 
     @property
     def attached(self) -> bool:

@@ -64,13 +64,13 @@ class PendingDecisions:
         """Drops decisions that no step has followed, unless their update still waits for one.
 
         It waits if several passes over different parameters share a step: then none of them is
-        reached again, and their gradients are there. Each rank has reached parameters of its own,
-        so the ranks ask each other, if there is anything to ask.
+        reached again, and their gradients are there. Each rank may have reached other parameters,
+        so the ranks exchange their answers, if there is a question.
 
         Returns:
             How many ranks of the first group have not joined; 0 if none may have.
         """
-        mine = [one for one in self.passes if not one.joined]
+        mine = [one for one in self.passes if not one.joined]  # passes that this rank took part in
         if not mine and not joining:
             self.count_joined()
             return 0
@@ -95,9 +95,10 @@ class PendingDecisions:
 
     def count_joined(self) -> None:
         """Decisions of passes after this rank had joined: the others have stepped on them."""
-        for one in [one for one in self.passes if one.joined]:
-            count_pass(self.ledger, one)
-            self.passes.remove(one)
+        for one in self.passes:
+            if one.joined:
+                count_pass(self.ledger, one)
+        self.passes = [one for one in self.passes if not one.joined]
 
     def drop(self) -> None:
         """No optimizer step followed these decisions: the policy forgets them."""
