@@ -35,7 +35,6 @@ TWICE = {  # names that several files define
         "Cell",
         "NOTHING",
         "Problem",
-        "Step",
         "axes_of",
         "caption",
         "cells",

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import gaf
 from gaf_lab.bench.memory import tensor_peak
-from gaf_lab.bench.timing import Step
+from gaf_lab.bench.timing import StepFunction
 from gaf_lab.progress import Tell, silent
 from gaf_lab.settings.fields import ModelName
 from gaf_lab.training import models
@@ -106,7 +106,7 @@ def measure_accumulation(
     return found
 
 
-def time_pair(first: Step, second: Step, rounds: int) -> list[tuple[float, float]]:
+def time_pair(first: StepFunction, second: StepFunction, rounds: int) -> list[tuple[float, float]]:
     """Milliseconds of both in each round, after one that is not counted; they take turns first."""
     times = []
     for number in range(rounds + 1):
@@ -119,7 +119,9 @@ def time_pair(first: Step, second: Step, rounds: int) -> list[tuple[float, float
     return times[1:]
 
 
-def make_accumulation_step(way: str, k: int, b: int, name: ModelName, stem: models.Stem) -> Step:
+def make_accumulation_step(
+    way: str, k: int, b: int, name: ModelName, stem: models.Stem
+) -> StepFunction:
     """A step of a fresh model: plain, or by one of the policies."""
     torch.manual_seed(0)
     model = models.make_model(name, (3, 32, 32), 100, stem)

@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gaf_lab.bench.bytes_sent import counting, interface_bytes, ring_all_reduce
 from gaf_lab.bench.memory import give_back_freed_memory, process_bytes
-from gaf_lab.bench.timing import Step, rotate
+from gaf_lab.bench.timing import StepFunction, rotate
 from gaf_lab.bench.ways import PLAIN, WAYS, make_aggregate, make_rank_step
 from gaf_lab.settings.fields import ModelName
 from gaf_lab.training import models
@@ -80,7 +80,7 @@ def measure_times(setup: DDPSetup) -> dict[str, Any]:
     }
 
 
-def make_warm_steps(setup: DDPSetup) -> tuple[dict[str, Step], torch.nn.Module]:
+def make_warm_steps(setup: DDPSetup) -> tuple[dict[str, StepFunction], torch.nn.Module]:
     """A step of each way, after the uncounted ones, and plain DDP's model."""
     gc.collect()  # earlier models are in reference cycles
     made = {way: make_rank_step(way, setup.model, setup.stem, setup.b) for way in WAYS}
@@ -90,14 +90,14 @@ def make_warm_steps(setup: DDPSetup) -> tuple[dict[str, Step], torch.nn.Module]:
     return {way: step for way, (step, _) in made.items()}, made[PLAIN][1]
 
 
-def time_ways(steps: dict[str, Step], found: dict[str, list[float]], rounds: int) -> None:
+def time_ways(steps: dict[str, StepFunction], found: dict[str, list[float]], rounds: int) -> None:
     """Adds `rounds` times of each; the way that begins changes from round to round."""
     for number in range(rounds):
         for way in rotate(WAYS, number):
             found[way].append(time_until_last(steps[way]))
 
 
-def time_until_last(step: Step) -> float:
+def time_until_last(step: StepFunction) -> float:
     """Milliseconds until the last rank has finished."""
     dist.barrier()
     started = time.perf_counter()
@@ -124,7 +124,7 @@ def alone_times(sizes: list[int], rounds: int) -> dict[str, list[float]]:
     return {way: values[1:] for way, values in found.items()}
 
 
-def sent_bytes(way: str, step: Step, sizes: list[int]) -> dict[str, float]:
+def sent_bytes(way: str, step: StepFunction, sizes: list[int]) -> dict[str, float]:
     """Bytes that this rank sends in a step, by collective."""
     k = dist.get_world_size()
     with counting(k) as counter:
@@ -142,7 +142,7 @@ def bucket_sizes(model: torch.nn.Module) -> list[int]:
     return [int(size) // 4 for size in str(sizes).split(",")]
 
 
-def wire_bytes(step: Step) -> float | None:
+def wire_bytes(step: StepFunction) -> float | None:
     """Bytes per rank and step at the interface, headers included; None if there is no counter."""
     dist.barrier()
     before = interface_bytes()

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 
-from gaf_lab.bench.timing import Step
+from gaf_lab.bench.timing import StepFunction
 
 
-def tensor_peak(make: Callable[[], Step]) -> int:
+def tensor_peak(make: Callable[[], StepFunction]) -> int:
     """The most bytes that tensors hold at once while a model is made and takes two steps."""
     with (
         silent_stderr(),

@@ -12,8 +12,8 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
-Step = Callable[[], None]
-Steps = Callable[[int], None]  # takes so many
+StepFunction = Callable[[], None]
+StepsFunction = Callable[[int], None]  # takes so many
 
 Entry = TypeVar("Entry")
 
@@ -53,14 +53,14 @@ def compare_times(prefix: str, ours: Sequence[float], base: Sequence[float]) -> 
 def compare_steps(
     name: str, ours: Sequence[StepTime], base: Sequence[StepTime]
 ) -> dict[str, float]:
-    """`compare_times` on the clock, then for the CPU with the prefix cpu_; ratios are called `name`."""
+    """`compare_times` on the clock, then of the CPU with the prefix cpu_; `name` is for ratio."""
     wall = compare_times("", [t.wall for t in ours], [t.wall for t in base])
     cpu = compare_times("cpu_", [t.cpu for t in ours], [t.cpu for t in base])
     return {key.replace("ratio", name): value for key, value in (wall | cpu).items()}
 
 
 def time_in_turn(
-    work: Mapping[str, Steps], rounds: int, block: int, device: torch.device
+    work: Mapping[str, StepsFunction], rounds: int, block: int, device: torch.device
 ) -> dict[str, list[StepTime]]:
     """Times one step of each in every round.
 

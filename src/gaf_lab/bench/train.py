@@ -18,7 +18,7 @@ from typing import Any, Literal
 from rich.console import Console
 
 from gaf_lab.bench.plain_loop import PlainLoop
-from gaf_lab.bench.timing import Steps, StepTime, time_in_turn
+from gaf_lab.bench.timing import StepsFunction, StepTime, time_in_turn
 from gaf_lab.bench.train_parts import repeat, step_parts, time_saving
 from gaf_lab.bench.train_results import (
     ALL,
@@ -141,10 +141,10 @@ def unseen_console() -> Iterator[ConsoleListener]:
 
 def timed_work(
     setup: TrainSetup, trainings: Mapping[str, Training], listener: ConsoleListener
-) -> dict[str, Steps]:
+) -> dict[str, StepsFunction]:
     """What is timed: steps of each arm and plain loop, and the parts of a step by themselves."""
     gaf = trainings[ALL]
-    work: dict[str, Steps] = {
+    work: dict[str, StepsFunction] = {
         name: partial(take_training_steps, training, listener)
         for name, training in trainings.items()
     }

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gaf_lab.bench.plain_loop import fresh_model
-from gaf_lab.bench.timing import Steps, StepTime, time_in_turn
+from gaf_lab.bench.timing import StepsFunction, StepTime, time_in_turn
 from gaf_lab.bench.train_results import BOOKS, DATA, PASSES, SAVING
 from gaf_lab.data.augment import shift
 from gaf_lab.records import checkpoint
@@ -22,7 +22,7 @@ from gaf_lab.training.tables import draws
 from gaf_lab.training.training import Training
 
 
-def step_parts(training: Training, listener: ConsoleListener) -> dict[str, Steps]:
+def step_parts(training: Training, listener: ConsoleListener) -> dict[str, StepsFunction]:
     """A step's data, its records, and its passes, by name.
 
     The passes are on one batch that stays the same, and on their own model.
@@ -39,7 +39,7 @@ def step_parts(training: Training, listener: ConsoleListener) -> dict[str, Steps
     }
 
 
-def repeat(work: Callable[[], Any]) -> Steps:
+def repeat(work: Callable[[], Any]) -> StepsFunction:
     def steps(count: int) -> None:
         for _ in range(count):
             work()

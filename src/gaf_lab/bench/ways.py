@@ -13,7 +13,7 @@ import gaf
 from gaf.ranks.exchange import Exchange
 from gaf.ranks.messages import add_in_rank_order
 from gaf.ranks.pair import Pair
-from gaf_lab.bench.timing import Step
+from gaf_lab.bench.timing import StepFunction
 from gaf_lab.training import models
 
 PLAIN, GAF, NAIVE = "plain DDP", "gaf.attach", "gather all"
@@ -27,7 +27,9 @@ def build_model(name: str, stem: models.Stem) -> nn.Module:
     return models.make_model(name, (3, 32, 32), CLASSES, stem)
 
 
-def make_rank_step(way: str, name: str, stem: models.Stem, b: int) -> tuple[Step, nn.Module]:
+def make_rank_step(
+    way: str, name: str, stem: models.Stem, b: int
+) -> tuple[StepFunction, nn.Module]:
     """A training step of a fresh model on this rank, and that model.
 
     The model is bare for NAIVE, else in DistributedDataParallel.

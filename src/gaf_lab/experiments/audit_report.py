@@ -63,8 +63,9 @@ def table(lines: Sequence[AuditLine]) -> Table:
     for column in ("way", "AUROC", "precision", "n"):
         result.add_column(column, justify="left" if column == "way" else "right")
     for name, title in SCORES.items():
-        values = [[line[measure][name] for line in lines] for measure in ("auroc", "precision")]
-        result.add_row(title, *map(mean_and_deviation, values), str(len(lines)))
+        auroc = mean_and_deviation([line["auroc"][name] for line in lines])
+        precision = mean_and_deviation([line["precision"][name] for line in lines])
+        result.add_row(title, auroc, precision, str(len(lines)))
     return result
 
 
@@ -90,23 +91,24 @@ def closing_words(lines: Sequence[AuditLine]) -> str:
             "so the ranking cannot be checked. "
             f"is_label_issue marks the first {marked:.0f} lines."
         )
-    auroc = {name: statistics.fmean(line["auroc"][name] for line in known) for name in SCORES}
     return (
-        f"samples.csv is ranked by label quality: AUROC {auroc[RANKING]:.3f}. "
+        f"samples.csv is ranked by label quality: AUROC {mean_auroc(known, RANKING):.3f}. "
         "The mean loss of plain averaging, the usual way, "
-        f"has {auroc['loss_averaging']:.3f}, {describe_lead(known)}. "
+        f"has {mean_auroc(known, 'loss_averaging'):.3f}, {describe_lead(known)}. "
         f"{describe_issues(marked, [line['issues'] for line in known])} "
-        f"The filter's own distance has {auroc['distance']:.3f}."
+        f"The filter's own distance has {mean_auroc(known, 'distance'):.3f}."
     )
+
+
+def mean_auroc(lines: Sequence[AuditLine], name: str) -> float:
+    return statistics.fmean(line["auroc"][name] for line in lines)
 
 
 def describe_lead(lines: Sequence[AuditLine]) -> str:
     """How much more or less AUROC the usual way has; with its interval over several seeds."""
     leads = usual_lead(lines)
-    usual, ranking = (
-        round(statistics.fmean(line["auroc"][name] for line in lines), 3)
-        for name in ("loss_averaging", RANKING)
-    )  # as they are shown
+    # The difference of the values as they are shown.
+    usual, ranking = (round(mean_auroc(lines, name), 3) for name in ("loss_averaging", RANKING))
     text = f"so {abs(usual - ranking):.3f} {'more' if usual > ranking else 'less'}"
     if usual == ranking:
         text = "which is the same"

@@ -67,10 +67,15 @@ def draw_acceptance(ax: "Axes", group: Sequence[ProbeLine]) -> None:
     for line in group:
         color = SHADES[line["m"]]
         taus, predicted, measured, _ = (list(values) for values in zip(*line["curve"], strict=True))
-        predicted, measured = ([100 * share for share in each] for each in (predicted, measured))
-        ax.plot(taus, predicted, color=color, linewidth=1.8, label=f"b = {line['b']}")
+        ax.plot(
+            taus,
+            [100 * share for share in predicted],
+            color=color,
+            linewidth=1.8,
+            label=f"b = {line['b']}",
+        )
         dots: dict[str, Any] = {"markeredgecolor": "white", "markeredgewidth": 0.3}
-        ax.plot(taus, measured, "o", color=color, markersize=3.4, **dots)
+        ax.plot(taus, [100 * share for share in measured], "o", color=color, markersize=3.4, **dots)
     plain(ax)
     tau = group[0]["tau"]
     ax.axvline(tau, ymax=100 / 122, color=INK, linewidth=1.1, linestyle=(0, (5, 3)))

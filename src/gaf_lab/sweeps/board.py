@@ -1,6 +1,6 @@
 """What a person sees of a sweep.
 
-In a terminal: a bar over all runs and one for each in make_bars. Everywhere: a line for each end.
+In a terminal: a bar over all runs and one for each in progress. Everywhere: a line for each end.
 """
 
 import time
