@@ -8,7 +8,7 @@ from gaf.arguments import is_number
 from gaf.measure.acceptance import Acceptance
 from gaf.rules.agreement import Noise
 
-HALF = 0.5  # of the compared rows accepted, at most
+SHARE = 0.5  # of the compared rows accepted, at most
 CHANCE = 0.05  # of pure noise passing one comparison, at most
 
 

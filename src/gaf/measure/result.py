@@ -10,7 +10,7 @@ from gaf.arguments import real_number, whole_number
 from gaf.measure.acceptance import Acceptance, measure_acceptance
 from gaf.measure.advice import (
     CHANCE,
-    HALF,
+    SHARE,
     Recommendation,
     check_chance,
     format_number,
@@ -116,7 +116,7 @@ class Probe:
         gram = A @ self.gram[: left * m, : left * m] @ A.T
         return Probe(self.b * m, self.k, gram, layers, self.absent)
 
-    def recommend(self, share: float = HALF, chance: float = CHANCE, m: int = 1) -> Recommendation:
+    def recommend(self, share: float = SHARE, chance: float = CHANCE, m: int = 1) -> Recommendation:
         """The highest tau that still filters: rows pass by more than chance, and at most a share.
 
             tau = min(tau of the noise floor, tau of that share)
@@ -137,7 +137,7 @@ class Probe:
             ValueError: if share or chance is not in (0, 1), m is below 1, or too few rows are left
                 after merging.
         """
-        check_chance("share", share, HALF)
+        check_chance("share", share, SHARE)
         check_chance("chance", chance, CHANCE)
         m = merging_of(m, "recommend")
         noise, b = self.noise, self.b * m
