@@ -1,4 +1,4 @@
-"""What users give: numpy's numbers are numbers; what cannot be used is told by subject, requirement, value and fix."""
+"""What users give: numpy's numbers are numbers, and errors name what they refuse and the fix."""
 
 import json
 import math
@@ -32,7 +32,7 @@ def probe_of(r: int = 32, k: int = 4) -> Probe:
     return Probe(10, k, rows @ rows.T, {"body.0": rows @ rows.T, "body.1": rows @ rows.T}, 0)
 
 
-# ---------------------------------------------------------------------------------------------- numpy's numbers, and dictionaries
+# --- numpy's numbers, and dictionaries
 
 
 @pytest.mark.parametrize("number", NUMBERS)
@@ -46,8 +46,11 @@ def test_numpy_floats_are_numbers(number: Callable[[float], Any]) -> None:
         (gaf.NoiseFloorTau(number(2), initial=number(1.5)), gaf.NoiseFloorTau(2.0, initial=1.5)),
         (gaf.QuantileTau(number(0.5), half_life=number(8)), gaf.QuantileTau(0.5, half_life=8.0)),
         (gaf.MovingAverageTau(number(0.25), cap=number(0.5)), gaf.MovingAverageTau(0.25, cap=0.5)),
-        (gaf.ScheduleTau([(number(0), number(1)), (number(8), number(0.5))]), gaf.ScheduleTau([(0, 1.0), (8, 0.5)])),
-    ):  # fmt: skip
+        (
+            gaf.ScheduleTau([(number(0), number(1)), (number(8), number(0.5))]),
+            gaf.ScheduleTau([(0, 1.0), (8, 0.5)]),
+        ),
+    ):
         assert repr(one) == repr(other)
     found = probe_of()
     assert found.predicted(number(0.5)) == found.predicted(0.5)
@@ -60,7 +63,10 @@ def test_numpy_floats_are_numbers(number: Callable[[float], Any]) -> None:
 @pytest.mark.parametrize("integer", INTEGERS)
 def test_numpy_integers_are_integers(integer: Callable[[int], Any]) -> None:
     policy = gaf.GAF(0.5, min_accepted=integer(3))
-    assert (policy, repr(policy)) == (gaf.GAF(0.5, min_accepted=3), repr(gaf.GAF(0.5, min_accepted=3)))  # fmt: skip
+    assert (policy, repr(policy)) == (
+        gaf.GAF(0.5, min_accepted=3),
+        repr(gaf.GAF(0.5, min_accepted=3)),
+    )
     one, other = gaf.RandomSkip(0.5, seed=integer(7)), gaf.RandomSkip(0.5, seed=7)
     assert [one.planned(t, 4) for t in range(20)] == [other.planned(t, 4) for t in range(20)]
     one.load_state_dict({"step": integer(5)})
@@ -114,7 +120,7 @@ def test_an_audit_takes_members_in_any_form() -> None:
         assert audit.counts.tolist() == [1, 1, 1]
 
 
-# ---------------------------------------------------------------------------------------------- refused
+# --- refused
 
 LEAST = "must be a whole number of at least"
 REFUSED: list[tuple[Callable[[], Any], type[Exception], str]] = [
@@ -364,7 +370,8 @@ REFUSED: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (
         lambda: probe_of().distances("body.2"),
         ValueError,
-        "Probe: layer must be the name of one of the 2 modules .* got 'body.2'. Near it are 'body.1', 'body.0'",
+        "Probe: layer must be the name of one of the 2 modules .* got 'body.2'. "
+        "Near it are 'body.1', 'body.0'",
     ),
     (
         lambda: probe_of().noise_in("head"),
@@ -419,7 +426,7 @@ def test_a_data_parallel_model_within_the_model_is_refused() -> None:
         gaf.probe(nn.Sequential(FullyShardedDataParallel(6, 3)), cross_entropy, batches())
 
 
-# ---------------------------------------------------------------------------------------------- audits
+# --- audits
 
 
 def recorded() -> tuple[gaf.Audit, gaf.Decision]:
@@ -463,7 +470,9 @@ def test_a_refused_record_counts_nothing(members: Any, message: str) -> None:
 
 @pytest.mark.parametrize("decision", [None, 3, [0.1, 0.2], torch.zeros(3)])
 def test_an_audit_asks_for_a_decision(decision: Any) -> None:
-    with pytest.raises(TypeError, match=r"decision must be a gaf.Decision or an Outcome; got .*acc.step\(\)"):  # fmt: skip
+    with pytest.raises(
+        TypeError, match=r"decision must be a gaf.Decision or an Outcome; got .*acc.step\(\)"
+    ):
         gaf.Audit(3).record([[0], [1], [2]], decision)
 
 
@@ -473,7 +482,7 @@ def test_an_audits_state_is_told_by_name(state: Any) -> None:
         gaf.Audit(3).load_state_dict(state)
 
 
-# ---------------------------------------------------------------------------------------------- decisions of another form
+# --- decisions of another form
 
 K = 4
 ROWS = torch.tensor([[1.0, 0.0, 0.0], [0.0, 2.0, 0.0], [0.0, 0.0, 3.0], [1.0, 1.0, 1.0]])
@@ -484,24 +493,71 @@ RIGHT: dict[str, Any] = {
     "distances": torch.zeros(K, dtype=torch.float64),
 }
 WRONG: list[tuple[str, Any, type[Exception], str]] = [
-    *[(name, RIGHT[name][:2], ValueError, rf"one {one} for each of the 4 rows; got shape \(2,\)")
-      for name, one in (("weights", "weight"), ("accepted", "accepted"), ("distances", "distance"))],
-    *[(name, RIGHT[name][0], ValueError, rf"one {one} for each of the 4 rows; got shape \(\)")
-      for name, one in (("weights", "weight"), ("accepted", "accepted"), ("distances", "distance"))],
-    ("distances", torch.empty(0), ValueError, r"one distance for each of the 4 rows; got shape \(0,\)"),
+    *[
+        (name, RIGHT[name][:2], ValueError, rf"one {one} for each of the 4 rows; got shape \(2,\)")
+        for name, one in (
+            ("weights", "weight"),
+            ("accepted", "accepted"),
+            ("distances", "distance"),
+        )
+    ],
+    *[
+        (name, RIGHT[name][0], ValueError, rf"one {one} for each of the 4 rows; got shape \(\)")
+        for name, one in (
+            ("weights", "weight"),
+            ("accepted", "accepted"),
+            ("distances", "distance"),
+        )
+    ],
+    (
+        "distances",
+        torch.empty(0),
+        ValueError,
+        r"one distance for each of the 4 rows; got shape \(0,\)",
+    ),
     ("weights", torch.zeros(1, K), ValueError, r"got shape \(1, 4\) of torch.float32"),
-    ("stepped", torch.tensor([True]), ValueError, r"one stepped for all rows together, of shape \(\); got shape \(1,\)"),
+    (
+        "stepped",
+        torch.tensor([True]),
+        ValueError,
+        r"one stepped for all rows together, of shape \(\); got shape \(1,\)",
+    ),
     ("stepped", torch.tensor(1), ValueError, "in bool .* one stepped .* of torch.int64"),
     ("accepted", torch.ones(K), ValueError, "in bool .* one accepted .* of torch.float32"),
-    ("weights", torch.ones(K, dtype=torch.int64), ValueError, "in float64 .* one weight .* of torch.int64"),
-    ("weights", torch.ones(K, dtype=torch.complex128), ValueError, "in float64 .* one weight .* of torch.complex128"),
-    ("distances", torch.zeros(K, dtype=torch.bool), ValueError, "in float64 .* one distance .* of torch.bool"),
-    ("weights", torch.zeros(K, device="meta"), ValueError, "on the Gram matrix's device cpu, one weight .* on meta"),
-    ("stepped", torch.zeros((), dtype=torch.bool, device="meta"), ValueError, "device cpu, one stepped .* on meta"),
+    (
+        "weights",
+        torch.ones(K, dtype=torch.int64),
+        ValueError,
+        "in float64 .* one weight .* of torch.int64",
+    ),
+    (
+        "weights",
+        torch.ones(K, dtype=torch.complex128),
+        ValueError,
+        "in float64 .* one weight .* of torch.complex128",
+    ),
+    (
+        "distances",
+        torch.zeros(K, dtype=torch.bool),
+        ValueError,
+        "in float64 .* one distance .* of torch.bool",
+    ),
+    (
+        "weights",
+        torch.zeros(K, device="meta"),
+        ValueError,
+        "on the Gram matrix's device cpu, one weight .* on meta",
+    ),
+    (
+        "stepped",
+        torch.zeros((), dtype=torch.bool, device="meta"),
+        ValueError,
+        "device cpu, one stepped .* on meta",
+    ),
     ("weights", [0.5, 0.5, 0.0, 0.0], TypeError, "must return a gaf.Decision of tensors; got"),
     ("stepped", True, TypeError, "must return a gaf.Decision of tensors; got"),
     ("distances", None, TypeError, "must return a gaf.Decision of tensors; got"),
-]  # fmt: skip
+]
 
 
 class Own(Sequential):
@@ -588,11 +644,16 @@ def test_a_decision_of_the_right_form_passes_also_in_float32(
     engine(gaf.Decision(**(RIGHT | single)))
 
 
-# ---------------------------------------------------------------------------------------------- states of another policy
+# --- states of another policy
 
 
 def states() -> dict[str, Any]:
-    policies = [gaf.GAF(0.9), gaf.GAF(gaf.SignalTau()), gaf.GAF(gaf.QuantileTau()), gaf.RandomSkip(0.5)]  # fmt: skip
+    policies = [
+        gaf.GAF(0.9),
+        gaf.GAF(gaf.SignalTau()),
+        gaf.GAF(gaf.QuantileTau()),
+        gaf.RandomSkip(0.5),
+    ]
     return {repr(p): p.state_dict() for p in policies} | {
         "none": {},
         "no state": None,
@@ -608,7 +669,7 @@ def states() -> dict[str, Any]:
         (lambda: gaf.RandomSkip(0.5), {"RandomSkip"}),
     ],
     ids=["a number", "a threshold", "RandomSkip"],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("name", states())
 def test_the_state_of_another_policy_is_refused_by_name(
     make: Callable[[], Any], allowed: set[str], name: str
@@ -617,7 +678,10 @@ def test_the_state_of_another_policy_is_refused_by_name(
     if any(name.startswith(one) for one in allowed):
         policy.load_state_dict(state)
         return
-    with pytest.raises(ValueError, match=r"(GAF|RandomSkip|SignalTau): the state must be of .*Build the policy as it was"):  # fmt: skip
+    with pytest.raises(
+        ValueError,
+        match=r"(GAF|RandomSkip|SignalTau): the state must be of .*Build the policy as it was",
+    ):
         policy.load_state_dict(state)
 
 

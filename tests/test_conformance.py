@@ -1,4 +1,4 @@
-"""399 cases whose answers were computed with exact rational arithmetic on the vectors, without a Gram matrix."""
+"""399 cases answered in exact rational arithmetic on the vectors, without a Gram matrix."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,8 @@ import gaf
 
 CASES = json.loads(Path(__file__).with_name("gaf_cases.json").read_text())
 
-# Besides GAF.__call__ on the Gram matrix, the cases with start="first" are put through the Accumulator, which streams.
+# Besides GAF.__call__ on the Gram matrix, the cases with start="first" go through the Accumulator,
+# which streams.
 STREAMED = [case for case in CASES if case["start"] == "first"]
 
 
@@ -26,7 +27,7 @@ def policy_of(case: dict) -> gaf.GAF:
 
 
 def exact_in_float32(case: dict) -> bool:
-    """Not where float32 cannot hold the values, nor where exactly parallel rows stop being so once rounded."""
+    """Not for values that float32 cannot hold, nor for parallel rows that rounding turns apart."""
     values = [abs(x) for row in rows_of(case).tolist() for x in row]
     return not case["name"].startswith("parallel") and all(
         x == 0 or (not 0 < x < 1e-15 and not 1e30 <= x < float("inf")) for x in values
@@ -36,7 +37,7 @@ def exact_in_float32(case: dict) -> bool:
 def expect(case: dict, decision: gaf.Decision, update: torch.Tensor, rows: torch.Tensor) -> None:
     assert decision.stepped.item() == case["stepped"]
     assert decision.accepted.tolist() == case["accepted"]
-    # The answers are rationals written as float64; mean and halving weights are exact to one rounding.
+    # The answers are rationals written as float64; weights are exact to one rounding.
     torch.testing.assert_close(
         decision.weights, torch.tensor(case["weights"], dtype=torch.float64), rtol=0, atol=1e-15
     )

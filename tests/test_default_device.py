@@ -1,6 +1,7 @@
-"""torch.set_default_device names another device than the data's: every tensor that the library makes lies where its inputs do.
+"""Under torch.set_default_device every tensor that the library makes lies where its inputs do.
 
-"meta", whose tensors have no values, stands in for any other device: whatever is made there gives another outcome, or fails.
+"meta", whose tensors have no values, stands in for any device other than the data's: what is made
+there gives another outcome, or fails.
 """
 
 import math
@@ -32,15 +33,23 @@ DRAWN = torch.randn(24, 5, 6, generator=torch.Generator().manual_seed(1))
 LABELS = torch.arange(120).view(24, 5) % 3
 MODEL = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Dropout(), nn.Linear(4, 3))
 THRESHOLDS: list[Callable[[], Any]] = [
-    gaf.SignalTau, gaf.NoiseFloorTau, gaf.QuantileTau, gaf.MovingAverageTau,
-    lambda: gaf.ScheduleTau({0: 1.0, 4: 0.5}), lambda: "auto", lambda: 0.7,
-]  # fmt: skip
+    gaf.SignalTau,
+    gaf.NoiseFloorTau,
+    gaf.QuantileTau,
+    gaf.MovingAverageTau,
+    lambda: gaf.ScheduleTau({0: 1.0, 4: 0.5}),
+    lambda: "auto",
+    lambda: 0.7,
+]
 POLICIES: list[Callable[[], Any]] = [
     *[lambda make=make: gaf.GAF(make()) for make in THRESHOLDS],
-    lambda: gaf.GAF(0.9, start="best"), lambda: gaf.GAF(0.9, start="worst", average="halving"),
-    lambda: gaf.GAF(0.9, average="halving"), lambda: gaf.GAF(0.9, max_norm_ratio=1.05),
-    gaf.Mean, lambda: gaf.RandomSkip(0.5),
-]  # fmt: skip
+    lambda: gaf.GAF(0.9, start="best"),
+    lambda: gaf.GAF(0.9, start="worst", average="halving"),
+    lambda: gaf.GAF(0.9, average="halving"),
+    lambda: gaf.GAF(0.9, max_norm_ratio=1.05),
+    gaf.Mean,
+    lambda: gaf.RandomSkip(0.5),
+]
 
 
 def parts(found: Any) -> Any:
@@ -112,28 +121,50 @@ def probed() -> Any:
     found = gaf.probe(MODEL, cross_entropy, zip(DRAWN, LABELS, strict=True), k=4, slices=2)
     smaller, advice = found.merged(2), found.recommend()
     return (
-        found.gram, found.layers, found.distances(), found.distances("0"), vars(found.noise), vars(found.noise_in("3")),
-        found.predicted(0.9), vars(found.measured(0.9)), smaller.gram, str(found), advice.tau, vars(advice.measured),
+        found.gram,
+        found.layers,
+        found.distances(),
+        found.distances("0"),
+        vars(found.noise),
+        vars(found.noise_in("3")),
+        found.predicted(0.9),
+        vars(found.measured(0.9)),
+        smaller.gram,
+        str(found),
+        advice.tau,
+        vars(advice.measured),
         [t.tolist() for t in MODEL.state_dict().values()],
-    )  # fmt: skip
+    )
 
 
 def measured() -> Any:
     K = gaf.gram(ROWS)[:3, :3].repeat(4, 4) + torch.eye(12, dtype=torch.float64, device="cpu")
     return (
-        vars(agreement.noise_of(K, 8)), agreement.cosines_of(K), agreement.dimension_of(K), agreement.noise_squared(K),
-        prediction.noise_floor(0.05, 100.0), prediction.tau_for(0.5, 4, 3.0, 100.0), vars(measure_acceptance(K, 4, 0.9)),
+        vars(agreement.noise_of(K, 8)),
+        agreement.cosines_of(K),
+        agreement.dimension_of(K),
+        agreement.noise_squared(K),
+        prediction.noise_floor(0.05, 100.0),
+        prediction.tau_for(0.5, 4, 3.0, 100.0),
+        vars(measure_acceptance(K, 4, 0.9)),
         Probe(5, 4, K, {"all": K}, 0).recommend().tau,
-    )  # fmt: skip
+    )
 
 
 def multiplied() -> Any:
     one, other = ROWS[0], ROWS[1]
     nothing = [[None, torch.empty(0, device="cpu")], [None, None]]
     return (
-        gaf.gram(ROWS), gaf.gram(ROWS[:2].bfloat16()), gaf.gram(1e30 * ROWS[:2]), gram_by_blas(ROWS[:2]), products_by_blas(one, other),
-        gram_of(nothing), gram_of([[], []]), inner_products([[one], [None]], [(0, 1), (0, 0)]), gaf.gram(torch.empty(2, 0, device="cpu")),
-    )  # fmt: skip
+        gaf.gram(ROWS),
+        gaf.gram(ROWS[:2].bfloat16()),
+        gaf.gram(1e30 * ROWS[:2]),
+        gram_by_blas(ROWS[:2]),
+        products_by_blas(one, other),
+        gram_of(nothing),
+        gram_of([[], []]),
+        inner_products([[one], [None]], [(0, 1), (0, 0)]),
+        gaf.gram(torch.empty(2, 0, device="cpu")),
+    )
 
 
 def refer() -> Any:
@@ -144,8 +175,11 @@ def refer() -> Any:
 CALLS: dict[str, Callable[[], Any]] = {
     **{f"decisions {i}": lambda make=make: decisions(make) for i, make in enumerate(POLICIES)},
     **{f"kept rows {i}": lambda make=make: kept_rows(make) for i, make in enumerate(POLICIES)},
-    **{f.__name__: f for f in (judged_by_a_handle, counted, audited, probed, measured, multiplied, refer)},
-}  # fmt: skip
+    **{
+        f.__name__: f
+        for f in (judged_by_a_handle, counted, audited, probed, measured, multiplied, refer)
+    },
+}
 
 
 @pytest.fixture

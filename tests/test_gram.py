@@ -1,4 +1,4 @@
-"""gaf.gram: closed forms, every dtype, accuracy at length and at the ends of the range, any memory layout."""
+"""gaf.gram: closed forms, every dtype, accuracy at length and range, any memory layout."""
 
 import math
 from typing import Any
@@ -73,17 +73,17 @@ def test_the_gram_matrix_is_exactly_symmetric(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("kind", ["normal", "all positive"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_ten_million_coordinates_are_accurate_to_1e_5(dtype: torch.dtype, kind: str) -> None:
-    """Of like sign, the terms make a plain float32 sum drift: it was off by 7.5e-4 at half this length."""
+    """Terms of like sign make a plain float32 sum drift: by 7.5e-4 at half this length."""
     rows = torch.randn(2, MILLIONS)
     rows = (rows.abs_().add_(0.5) if kind == "all positive" else rows).to(dtype)
-    # 1e-5 is what gram's docstring promises; float64 sums of 1e7 like terms, here and there, differ by some 1e-12
+    # 1e-5 is what gram's docstring promises; float64 sums of 1e7 like terms differ by some 1e-12
     assert relative_error(gaf.gram(rows), dense_in_parts(rows)) < (
         1e-11 if dtype == torch.float64 else 1e-5
     )
 
 
 def test_ten_million_coordinates_with_a_heavy_head_are_accurate_to_1e_5() -> None:
-    """One coordinate in 10,000 is 1, the others 1e-3: their 1e-6 is rounded off beside a sum of some ones."""
+    """One coordinate in 10,000 is 1, the others 1e-3: a sum of some ones rounds their 1e-6 off."""
     rows = torch.full((2, MILLIONS), 1e-3)
     rows[:, ::10_000] = 1.0
     # what gram's docstring promises
@@ -126,7 +126,7 @@ def test_the_largest_finite_float32_is_not_taken_for_an_infinity() -> None:
 def test_gram_adds_up_over_slices_wherever_they_are_cut(cuts: list[int]) -> None:
     rows = torch.randn(4, sum(cuts) + 17)
     pieces = rows.split([*cuts, 17], dim=1)
-    # float32 dot products of up to 2^18 terms, cut in two ways, round differently: by some 1e-7 of |g_i| |g_j|.
+    # float32 dot products of up to 2^18 terms, cut in two ways, differ by some 1e-7 of |g_i| |g_j|
     assert (
         relative_error(
             sum(map(gaf.gram, pieces), torch.zeros(4, 4, dtype=torch.float64)), gaf.gram(rows)
@@ -226,11 +226,15 @@ STACK = "Stack the flattened micro-gradients."
         (torch.zeros(0, 3), "torch.float32", STACK),
         (torch.zeros(2, 3, dtype=torch.int64), "torch.int64", "Use rows.float()."),
         (torch.zeros(2, 3, dtype=torch.bool), "torch.bool", "Use rows.float()."),
-        (torch.zeros(2, 3, dtype=torch.complex64), "torch.complex64", "Use torch.view_as_real(rows).flatten(1)."),
+        (
+            torch.zeros(2, 3, dtype=torch.complex64),
+            "torch.complex64",
+            "Use torch.view_as_real(rows).flatten(1).",
+        ),
         (torch.eye(3).to_sparse(), "torch.sparse_coo", "Use rows.to_dense()."),
     ],
     ids=["vector", "cube", "no rows", "integers", "bool", "complex", "sparse"],
-)  # fmt: skip
+)
 def test_what_is_no_real_matrix_is_refused_by_name_shape_and_dtype(
     rows: torch.Tensor, seen: str, fix: str
 ) -> None:
@@ -259,16 +263,22 @@ def test_what_is_no_tensor_is_refused(rows: Any, message: str) -> None:
 
 
 @pytest.mark.usefixtures("unchecked")
-@pytest.mark.parametrize("policy", [gaf.GAF(0.9), gaf.GAF(0.9, start="best"), gaf.Mean(), gaf.RandomSkip(0.5)], ids=repr)  # fmt: skip
+@pytest.mark.parametrize(
+    "policy", [gaf.GAF(0.9), gaf.GAF(0.9, start="best"), gaf.Mean(), gaf.RandomSkip(0.5)], ids=repr
+)
 @pytest.mark.parametrize(
     ("gram", "error", "message"),
     [
         ([[1.0]], TypeError, "a policy's Gram matrix must be a tensor; got list. Use gaf.gram"),
-        (torch.ones(2, 3).double(), ValueError, r"must be a \(k, k\) float64 tensor .* got shape \(2, 3\)"),
+        (
+            torch.ones(2, 3).double(),
+            ValueError,
+            r"must be a \(k, k\) float64 tensor .* got shape \(2, 3\)",
+        ),
         (torch.zeros(0, 0).double(), ValueError, r"with k >= 1; got shape \(0, 0\)"),
         (torch.eye(2, dtype=torch.int64), ValueError, "got shape .* of torch.int64. Use gaf.gram"),
     ],
-)  # fmt: skip
+)
 def test_a_policy_refuses_what_is_no_gram_matrix(
     policy: Any, gram: Any, error: type[Exception], message: str
 ) -> None:

@@ -1,4 +1,4 @@
-"""The package as a user meets it: imports, names, docstrings and their examples, without the tests' type checks."""
+"""The package as a user meets it: imports, names, docstrings, without the tests' type checks."""
 
 import inspect
 import json
@@ -28,8 +28,11 @@ def run(code: str) -> str:
 
 
 def test_importing_gaf_imports_torch_and_nothing_else_that_torch_does_not() -> None:
-    """Not the lab, no plots, no command line, and jaxtyping only where the tests imported it before."""
-    code = "import sys, torch; before = set(sys.modules); import gaf, json; print(json.dumps(sorted(set(sys.modules) - before)))"
+    """Not the lab, no plots, no command line, and jaxtyping only if the tests imported it before."""
+    code = (
+        "import sys, torch; before = set(sys.modules); import gaf, json; "
+        "print(json.dumps(sorted(set(sys.modules) - before)))"
+    )
     new = {name.partition(".")[0] for name in json.loads(run(code))}
     foreign = {name for name in new if name not in sys.stdlib_module_names} - {"gaf", "torch"}
     assert not foreign

@@ -1,4 +1,7 @@
-"""Rows that are zero, NaN or infinite under Mean and RandomSkip: they count in the update, in no distance, and once in the statistics."""
+"""Absent rows (zero, NaN or infinite) under Mean and RandomSkip.
+
+They count in the update, in no distance, and once in the statistics.
+"""
 
 import math
 from collections.abc import Callable
@@ -22,7 +25,9 @@ def stacked(policy: Any) -> Callable[[Tensor], gaf.Decision]:
     return lambda gram: policy(gram)
 
 
-def accumulator(engine: str, policy: Any, p: list[nn.Parameter], patch: pytest.MonkeyPatch) -> gaf.Accumulator:  # fmt: skip
+def accumulator(
+    engine: str, policy: Any, p: list[nn.Parameter], patch: pytest.MonkeyPatch
+) -> gaf.Accumulator:
     if engine == "on a device":
         patch.setattr(
             "gaf.device.rows.SumOnCpu",
@@ -32,7 +37,7 @@ def accumulator(engine: str, policy: Any, p: list[nn.Parameter], patch: pytest.M
 
 
 def micro_gradients(dtype: torch.dtype, bad: float) -> Tensor:
-    """Eight rows of two parameters, 5 + 3 coordinates; the rows 0, 3 and 5 are absent, row 3 by one coordinate of the second alone."""
+    """Eight rows of 5 + 3 coordinates. Rows 0, 3 and 5 are absent, row 3 by one coordinate alone."""
     rows = (torch.randn(8, 8) + 1).to(dtype)
     rows[0] = rows[5] = bad
     rows[3, 6] = bad
@@ -67,8 +72,12 @@ def test_absent_rows_count_in_the_update_and_in_no_distance(
     assert want.isnan().tolist() == [i in (0, 3, 5) for i in range(8)]
     mean = rows.double().mean(0)
     torch.testing.assert_close(
-        update.double(), mean, rtol=4 * torch.finfo(dtype).eps, atol=4 * torch.finfo(dtype).eps, equal_nan=True
-    )  # fmt: skip
+        update.double(),
+        mean,
+        rtol=4 * torch.finfo(dtype).eps,
+        atol=4 * torch.finfo(dtype).eps,
+        equal_nan=True,
+    )
     assert [stats[key] for key in ("accepted", "rejected", "absent")] == [10, 0, 6]
     assert stats["acceptance"] == 1
 
@@ -94,16 +103,22 @@ def test_a_gram_matrix_gives_later_rows_their_distances_too(policy: Any, bad: fl
     torch.testing.assert_close(update, rows.mean(0), equal_nan=True)
 
 
-# ------------------------------------------------------------------------------------------------------------ counts
+# --- counts
 
 
 @pytest.mark.parametrize("engine", ["streamed", "on a device", "stacked"])
 @pytest.mark.parametrize(
     "policy",
-    [gaf.Mean(), gaf.RandomSkip(0.5), gaf.GAF(0.6), gaf.GAF(0.6, start="best"), gaf.GAF(0.6, max_norm_ratio=2.0),
-     gaf.GAF(0.6, average="halving", min_accepted=3)],
+    [
+        gaf.Mean(),
+        gaf.RandomSkip(0.5),
+        gaf.GAF(0.6),
+        gaf.GAF(0.6, start="best"),
+        gaf.GAF(0.6, max_norm_ratio=2.0),
+        gaf.GAF(0.6, average="halving", min_accepted=3),
+    ],
     ids=repr,
-)  # fmt: skip
+)
 def test_every_micro_gradient_is_accepted_rejected_or_absent(
     engine: str, policy: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -127,7 +142,7 @@ def test_every_micro_gradient_is_accepted_rejected_or_absent(
 
 
 def test_layers_that_decide_for_themselves_count_each_micro_gradient_once() -> None:
-    """A micro-gradient is absent where it is so in every layer, and accepted where any layer takes it."""
+    """A micro-gradient is absent if every layer's is, and accepted if any layer accepts it."""
     model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
     acc = gaf.Accumulator(SGD(model.parameters(), 0.0), gaf.GAF(0.6, scope="layer"), model=model)
     first, second = model[0].weight, model[1].weight
@@ -145,7 +160,10 @@ def test_steps_that_measured_nothing_do_not_raise_the_acceptance_of_others() -> 
     measured = Outcome(True, [True, True, False], [0.0, 0.2, 0.9], [0.5, 0.5, 0.0], [1.0] * 3, 0.5)
     telemetry.record(measured, gaf.GAF(0.5))
     for _ in range(3):
-        telemetry.record(Outcome(True, [True] * 3, [NAN] * 3, [1 / 3] * 3, [1.0] * 3, NAN).unmeasured(), gaf.Mean())  # fmt: skip
+        telemetry.record(
+            Outcome(True, [True] * 3, [NAN] * 3, [1 / 3] * 3, [1.0] * 3, NAN).unmeasured(),
+            gaf.Mean(),
+        )
     stats = telemetry.stats()
     assert stats["acceptance"] == 0.5
     assert stats["accepted"] + stats["rejected"] + stats["absent"] == stats["micro_gradients"] == 12

@@ -1,4 +1,4 @@
-"""The policies against the paper's algorithm on vectors, closed forms, and a naive loop over starts."""
+"""The policies against the paper's algorithm on vectors, closed forms, and a loop over starts."""
 
 import math
 from itertools import combinations
@@ -32,7 +32,7 @@ def decide(rows: Tensor, *args: Any, **kwargs: Any) -> gaf.Decision:
     return gaf.GAF(*args, **kwargs)(gaf.gram(rows))
 
 
-# Small integers make K exact, so that ties, cancelled sums and equal rows, of which they make many, are decided exactly.
+# Small integers make K exact, and with it the many ties, cancelled sums and equal rows.
 BAD = st.sampled_from([math.nan, math.inf, -math.inf])
 TAUS = st.sampled_from(
     [0.0, 0.25, 0.5, 1 - math.sqrt(0.5), 0.97, 1.0, 1.25, 1.5, 1 + math.sqrt(0.5), 2.0]
@@ -66,7 +66,7 @@ def real_rows(draw: st.DrawFn, least: int = 1) -> Tensor:
 ROWS = integer_rows() | real_rows()
 
 
-# ---------------------------------------------------------------------------------------------- the paper's algorithm
+# --- the paper's algorithm
 
 
 @given(ROWS, TAUS, st.sampled_from(AVERAGES), st.integers(1, 4))
@@ -78,7 +78,7 @@ def test_gaf_on_the_gram_matrix_is_the_papers_algorithm_on_the_vectors(
     assert decision.accepted.tolist() == accepted
     assert decision.stepped.item() == (want is not None)
     want = torch.zeros_like(update) if want is None else want
-    # float64 roundings, relative to the longest accepted row; accepted rows of opposite direction may cancel below it.
+    # float64 roundings, relative to the longest accepted row; accepted rows may cancel below it
     scale = rows[decision.accepted].abs().max().item() if any(accepted) else 1.0
     torch.testing.assert_close(update, want, rtol=0, atol=1e-14 * scale)
 
@@ -91,7 +91,7 @@ def distance_to(total: Tensor, g: Tensor) -> float:
 def naive_run(
     rows: Tensor, order: list[int], tau: float, average: str
 ) -> tuple[list[int], list[float]]:
-    """Rows accepted, in the order of the visit, and the distances by row. Vectors and a loop, nothing else."""
+    """Rows accepted, in the order of the visit, and the distances by row, by a loop on vectors."""
     total, taken, distances = None, [], [math.nan] * len(rows)
     for i in order:
         g = rows[i]
@@ -116,7 +116,7 @@ def naive_weights(taken: list[int], k: int, average: str) -> list[float]:
 
 
 def naive_outcomes(rows: Tensor, tau: float, start: str, average: str, least: int) -> list[tuple]:
-    """What section 6 of the design allows: one outcome, or several where different sets tie within rounding."""
+    """What section 6 of the design allows: one outcome, or several if sets tie within rounding."""
     k = len(rows)
     least = 1 if k == 1 else least
     sound = [bool(g.isfinite().all()) and g.norm().item() > 0 for g in rows]
@@ -159,11 +159,11 @@ def test_best_and_worst_are_what_a_naive_loop_over_the_starts_finds(
     want = matrix(
         next(distances for weights, taken, distances in outcomes if (weights, taken) == found)
     )
-    # 1e-6, since a sum that cancelled to 1e-9 of its terms has a direction known to that many digits only
+    # 1e-6: a sum that cancelled to 1e-9 of its terms has a direction of so many digits only
     torch.testing.assert_close(decision.distances, want, rtol=0, atol=1e-6, equal_nan=True)
 
 
-# -------------------------------------------------------------------------------------------------------- identities
+# --- identities
 
 
 @given(ROWS, TAUS, st.sampled_from(STARTS), st.sampled_from(AVERAGES), st.integers(-40, 40))
@@ -201,7 +201,10 @@ def test_tau_2_is_the_mean_of_the_present_rows(rows: Tensor, start: str) -> None
 def test_every_decision_is_well_formed(
     rows: Tensor, tau: float, start: str, average: str, least: int
 ) -> None:
-    """Absent rows are never accepted; weights are positive exactly where accepted and sum to 1, or are all zero on a skip."""
+    """Absent rows are never accepted; weights are positive for accepted rows alone.
+
+    They sum to 1, or are all zero on a skip.
+    """
     k, d = len(rows), decide(rows, tau, start=start, average=average, min_accepted=least)
     absent = ~(rows.isfinite().all(1) & (rows != 0).any(1))
     assert not (d.accepted & absent).any()
@@ -265,11 +268,11 @@ def test_for_two_rows_halving_is_the_mean_and_the_start_does_not_matter(
     assert not decide(at_angles(0, 61), 0.5, start=start, average=average).stepped
 
 
-# ------------------------------------------------------------------------------------------------------ closed forms
+# --- closed forms
 
 
 def test_distances_are_one_minus_the_cosine_to_the_running_sum() -> None:
-    """0 and 60 degrees sum to 30; 120 lies 90 from that and is not accepted, so 150 is measured from 30 too."""
+    """0 and 60 degrees sum to 30; 120 lies 90 from that: not accepted. So 150 is 120 from 30."""
     d = decide(at_angles(0, 60, 120, 150), 0.75)
     # roundings of cosines
     torch.testing.assert_close(d.distances, matrix([[0, 0.5, 1.0, 1.5]])[0], rtol=0, atol=1e-15)
@@ -302,14 +305,20 @@ def test_halving_passes_over_what_is_not_accepted() -> None:
 
 
 def test_halving_changes_later_decisions() -> None:
-    """After 0, 0 and 80 degrees the mean points to about 23, halving to 40: 110 is within 80 degrees of the second only."""
+    """After 0, 0 and 80 degrees the mean points to about 23, halving to 40.
+
+    110 is within 80 degrees of the second only.
+    """
     rows, tau = at_angles(0, 0, 80, 110), 1 - math.cos(math.radians(80.1))
     assert decide(rows, tau, average="mean").accepted.tolist() == [True, True, True, False]
     assert decide(rows, tau, average="halving").accepted.tolist() == [True] * 4
 
 
 def test_halving_from_the_best_start_weighs_in_the_order_of_the_visit() -> None:
-    """Row 0 opposes; from row 1 the visit is 1, 2, 3, and around the ring from row 3 it would be 3, 1, 2: the lowest start is kept."""
+    """Row 0 opposes. From row 1 the visit is 1, 2, 3, from row 3 around the ring 3, 1, 2.
+
+    The lowest start is kept.
+    """
     assert decide(
         matrix([[-1.0], [1.0], [1.0], [1.0]]), 0.5, start="best", average="halving"
     ).weights.tolist() == [0, 0.25, 0.25, 0.5]
@@ -406,7 +415,7 @@ def test_min_accepted_is_reached_exactly(start: str) -> None:
 
 
 def test_the_mean_pairwise_cosine_of_a_set_does_not_depend_on_who_asks() -> None:
-    """The same accepted rows from two starts tie to the bit, or the choice between them would hang on rounding."""
+    """The same accepted rows from two starts tie to the bit: rounding must not choose."""
     gram = gaf.gram(torch.randn(9, 30, dtype=torch.float64))
     accepted = torch.rand(64, 9) < 0.6
     twice = mean_pairwise_cosine(gram, torch.cat([accepted, accepted.flip(0)]))
@@ -418,7 +427,7 @@ def test_the_mean_pairwise_cosine_of_a_set_does_not_depend_on_who_asks() -> None
         assert found.item() == pytest.approx(math.fsum(pairs) / max(len(pairs), 1), abs=1e-14)
 
 
-# -------------------------------------------------------------------------------------------- averaging, random skips
+# --- averaging, random skips
 
 
 @given(integer_rows())
@@ -492,13 +501,13 @@ def test_random_skip_resumes_where_its_state_was_taken() -> None:
     assert resumed.state_dict() == policy.state_dict()
 
 
-# ----------------------------------------------------------------------------------------- fields, devices, arguments
+# --- fields, devices, arguments
 
 POLICIES = [
     *(gaf.GAF(0.7, start=s, average=a) for s in STARTS for a in AVERAGES),
     gaf.Mean(),
     gaf.RandomSkip(0.5),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids=repr)

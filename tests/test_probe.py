@@ -1,4 +1,7 @@
-"""The probe: its estimates against closed forms and known Sigma, its predictions against GAF itself, and that it changes nothing."""
+"""The probe: its estimates against closed forms and known Sigma, its predictions against GAF.
+
+And that it changes nothing.
+"""
 
 import itertools
 import math
@@ -34,7 +37,10 @@ SPECTRA = ("identity", "low rank", "decaying")
 
 
 def gaussian(r: int, rho: float, eigenvalues: Tensor) -> Tensor:
-    """r rows g + e with |g| = 1 and Cov(e) = rho diag(eigenvalues); g is of the noise's kind: g'Sigma g = tr(Sigma^2) / tr(Sigma)."""
+    """r rows g + e with |g| = 1 and Cov(e) = rho diag(eigenvalues).
+
+    g is of the noise's kind: g'Sigma g = tr(Sigma^2) / tr(Sigma).
+    """
     signs = torch.randint(0, 2, eigenvalues.shape) * 2.0 - 1
     return eigenvalues.sqrt() * (
         signs + rho**0.5 * torch.randn(r, len(eigenvalues), dtype=torch.float64)
@@ -45,7 +51,7 @@ def probe_of(rows: Tensor, k: int = 8, b: int = 10) -> Probe:
     return Probe(b, k, rows @ rows.T, {"all": rows @ rows.T}, 0)
 
 
-# --- B and d_eff --------------------------------------------------------------------------------------------------
+# --- B and d_eff
 
 
 def test_the_effective_dimension_is_the_mean_over_all_quadruples():
@@ -76,7 +82,7 @@ def test_b_and_d_eff_are_those_of_the_known_covariance(name, rho):
     rows = gaussian(600, rho, eigenvalues)
     found = noise_of(rows @ rows.T, b=10)
     assert found.low < 10 * rho < found.high
-    # unit rows: of the noise along g little is left, and directions scatter a little less where lengths are made equal
+    # unit rows: little of the noise along g is left, and equal lengths scatter a little less
     assert found.dimension == pytest.approx(float(1 / eigenvalues.square().sum()), rel=0.15)
 
 
@@ -107,7 +113,7 @@ def test_absent_rows_take_no_part():
     assert math.isnan(noise_of(torch.eye(3, dtype=torch.float64), b=2).scale)
 
 
-# --- predictions --------------------------------------------------------------------------------------------------
+# --- predictions
 
 
 @pytest.mark.parametrize("name", SPECTRA)
@@ -124,7 +130,7 @@ def test_mean_and_spread_of_the_cosine_with_a_sum(name, rho, c):
     )
 
 
-def test_where_all_is_noise_the_cosine_scatters_by_the_root_of_the_dimension_and_the_mean_is_that_of_b():
+def test_the_cosine_of_pure_noise_scatters_by_the_root_of_the_dimension():
     assert prediction.spread_of_cosine(math.inf, 400.0, 1) == pytest.approx(0.05, rel=1e-4)
     assert 1 - prediction.expected_cosine(9.0, 1) == pytest.approx(9 / (1 + 9))
 
@@ -137,7 +143,7 @@ def test_predicted_acceptance_is_what_gaf_accepts_of_normal_rows(name, rho, tau,
     eigenvalues = spectrum(name)
     rows = gaussian(1500, rho, eigenvalues)
     predicted = predicted_acceptance(tau, k, rho, float(1 / eigenvalues.square().sum()))
-    # 0.02 are the draws', the rest that cosines are not quite normal, and that all rows of a step meet the same start
+    # 0.02 are the draws'; the rest: cosines are not quite normal, and a step's rows share a start
     assert measure_acceptance(rows @ rows.T, k, tau).rows == pytest.approx(predicted, abs=0.05)
 
 
@@ -159,7 +165,7 @@ def test_pure_noise_passes_the_noise_floor_as_often_as_asked_for():
     assert float(passed.double().mean()) == pytest.approx(0.05, abs=0.006)  # 4 deviations
 
 
-# --- acceptance, merging, advice ----------------------------------------------------------------------------------
+# --- acceptance, merging, advice
 
 
 @pytest.mark.parametrize("tau", [0.6, 0.9, 2.0])
@@ -242,11 +248,11 @@ def test_recommend_refuses_what_is_no_share(wrong):
         probe_of(gaussian(32, 1.0, spectrum("identity"))).recommend(**wrong)
 
 
-# --- measuring a model --------------------------------------------------------------------------------------------
+# --- measuring a model
 
 
 class Net(nn.Module):
-    """BatchNorm, dropout, a frozen layer, a parameter of its own, and one that the loss does not reach."""
+    """BatchNorm, dropout, a frozen layer, a parameter of its own, and one beside the loss's way."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,7 @@
-"""gaf.Audit against a sum written out, and what it finds: bad data that come together, on one device and on several ranks."""
+"""gaf.Audit against a sum written out, and what it finds: bad data that come together.
+
+On one device and on several ranks.
+"""
 
 import math
 
@@ -66,7 +69,7 @@ def test_absent_rows_say_nothing():
 
 
 def test_a_level_that_changes_as_training_goes_on_is_taken_out():
-    """Item 0 is seen early, when distances are low, item 1 late; 100 steps after the change neither is suspected."""
+    """Item 0 is seen early, at low distances, item 1 late; after 100 steps neither is suspected."""
     excess = Excess(2)
     for t in range(400):
         excess.add(
@@ -108,7 +111,10 @@ def test_ranks_that_each_know_their_own_members_add_up_to_one_that_knows_all():
 
 
 def trained(bad: int, k: int = 4) -> gaf.Audit:
-    """Linear regression from k shards, of which the targets of one are negated; each micro-batch comes from one shard."""
+    """Linear regression from k shards, the targets of one negated.
+
+    Each micro-batch comes from one shard.
+    """
     x = torch.randn(k, 64, 8)
     y = x.sum(-1, keepdim=True)
     y[bad] *= -1
@@ -133,7 +139,10 @@ def test_the_bad_shard_stands_out(bad):
 
 
 def test_skipped_steps_count_too():
-    """Two opposite rows: nothing is accepted, and both are as suspect as each other and more so than a pair that agreed."""
+    """Two opposite rows: none is accepted; both are equally suspect.
+
+    And more so than a pair that agreed.
+    """
     audit = gaf.Audit(4)
     for members, second in (([0, 1], -1.0), ([2, 3], 1.0)):
         _, decision = gaf.aggregate(torch.tensor([[1.0, 0.0], [second, 0.0]]), gaf.GAF(0.5))

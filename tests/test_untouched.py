@@ -1,4 +1,7 @@
-"""What gaf.probe puts back: all that a forward pass, a loss or a loader can change, bit for bit, in its own memory, however it ends."""
+"""What gaf.probe puts back, however it ends: all that a forward pass, a loss or a loader changes.
+
+Bit for bit, in its own memory.
+"""
 
 import random
 import warnings
@@ -75,7 +78,7 @@ def first_batch(m: Any, x: Tensor) -> None:
 
 
 def flag(m: Any, x: Tensor) -> None:
-    """The same as libraries do it whose flag is Python's: the weights and the flag go back together."""
+    """The same with a flag of Python's, as libraries have it: weights and flag go back together."""
     if not m.count:
         m.linear.weight.copy_(x[:3])
     m.count += 1
@@ -117,10 +120,12 @@ CHANGES: dict[str, Callable[[Any, Tensor], Any]] = {
     "numpy's random numbers": lambda m, x: numpy.random.rand(),
     "torch's random numbers": lambda m, x: torch.rand(2),
     "gradients": lambda m, x: setattr(m.linear.bias, "grad", torch.ones(3)),
-}  # fmt: skip
+}
 
 
-def data(n: int = 10, classes: int = 3, make: Callable[..., Tensor] = lambda: torch.randn(5, 4)) -> list[Any]:  # fmt: skip
+def data(
+    n: int = 10, classes: int = 3, make: Callable[..., Tensor] = lambda: torch.randn(5, 4)
+) -> list[Any]:
     return [(make(), torch.randint(0, classes, (5,))) for _ in range(n)]
 
 
@@ -154,7 +159,7 @@ def test_memory_that_was_given_back_is_there_again_with_its_values() -> None:
 
 
 class Shifting(Body):
-    """Its output depends on how often it was called, on all generators, and on statistics that move."""
+    """Its output depends on the number of calls, on all generators, and on moving statistics."""
 
     def forward(self, x: Tensor) -> Tensor:
         self.count += 1
@@ -164,7 +169,7 @@ class Shifting(Body):
 
 
 def test_every_slice_measures_the_model_as_it_was_found() -> None:
-    """K adds up over coordinates only where each pass begins with the same state and the same random numbers."""
+    """K adds up over coordinates only if each pass begins with the same state and generators."""
     model, batches = Shifting(flag), data()
     whole = gaf.probe(model, cross_entropy, batches, k=4, slices=1)
     parts = gaf.probe(model, cross_entropy, batches, k=4, slices=2)
@@ -182,18 +187,27 @@ def models() -> dict[str, tuple[nn.Module, list[Any]]]:
     tied = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3))
     tied[1].weight = tied[0].weight
     return {
-        "max_norm": (nn.Sequential(nn.Embedding(20, 4, max_norm=0.5), nn.Flatten(), nn.Linear(8, 3)), words),
+        "max_norm": (
+            nn.Sequential(nn.Embedding(20, 4, max_norm=0.5), nn.Flatten(), nn.Linear(8, 3)),
+            words,
+        ),
         "spectral norm": (parametrizations.spectral_norm(nn.Linear(4, 3)), data()),
         "weight norm": (parametrizations.weight_norm(nn.Linear(4, 3)), data()),
         "older norms": (old, data()),
         "batch norm": (nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3, momentum=None)), data()),
         "tied": (tied, data()),
-        "scripted": (torch.jit.script(nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Dropout())), data()),
-    }  # fmt: skip
+        "scripted": (
+            torch.jit.script(nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Dropout())),
+            data(),
+        ),
+    }
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script`:DeprecationWarning")
-@pytest.mark.parametrize("name", ["max_norm", "spectral norm", "weight norm", "older norms", "batch norm", "tied", "scripted"])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    ["max_norm", "spectral norm", "weight norm", "older norms", "batch norm", "tied", "scripted"],
+)
 def test_layers_that_change_in_their_forward_pass_are_put_back(name: str) -> None:
     model, batches = models()[name]
     state = {key: value.clone() for key, value in model.state_dict().items()}
@@ -207,7 +221,7 @@ def test_layers_that_change_in_their_forward_pass_are_put_back(name: str) -> Non
         assert p.data_ptr() == q.data_ptr()
 
 
-def test_a_loss_that_is_a_module_is_put_back_and_one_that_runs_its_own_backward_adds_to_no_gradient() -> None:  # fmt: skip
+def test_a_loss_module_is_put_back_and_a_backward_of_its_own_adds_to_no_gradient() -> None:
     class Centre(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -264,11 +278,14 @@ def test_on_a_gpu_values_and_random_state_are_put_back() -> None:
     assert all(map(torch.equal, before, model.state_dict().values()))
 
 
-# ---------------------------------------------------------------------------------------- what is measured, and where
+# --- what is measured, and where
 
 
 def exact(model: nn.Module, batches: list[Any]) -> Tensor:
-    """K of the gradients that a training step has: forward pass and loss under autocast, backward pass outside of it."""
+    """K of the gradients that a training step has.
+
+    Forward pass and loss are under autocast, the backward pass is outside of it.
+    """
     rows = []
     for x, y in batches:
         with torch.autocast("cpu", torch.bfloat16):
@@ -290,7 +307,9 @@ class HeadInFloat32(nn.Module):
             return self.head(hidden.float())
 
 
-@pytest.mark.parametrize("make", [HeadInFloat32, lambda: nn.Sequential(nn.Linear(4, 64), nn.ReLU(), nn.Linear(64, 3))])  # fmt: skip
+@pytest.mark.parametrize(
+    "make", [HeadInFloat32, lambda: nn.Sequential(nn.Linear(4, 64), nn.ReLU(), nn.Linear(64, 3))]
+)
 def test_under_autocast_k_is_that_of_the_gradients_that_training_has(make: Any) -> None:
     model, batches = make(), data(16)
     want = exact(model, batches)
@@ -322,13 +341,17 @@ def test_it_measures_under_no_grad_and_in_inference_mode() -> None:
 
 LAYOUTS: dict[str, Callable[[], nn.Parameter]] = {
     "contiguous": lambda: nn.Parameter(torch.randn(3, 2, 4, 5)),
-    "channels_last": lambda: nn.Parameter(torch.randn(3, 2, 4, 5).to(memory_format=torch.channels_last)),
-    "channels_last_3d": lambda: nn.Parameter(torch.randn(2, 3, 2, 4, 5).to(memory_format=torch.channels_last_3d)),
+    "channels_last": lambda: nn.Parameter(
+        torch.randn(3, 2, 4, 5).to(memory_format=torch.channels_last)
+    ),
+    "channels_last_3d": lambda: nn.Parameter(
+        torch.randn(2, 3, 2, 4, 5).to(memory_format=torch.channels_last_3d)
+    ),
     "transposed": lambda: nn.Parameter(torch.randn(6, 5).t()),
     "expanded, then cloned": lambda: nn.Parameter(torch.randn(1, 5).expand(4, 5).clone()),
     "0-dim": lambda: nn.Parameter(torch.tensor(0.3)),
     "empty": lambda: nn.Parameter(torch.empty(0, 3)),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
@@ -341,10 +364,14 @@ def test_k_does_not_depend_on_how_parameters_lie_in_memory(name: str, dtype: tor
             self.line = nn.Parameter(torch.randn(5, dtype=dtype))
 
         def forward(self, x: Tensor) -> Tensor:
-            return (self.p * x).square().sum() + (self.p * x).sum() + (self.line * (1 + x.sum())).sum()  # fmt: skip
+            return (
+                (self.p * x).square().sum() + (self.p * x).sum() + (self.line * (1 + x.sum())).sum()
+            )
 
     model = One()
-    x = [torch.randn_like(model.p) if model.p.ndim else torch.randn(1, dtype=dtype) for _ in range(8)]  # fmt: skip
+    x = [
+        torch.randn_like(model.p) if model.p.ndim else torch.randn(1, dtype=dtype) for _ in range(8)
+    ]
     found = gaf.probe(model, lambda loss, _: loss, [(one, one) for one in x], k=4, b=1)
     rows = []
     for one in x:
