@@ -1,4 +1,4 @@
-"""How far something is, told to whoever listens; in a pipe, a log file or a CI as plain lines, at least every EVERY seconds."""
+"""Reports of progress; in a pipe, a log file or a CI as plain lines, at least every EVERY seconds."""
 
 import threading
 import time
@@ -9,20 +9,21 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.console import Console
 
-Tell = Callable[[str, int, int], None]  # what is being done, its number, and how many there are
+Tell = Callable[[str, int, int], None]  # the task, the number reached, the total
 
 
 def silent(what: str, number: int, of: int) -> None:
-    """Tells nobody."""
+    """Reports nothing."""
 
 
 EVERY = 10.0  # seconds
 
 
 class Pulse:
-    """Where there is no terminal, says every EVERY seconds how far something is; silent while that is empty.
+    """Prints the progress every EVERY seconds, unless the console is a terminal.
 
-    A thread does so, for a step, an evaluation or a download may take minutes. how_far: called in that thread.
+    A thread prints, because a step, an evaluation or a download may take minutes. `how_far` is
+    called in that thread; nothing is printed while it returns "".
     """
 
     def __init__(self, console: "Console", how_far: Callable[[], str]) -> None:
@@ -32,7 +33,7 @@ class Pulse:
         self.thread = threading.Thread(target=self._beat, daemon=True)
 
     def start(self) -> None:
-        """Begins, once."""
+        """Starts the thread, once."""
         if not (self.console.is_terminal or self.console.quiet or self.thread.ident):
             self.thread.start()
 
@@ -42,13 +43,15 @@ class Pulse:
             self.thread.join()
 
     def rest(self) -> None:
-        """Something else was said just now."""
+        """Waits EVERY seconds again, because another line was printed just now."""
         self.said = time.monotonic()
 
     def say(self) -> None:
         self.rest()
         if text := self.how_far():
-            line(self.console, f"{text}, {format_duration(time.monotonic() - self.started)} so far")
+            print_line(
+                self.console, f"{text}, {format_duration(time.monotonic() - self.started)} so far"
+            )
 
     def _beat(self) -> None:
         while not self.over.wait(max(0.01, self.said + EVERY - time.monotonic())):
@@ -56,8 +59,8 @@ class Pulse:
                 self.say()
 
 
-def line(console: "Console", text: str) -> None:
-    """A line as it is, not broken at the width of a terminal that is none."""
+def print_line(console: "Console", text: str) -> None:
+    """Prints a line unchanged, not wrapped at the width of a terminal."""
     console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 

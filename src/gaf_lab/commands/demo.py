@@ -42,26 +42,22 @@ def run_demo(words: Words, console: Console) -> int:
     check_count("seeds", options.seeds, 1, MOST_SEEDS)
     base = dataclasses.replace(DEMO, passes=options.passes)
     started = time.perf_counter()
-    code = 0
+    stopped = False
     with own_folder(options.out, f"gaf demo {shlex.join(words)}"):
         job.clear(options.out)
         try:
             job.demo(options.out, console, options.seeds, base)
         except KeyboardInterrupt:
-            code = 130
-            say(
-                console,
-                "\nStopped. The page holds the finished runs. "
-                "The next demo in this folder starts anew.",
-            )
+            stopped = True
+            say(console, "\nStopped. The next demo in this folder starts anew.")
         runs = job.finished_runs(options.out, options.seeds, base)
         if not runs:
             say(console, "No run was finished; there is nothing to report.")
-            return code or 1
+            return 130 if stopped else 1
         console.print(results_table(runs))
         page = write_report(runs, options.out, title="GAF demo: label noise on MNIST-5k")
     say(console, f"{len(runs)} runs in {time.perf_counter() - started:.0f} s. Page: {page}")
-    return code
+    return 130 if stopped else 0
 
 
 def default_options(words: Words) -> DemoOptions:

@@ -9,7 +9,7 @@ from rich.console import Console
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from gaf_lab.progress import Tell, line, silent
+from gaf_lab.progress import Tell, print_line, silent
 from gaf_lab.settings.config import TrainConfig
 from gaf_lab.settings.plan import Configs
 from gaf_lab.settings.sizes import PICTURES, count_pictures, picture_shape
@@ -32,7 +32,7 @@ def announce(
         seconds = run_seconds(configs, workers, progress)
     todo = [taken for config_hash, taken in seconds.items() if config_hash not in finished]
     about = format_estimate(sum(todo) / min(workers, len(todo)))
-    line(
+    print_line(
         console,
         f"About {about} on {workers} at a time, by a short measurement; the runs will correct it.",
     )

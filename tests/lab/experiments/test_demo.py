@@ -1,6 +1,7 @@
 """The demo at a size that a test can run: all arms, paired, and Ctrl-C keeps what is finished."""
 
 import dataclasses
+import io
 import os
 import signal
 import subprocess
@@ -10,8 +11,11 @@ import time
 import pytest
 from rich.console import Console
 
+from gaf_lab.commands.demo import run_demo
+from gaf_lab.experiments import demo as job
 from gaf_lab.experiments.demo import clear, demo, demo_arms, finished_runs
 from gaf_lab.records import run as records
+from gaf_lab.report.table import results_table
 from gaf_lab.settings.checks import ConfigError
 from gaf_lab.settings.presets import DEMO
 from gaf_lab.training.run import train
@@ -55,7 +59,7 @@ def test_ctrl_c_leaves_what_is_finished_and_reports_it(tmp_path):
     assert process.poll() is None
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers as well
     out = process.communicate(timeout=60)[0].decode()
-    assert "Stopped. The page holds the finished runs." in out
+    assert "Stopped. The next demo in this folder starts anew." in out
     assert 0 < len(list(finished(tmp_path))) < 9
     assert (tmp_path / "report.html").is_file()
     assert "Traceback" not in out
@@ -81,3 +85,31 @@ def test_a_demo_removes_the_runs_of_an_earlier_one_and_no_other(tmp_path):
     ):
         clear(tmp_path)
     assert records.read(tmp_path / "gaf-0").end["status"] == "finished"
+
+
+@pytest.mark.parametrize(
+    ("words", "seeds", "passes"),
+    [
+        ([], 3, 40.0),
+        (["--quick"], 1, 13.0),
+        (["--quick", "--seeds", "2"], 2, 13.0),
+        (["--passes", "5", "--quick"], 1, 5.0),
+    ],
+)
+def test_a_quick_demo_is_one_seed_and_a_third_of_the_passes_unless_they_are_given(
+    words, seeds, passes, tmp_path, monkeypatch
+):
+    asked = []
+    monkeypatch.setattr(job, "demo", lambda out, console, *sizes: asked.append(sizes))
+    run_demo([*words, "--out", str(tmp_path)], Console(quiet=True))
+    assert asked == [(seeds, dataclasses.replace(DEMO, passes=passes))]
+
+
+def test_the_table_of_one_seed_has_no_interval(tmp_path):
+    demo(tmp_path, Console(quiet=True), seeds=1, base=TINY)
+    console = Console(file=io.StringIO(), width=120)
+    console.print(results_table(finished_runs(tmp_path, 1, TINY)))
+    text = console.file.getvalue()
+    assert "random subset" in text
+    assert "CI" not in text
+    assert "nan" not in text
