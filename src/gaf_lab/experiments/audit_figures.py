@@ -11,7 +11,8 @@ from gaf_lab.data.problem import Problem
 from gaf_lab.experiments.audit_result import AuditResult
 from gaf_lab.experiments.probe_figure import legend_on_top
 from gaf_lab.records import run as records
-from gaf_lab.report.figures import DPI, INK, SOFT, canvas, plain
+from gaf_lab.report.figures import DPI, canvas, plain_axes
+from gaf_lab.report.palette import INK, SOFT
 
 if TYPE_CHECKING:
     import numpy as np
@@ -75,7 +76,7 @@ def draw_roc(ax: "Axes", found: AuditResult) -> None:
 
 
 def name_axes(ax: "Axes", title: str, across: str) -> None:
-    plain(ax)
+    plain_axes(ax)
     ax.set_title(title, loc="left", fontsize=11, color=INK, pad=8)
     ax.set_xlabel(across, fontsize=10, color=SOFT)
 

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from gaf_lab.experiments.probe_point import BINS, CURVE_TAUS, ProbeLine
 from gaf_lab.records import run as records
-from gaf_lab.report.figures import DPI, INK, SOFT, canvas, plain
+from gaf_lab.report.figures import DPI, canvas, plain_axes
+from gaf_lab.report.palette import INK, SOFT
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -49,7 +50,7 @@ def draw_distances(ax: "Axes", group: Sequence[ProbeLine]) -> None:
         dotted: dict[str, Any] = {"linewidth": 1.4, "linestyle": (0, (1, 1.5))}
         ax.axvline(line["distance_expected"], ymax=0.85, color=color, **dotted)
         highest = max(highest, *share)
-    plain(ax)
+    plain_axes(ax)
     ax.set(xlim=(0, 1.3), ylim=(0, 1.25 * highest))
     state = f"after {group[0]['after']:,} steps" if group[0]["after"] else "initial weights"
     ax.set_title(
@@ -76,7 +77,7 @@ def draw_acceptance(ax: "Axes", group: Sequence[ProbeLine]) -> None:
         )
         dots: dict[str, Any] = {"markeredgecolor": "white", "markeredgewidth": 0.3}
         ax.plot(taus, [100 * share for share in measured], "o", color=color, markersize=3.4, **dots)
-    plain(ax)
+    plain_axes(ax)
     tau = group[0]["tau"]
     ax.axvline(tau, ymax=100 / 122, color=INK, linewidth=1.1, linestyle=(0, (5, 3)))
     ax.set(xlim=(CURVE_TAUS[0], CURVE_TAUS[-1]), ylim=(0, 122), yticks=range(0, 101, 20))
@@ -97,7 +98,7 @@ def draw_layers(ax: "Axes", line: ProbeLine) -> None:
     low, middle, high = line["distance"]
     ax.axvspan(low, high, color=INK, alpha=0.06, linewidth=0)
     ax.axvline(middle, color=INK, linewidth=1)
-    plain(ax)
+    plain_axes(ax)
     ax.grid(visible=False, axis="y")
     ax.set_ylim(len(parts) - 0.4, -0.6)
     ax.set_yticks(range(len(parts)), [part["name"] for part in parts], fontsize=9)

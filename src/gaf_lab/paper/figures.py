@@ -19,39 +19,13 @@ from gaf_lab.records.run import Run
 from gaf_lab.report import measures
 from gaf_lab.report import statistics as st
 from gaf_lab.report.arms import BASELINE, Arm, gaf_of, group_by_arm, is_gaf
-from gaf_lab.report.figures import (
-    CHARTS,
-    CROWD,
-    DPI,
-    INK,
-    SAMPLES,
-    SOFT,
-    STEPS,
-    TIME,
-    Axis,
-    Chart,
-    Label,
-    Panel,
-    Shade,
-    canvas,
-    draw_tau,
-    dress,
-    fill,
-    fitted,
-    label_ends,
-    labels,
-    level,
-    lines_of_tau,
-    margin,
-    named,
-    palette,
-    plain,
-    shorten,
-    stacked,
-    thresholds,
-    traces,
-)
+from gaf_lab.report.cells import thresholds
+from gaf_lab.report.charts import CHARTS, SAMPLES, STEPS, TIME, Axis, Chart, Panel, fit_axis
+from gaf_lab.report.figures import DPI, canvas, draw_arms, level, plain_axes, title_axes
+from gaf_lab.report.interactive import add_tau_line, arm_traces, stack_panels, trace_base
+from gaf_lab.report.labels import Label, draw_taus, label_ends, margin, short_names, shorten
 from gaf_lab.report.measures import Measure
+from gaf_lab.report.palette import CROWD, INK, SOFT, Shade, palette
 from gaf_lab.report.statistics import Difference
 from gaf_lab.report.text import MINUS, NONE, signed, spread_as_text
 
@@ -308,7 +282,7 @@ def panels_of(item: Item, runs: list[Run]) -> list[Panel]:
 
 def over_training(item: Item, runs: list[Run], notes: Sequence[str], axis: Axis) -> "Figure":
     """A row for each key, a column for each network and data set; no axes where nothing was recorded."""
-    groups, chart, axis = grouped(item, runs), chart_of(item), fitted(axis, runs)
+    groups, chart, axis = grouped(item, runs), chart_of(item), fit_axis(axis, runs)
     panels = panels_of(item, runs)
     colours = palette(names_of(item, runs))
     marks = (
@@ -334,8 +308,8 @@ def over_training(item: Item, runs: list[Run], notes: Sequence[str], axis: Axis)
             if not has_values(of, panel):
                 ax.remove()
                 continue
-            ends = fill(ax, of, panel, fit, axis, colours)
-            dress(ax, panel.label, fit, of)
+            ends = draw_arms(ax, of, panel, fit, axis, colours)
+            title_axes(ax, panel.label, fit, of)
             ax.set_title("", loc="right")
             for arm in of:
                 mean, value = (
@@ -349,7 +323,7 @@ def over_training(item: Item, runs: list[Run], notes: Sequence[str], axis: Axis)
                         [value * panel.factor],
                         colours[arm.name].light,
                     )
-            label_ends(ax, ends + (lines_of_tau(ax, of, colours) if fit.thresholds else []))
+            label_ends(ax, ends + (draw_taus(ax, of, colours) if fit.thresholds else []))
         axes[-1][column].set_xlabel(axis.label, fontsize=10.5, color=SOFT, labelpad=6)
         if columns > 1:
             above = axes[0][column].get_position()
@@ -474,14 +448,14 @@ def against(item: Item, runs: list[Run], notes: Sequence[str]) -> "Figure":
     figure, grid = sheet(item, notes, 8.0, [tall] * len(rows), 0.72, margin(list(colours)))
     axes = [ax for (ax,) in grid]
     found = [series(item, runs, key, measure) for key, measure in rows]
-    short = labels([*colours])
+    short = short_names([*colours])
     drawn = [
         [along(ax, one, at, short[one.arm], colours[one.arm].light) for one in of]
         for ax, of in zip(axes, found, strict=True)
     ]
     level([ax for ax, (_, measure) in zip(axes, rows, strict=True) if measure.unit == "share"])
     for i, ((key, measure), ax, ends) in enumerate(zip(rows, axes, drawn, strict=True)):
-        plain(ax)
+        plain_axes(ax)
         ax.set_title(titled(key, measure), loc="left", fontsize=11, color=INK, pad=8)
         if i == 0:
             ax.set_title(
@@ -688,7 +662,7 @@ def interactive(item: Item, runs: list[Run], axis: Axis = SAMPLES) -> Any:
     if item.kind in ("table", "plane") or not has_anything(item, runs):
         return None
     return (
-        training(item, runs, fitted(axis, runs))
+        training(item, runs, fit_axis(axis, runs))
         if item.kind == "curves"
         else points_along(item, runs)
     )
@@ -704,12 +678,12 @@ def training(item: Item, runs: list[Run], axis: Axis) -> Any:
         if has_values(of, panel)
     ]
     titles = [panel.label + (f"<br>{x}" if len(groups) > 1 else "") for x, _, panel in cells]
-    figure = stacked(titles, axis.label, [fitting(chart, panel).zero for *_, panel in cells])
+    figure = stack_panels(titles, axis.label, [fitting(chart, panel).zero for *_, panel in cells])
     for row, (x, of, panel) in enumerate(cells, 1):
         fit = fitting(chart, panel)
         for arm in sorted(of, key=is_gaf):
             shade = colours[arm.name]
-            made = traces(arm, panel, fit, axis, shade, first=False)
+            made = arm_traces(arm, panel, fit, axis, shade, first=False)
             mean, value = st.curve(arm, panel.key, axis.key), printed(item, arm.name, x, panel.key)
             if mean is not None and value is not None:
                 made.append(
@@ -724,14 +698,14 @@ def training(item: Item, runs: list[Run], axis: Axis) -> Any:
             for trace in made:
                 figure.add_trace(trace, row=row, col=1)
         for tau in thresholds(of) if fit.thresholds else ():
-            draw_tau(figure, tau, row)
+            add_tau_line(figure, tau, row)
     figure.update_xaxes(unifiedhovertitle_text=axis.hover)
     return figure
 
 
 def hollow(arm: str, shade: Shade, x: list[float], y: list[float], panel: Panel) -> dict[str, Any]:
     """The paper's values of an arm."""
-    common = named(arm, shade)
+    common = trace_base(arm, shade)
     marker = {"symbol": "diamond-open", "size": 10, "color": shade.light, "line": {"width": 2}}
     hover = f"{common['name']}, paper: %{{y:.{panel.digits}f}}{panel.unit}<extra></extra>"
     paper = {
@@ -746,7 +720,7 @@ def hollow(arm: str, shade: Shade, x: list[float], y: list[float], panel: Panel)
 def points_along(item: Item, runs: list[Run]) -> Any:
     at, rows = positions(item, runs), rows_of(item, runs)
     colours = palette(names_of(item, runs))
-    figure = stacked(
+    figure = stack_panels(
         [titled(key, measure) for key, measure in rows], ACROSS[item.x or ""], [False] * len(rows)
     )
     for row, (key, measure) in enumerate(rows, 1):
@@ -765,7 +739,7 @@ def plotted(
     one: Series, at: dict[Place, float], shade: Shade, panel: Panel
 ) -> list[dict[str, Any]]:
     """The traces of an arm: the mean, single seeds, the paper."""
-    common, digits = named(one.arm, shade), panel.digits
+    common, digits = trace_base(one.arm, shade), panel.digits
     single = {
         "meta": common["meta"] | {"single": True},
         "mode": "markers",

@@ -21,8 +21,8 @@ from gaf_lab.progress import Tell, silent
 from gaf_lab.records.run import Run
 from gaf_lab.report.arms import group_by_arm
 from gaf_lab.report.conditions import commands_of, split_conditions
-from gaf_lab.report.figures import SOFT, Shade, palette
 from gaf_lab.report.page import render
+from gaf_lab.report.palette import SOFT, Shade, palette
 from gaf_lab.report.parts import view_part
 
 # a figure, its runs, and notes on them

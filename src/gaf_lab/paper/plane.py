@@ -17,7 +17,8 @@ from gaf.rules.contract import Policy
 from gaf_lab.data.sampling import generator
 from gaf_lab.paper.items import Item
 from gaf_lab.paper.sheet import head_height, heading, write_head
-from gaf_lab.report.figures import GRID, INK, KNOWN, SOFT, canvas
+from gaf_lab.report.figures import canvas
+from gaf_lab.report.palette import GRID, INK, KNOWN, SOFT
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

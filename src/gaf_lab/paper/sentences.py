@@ -65,7 +65,7 @@ def summarise_gaps(item: Item, when: str, gaps: list[tuple[Place, st.Difference]
     ends = sorted(gaps, key=lambda one: one[1].mean)
     low, high = (f"{signed(g.mean * 100)} ({pf.spoken(item, x)})" for x, g in (ends[0], ends[-1]))
     span = f"{when}, {gap.arm} {MINUS} {gap.other} runs from {low} to {high} points"
-    if max(g.n for _, g in gaps) < st.ENOUGH:
+    if max(g.n for _, g in gaps) < st.MIN_SEEDS:
         return f"{span}; these are too few seeds to tell any difference."
     return (
         f"{span}; of {len(gaps)} differences {above} can be told to be above 0, {below} below, "

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from gaf_lab.paper.items import Item
-from gaf_lab.report.figures import INK, SOFT, canvas
+from gaf_lab.report.figures import canvas
+from gaf_lab.report.palette import INK, SOFT
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

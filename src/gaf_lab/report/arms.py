@@ -65,7 +65,7 @@ class Arm:
 
     @property
     def counted_runs(self) -> list[Run]:
-        """The runs behind means and curves: the finished ones; without any, all with evaluations."""
+        """The runs behind means and curves: the finished ones, else all with evaluations."""
         return self.finished_runs or [run for run in self.runs if run.evals]
 
     @property

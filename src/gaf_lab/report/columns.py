@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from gaf_lab.report.arms import Arm
-from gaf_lab.report.figures import clock
+from gaf_lab.report.charts import clock
 from gaf_lab.report.measures import MEASURES, SECONDS, Measure
 from gaf_lab.report.statistics import spread_over_seeds
 from gaf_lab.report.text import spread_as_text

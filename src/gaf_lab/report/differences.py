@@ -7,7 +7,7 @@ from typing import Any
 from gaf_lab.report.arms import Arm, group_by_point, point_names
 from gaf_lab.report.measures import COMPARED, Measure
 from gaf_lab.report.pairs import pairs_at_point
-from gaf_lab.report.statistics import ENOUGH, Difference, paired_difference
+from gaf_lab.report.statistics import MIN_SEEDS, Difference, paired_difference
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def reading(gap: Difference) -> str:
     """The difference in one word or two."""
     if gap.clear:
         return "higher" if gap.mean > 0 else "lower"
-    return "too few seeds" if gap.n < ENOUGH else "unclear"
+    return "too few seeds" if gap.n < MIN_SEEDS else "unclear"
 
 
 def difference_groups(arms: list[Arm]) -> list[dict[str, Any]]:
@@ -64,6 +64,6 @@ def difference_rows(arms: list[Arm], measure: Measure) -> list[dict[str, Any]]:
 
 
 def difference_row(gap: Difference, one: str, other: str, where: str) -> dict[str, Any]:
-    """What the page shows of a difference. where: its point in words; empty if there is one only."""
+    """What the page shows of a difference. where: its point in words, if there are several."""
     at = f", {where}" if where else ""
     return {"gap": gap, "one": one, "other": other, "at": at, "verdict": reading(gap)}

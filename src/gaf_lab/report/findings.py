@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from gaf_lab.report.arms import Arm, baseline_of, gaf_of, group_by_point, is_gaf, point_names
 from gaf_lab.report.measures import LAST, SELECTED, Measure
 from gaf_lab.report.pairs import can_be_control
-from gaf_lab.report.statistics import ENOUGH, Difference, paired_difference, spread_over_seeds
+from gaf_lab.report.statistics import MIN_SEEDS, Difference, paired_difference, spread_over_seeds
 from gaf_lab.report.text import listing, percentage, spread_as_text
 
 SHOWN = 3  # points and arms that have sentences of their own; more are counted
@@ -104,7 +104,7 @@ def certainty(gap: Difference) -> str:
     interval = f"95% CI {low} to {high}, n = {gap.n}"
     if gap.clear:
         return f"({interval})"
-    return f"({interval}: {'too few seeds' if gap.n < ENOUGH else 'no clear difference'})"
+    return f"({interval}: {'too few seeds' if gap.n < MIN_SEEDS else 'no clear difference'})"
 
 
 def overall_tally(arms: list[Arm]) -> list[str]:

@@ -29,7 +29,7 @@ class Measure:
 
 
 def status(run: Run) -> str:
-    """The status in the end line; "unfinished" without one (the run still goes on, or was killed)."""
+    """The status in the end line; "unfinished" without one: the run goes on, or was killed."""
     return str(run.end["status"]) if run.end else "unfinished"
 
 

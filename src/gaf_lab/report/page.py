@@ -9,14 +9,16 @@ from typing import Any
 
 from gaf_lab.progress import Tell, silent
 from gaf_lab.records.run import Run
-from gaf_lab.report import figures, parts, sheets
+from gaf_lab.report import parts
 from gaf_lab.report.arms import Arm
 from gaf_lab.report.columns import result_columns
 from gaf_lab.report.conditions import commands_of, departures, split_conditions
 from gaf_lab.report.descriptions import descriptions
 from gaf_lab.report.differences import difference_groups
-from gaf_lab.report.figures import CROWD
+from gaf_lab.report.figures import write_figures
+from gaf_lab.report.palette import CROWD, palette
 from gaf_lab.report.sentences import opening
+from gaf_lab.report.sheets import write_sheets
 from gaf_lab.report.table import arms_or_error
 from gaf_lab.report.text import signed
 
@@ -39,7 +41,7 @@ def write_report(runs: list[Run], out: Path, title: str | None = None, tell: Tel
         ValueError: without runs.
     """
     arms = arms_or_error(runs)
-    pictures = figures.write(runs, out, tell)
+    pictures = write_figures(runs, out, tell)
     charts = parts.figure_parts(runs, pictures, tell)
     values = results(arms, out) | words(arms) | listed_runs(runs, arms)
     page = render("report.html.j2", charts, title=title or parts.page_title(arms), **values)
@@ -55,7 +57,7 @@ def results(arms: list[Arm], out: Path) -> dict[str, Any]:
     return {
         "columns": [column.heading for column in columns],
         "blocks": blocks,
-        "files": sheets.write(*parts.results_sheet(columns, blocks), out / "report"),
+        "files": write_sheets(*parts.results_sheet(columns, blocks), out / "report"),
         "cell_note": parts.cell_note(arms),
         "meanings": parts.column_meanings(columns),
         "starred": not all(arm.finished_runs for arm in arms),
@@ -82,7 +84,7 @@ def listed_runs(runs: list[Run], arms: list[Arm]) -> dict[str, Any]:
     arm_of = {id(run): arm for arm in arms for run in arm.runs}
     return {
         "arms": arms,
-        "palette": figures.palette(list(dict.fromkeys(arm.method for arm in arms))),
+        "palette": palette(list(dict.fromkeys(arm.method for arm in arms))),
         "runs": [parts.run_row(run, arm_of[id(run)]) for run in runs],
         "commands": commands_of(runs),
     }

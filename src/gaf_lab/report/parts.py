@@ -8,11 +8,13 @@ from typing import Any
 
 from gaf_lab.progress import Tell
 from gaf_lab.records.run import Run
-from gaf_lab.report import figures
 from gaf_lab.report.arms import Arm, gaf_of, group_by_point, point_names
+from gaf_lab.report.cells import axes_with_values, charts_with_values
+from gaf_lab.report.charts import caption_of
 from gaf_lab.report.columns import Column
+from gaf_lab.report.interactive import plotly_chart
 from gaf_lab.report.measures import MEASURES, SELECTED, last_value, status
-from gaf_lab.report.sheets import Cell
+from gaf_lab.report.sheets import SheetCell
 from gaf_lab.report.statistics import spread_over_seeds
 from gaf_lab.report.text import NONE, listing, percentage, with_star
 
@@ -75,10 +77,12 @@ def without_dashes(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-def results_sheet(columns: list[Column], blocks: list[Block]) -> tuple[list[str], list[list[Cell]]]:
+def results_sheet(
+    columns: list[Column], blocks: list[Block]
+) -> tuple[list[str], list[list[SheetCell]]]:
     """The table of results for other programs: headings, and rows of cells."""
     headings = ["arm", "seeds", *(column.heading for column in columns)]
-    rows: list[list[Cell]] = []
+    rows: list[list[SheetCell]] = []
     for where, block in blocks:
         point = [where] if len(blocks) > 1 else []
         for row in block:
@@ -135,15 +139,15 @@ def run_row(run: Run, arm: Arm) -> dict[str, Any]:
 
 def figure_parts(runs: list[Run], pictures: dict[str, Path], tell: Tell) -> list[dict[str, Any]]:
     """The figures, each with a view per axis."""
-    charts = figures.charts_with_values(runs)
+    charts = charts_with_values(runs)
     parts = []
     for number, chart in enumerate(charts, 1):
         tell("writing the page", number, len(charts))
         views = []
-        for axis in figures.axes_of(runs, chart):
+        for axis in axes_with_values(runs, chart):
             png = pictures[chart.stem(axis)].read_bytes()
-            views.append(view_part(axis.name, png, figures.interactive(runs, chart, axis)))
-        caption = figures.caption(chart, runs)
+            views.append(view_part(axis.name, png, plotly_chart(runs, chart, axis)))
+        caption = caption_of(chart, runs)
         parts.append({"name": chart.name, "title": chart.title, "caption": caption, "views": views})
     return parts
 

@@ -7,7 +7,7 @@ from gaf_lab.report.conditions import shared_conditions
 from gaf_lab.report.findings import WHEN, Findings, findings, overall_tally
 from gaf_lab.report.measures import LAST, status
 from gaf_lab.report.pairs import differences_of
-from gaf_lab.report.statistics import ENOUGH
+from gaf_lab.report.statistics import MIN_SEEDS
 from gaf_lab.report.text import count_of, listing, percentage, unbreakable
 
 FEW = 6  # seeds: with fewer, an interval by bootstrap is too narrow, and the page says so
@@ -87,7 +87,7 @@ def what_was_run(arms: list[Arm]) -> str:
 
 
 def task(arms: list[Arm]) -> str:
-    """ " on mnist5k with 40% symmetric label noise, k = 8 micro-batches of b = 20 samples a step"."""
+    """ " on mnist5k with 40% symmetric label noise, k = 8 micro-batches of b = 20 samples ..."."""
     shared = shared_conditions(arms)
     data = shared.get("dataset", shared.get("data"))
     text = f" on {data}" if data else ""
@@ -124,7 +124,7 @@ def caveats(arms: list[Arm]) -> list[str]:
 def few_seeds_caveat(sizes: Iterable[int]) -> list[str]:
     """What few seeds do to intervals by bootstrap. sizes: the seeds behind each difference."""
     # with two seeds, each sentence says so
-    least = min((n for n in sizes if n >= ENOUGH), default=FEW)
+    least = min((n for n in sizes if n >= MIN_SEEDS), default=FEW)
     if least >= FEW:
         return []
     return [

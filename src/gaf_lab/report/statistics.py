@@ -16,7 +16,7 @@ from gaf_lab.report.measures import Measure, value_in
 
 Values = NDArray[np.float64]
 
-ENOUGH = 3  # seeds: with fewer, no difference is claimed
+MIN_SEEDS = 3  # seeds: with fewer, no difference is claimed
 LEVEL = 0.95
 RESAMPLES = 10_000
 
@@ -61,7 +61,7 @@ class Difference:
         """Whether the arms differ clearly: three seeds or more, and an interval without 0."""
         if self.low is None or self.high is None:
             return False
-        return self.n >= ENOUGH and (self.low > 0 or self.high < 0)
+        return self.n >= MIN_SEEDS and (self.low > 0 or self.high < 0)
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 from gaf_lab.records.run import Run
 from gaf_lab.report.arms import Arm, group_by_arm, group_by_point, point_names
 from gaf_lab.report.columns import Column, result_columns
-from gaf_lab.report.figures import CROWD
 from gaf_lab.report.findings import certainty, overall_tally
 from gaf_lab.report.measures import LAST, SECONDS, SELECTED
 from gaf_lab.report.pairs import differences_of
+from gaf_lab.report.palette import CROWD
 from gaf_lab.report.sentences import ONE_SEED
 from gaf_lab.report.statistics import spread_over_seeds
 from gaf_lab.report.text import MINUS, signed, with_star

@@ -21,7 +21,8 @@ from gaf_lab.records.run import Run
 from gaf_lab.report import measures
 from gaf_lab.report import statistics as st
 from gaf_lab.report.arms import group_by_arm
-from gaf_lab.report.figures import CROWD, KNOWN, STEPS
+from gaf_lab.report.charts import STEPS
+from gaf_lab.report.palette import CROWD, KNOWN
 from helpers.reports import Page, share_of
 
 POLICIES = {

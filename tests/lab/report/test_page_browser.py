@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from matplotlib import pyplot
 
-from gaf_lab.report import figures
+from gaf_lab.report.charts import CHARTS
 from gaf_lab.report.page import write_report
 from helpers.browser import (
     PAPER,
@@ -76,7 +76,7 @@ def opened(page: Path, driver) -> None:
 def test_every_view_of_every_figure_is_drawn_when_it_is_chosen(page, driver):
     opened(page, driver)
     views = driver.find_elements("css selector", ".views button")
-    assert len(views) == sum(len(chart.axes) for chart in figures.CHARTS if len(chart.axes) > 1) > 0
+    assert len(views) == sum(len(chart.axes) for chart in CHARTS if len(chart.axes) > 1) > 0
     titles = []
     for view in views:
         view.click()
@@ -93,7 +93,7 @@ def lines(driver) -> dict[str, int]:
     """By figure, the lines that it shows."""
     return {
         chart.name: len(driver.find_elements("css selector", f"#{chart.name} .mlayer .trace"))
-        for chart in figures.CHARTS
+        for chart in CHARTS
     }
 
 
@@ -134,7 +134,7 @@ def test_on_paper_every_figure_is_a_picture(page, driver):
     driver.get(page.as_uri())
     pdf = printed(driver)
     assert pages(pdf) > 1
-    assert pictures(pdf) == sum(len(chart.axes) for chart in figures.CHARTS)
+    assert pictures(pdf) == sum(len(chart.axes) for chart in CHARTS)
 
 
 def picture() -> str:

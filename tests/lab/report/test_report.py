@@ -22,12 +22,18 @@ from gaf_lab.paper.scales import SMALL_FASHION
 from gaf_lab.records import run as records
 from gaf_lab.records.find import find_runs
 from gaf_lab.records.run import Run
-from gaf_lab.report import figures, measures, statistics
+from gaf_lab.report import measures, statistics
 from gaf_lab.report.arms import Arm, group_by_arm
+from gaf_lab.report.cells import cells_of, thresholds
+from gaf_lab.report.charts import CHARTS, SAMPLES, STEPS, TIME, caption_of, clock, fit_axis
 from gaf_lab.report.conditions import split_conditions
 from gaf_lab.report.descriptions import describe
+from gaf_lab.report.figures import draw_chart
+from gaf_lab.report.interactive import plotly_chart
+from gaf_lab.report.labels import LINE, apart, short_names
 from gaf_lab.report.page import write_report
 from gaf_lab.report.pairs import all_pairs
+from gaf_lab.report.palette import KNOWN, palette
 from gaf_lab.report.parts import page_title
 from gaf_lab.report.sentences import opening
 from gaf_lab.report.table import results_table
@@ -167,7 +173,7 @@ def test_names_are_shown_as_they_are_and_never_run(name, runs, nine_page, tmp_pa
 
 def test_hover_labels_show_names_as_they_are(runs, tmp_path):
     bad = simulate(tmp_path / "run", '<b>"bold"</b> %{x}', 0, last=0.7)
-    names = {trace.name for trace in figures.interactive([*runs, bad], figures.CHARTS[0]).data}
+    names = {trace.name for trace in plotly_chart([*runs, bad], CHARTS[0]).data}
     (shown,) = names - set(POLICIES)
     assert html.unescape(shown).replace("\N{ZERO WIDTH SPACE}", "") == bad.arm
     assert not {"<", "%{"} & {shown[i : i + n] for n in (1, 2) for i in range(len(shown))}
@@ -376,16 +382,16 @@ def test_older_records_tell_the_distance_of_pairs_by_the_noise_scale(line, value
 
 
 def test_the_caption_says_what_each_distance_is_to_and_which_records_are_older(runs):
-    (chart,) = [chart for chart in figures.CHARTS if chart.name == "distance"]
-    assert "under averaging that is the sum of all earlier" in figures.caption(chart, runs)
+    (chart,) = [chart for chart in CHARTS if chart.name == "distance"]
+    assert "under averaging that is the sum of all earlier" in caption_of(chart, runs)
     newer = [
         Run(r.folder, r.header, [line | {measures.PAIR_DISTANCE: 0.9} for line in r.evals], r.end)
         for r in runs[1:]
     ]
-    assert "records" not in figures.caption(chart, newer)
-    assert "The records of these runs are older" in figures.caption(chart, runs)
-    assert "The records of 1 of 9 runs are" in figures.caption(chart, [runs[0], *newer])
-    assert "records" not in figures.caption(figures.CHARTS[0], runs)
+    assert "records" not in caption_of(chart, newer)
+    assert "The records of these runs are older" in caption_of(chart, runs)
+    assert "The records of 1 of 9 runs are" in caption_of(chart, [runs[0], *newer])
+    assert "records" not in caption_of(CHARTS[0], runs)
 
 
 # --- a grid ------------------------------------------------------------------------------------------------------
@@ -470,17 +476,15 @@ def points(folder: Path) -> list[Run]:
 
 def test_each_noise_rate_has_a_panel_and_what_nobody_recorded_has_none(tmp_path):
     runs = points(tmp_path)
-    titles = {
-        chart.name: [cell.title for cell in figures.cells(runs, chart)] for chart in figures.CHARTS
-    }
+    titles = {chart.name: [cell.title for cell in cells_of(runs, chart)] for chart in CHARTS}
     assert titles == {
         "accuracy": ["test accuracy (%), noise rate 0", "test accuracy (%), noise rate 0.4"],
         "distance": [f"mean distance to the running sum, noise rate {rate}" for rate in (0, 0.4)],
         "memorisation": ["memorised (%), noise rate 0.4", "corrected (%), noise rate 0.4"],
     }
-    for chart in figures.CHARTS:
-        assert len(figures.static(runs, chart).axes) == len(titles[chart.name])
-        shown = figures.interactive(runs, chart)
+    for chart in CHARTS:
+        assert len(draw_chart(runs, chart).axes) == len(titles[chart.name])
+        shown = plotly_chart(runs, chart)
         assert {trace.name for trace in shown.data} == {"averaging", "GAF"}
         assert [note.text for note in shown.layout.annotations][:2] == titles[chart.name]
 
@@ -503,8 +507,8 @@ def test_every_axis_has_numbers(passes, tmp_path):
     runs = [simulate(tmp_path / arm, arm, 0, passes=passes) for arm in POLICIES]
     for run in runs:
         run.evals[:] = [line | {"memorised": 0.0, "distance_pairs": 0.9} for line in run.evals]
-    for chart in figures.CHARTS:
-        figure = figures.static(runs, chart)
+    for chart in CHARTS:
+        figure = draw_chart(runs, chart)
         figure.canvas.draw()
         for ax in figure.axes:
             for axis in (ax.xaxis, ax.yaxis):
@@ -513,7 +517,7 @@ def test_every_axis_has_numbers(passes, tmp_path):
                 shown = [t.label1.get_text() for t in ticks if low <= t.get_loc() <= high]
                 assert len(list(filter(None, shown))) >= 2
                 assert all(t.label1.get_visible() for t in ticks)
-        layout = figures.interactive(runs, chart).layout
+        layout = plotly_chart(runs, chart).layout
         axes = [layout[key] for key in layout if key.startswith(("xaxis", "yaxis"))]
         assert len(axes) == 2 * len(chart.panels)
         assert all(axis.showticklabels is not False for axis in axes)
@@ -539,7 +543,7 @@ def test_methods_keep_their_colours_whatever_the_noise_rate(table_1):
     chips = [attrs["data-arm"] for _, attrs in table_1.elements if "data-arm" in attrs]
     assert chips == list(dict.fromkeys(config.arm for config in make_plan("table1", "small")))
     shown = re.findall(r'--light: (#\w+); --dark: #\w+"></span>([^<]+)</label>', table_1.source)
-    assert shown == [(figures.KNOWN[name].light, name) for name in chips]
+    assert shown == [(KNOWN[name].light, name) for name in chips]
 
 
 def test_the_picker_is_of_native_checkboxes(table_1):
@@ -573,7 +577,7 @@ def test_signed(value, text):
 
 @pytest.mark.parametrize(("longest", "unit"), [(60, "s"), (600, "min"), (36000, "h")])
 def test_time_has_a_fitting_unit(longest, unit):
-    assert figures.clock(longest)[0] == unit
+    assert clock(longest)[0] == unit
 
 
 # --- the figures -------------------------------------------------------------------------------------------------
@@ -581,7 +585,7 @@ def test_time_has_a_fitting_unit(longest, unit):
 
 def test_every_figure_shows_every_arm(out):
     for name in ("accuracy", "distance", "memorisation"):
-        shades = figures.palette(list(POLICIES)).values()
+        shades = palette(list(POLICIES)).values()
         # a bold line: 0.3% of the pixels
         assert all(share_of(shade.light, out / f"{name}.png") > 0.001 for shade in shades)
 
@@ -591,13 +595,13 @@ def test_pages_and_pictures_show_the_same_numbers(runs):
     curve = statistics.curve(gaf, "test_accuracy")
     (bold,) = [
         trace
-        for trace in figures.interactive(runs, figures.CHARTS[0]).data
+        for trace in plotly_chart(runs, CHARTS[0]).data
         if trace.name == "GAF" and trace.showlegend
     ]
     line = max(
         (
             line
-            for line in figures.static(runs, figures.CHARTS[0]).axes[0].lines
+            for line in draw_chart(runs, CHARTS[0]).axes[0].lines
             if line.get_color() == "#1559c9"
         ),
         key=lambda a: a.get_linewidth(),
@@ -608,7 +612,7 @@ def test_pages_and_pictures_show_the_same_numbers(runs):
 
 
 def test_the_circle_is_where_the_held_out_labels_select(runs):
-    figure = figures.interactive(runs[:1], figures.CHARTS[0])
+    figure = plotly_chart(runs[:1], CHARTS[0])
     (circle,) = [trace for trace in figure.data if trace.mode == "markers"]
     assert circle.x == (runs[0].selected["samples"] / 1000,)
     assert circle.y == (runs[0].selected["test_accuracy"] * 100,)
@@ -619,24 +623,21 @@ def test_tau_is_drawn_for_gaf_alone(tau, lines, tmp_path):
     runs = [simulate(tmp_path / arm, arm, 0) for arm in ("averaging", "GAF")]
     for run in runs:
         run.header["config"]["tau"] = tau
-    assert len(figures.interactive(runs, figures.CHARTS[1]).layout.shapes) == lines
-    assert figures.thresholds(group_by_arm(runs[:1])) == {}
+    assert len(plotly_chart(runs, CHARTS[1]).layout.shapes) == lines
+    assert thresholds(group_by_arm(runs[:1])) == {}
 
 
 def test_an_arm_keeps_its_colour_whatever_it_is_shown_with():
-    assert (
-        figures.palette(["GAF", "averaging"])["GAF"]
-        == figures.palette(["x", "random skip", "GAF"])["GAF"]
-    )
-    names = [*figures.KNOWN, "GAF 0.7", "GAF 0.9", "one", "two", "three", "four"]
-    assert len(set(figures.palette(names).values())) == len(names)
+    assert palette(["GAF", "averaging"])["GAF"] == palette(["x", "random skip", "GAF"])["GAF"]
+    names = [*KNOWN, "GAF 0.7", "GAF 0.9", "one", "two", "three", "four"]
+    assert len(set(palette(names).values())) == len(names)
 
 
 def test_a_colour_is_a_function_of_the_name_alone_and_thresholds_differ():
     taus = [f"GAF, tau {tau:g}" for tau in (0.3, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 1, 1.05)]
     names = [*taus, "another", *(f"random subset, tau {tau}" for tau in (0.5, 0.9))]
-    shown = figures.palette(names)
-    assert all(figures.palette([name])[name] == shown[name] for name in names)
+    shown = palette(names)
+    assert all(palette([name])[name] == shown[name] for name in names)
     for ground in ("light", "dark"):
         places = [oklab(getattr(shown[name], ground)) for name in names]
         apart = min(float(np.linalg.norm(a - b)) for a, b in itertools.combinations(places, 2))
@@ -656,7 +657,7 @@ def oklab(colour: str) -> np.ndarray:
 
 @pytest.mark.parametrize("ground", ["light", "dark"])
 def test_no_two_arms_look_alike(ground):
-    places = [oklab(getattr(shade, ground)) for shade in figures.KNOWN.values()]
+    places = [oklab(getattr(shade, ground)) for shade in KNOWN.values()]
     # 0.02 is just seen
     assert min(float(np.linalg.norm(a - b)) for a, b in itertools.combinations(places, 2)) > 0.07
 
@@ -665,15 +666,15 @@ def test_no_two_arms_look_alike(ground):
 
 
 def test_accuracy_is_drawn_against_samples_steps_and_time(runs, out):
-    chart = figures.CHARTS[0]
+    chart = CHARTS[0]
     for axis, column, unit in (
-        (figures.SAMPLES, "samples", 1000),
-        (figures.STEPS, "steps_taken", 1),
-        (figures.TIME, "seconds", 1),
+        (SAMPLES, "samples", 1000),
+        (STEPS, "steps_taken", 1),
+        (TIME, "seconds", 1),
     ):
         (bold,) = [
             trace
-            for trace in figures.interactive(runs, chart, axis).data
+            for trace in plotly_chart(runs, chart, axis).data
             if trace.name == "GAF" and trace.showlegend
         ]
         assert bold.x[-1] == runs[3].evals[-1][column] / unit
@@ -688,10 +689,10 @@ def test_the_axis_of_time_has_a_fitting_unit(runs):
         runs[0].end,
     )
     assert (
-        figures.fitted(figures.TIME, [runs[0]]).label,
-        figures.fitted(figures.TIME, [long]).label,
+        fit_axis(TIME, [runs[0]]).label,
+        fit_axis(TIME, [long]).label,
     ) == ("time (s)", "time (min)")
-    assert figures.fitted(figures.SAMPLES, [long]) == figures.SAMPLES
+    assert fit_axis(SAMPLES, [long]) == SAMPLES
 
 
 # --- many arms ---------------------------------------------------------------------------------------------------
@@ -703,7 +704,7 @@ def crowd(tmp_path_factory) -> list[Run]:
     folder = tmp_path_factory.mktemp("crowd")
     found = [
         simulate(folder / f"{arm}-{seed}".replace(" ", "-"), arm, seed, last=0.6 + 0.012 * i)
-        for i, arm in enumerate(figures.KNOWN)
+        for i, arm in enumerate(KNOWN)
         for seed in range(2)
     ]
     for run in found:
@@ -730,24 +731,20 @@ def test_many_arms_are_compared_in_a_number_of_pairs_that_grows_as_they_do(crowd
 
 
 def test_of_many_arms_only_the_means_are_drawn(crowd, runs):
-    for some, lines in ((runs, 4 * 3), (crowd, len(figures.KNOWN))):
-        axes = figures.static(some, figures.CHARTS[0]).axes[0]
+    for some, lines in ((runs, 4 * 3), (crowd, len(KNOWN))):
+        axes = draw_chart(some, CHARTS[0]).axes[0]
         assert len([line for line in axes.lines if line.get_transform() == axes.transData]) == lines
-    singles = [
-        trace
-        for trace in figures.interactive(crowd, figures.CHARTS[0]).data
-        if trace.meta["single"]
-    ]
+    singles = [trace for trace in plotly_chart(crowd, CHARTS[0]).data if trace.meta["single"]]
     # two runs and their selected evaluations, which the page hides
-    assert len(singles) == 3 * len(figures.KNOWN)
+    assert len(singles) == 3 * len(KNOWN)
 
 
 def test_names_of_many_arms_do_not_touch(crowd):
-    axes = figures.static(crowd, figures.CHARTS[0]).axes[0]
+    axes = draw_chart(crowd, CHARTS[0]).axes[0]
     heights = sorted(text.get_position()[1] for text in axes.texts)
-    assert len(heights) == len(figures.KNOWN)
+    assert len(heights) == len(KNOWN)
     inches = axes.bbox.height / axes.figure.dpi
-    assert min(b - a for a, b in itertools.pairwise(heights)) * inches > figures.LINE - 1e-9
+    assert min(b - a for a, b in itertools.pairwise(heights)) * inches > LINE - 1e-9
     assert heights[0] >= 0
 
 
@@ -755,7 +752,7 @@ def test_the_summary_of_many_arms_speaks_of_gaf_and_its_controls_and_counts_the_
     text = summary(group_by_arm(crowd))
     assert "random subset" in text
     assert "SAM" not in text
-    assert f"Of {len(figures.KNOWN) - 1} arms compared with averaging" in text
+    assert f"Of {len(KNOWN) - 1} arms compared with averaging" in text
 
 
 def test_the_page_of_many_arms_says_in_what_each_departs_from_averaging(crowd, tmp_path):
@@ -763,7 +760,7 @@ def test_the_page_of_many_arms_says_in_what_each_departs_from_averaging(crowd, t
     assert "What differs from averaging" in found.text
     assert found.tags.count("details") == len(measures.COMPARED)
     assert [attrs["data-arm"] for tag, attrs in found.elements if "data-arm" in attrs] == list(
-        figures.KNOWN
+        KNOWN
     )
 
 
@@ -771,7 +768,7 @@ def test_the_page_of_many_arms_says_in_what_each_departs_from_averaging(crowd, t
     "heights", [[0.5], [0.5, 0.5, 0.5], [0.0, 0.01, 0.9, 0.99, 1.0], [0.97, 0.98, 0.99]]
 )
 def test_labels_are_moved_apart_and_stay_in_order(heights):
-    moved = figures.apart(heights, 0.1)
+    moved = apart(heights, 0.1)
     assert all(b - a > 0.1 - 1e-12 for a, b in itertools.pairwise(moved))
     assert max(moved) <= 1
 
@@ -785,14 +782,14 @@ def test_labels_are_moved_apart_and_stay_in_order(heights):
     ],
 )
 def test_labels_keep_what_tells_arms_apart(names):
-    found = figures.labels(names)
+    found = short_names(names)
     assert len(set(found.values())) == len(names)
     assert found.get("short", "short") == "short"
 
 
 def test_labels_with_room_stay_and_a_crowd_keeps_its_centre():
-    assert figures.apart([0.1, 0.3, 0.9], 0.1) == pytest.approx([0.1, 0.3, 0.9])
-    assert figures.apart([0.5, 0.5, 0.5], 0.1) == pytest.approx([0.4, 0.5, 0.6])
+    assert apart([0.1, 0.3, 0.9], 0.1) == pytest.approx([0.1, 0.3, 0.9])
+    assert apart([0.5, 0.5, 0.5], 0.1) == pytest.approx([0.4, 0.5, 0.6])
 
 
 # --- the terminal ------------------------------------------------------------------------------------------------

@@ -50,5 +50,8 @@ def test_what_latex_would_act_on_is_text(text, escaped):
 
 
 def test_both_files_stand_beside_each_other(tmp_path):
-    assert sheets.write(HEADS, ROWS, tmp_path / "new" / "report") == ["report.csv", "report.tex"]
+    assert sheets.write_sheets(HEADS, ROWS, tmp_path / "new" / "report") == [
+        "report.csv",
+        "report.tex",
+    ]
     assert {path.name for path in (tmp_path / "new").iterdir()} == {"report.csv", "report.tex"}
