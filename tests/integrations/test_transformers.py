@@ -408,11 +408,15 @@ def test_after_an_exception_the_same_trainer_trains_again(tmp_path, where):
     [
         (0.97, None, r"policy must be a callable .* got 0.97. Use gaf.GAF\(tau=0.97\)"),
         (gaf.GAF(), 0.9, r"options must be a dictionary of names and values; got 0.9."),
-        (gaf.GAF(), {"tau": 0.9}, r"must be one of gaf.Accumulator's .* got 'tau'. Leave it out."),
+        (
+            gaf.GAF(),
+            {"tau": 0.9},
+            r".* must be one of gaf.Accumulator's .* got 'tau'. Leave it out.",
+        ),
         (
             gaf.GAF(),
             {"micro_group": 2},
-            r"micro-batches are the rows, .* got 'micro_group', .* Leave it out",
+            r".* micro-batches are the rows, .* got 'micro_group', .* Leave it out",
         ),
     ],
 )
