@@ -25,24 +25,15 @@ LONGER = {  # may only shrink
     "gaf/device/accumulate.py": 372,
     "gaf_lab/paper/figures.py": 798,
     "gaf_lab/paper/plane.py": 299,
-    "gaf_lab/report/figures.py": 768,
 }
 TWICE = {  # names that several files define
     "gaf": {
         "attach",  # of gaf, and of gaf.integrations.accelerate: both are public
     },
     "gaf_lab": {
-        "Cell",
-        "NOTHING",
         "Problem",
-        "axes_of",
-        "draw",
-        "interactive",
         "main",
-        "plain",
-        "static",
         "table",
-        "write",
     },
 }
 
