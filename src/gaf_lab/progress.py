@@ -1,4 +1,4 @@
-"""Reports of progress; in a pipe, a log file or a CI as plain lines, at least every EVERY seconds."""
+"""Reports of progress; without a terminal as plain lines, at least every EVERY seconds."""
 
 import threading
 import time

@@ -1,4 +1,4 @@
-"""Small data sets in the public ones' formats, a server that fails on demand, a listener that says nothing."""
+"""Small data sets in public formats, a server that fails on demand, a silent listener."""
 
 import dataclasses
 import hashlib
@@ -28,7 +28,10 @@ def rows(n: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
 
 
 def cifar100(**changes: Any) -> dict[str, bytes]:
-    """200 training and 100 test pictures, class c in super-class c % 20. changes: to the training dict."""
+    """200 training and 100 test pictures; class c is in super-class c % 20.
+
+    changes: to the training dict.
+    """
     parts = {"train": 200, "test": 100}
     values = {
         part: {
@@ -90,7 +93,7 @@ def unpack(folder: Path, archive: Archive, contents: dict[str, bytes]) -> Path:
 
 
 def trust(monkeypatch: pytest.MonkeyPatch, which: str, contents: dict[str, bytes]) -> Archive:
-    """The archive named `which` ("CIFAR10", "CIFAR100"), as if these contents had been published."""
+    """The archive `which` ("CIFAR10", "CIFAR100"), as if these contents were the published ones."""
     archive = dataclasses.replace(
         getattr(sources, which), md5={name: md5(content) for name, content in contents.items()}
     )
@@ -99,9 +102,13 @@ def trust(monkeypatch: pytest.MonkeyPatch, which: str, contents: dict[str, bytes
 
 
 class Server:
-    """Serves `content` at any path. cuts: after how many bytes to hang up, per request; then no more.
+    """Serves `content` at any path.
 
-    ranges: whether it honours Range. status: answers this alone, if not 200. asked: the Range headers seen, "" for none.
+    Attributes:
+        cuts: bytes after which to hang up, for each of the first requests.
+        ranges: whether it honours Range.
+        status: answers this alone, if not 200.
+        asked: the Range headers seen, "" for none.
     """
 
     def __init__(
@@ -123,18 +130,10 @@ class Server:
             def do_GET(self) -> None:
                 asked = self.headers.get("Range", "")
                 server.asked.append(asked)
-                start = (
-                    int(asked.removeprefix("bytes=").rstrip("-")) if asked and server.ranges else 0
-                )
-                status = (
-                    server.status
-                    if server.status != 200
-                    else 416
-                    if start >= len(server.content)
-                    else 206
-                    if start
-                    else 200
-                )
+                start = 0
+                if asked and server.ranges:
+                    start = int(asked.removeprefix("bytes=").rstrip("-"))
+                status = server.status_for(start)
                 body = server.content[start:] if status < 300 else b""
                 self.send_response(status)
                 self.send_header("Content-Length", str(len(body)))
@@ -146,6 +145,13 @@ class Server:
                 pass
 
         return Handler
+
+    def status_for(self, start: int) -> int:
+        if self.status != 200:
+            return self.status
+        if start >= len(self.content):
+            return 416
+        return 206 if start else 200
 
     def __enter__(self) -> "Server":
         threading.Thread(
@@ -172,5 +178,5 @@ class Silent:
 
 
 def hear_ctrl_c() -> None:
-    """For a child process: it takes Ctrl-C as from a terminal, also where the tests run in the background, which ignores it."""
+    """Makes a child process take Ctrl-C, which processes in the background ignore."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -155,7 +155,10 @@ def test_tensorboard_writes_events(run, tmp_path):
         ),
         (
             ["train", "--tau", "auto"],
-            "tau must be a number; got 'auto'. For the recommended threshold, which sets tau, use --threshold auto.",
+            (
+                "tau must be a number; got 'auto'. For the recommended threshold, which sets "
+                "tau, use --threshold auto."
+            ),
         ),
         (
             ["train", "--k", "4", "--min-accepted", "9"],
@@ -196,9 +199,9 @@ def test_every_command_says_which_output_folder_cannot_be_written_and_why(run, w
     code, _, err = run(*words)
     assert code == 2
     assert (
-        "output folder /dev/null/run: must be writable; it is not (/dev/null/run: Not a directory). Give another one with --out."
-        in err
-    )
+        "output folder /dev/null/run: must be writable; it is not (/dev/null/run: Not "
+        "a directory). Give another one with --out."
+    ) in err
 
 
 def test_a_report_that_cannot_be_written_still_shows_its_table(run, tmp_path):
@@ -324,40 +327,90 @@ def test_an_unknown_word_is_answered_with_the_nearest(run, words, message):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["train", "--k", 99_999_999], "k and b must not make a step hold more samples than the whole run"),
-        (["train", "--preset", "cifar100-gaf", "--k", 99_999_999], "got k = 99,999,999 and b = 100. Lower them."),
+        (
+            ["train", "--k", 99_999_999],
+            "k and b must not make a step hold more samples than the whole run",
+        ),
+        (
+            ["train", "--preset", "cifar100-gaf", "--k", 99_999_999],
+            "got k = 99,999,999 and b = 100. Lower them.",
+        ),
         (["train", "--lr", "inf"], "lr must be above 0 and finite; got inf"),
         (["train", "--b", 0], "b must be at least 1; got 0"),
-        (["train", "--passes", "1e9", "--k", 1, "--b", 1], "passes must need fewer than 1,000,000,000 steps"),
-        (["train", "--dataset", "cifar100", "--k", 200_000, "--b", 20, "--start", "best"], "k and b must"),
-        (["train", "--dataset", "digits", "--k", 50_000, "--b", 1, "--start", "best", "--passes", 50],
-         "k = 50,000 micro-gradients of 301,066 numbers, held side by side: must fit into memory"),
+        (
+            ["train", "--passes", "1e9", "--k", 1, "--b", 1],
+            "passes must need fewer than 1,000,000,000 steps",
+        ),
+        (
+            ["train", "--dataset", "cifar100", "--k", 200_000, "--b", 20, "--start", "best"],
+            "k and b must",
+        ),
+        (
+            [
+                "train",
+                "--dataset",
+                "digits",
+                "--k",
+                50_000,
+                "--b",
+                1,
+                "--start",
+                "best",
+                "--passes",
+                50,
+            ],
+            (
+                "k = 50,000 micro-gradients of 301,066 numbers, held side by side: must fit "
+                "into memory"
+            ),
+        ),
         (["train", "--steps", -1], "steps must be at least 1; got -1"),
         (["demo", "--seeds", 10**8], "seeds must be at most 1,000; got 100,000,000."),
         (["demo", "--passes", "nan"], "passes must be above 0 and finite; got nan"),
-        (["demo", "--passes", "1e9", "--seeds", 1], "passes must need fewer than 1,000,000,000 steps"),
+        (
+            ["demo", "--passes", "1e9", "--seeds", 1],
+            "passes must need fewer than 1,000,000,000 steps",
+        ),
         (["audit", "--seeds", 10**8], "seeds must be at most 1,000"),
         (["sweep", "demo-gaf", "--seeds", 10**8], "seeds must be at most 1,000"),
-        (["sweep", "demo-gaf", "--workers", 10**8], "workers must be at most 512; got 100,000,000."),
+        (
+            ["sweep", "demo-gaf", "--workers", 10**8],
+            "workers must be at most 512; got 100,000,000.",
+        ),
         (["paper", "fig6", "--workers", 0], "workers must be at least 1; got 0."),
         (["paper", "fig6", "--workers", -3], "workers must be at least 1; got -3."),
         (["paper", "fig6", "--seeds", 10**8], "seeds must be at most 1,000"),
         (["bench", "accumulate", "--k", 0], "k must be at least 1; got 0."),
-        (["bench", "accumulate", "--b", 0], "b must be at least 2; got 0. BatchNorm needs two samples."),
+        (
+            ["bench", "accumulate", "--b", 0],
+            "b must be at least 2; got 0. BatchNorm needs two samples.",
+        ),
         (["bench", "accumulate", "--rounds", 0], "rounds must be at least 2; got 0."),
         (["bench", "accumulate", "--k"], "k must name at least one number; got none."),
         (["bench", "ddp", "--k", 99_999_999], "k must be at most 256; got 99,999,999."),
         (["bench", "ddp", "--rounds", 10**9], "rounds must be at most 100,000"),
-        (["bench", "ddp", "--predict", "--bandwidth-gbit", 0], "bandwidth_gbit must be above 0 and finite; got 0.0"),
-        (["bench", "ddp", "--predict", "--latency-us", "nan"], "latency_us must be above 0 and finite; got nan"),
-        (["bench", "ddp", "--predict", "--gflops", "inf"], "gflops must be above 0 and finite; got inf"),
-        (["bench", "ddp", "--predict", "--parameters", -1], "parameters must be above 0 and finite; got -1"),
+        (
+            ["bench", "ddp", "--predict", "--bandwidth-gbit", 0],
+            "bandwidth_gbit must be above 0 and finite; got 0.0",
+        ),
+        (
+            ["bench", "ddp", "--predict", "--latency-us", "nan"],
+            "latency_us must be above 0 and finite; got nan",
+        ),
+        (
+            ["bench", "ddp", "--predict", "--gflops", "inf"],
+            "gflops must be above 0 and finite; got inf",
+        ),
+        (
+            ["bench", "ddp", "--predict", "--parameters", -1],
+            "parameters must be above 0 and finite; got -1",
+        ),
         (["bench", "cpu", "--rounds", 1], "rounds must be at least 2; got 1."),
         (["bench", "cpu", "--models"], "models must name at least one; got none."),
         (["bench", "train", "--k", 99_999_999], "k and b must not make a step hold more"),
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
-)  # fmt: skip
+)
 def test_absurd_sizes_are_refused_before_anything_runs(run, tmp_path, monkeypatch, words, message):
     monkeypatch.chdir(tmp_path)  # the default folders are here
     monkeypatch.setattr("gaf_lab.training.training.Training.macro_batch", None)
@@ -368,8 +421,11 @@ def test_absurd_sizes_are_refused_before_anything_runs(run, tmp_path, monkeypatc
 
 def test_what_does_not_fit_into_memory_after_all_becomes_one_message(run, monkeypatch):
     def fill(*_):
-        raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to "
-                           "allocate 131072000000 bytes.\nException raised from")  # fmt: skip
+        raise RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: "
+            "can't allocate memory: you tried to "
+            "allocate 131072000000 bytes.\nException raised from"
+        )
 
     monkeypatch.setitem(cli.COMMANDS, "data", (fill, ""))
     code, _, err = run("data")
@@ -415,7 +471,8 @@ def test_bench_compares_all_ways_and_writes_its_figures(run, tmp_path):
     assert conditions["model"] == "convnet"
     assert all(line["ratio_p10"] <= line["ratio_median"] <= line["ratio_p90"] for line in lines)
     held = {line["way"]: line["extra_gradients"] for line in lines}
-    # streaming holds one gradient more; start="best" holds k rows where plain holds one, and autograd's own beside them
+    # streaming holds one gradient more; start="best" holds k rows where plain holds one,
+    # and autograd's own beside them
     assert held["gaf.GAF()"] < 2 < held["gaf.GAF(start='best')"]
 
 

@@ -38,7 +38,7 @@ def until(holds) -> None:
     assert holds()
 
 
-# --- the parts ---------------------------------------------------------------------------------------------------
+# --- the parts ---
 
 
 def test_a_pulse_says_how_far_it_is_again_and_again_until_it_stops(monkeypatch):
@@ -114,7 +114,7 @@ def test_a_download_says_how_many_bytes_have_come():
     assert said(console) == ["downloading cifar-100: 50.0 of 200.0 MB, 0:00:00 so far"]
 
 
-# --- the commands ------------------------------------------------------------------------------------------------
+# --- the commands ---
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,11 @@ def test_a_download_says_how_many_bytes_have_come():
         (("audit", *DIGITS), ["seed 0, filtering: step", "seed 0, averaging: step"]),
         (
             ("probe", *DIGITS, "--after", "0", "3", "--rows", "32"),
-            ["probing at step 0: step 1 of 32", "training: step 1 of 3", "probing at step 3: step 1 of 32"],
+            [
+                "probing at step 0: step 1 of 32",
+                "training: step 1 of 3",
+                "probing at step 3: step 1 of 32",
+            ],
         ),
         (("data", "digits"), ["reading digits: part 1 of 2", "counting digits: part 2 of 2"]),
         (
@@ -132,7 +136,7 @@ def test_a_download_says_how_many_bytes_have_come():
         ),
     ],
     ids=["audit", "probe", "data", "bench"],
-)  # fmt: skip
+)
 def test_a_command_says_in_a_pipe_how_far_it_is(words, progress, tmp_path):
     console = pipe()
     out = ("--out", str(tmp_path / "out" / "x")) if words[0] in ("audit", "probe") else ()

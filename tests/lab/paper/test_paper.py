@@ -1,4 +1,4 @@
-"""The paper's figures as plans: full is the paper's setting or its code's, arms are paired, controls replay GAF's own run."""
+"""The paper's figures as plans: their settings, paired arms, and controls that replay GAF."""
 
 import dataclasses
 from pathlib import Path
@@ -72,8 +72,10 @@ def test_seeds_are_paired(name):
 
 
 def test_table1_at_full_is_the_presets_of_the_paper_and_of_its_code():
-    for reading, gaf, mean, end in (("paper", presets.CIFAR100_GAF, presets.CIFAR100_MEAN, 0.97),
-                                    ("code", presets.CIFAR100_GAF_CODE, presets.CIFAR100_MEAN_CODE, 1.0)):  # fmt: skip
+    for reading, gaf, mean, end in (
+        ("paper", presets.CIFAR100_GAF, presets.CIFAR100_MEAN, 0.97),
+        ("code", presets.CIFAR100_GAF_CODE, presets.CIFAR100_MEAN_CODE, 1.0),
+    ):
         configs = [
             c for c in make_plan("table1", "full", reading, seeds=1) if c.dataset == "cifar100"
         ]

@@ -1,4 +1,4 @@
-"""A run's folder is one run's: a second process is refused whatever the command, and a kill leaves nothing behind that keeps one out."""
+"""A folder belongs to one run: any second process is refused, and a kill leaves no lock."""
 
 import json
 import os
@@ -113,7 +113,7 @@ def wait_for(path, process):
 
 
 def test_a_killed_run_leaves_no_lock_and_goes_on_from_its_first_checkpoint(tmp_path):
-    """The first evaluation is a long way off: what it goes on from was written before the first step."""
+    """Before the first evaluation, a run resumes from a checkpoint before the first step."""
     words = (*WORDS, "--passes", "4000", "--eval-every", "4000", "--out", str(tmp_path))
     process = begun(*words)
     wait_for(tmp_path / checkpoint.CHECKPOINT_FILE, process)

@@ -1,4 +1,4 @@
-"""A pack says of its runs what their folders say: but for the rows of single steps, and digits beyond the fifth."""
+"""A pack holds what its runs' folders hold, without single steps, to five digits."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Configs: every field is documented, unknown keys are refused with the nearest one, bad values with a message that says the fix."""
+"""Configs: documented fields; unknown keys and bad values are refused with the fix."""
 
 import ast
 import dataclasses
@@ -81,13 +81,19 @@ def test_every_field_has_a_docstring():
         (
             "k",
             99_999_999,
-            r"k and b must not make a step hold more samples than the whole run, 160,000; got k = 99,999,999 and b = 20",
+            (
+                r"k and b must not make a step hold more samples than the whole run, 160,000; "
+                r"got k = 99,999,999 and b = 20"
+            ),
         ),
         ("b", 99_999_999, r"k and b must not make a step hold more samples than the whole run"),
         (
             "passes",
             1e12,
-            r"passes must need fewer than 1,000,000,000 steps; got 1e\+12, which need 2.5e\+13. Lower passes.",
+            (
+                r"passes must need fewer than 1,000,000,000 steps; got 1e\+12, which need "
+                r"2.5e\+13. Lower passes."
+            ),
         ),
         ("eval_every", 1e-300, "eval_every must be at least 1e-06 and finite; got 1e-300"),
         ("size", 10**6, r"size must lie in \[16, 4096\]; got 1000000"),
@@ -240,15 +246,39 @@ def test_the_hash_differs_where_the_config_does():
 
 def test_the_papers_preset_is_section_4_1():
     c = find_preset("cifar100-gaf")
-    assert (c.dataset, c.model, c.stem, c.k, c.b, c.lr, c.momentum, c.nesterov, c.weight_decay, c.schedule, c.tau, c.average) == (
-        "cifar100", "resnet18", "imagenet", 2, 100, 0.01, 0.9, True, 0.01, "plateau", 0.97, "mean"
-    )  # fmt: skip
+    assert (
+        c.dataset,
+        c.model,
+        c.stem,
+        c.k,
+        c.b,
+        c.lr,
+        c.momentum,
+        c.nesterov,
+        c.weight_decay,
+        c.schedule,
+        c.tau,
+        c.average,
+    ) == (
+        "cifar100",
+        "resnet18",
+        "imagenet",
+        2,
+        100,
+        0.01,
+        0.9,
+        True,
+        0.01,
+        "plateau",
+        0.97,
+        "mean",
+    )
     assert c.passes * 50_000 / (c.k * c.b) == 500_000  # iterations
     code = find_preset("cifar100-gaf-code")
     assert (code.tau, code.average) == (1.0, "halving")
 
 
-# --- arms --------------------------------------------------------------------------------------------------------
+# --- arms ---
 
 ROOT = Path(__file__).parents[3]
 ROWS = [
@@ -318,8 +348,19 @@ def test_a_field_added_later_counts_once_it_leaves_its_default():
     } == known.keys() | module.LATER.keys() | {"label"}
     for name, value in module.LATER.items():
         assert getattr(TrainConfig(), name) == value
-    later = {"limit": 100, "loss": "gce", "gce_q": 0.5, "elr_beta": 0.5, "elr_lambda": 1.0, "label_smoothing": 0.1, "mixup": 1.0,
-             "sam": 0.1, "ema": 0.9, "early_stopping": 2, "scope": "group"}  # fmt: skip
+    later = {
+        "limit": 100,
+        "loss": "gce",
+        "gce_q": 0.5,
+        "elr_beta": 0.5,
+        "elr_lambda": 1.0,
+        "label_smoothing": 0.1,
+        "mixup": 1.0,
+        "sam": 0.1,
+        "ema": 0.9,
+        "early_stopping": 2,
+        "scope": "group",
+    }
     hashes = {
         dataclasses.replace(TrainConfig(), **{name: value}).hash for name, value in later.items()
     }
@@ -347,7 +388,10 @@ def test_a_rate_cannot_be_scaled_by_a_run_that_accepted_nothing(tmp_path):
     records.append(tmp_path, {"kind": "eval", "rows": [0, 0]})
     with pytest.raises(
         ConfigError,
-        match="replay: the recorded run must have accepted something .*; .* did not. Replay a run with a high",
+        match=(
+            "replay: the recorded run must have accepted something .*; .* did not. Replay "
+            "a run with a high"
+        ),
     ):
         learning_rate(dataclasses.replace(TrainConfig(), policy="scaled-lr", replay=tmp_path))
 
@@ -355,8 +399,12 @@ def test_a_rate_cannot_be_scaled_by_a_run_that_accepted_nothing(tmp_path):
 def test_a_threshold_has_its_own_default_and_its_argument_is_checked_before_a_run():
     from gaf_lab.training.make import make_tau
 
-    for name, kind in (("signal", gaf.SignalTau), ("noise-floor", gaf.NoiseFloorTau), ("quantile", gaf.QuantileTau),
-                       ("moving-average", gaf.MovingAverageTau)):  # fmt: skip
+    for name, kind in (
+        ("signal", gaf.SignalTau),
+        ("noise-floor", gaf.NoiseFloorTau),
+        ("quantile", gaf.QuantileTau),
+        ("moving-average", gaf.MovingAverageTau),
+    ):
         config = dataclasses.replace(TrainConfig(), threshold=name, tau=1.0)
         assert repr(make_tau(config)) == repr(kind())
         assert config.arm == f"GAF, {name}"

@@ -1,4 +1,4 @@
-"""Plans: a file says which runs there are; a control follows the run of its own seed and point; what is no plan is refused."""
+"""Plans: the runs of a file; a control follows the run of its seed and point; refusals."""
 
 import dataclasses
 from pathlib import Path
@@ -80,7 +80,7 @@ def test_an_arm_follows_the_arm_that_it_names_at_its_own_seed_and_point_through_
         assert chained == follow(dataclasses.replace(chained, replay=Path("any")), subset)
 
 
-def test_a_folders_name_has_arm_seed_and_hash_and_the_hash_does_not_change_where_the_replayed_folder_is_put(
+def test_a_folder_is_named_by_arm_seed_and_hash_wherever_the_replayed_folder_lies(
     tmp_path,
 ):
     config = TrainConfig(label="Loss: GCE, q = 0.7!", seed=4)
@@ -97,11 +97,31 @@ def test_a_folders_name_has_arm_seed_and_hash_and_the_hash_does_not_change_where
         ("seeds = [0", "plan.toml: must be TOML"),
         ("", r"plan.toml: must have a table \[base\], \[grid\] or \[\[arms\]\]; it is empty"),
         ("# nothing", "it is empty. docs/sweeps.md has an example."),
-        ("[base]\nk = '8'", 'plan.toml: k must be an integer; got a string, "8". It is written as in k = 8.'),
-        ("[grid]\n" + "\n".join(f"{name} = [{', '.join(['0.1'] * 300)}]" for name in ("tau", "lr", "heldout")),
-         "plan.toml: the number of runs must be at most 100,000; got 27,000,000. Take values out of the grid."),
-        ("sedes = [0]", "unknown key 'sedes'. Did you mean 'seeds'. Known keys: seeds, base, grid, arms."),
-        ("seeds = 3", r"seeds must be a list of different whole numbers, such as \[0, 1, 2\]; got 3. docs/sweeps.md has an example."),
+        (
+            "[base]\nk = '8'",
+            'plan.toml: k must be an integer; got a string, "8". It is written as in k = 8.',
+        ),
+        (
+            "[grid]\n"
+            + "\n".join(
+                f"{name} = [{', '.join(['0.1'] * 300)}]" for name in ("tau", "lr", "heldout")
+            ),
+            (
+                "plan.toml: the number of runs must be at most 100,000; got 27,000,000. Take "
+                "values out of the grid."
+            ),
+        ),
+        (
+            "sedes = [0]",
+            "unknown key 'sedes'. Did you mean 'seeds'. Known keys: seeds, base, grid, arms.",
+        ),
+        (
+            "seeds = 3",
+            (
+                r"seeds must be a list of different whole numbers, such as \[0, 1, 2\]; got 3. "
+                r"docs/sweeps.md has an example."
+            ),
+        ),
         ("seeds = [1, 1]", r"seeds must be a list of different .*; got \[1, 1\]"),
         ("seeds = [true]", r"seeds must be a list of different .*; got \[true\]"),
         ("seeds = []", r"seeds must be a list of different .*; got \[\]"),
@@ -112,12 +132,24 @@ def test_a_folders_name_has_arm_seed_and_hash_and_the_hash_does_not_change_where
         ("[base]\ntua = 0.9", "plan.toml: unknown key 'tua'. Did you mean 'tau'"),
         ("[grid]\ntau = [0.9, 3.0]", r"plan.toml: tau must lie in \[0, 2\]; got 3.0"),
         ("[base]\nseed = 3", r"seed must stand in the list of seeds, .*Write seeds = \[0, 1, 2\]."),
-        ('[[arms]]\n[[arms]]\npolicy = "replay-skip"\nreplay = 3', r"replay in \[\[arms\]\] must be the name of another arm; got 3"),
-        ('[[arms]]\n[[arms]]\npolicy = "replay-skip"\nreplay = "gaf"', "replay must name an arm; got 'gaf'. .*Arms: GAF, replay skip."),
-        ('[[arms]]\n[[arms]]\ntau = 0.9\n[[arms]]\npolicy = "replay-skip"\nreplay = "GAF"', "2 arms are called 'GAF'. Give each its own"),
-        ('[[arms]]\npolicy = "replay-skip"\nreplay = "replay skip"', "replay must lead to an arm that replays none; it goes round among"),
+        (
+            '[[arms]]\n[[arms]]\npolicy = "replay-skip"\nreplay = 3',
+            r"replay in \[\[arms\]\] must be the name of another arm; got 3",
+        ),
+        (
+            '[[arms]]\n[[arms]]\npolicy = "replay-skip"\nreplay = "gaf"',
+            "replay must name an arm; got 'gaf'. .*Arms: GAF, replay skip.",
+        ),
+        (
+            '[[arms]]\n[[arms]]\ntau = 0.9\n[[arms]]\npolicy = "replay-skip"\nreplay = "GAF"',
+            "2 arms are called 'GAF'. Give each its own",
+        ),
+        (
+            '[[arms]]\npolicy = "replay-skip"\nreplay = "replay skip"',
+            "replay must lead to an arm that replays none; it goes round among",
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_is_no_plan_is_refused(plan, text, message):
     with pytest.raises(
         ConfigError, match=message.replace("Did you mean 'seeds'.", "Did you mean 'seeds'\\?")
@@ -139,7 +171,10 @@ def test_a_plan_is_found_by_its_file_its_preset_or_the_papers_name(plan, tmp_pat
         find_plan(str(tmp_path / "other.toml"), None, **more)
     with pytest.raises(
         ConfigError,
-        match=r"needs a TOML file, a preset or a figure of the paper; got 'demo-gfa'. Did you mean 'demo-gaf'",
+        match=(
+            r"needs a TOML file, a preset or a figure of the paper; got 'demo-gfa'. Did you "
+            r"mean 'demo-gaf'"
+        ),
     ):
         find_plan("demo-gfa", None, **more)
     with pytest.raises(ConfigError, match="seeds must be at least 1; got 0."):
