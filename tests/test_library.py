@@ -28,7 +28,7 @@ def run(code: str) -> str:
 
 
 def test_importing_gaf_imports_torch_and_nothing_else_that_torch_does_not() -> None:
-    """Not the lab, no plots, no command line, and jaxtyping only if the tests imported it before."""
+    """Not the lab, no plots, no command line, and jaxtyping only if the tests imported it."""
     code = (
         "import sys, torch; before = set(sys.modules); import gaf, json; "
         "print(json.dumps(sorted(set(sys.modules) - before)))"

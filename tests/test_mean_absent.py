@@ -37,7 +37,7 @@ def accumulator(
 
 
 def micro_gradients(dtype: torch.dtype, bad: float) -> Tensor:
-    """Eight rows of 5 + 3 coordinates. Rows 0, 3 and 5 are absent, row 3 by one coordinate alone."""
+    """Eight rows of 5 + 3 coordinates. Rows 0, 3, 5 are absent, row 3 by one coordinate alone."""
     rows = (torch.randn(8, 8) + 1).to(dtype)
     rows[0] = rows[5] = bad
     rows[3, 6] = bad

@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils import parametrizations
 
 import gaf
-from gaf.measure.untouched import untouched
+from gaf.measure.untouched import keep_untouched
 from gaf.rules.gram import gram_of
 
 # the type checks draw from Python's generator themselves
@@ -393,5 +393,5 @@ def test_the_layers_of_a_compiled_model_have_the_names_of_the_bare_one() -> None
 
 
 def test_other_objects_than_modules_need_nothing() -> None:
-    with untouched(print, None, [1]):
+    with keep_untouched(print, None, [1]):
         assert torch.is_grad_enabled()

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gaf.measure.untouched import untouched
+from gaf.measure.untouched import keep_untouched
 from gaf.rules.blas import gram_by_blas, no_autocast
 from gaf.shapes import Bool, Float64
 
@@ -34,7 +34,7 @@ def layer_grams(
         )
     layers: dict[str, Tensor] = {}
     for part in cut(named, slices):
-        with untouched(model, *others):
+        with keep_untouched(model, *others):
             found = parameter_grams(losses, part)
         for (name, _), K in zip(part, found, strict=True):
             layer = name.rpartition(".")[0] or name

@@ -16,8 +16,8 @@ from gaf.measure.micro_batches import iterator_of, loss_on, same_size
 from gaf.measure.micro_gradients import Losses, layer_grams
 from gaf.measure.model_checks import check_loss_fn, check_probed_model
 from gaf.measure.result import MORE, Probe, check_enough
-from gaf.measure.untouched import untouched
-from gaf.rules.gram import present
+from gaf.measure.untouched import keep_untouched
+from gaf.rules.gram import is_present
 
 ROWS = 128
 SAMPLES = "It counts the samples in a micro-batch; leave it out if their first tensor has as many."
@@ -87,7 +87,7 @@ def probe(
     k = whole_number("probe: k", k, 2, "8 is usual.")
     rows = whole_number("probe: rows", rows, 2 * k, f"{ROWS} is the default.")
     slices = whole_number("probe: slices", slices, 1, "1 is fastest.")
-    with untouched(model, loss_fn):
+    with keep_untouched(model, loss_fn):
         taken = list(islice(iterator_of(micro_batches), rows))
     size = same_size(taken) if b is None else whole_number("probe: b", b, 1, SAMPLES)
     losses = [partial(loss_on, model, loss_fn, one) for one in taken]
@@ -104,7 +104,7 @@ def probe_losses(
     check_enough(len(losses), k, "probe: micro_batches must give", MORE if losses else USED_UP)
     layers = layer_grams(model, losses, slices, others)
     gram = torch.stack(list(layers.values())).sum(0)
-    sound = present(gram.diagonal())
+    sound = is_present(gram.diagonal())
     absent = int((~sound).sum())
     counted = f"probe: {absent} of {len(gram)} micro-gradients are absent (zero, NaN or infinite)"
     check_enough(len(gram) - absent, k, f"{counted}; there must be")

@@ -19,7 +19,7 @@ CONTAINERS = (dict, OrderedDict, defaultdict, list, set, deque)
 
 
 @contextmanager
-def untouched(*owners: Any) -> Iterator[None]:
+def keep_untouched(*owners: Any) -> Iterator[None]:
     """Puts back what the modules among the owners hold, and all global random state.
 
     It does so after an exception too. Of a module: attributes, and so modes, hooks, parameters and

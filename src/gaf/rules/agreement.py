@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gaf.rules.gram import present
+from gaf.rules.gram import is_present
 from gaf.shapes import Float64
 
 NORMAL_95 = 1.96
@@ -60,7 +60,7 @@ def noise_of(gram: Float64[Tensor, "r r"], b: float) -> Noise:
         gram: (r, r). Absent rows are left out; fewer than 4 present ones give NaN.
         b: samples per micro-batch.
     """
-    sound = present(gram.diagonal())
+    sound = is_present(gram.diagonal())
     gram = gram[sound][:, sound]
     r = len(gram)
     if r < 4:
@@ -78,7 +78,7 @@ def noise_of(gram: Float64[Tensor, "r r"], b: float) -> Noise:
 
 def mean_off_diagonal(gram: Float64[Tensor, "k k"]) -> Float64[Tensor, ""]:
     """An estimate of |g|^2: the mean over pairs of present rows. NaN without such a pair."""
-    sound = present(gram.diagonal())
+    sound = is_present(gram.diagonal())
     pairs = (sound & sound[:, None]).triu(1)
     return torch.where(pairs, gram, 0.0).sum() / pairs.sum()
 
@@ -90,7 +90,7 @@ def mean_of_others(gram: Float64[Tensor, "k k"], r: Tensor | int) -> Float64[Ten
 
 def cosines_of(gram: Float64[Tensor, "r r"]) -> Float64[Tensor, "r r"]:
     """K of the rows at unit length; NaN for an absent row."""
-    norms = torch.where(present(gram.diagonal()), gram.diagonal().sqrt(), math.nan)
+    norms = torch.where(is_present(gram.diagonal()), gram.diagonal().sqrt(), math.nan)
     return gram / norms / norms[:, None]
 
 

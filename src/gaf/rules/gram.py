@@ -123,7 +123,7 @@ def products(vectors: Vectors, pairs: Pairs, in_float64: bool = False) -> list[T
     return [full[i, j] for i, j in pairs]
 
 
-def present(norm2: Float64[Tensor, "*s"]) -> Bool[Tensor, "*s"]:
+def is_present(norm2: Float64[Tensor, "*s"]) -> Bool[Tensor, "*s"]:
     """Whether a row counts, by its diagonal entry: a row of zeros, NaN or infinities is absent."""
     return (norm2 > 0) & norm2.isfinite()
 
@@ -133,7 +133,7 @@ def without_giants(gram: Float64[Tensor, "k k"], ratio: float) -> Float64[Tensor
 
     Too long is a norm of more than `ratio` times the (lower) median of the present rows' norms.
     """
-    norms = torch.where(present(gram.diagonal()), gram.diagonal().sqrt(), math.nan)
+    norms = torch.where(is_present(gram.diagonal()), gram.diagonal().sqrt(), math.nan)
     giant = norms > ratio * norms.nanmedian()
     return torch.where(giant | giant[:, None], 0.0, gram)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gaf.rules.agreement import cosines_of
-from gaf.rules.gram import present
+from gaf.rules.gram import is_present
 from gaf.shapes import Bool, Float64, Int
 
 
@@ -33,7 +33,7 @@ def choose_start(
     """
     count, cosine = accepted.sum(1).double(), mean_pairwise_cosine(gram, accepted)
     sign = -1.0 if fewest else 1.0
-    left = present(gram.diagonal()) & (count >= least)
+    left = is_present(gram.diagonal()) & (count >= least)
     for score in (sign * count, sign * cosine):
         score = torch.where(left, score, -math.inf)
         left = left & (score == score.max())
@@ -47,7 +47,7 @@ def mean_pairwise_cosine(
 
     Equal sets of rows give equal bits.
     """
-    sound = present(gram.diagonal())
+    sound = is_present(gram.diagonal())
     cosines = torch.where(sound & sound[:, None], cosines_of(gram), 0.0)
     total, taken = gram.new_zeros(len(accepted)), accepted.double()
     for j in range(1, len(gram)):

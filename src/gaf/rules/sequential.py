@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gaf.rules.decision import Decision
-from gaf.rules.gram import check_gram, present
+from gaf.rules.gram import check_gram, is_present
 from gaf.shapes import Bool, Float64, Int
 
 # a distance equal to tau is accepted; rounding in float64 must not turn such a tie into a rejection
@@ -46,7 +46,7 @@ def visit(
     """
     cosine = torch.where(norm2 > 0, inner / (norm2.sqrt() * own.sqrt()), 0.0)
     distance = torch.where(count > 0, (1 - cosine).clamp(0, 2), 0.0)
-    distance = torch.where(present(own), distance, math.nan)
+    distance = torch.where(is_present(own), distance, math.nan)
     return distance <= tau + TIE, distance
 
 
@@ -131,7 +131,7 @@ def walk(
         signal is NaN for the start and for absent rows. Rows that an order does not visit are not
         accepted, with 0 for the numbers.
     """
-    norms2, sound = gram.diagonal(), present(gram.diagonal())
+    norms2, sound = gram.diagonal(), is_present(gram.diagonal())
     gram = torch.where(sound & sound[:, None], gram, 0.0)
     s, k = len(orders), len(gram)
     inner = gram.new_zeros(s, k)  # <running sum, g_i>
@@ -163,7 +163,7 @@ def signal_of(
     NaN for a row that was compared with nothing.
     """
     terms = count if policy.average == "mean" else count.clamp_max(1)
-    return torch.where(present(own) & (count > 0), inner / terms, math.nan)
+    return torch.where(is_present(own) & (count > 0), inner / terms, math.nan)
 
 
 def norm2_after(

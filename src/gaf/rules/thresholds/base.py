@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gaf.arguments import real_number
-from gaf.rules.gram import present
+from gaf.rules.gram import is_present
 from gaf.rules.sequential import Seen
 from gaf.shapes import Float64
 
@@ -115,4 +115,4 @@ def fade(total: Tensor, value: Tensor, window: float) -> Tensor:
 
 def mean_norm2(seen: Seen) -> Float64[Tensor, ""]:
     """Over present rows; NaN if there is none."""
-    return torch.where(present(seen.norms2), seen.norms2, math.nan).nanmean()
+    return torch.where(is_present(seen.norms2), seen.norms2, math.nan).nanmean()

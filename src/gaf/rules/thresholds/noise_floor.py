@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gaf.rules.agreement import mean_of_others, noise_squared
-from gaf.rules.gram import present
+from gaf.rules.gram import is_present
 from gaf.rules.sequential import Seen
 from gaf.rules.thresholds.base import LOOK_BACK, Threshold, check_range, fade, mean_norm2
 from gaf.shapes import Bool, Float64
@@ -67,7 +67,7 @@ class NoiseFloorTau(Threshold):
 
     def next_state(self, state: Float64[Tensor, " m"], seen: Seen) -> Float64[Tensor, " m"]:
         assert seen.gram is not None
-        sound = present(seen.norms2)
+        sound = is_present(seen.norms2)
         K = torch.where(sound & sound[:, None], seen.gram, 0.0) / mean_norm2(seen)
         r = sound.sum()
         signal, first = mean_of_others(K, r), first_pair(K, sound)
