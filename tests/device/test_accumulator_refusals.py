@@ -200,6 +200,9 @@ def test_an_optimizer_applied_in_the_backward_pass_is_refused() -> None:
             TypeError,
             r"must be a torch.optim.Optimizer or a list of them; got str",
         ),
+        ({"policy": gaf.GAF}, TypeError, r"to a Decision; got <class"),
+        ({"policy": None}, TypeError, r"to a Decision; got None. Use"),
+        ({"optimizer": None}, TypeError, r"got NoneType"),
         ({"optimizer": nn.Linear(2, 1)}, TypeError, r"got Linear"),
     ],
 )
