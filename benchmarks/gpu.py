@@ -94,7 +94,8 @@ def device_of(name: str) -> torch.device:
 def lines_of(part: str, device: torch.device, rounds: int) -> Iterator[Line]:
     """A part's lines, from a process of its own; one more that says how it ended."""
     began, late = time.perf_counter(), threading.Event()
-    seconds = PARTS[part][2] * (4 if device.type == "cpu" else 1)  # a rehearsal may share its cores
+    # A rehearsal may share its cores with much else.
+    seconds = PARTS[part][2] * (40 if device.type == "cpu" else 1)
     command = [sys.executable, str(HERE / "gpu.py"), "--part", part, "--rounds", str(rounds)]
     command += ["--device", "cpu" if device.type == "cpu" else "auto"]
     with tempfile.TemporaryFile("w+") as errors:

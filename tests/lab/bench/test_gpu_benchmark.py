@@ -93,7 +93,7 @@ def test_all_parts_together_take_less_than_six_minutes(gpu):
 
 def test_a_part_that_hangs_or_breaks_costs_itself_alone(gpu, tmp_path, monkeypatch, capsys):
     module, function, *_ = gpu.PARTS["scaler"]
-    parts = {"hangs": (module, function, 0.1, 0), "scaler": gpu.PARTS["scaler"]}
+    parts = {"hangs": (module, function, 0.01, 0), "scaler": gpu.PARTS["scaler"]}
     # a part that its own process does not know of ends with an error
     monkeypatch.setattr(gpu, "PARTS", {"breaks": (module, function, 60, 0)} | parts)
     status, lines = lines_of(gpu, tmp_path / "lines", "--parts", "breaks", "hangs", "scaler")
