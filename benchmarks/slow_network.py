@@ -228,7 +228,7 @@ def run(*command: str) -> None:
     if done.returncode:
         why = " ".join((done.stderr or done.stdout).split()) or f"code {done.returncode}"
         raise NotHere(
-            f"the kernel must allow `{' '.join(command)}`; it reports: {why}. "
+            f"the kernel must allow `{' '.join(command)}`; it reports: {why.rstrip('.')}. "
             "Use one with CAP_NET_ADMIN, bridge, veth and tbf."
         )
 

@@ -28,7 +28,7 @@ class DemoOptions:
     """Length of each run in passes over the training set.
     Lower is faster and shows less memorisation."""
     quick: bool = False
-    """A first look: one seed and a third of the passes, so no intervals and little memorisation.
+    """A first look: one seed and a third of the passes, so no intervals and less memorisation.
     --seeds and --passes win over it."""
 
 

@@ -3,9 +3,8 @@
 import os
 import shlex
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import tyro
 from rich.console import Console
@@ -15,6 +14,9 @@ from gaf_lab.commands.common import Words, base_config, say
 from gaf_lab.records import run as records
 from gaf_lab.settings.checks import ConfigError
 from gaf_lab.settings.config import TrainConfig
+
+if TYPE_CHECKING:
+    from gaf_lab.training.ranks import Group
 
 
 @dataclass
@@ -39,7 +41,7 @@ class TrainOptions:
     """Also sends every evaluation's numbers there.
     They go to tensorboard/ or wandb/ in --out, or to trackio's own folder."""
     tensorboard: bool = False
-    """The same as --tracker tensorboard."""
+    """Short for --tracker tensorboard."""
 
 
 def run_train(words: Words, console: Console) -> int:
@@ -52,7 +54,7 @@ def run_train(words: Words, console: Console) -> int:
     from gaf_lab.training.run import train
 
     group = ranks.here()
-    resume, done = group.led(lambda: check_before_start(options, group.world))
+    resume, done = group.led(lambda: check_before_start(options, group))
     if done is not None:
         say(console, f"{options.out}: the run is complete ({done} steps); nothing to do.")
         return 0
@@ -62,14 +64,17 @@ def run_train(words: Words, console: Console) -> int:
     start = "gaf train "
     if group.world > 1:
         start = f"torchrun --nproc-per-node {group.world} -m gaf_lab train "
-    job = partial(train, options.config, options.out, Listeners(listener, *boards))
-    sources: dict[str, Any] = {
-        "data_folder": options.data,
-        "steps": options.steps,
-        "resume": resume,
-    }
     try:
-        job(command=start + shlex.join(words), group=group, **sources)
+        train(
+            options.config,
+            options.out,
+            Listeners(listener, *boards),
+            data_folder=options.data,
+            steps=options.steps,
+            resume=resume,
+            command=start + shlex.join(words),
+            group=group,
+        )
     except KeyboardInterrupt:
         again = shlex.join(words_to_resume(words, options.out))
         say(console, f"\nStopped. Resume with: {start}{again}")
@@ -113,21 +118,21 @@ def parse_on_rank_0(words: Words) -> TrainOptions | int:
     return ranks.here().led(parse)
 
 
-def check_before_start(options: TrainOptions, ranks: int) -> tuple[bool, str | None]:
-    """Refuses what cannot run before anything is made.
+def check_before_start(options: TrainOptions, group: "Group") -> tuple[bool, str | None]:
+    """Refuses what cannot run, and then makes the output folder.
 
     Returns:
         Whether to resume, and the number of steps if the run is complete.
     """
     from gaf_lab.records.locks import check_free
     from gaf_lab.training import trackers
-    from gaf_lab.training.engines import check_ranks
-    from gaf_lab.training.resume import check_output_folder, is_restart
+    from gaf_lab.training.resume import check_output_folder, prepare_restart
+    from gaf_lab.training.run import check_config
 
-    check_ranks(options.config, ranks)
+    check_config(options.config, group)
     trackers.check_installed(tracker_names(options))
     check_free(options.out)
-    resume = options.resume or is_restart(options.out)
+    resume = options.resume or prepare_restart(options.out)
     done = check_output_folder(options.config, options.out, resume)
     return resume, None if done is None else f"{done.evals[-1]['step']:,}"
 

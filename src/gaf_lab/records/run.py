@@ -2,8 +2,8 @@
 
 The file has a header line, then a line for each evaluation, then an end line.
 
-header: {"kind": "run", "name", "arm", "config": {...}, "config_hash", "versions": {...},
-         "machine": {...}, "commit", "started", "ranks", "launch"}
+header: {"kind": "run", "name", "arm", "config": {...}, "config_hash", "command",
+         "versions": {...}, "machine": {...}, "commit", "started", "ranks", "launch"}
 eval:   {"kind": "eval", "step", "steps_taken", "samples", "passes", "seconds", "lr", "train_loss",
          "acceptance", "distance_mean", "distance_min", "distance_pairs", "noise_scale",
          "norm_dispersion", "heldout_accuracy", "heldout_loss", "test_accuracy", "test_loss",
@@ -23,6 +23,7 @@ distance_pairs: of two micro-gradients, independent of the arm: 1 - |g|^2 / mean
     estimated from all compared rows. Older records have B / (b + B), B being `noise_scale`, over
     the last 100 steps.
 rows: the accepted rows of each step since the line before, 0 for a skipped step.
+command: the command that runs this again, or null.
 ranks: processes that computed the micro-batches. launch: the torchrun command that started them,
     or null.
 """

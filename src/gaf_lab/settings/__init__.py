@@ -1,1 +1,1 @@
-"""What is to run: configurations, presets and plans. It knows nothing of torch."""
+"""What is to run: configurations, presets and plans. It does not import torch."""

@@ -1,4 +1,4 @@
-"""Which engine runs a config, and which configs an engine cannot run."""
+"""Which engine runs a config, and which configs the device engine or several ranks cannot run."""
 
 import torch
 
@@ -7,7 +7,7 @@ from gaf_lab.settings.config import TrainConfig
 
 
 def obstacle(config: TrainConfig, world: int = 1) -> str | None:
-    """Why this engine cannot run a config; None if it can.
+    """Why the device engine cannot run a config; None if it can.
 
     The message names the field, the requirement and the value.
     """
@@ -33,14 +33,14 @@ def obstacle(config: TrainConfig, world: int = 1) -> str | None:
 
 
 def check_device_engine(config: TrainConfig, world: int) -> None:
-    """ConfigError if the config names this engine, and it cannot run the config."""
+    """ConfigError if the config names the device engine, and that engine cannot run it."""
     found = obstacle(config, world)
     if config.engine == "device" and found is not None:
         raise ConfigError(f"{found} Use --engine plain.")
 
 
 def uses_device_engine(config: TrainConfig, device: torch.device, world: int) -> bool:
-    """Whether this engine runs the config: if it is named, and under "auto" on CUDA if it can."""
+    """Whether the device engine runs the config: if named, and under "auto" on CUDA if it can."""
     possible = device.type == "cuda" and obstacle(config, world) is None
     return config.engine == "device" or (config.engine == "auto" and possible)
 

@@ -1,4 +1,4 @@
-"""The model and the optimizer of a run on several ranks, and the configs that cannot run there."""
+"""The model and the optimizer of a run on several ranks."""
 
 from typing import Any
 

@@ -51,10 +51,10 @@ def never_began(folder: Path) -> bool:
     return (not text or text.startswith('{"kind": "run"')) and '{"kind": "eval"' not in text
 
 
-def is_restart(folder: Path) -> bool:
+def prepare_restart(folder: Path) -> bool:
     """Whether torchrun, not the user, starts the run in `folder` again after a worker failed.
 
-    The records of a run without a checkpoint are removed: it begins anew.
+    Removes the records of a run that torchrun starts again without a checkpoint: it begins anew.
     """
     command = launch()
     if command is None or not (folder / records.FILE).is_file():

@@ -84,7 +84,7 @@ def train_in_turns(
     See `gaf_lab.training.together`. The caller keeps other runs out of the folder
     (`gaf_lab.records.locks.own_folder`).
     """
-    state, done = group.led(lambda: find_start(config, folder, resume, group))
+    state, done = group.led(lambda: prepare_start(config, folder, resume, group))
     if done is not None:
         return done
     training = Training(config, data_folder, group)
@@ -132,10 +132,10 @@ def check_config(config: TrainConfig, group: Group) -> None:
     check_device_engine(config, group.world)
 
 
-def find_start(
+def prepare_start(
     config: TrainConfig, folder: Path, resume: bool, group: Group
 ) -> tuple[dict[str, Any] | None, records.Run | None]:
-    """Checks whether the config can run in the folder.
+    """Refuses a folder that the config cannot run in; removes records without an evaluation.
 
     Returns:
         the checkpoint to go on from, if any; the run, if it is finished.

@@ -301,7 +301,7 @@ def test_a_network_that_cannot_be_made_is_removed_and_says_why(monkeypatch):
     with (
         pytest.raises(
             slow.NotHere,
-            match="must allow `.*tbf.*`; it reports: Error: Specified qdisc kind is unknown",
+            match="must allow `.*tbf.*`; it reports: Error: Specified qdisc kind is unknown. Use",
         ),
         slow.network(2, 100),
     ):

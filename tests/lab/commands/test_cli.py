@@ -88,6 +88,14 @@ def test_train_says_first_what_is_wrong_with_the_labels(run, tmp_path, words, st
     assert out.startswith(start)
 
 
+def test_a_config_that_the_engine_cannot_run_leaves_no_folder(run, tmp_path):
+    out = tmp_path / "run"
+    code, _, shown = run("train", *SMALL, "--engine", "device", "--mixup", 0.5, "--out", out)
+    assert code != 0
+    assert shown.startswith("gaf train: mixup must be 0 for engine 'device'; got 0.5.")
+    assert not out.exists()
+
+
 def test_the_command_line_wins_over_toml_and_toml_over_the_preset(run, tmp_path):
     toml = tmp_path / "run.toml"
     toml.write_text('dataset = "digits"\nk = 5\ntau = 0.6\n')

@@ -29,7 +29,7 @@ from gaf_lab.settings.config import TrainConfig
 from gaf_lab.settings.reading import from_dict
 from gaf_lab.training.engines import check_ranks
 from gaf_lab.training.ranks import Group, here
-from gaf_lab.training.resume import is_restart
+from gaf_lab.training.resume import prepare_restart
 from gaf_lab.training.run import train
 from gaf_lab.training.training import Diverged
 from helpers.fakes import Silent
@@ -442,19 +442,19 @@ def test_batch_norm_statistics_of_accepted_micro_batches_alone_are_refused_on_ra
 def test_only_the_torchrun_that_began_a_run_starts_it_again(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "first")
     train(SMALL, tmp_path, Silent(), steps=5)
-    assert is_restart(tmp_path)
+    assert prepare_restart(tmp_path)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "second")
-    assert not is_restart(tmp_path)
+    assert not prepare_restart(tmp_path)
     monkeypatch.delenv("TORCHELASTIC_RUN_ID")
-    assert not is_restart(tmp_path)
-    assert not is_restart(tmp_path / "absent")
+    assert not prepare_restart(tmp_path)
+    assert not prepare_restart(tmp_path / "absent")
     assert (tmp_path / records.FILE).exists()
 
 
 def test_a_run_without_a_checkpoint_is_started_anew_by_its_own_torchrun(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "first")
     train(SMALL, tmp_path, Silent(), steps=5, keep_checkpoints=False)
-    assert not is_restart(tmp_path)
+    assert not prepare_restart(tmp_path)
     assert not (tmp_path / records.FILE).exists()
 
 
