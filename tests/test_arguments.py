@@ -601,7 +601,7 @@ def through_attach(decision: Any) -> None:
     p = nn.Parameter(torch.zeros(3))
     handle = Handle([SGD([p], 1.0)], lambda gram: decision, None, K, [p])
     handle.begin()
-    handle.judge(gaf.gram(ROWS), [p])
+    handle.decide(gaf.gram(ROWS), [p])
 
 
 ENGINES = [through_aggregate, through_accumulator, through_streamed_rows, through_attach]

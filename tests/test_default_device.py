@@ -91,7 +91,7 @@ def judged_by_a_handle() -> Any:
     optimizer = SGD([p], 0.1)
     handle = Handle([optimizer], gaf.GAF(gaf.NoiseFloorTau()), None, 6, [p])
     handle.begin()
-    found = handle.judge(gaf.gram(ROWS), [p])
+    found = handle.decide(gaf.gram(ROWS), [p])
     handle.end()
     optimizer.step()
     handle.load_state_dict(handle.state_dict())

@@ -161,7 +161,7 @@ def test_steps_that_measured_nothing_do_not_raise_the_acceptance_of_others() -> 
     telemetry.record(measured, gaf.GAF(0.5))
     for _ in range(3):
         telemetry.record(
-            Outcome(True, [True] * 3, [NAN] * 3, [1 / 3] * 3, [1.0] * 3, NAN).unmeasured(),
+            Outcome(True, [True] * 3, [NAN] * 3, [1 / 3] * 3, [1.0] * 3, NAN).without_measures(),
             gaf.Mean(),
         )
     stats = telemetry.stats()

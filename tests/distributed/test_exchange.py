@@ -108,7 +108,7 @@ def exchange_pieces(sizes: list[int], dtype: torch.dtype) -> None:
             piece.copy_(original)
             way.send(piece)
         way.receive()
-        total = add_in_rank_order(way.partial_gram().reshape(-1), way.group).view(W, W)
+        total = add_in_rank_order(way.local_products().reshape(-1), way.group).view(W, W)
         matrix = torch.stack([torch.cat(row).double() for row in rows])
         torch.testing.assert_close(total, matrix @ matrix.T, rtol=1e-5, atol=1e-5)
         weights = [0.0, *[1 / (W - 1)] * (W - 1)]

@@ -47,9 +47,9 @@ class Accumulator:
     Micro-gradients add up in float32 or wider: float16 and bfloat16 rows in float32, so that a
     buffer takes twice a gradient's memory there.
 
-    Only one Accumulator of an optimizer has micro-gradients that wait. Making a new one drops what
-    waits in an older one, such as one that was interrupted. A micro-batch that raises does not
-    count, and the macro-batch goes on without it.
+    Only one Accumulator per optimizer can have pending micro-gradients. A new one drops those of an
+    older one, such as one that was interrupted. A micro-batch that raises does not count, and the
+    macro-batch goes on without it.
 
     Args:
         optimizer: any dense torch.optim optimizer, or several that share one decision.
@@ -172,7 +172,7 @@ class Accumulator:
         self._params.check_clean()
         if self._rows is None:
             self._rows = self._make_rows()
-            self._spare = [None] * len(self._params)
+            self._spare = [None] * len(self._params)  # the rows own these buffers now
         return self._rows
 
     def _make_rows(self) -> Rows:
@@ -203,8 +203,8 @@ class Accumulator:
         if self._decided is None:
             if self._rows is None:
                 raise RuntimeError(
-                    "Accumulator: step() needs at least one backward() before it; got none since "
-                    "the last step. Call acc.backward(loss) for each micro-batch in place of "
+                    "Accumulator: a decision needs at least one backward() before it; got none "
+                    "since the last step. Call acc.backward(loss) for each micro-batch in place of "
                     "loss.backward()."
                 )
             self._decided = self._decide(self._rows)
@@ -220,7 +220,7 @@ class Accumulator:
         scale = self._scaling.factor
         overflow = self._scaling.has_overflowed(outcome.norms2, scale)
         if overflow:
-            decision, outcome = as_skip(decision), outcome.skipped()
+            decision, outcome = as_skip(decision), outcome.as_skip()
             self._skip_layers()
         if outcome.stepped:
             self._params.place(rows.update(outcome.weights))
@@ -280,7 +280,7 @@ class Accumulator:
     def discard(self) -> None:
         """Drops the macro-batch in progress and its micro-gradients, as after an interrupted epoch.
 
-        Does nothing else.
+        Clears every p.grad, takes back BatchNorm's moves under bn="accepted", and counts nothing.
 
         Raises:
             RuntimeError: between `decide()` and `step()`: the decision is counted.
@@ -319,7 +319,7 @@ class Accumulator:
         The scheduler must be stepped once after every `step()`.
 
         Raises:
-            TypeError: for ReduceLROnPlateau, and for what is no torch scheduler.
+            TypeError: for ReduceLROnPlateau, and if it is not a torch scheduler.
             RuntimeError: from the scheduler's step(), where it turns out to be stepped less often
                 (per epoch).
         """

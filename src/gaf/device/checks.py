@@ -127,7 +127,7 @@ def check_parameter(name: str, p: nn.Parameter) -> None:
 
 
 def check_engines(params: list[nn.Parameter]) -> None:
-    """Refuses parameters of a data-parallel model, which bear no mark of it that a user sees."""
+    """Refuses parameters of a data-parallel model, which show no public sign of it."""
     from torch.distributed.fsdp import FullyShardedDataParallel
 
     mine = set(map(id, params))

@@ -31,14 +31,14 @@ def rows_for(
         device: of the parameters.
     """
     if device.type != "cpu" or not streams(policy):
-        return rows_on_device(policy, voters, device)
+        return rows_without_waiting(policy, voters, device)
     return StreamedRows(policy, SumOnCpu(voters, spare))
 
 
-def rows_on_device(
+def rows_without_waiting(
     policy: Policy, voters: Sequence[bool], device: torch.device
 ) -> "StreamedRows | StackedRows":
-    """The holder that a policy needs and that never waits for the device, on any device."""
+    """The holder that a policy needs and that never waits for its device, on the CPU too."""
     if not streams(policy):
         return StackedRows(policy, voters)
     return StreamedRows(policy, SumOnDevice(voters, policy.average == "halving", device))

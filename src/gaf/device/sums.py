@@ -33,7 +33,7 @@ class SumOnCpu:
         self.total: Buffers = [None] * len(voters)
         self.candidate: Buffers = [None] * len(voters)
         self.inner = self.own = 0.0
-        # the sum of all rows, from the first absent row on that counts in the update all the same
+        # only for Mean: the sum with absent rows included, from the first of them on
         self.all_rows: Buffers | None = None
         # the current row's gradients, from then on
         self.row: list[tuple[int, Tensor]] = []
@@ -77,7 +77,7 @@ class SumOnCpu:
         Args:
             joins: whether the row is accepted.
             shrink: what halving multiplies the sum by.
-            counts: whether the row is in the update in any case, see `Sequential`.
+            counts: whether the update includes absent rows too (only Mean), see `Sequential`.
         """
         if counts and not (joins and self.all_rows is None):
             self._count()

@@ -12,10 +12,10 @@ from torch.optim import Optimizer
 from gaf.checks import check_optimizers
 from gaf.ranks.attach_checks import (
     check_divides,
+    check_micro_group,
     check_scaler,
     check_shards,
     check_usable,
-    check_whole,
 )
 from gaf.ranks.engines import engine_of, process_group, unwrap
 from gaf.ranks.exchange import Exchange
@@ -47,8 +47,9 @@ def attach(
     row. BatchNorm statistics are not taken back.
 
     Costs per rank and step: 2 n (W-1)/W coordinates sent, what a ring all-reduce sends, and k k
-    scalars; one gradient-sized buffer, none between two ranks. The way in runs during the backward
-    pass, the way out after it; a skip saves the way out.
+    scalars; one gradient-sized buffer. Between two ranks DDP needs no buffer under a `gaf.GAF` with
+    min_accepted=2 on gradients of float32 or wider, unless gradient_as_bucket_view is set. The way
+    in runs during the backward pass, the way out after it; a skip saves the way out.
 
     Args:
         model: a DistributedDataParallel model; or an FSDP2 model: sharded with `fully_shard` on the
@@ -87,9 +88,9 @@ def attach(
     check_scaler(scaler)
     engine = engine_of(model, policy, process_group(group, "group"))
     spread = process_group(shards, "shards")
-    check_whole(micro_group)
+    check_micro_group(micro_group)
     m = int(micro_group)
-    # First, so that no rank is left waiting because of a fault of another one alone.
+    # Ranks that differ raise here together; a check below could raise on one of them alone.
     check_same_everywhere(model, policy, m, engine.group, spread)
     check_divides(m, engine.group)
     exchange = Exchange(engine.group, m)

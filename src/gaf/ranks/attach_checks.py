@@ -52,7 +52,7 @@ def check_row_count(k: int, policy: Policy) -> None:
         )
 
 
-def check_whole(micro_group: Any) -> None:
+def check_micro_group(micro_group: Any) -> None:
     if not isinstance(micro_group, Integral) or isinstance(micro_group, bool):
         raise TypeError(
             f"attach: micro_group must be a whole number of ranks; got {micro_group!r}. "

@@ -26,7 +26,7 @@ class SentBucket:
         self.future = future_on(self.flat)
         pairs = zip(self.params, bucket.gradients(), strict=True)
         # places in the bucket, and the updates that lay there
-        self.aside = [(place, place.clone()) for p, place in pairs if stale.waits(p)]
+        self.aside = [(place, place.clone()) for p, place in pairs if stale.holds_old_update(p)]
         for place, _ in self.aside:
             place.zero_()
 
@@ -49,7 +49,7 @@ def gradients_kept(bucket: GradBucket, stale: StaleGradients) -> Pieces:
         return [], []
     own, places = [], []
     for p, flat in zip(bucket.parameters(), bucket.gradients(), strict=True):
-        if p.grad is not None and not stale.waits(p):
+        if p.grad is not None and not stale.holds_old_update(p):
             own.append(p.grad.detach())
             places.append(place_of(p, flat))
     if any(a.data_ptr() == b.data_ptr() for a, b in zip(own, places, strict=True)):

@@ -39,7 +39,7 @@ class BucketHook:
         self.policy: Policy | None = None
         self.way: Way | None = None
 
-    # DDP accepts one annotation, not PlainAverage's.
+    # Not annotated: DDP accepts only Future[Tensor], and PlainAverage returns another class.
     def run(self, state: object, bucket: GradBucket):  # type: ignore[no-untyped-def]
         if bucket.buffer().is_sparse:
             raise TypeError(
@@ -82,13 +82,13 @@ class BucketHook:
 
     def begin(self) -> int:
         """Begins a pass; returns how many ranks DDP averages over."""
-        model, active = self.model(), dist.get_world_size(self.group)
+        model, world = self.model(), dist.get_world_size(self.group)
         joining = model is not None and model._join_config.enable
         by_active = joining and model is not None and not model._divide_by_initial_world_size
         if self.handle is not None:
             found = self.handle.begin(joining, joined=not in_backward())
-            return found if by_active else active
-        return count_active_ranks(self.params[0], self.group) if by_active else active
+            return found if by_active else world
+        return count_active_ranks(self.params[0], self.group) if by_active else world
 
     def choose_way(self, policy: Policy | None) -> Way:
         handle, exchange = self.handle, self.exchange
@@ -181,7 +181,7 @@ def install_in_ddp(
         model._comm_hooks = NoCopies(model._comm_hooks)
     hook.handle, hook.exchange, hook.way = handle, exchange, None
     hook.unwatched = list(hook.params)
-    handle.over = [exchange.group, *shards]
+    handle.summed_groups = [exchange.group, *shards]
     handle.on_detach(hook.release)
     hook.watch()
     inside, ignored = set(hook.params), model.parameters_to_ignore

@@ -32,7 +32,7 @@ class OneDecision:
 
     def _settle(self) -> None:
         params = [p for sent in self.sent for p in sent.params]
-        self.handle.settle(self.exchange, params, self.handle.over)
+        self.handle.settle(self.exchange, params, self.handle.summed_groups)
         for sent in self.sent:
             sent.put_back()
         self.handle.end()
@@ -86,7 +86,7 @@ class PlainAverage:
         self.ranks = dist.get_world_size(group)
         self.steps = True
 
-    # Collectives have futures of another class.
+    # -> Any: a collective's get_future() is typed as torch._C.Future, not as torch.futures.Future.
     def take(self, bucket: GradBucket, first: bool, last: bool) -> Any:
         flat = bucket.buffer()
         if first and self.handle is not None:

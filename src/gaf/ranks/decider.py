@@ -19,12 +19,12 @@ from torch.optim import Optimizer
 from gaf.ranks.exchange import Exchange
 from gaf.ranks.messages import add_in_rank_order
 from gaf.ranks.model_checks import raise_thawed
+from gaf.ranks.optimizer_steps import parameters_of
 from gaf.ranks.pending import PendingDecisions
 from gaf.ranks.row_ledger import RowLedger
 from gaf.ranks.skips import SkippedParameters
 from gaf.ranks.stale import CLEAR_FIRST, IN_PART, StaleGradients
 from gaf.ranks.step_hooks import StepHooks
-from gaf.ranks.steps import parameters_of
 from gaf.record.outcome import Outcome
 from gaf.rules.averaging import Mean, averages
 from gaf.rules.contract import Policy
@@ -39,7 +39,7 @@ class Decider:
         params: those that are decided on.
 
     Attributes:
-        over: the groups over whose ranks the coordinates are spread.
+        summed_groups: the groups over whose ranks the coordinates are spread, and K is summed.
         outside: the model's parameters that no decision covers, with their names: they were frozen
             when the engine was made, and it would not average them.
         moves: whether the last pass's decision steps, or any of its groups'.
@@ -56,7 +56,7 @@ class Decider:
         self.ledger = RowLedger(policy, k)
         self.scaler = scaler if scaler is not None and scaler.is_enabled() else None
         self.k = k
-        self.over: Sequence[dist.ProcessGroup] = []
+        self.summed_groups: Sequence[dist.ProcessGroup] = []
         self.moves = True
         self.stale = StaleGradients(set(params), not averages(policy))
         self.pending = PendingDecisions(self.ledger)
@@ -89,7 +89,7 @@ class Decider:
         """
         self.stale.open()
         self.steps.begin_pass()
-        active = self.pending.keep_or_drop(joining, joined, self.stale, self.over)
+        active = self.pending.keep_or_drop(joining, joined, self.stale, self.summed_groups)
         several = bool(self.pending.passes)
         self.skips.begin_pass(several)
         self.moves = self.moves and several
@@ -105,29 +105,28 @@ class Decider:
         self.pending.end_pass(reached)
 
     def settle(
-        self, exchange: Exchange, params: Sequence[Tensor], over: "Sequence[dist.ProcessGroup]"
+        self, exchange: Exchange, params: Sequence[Tensor], groups: "Sequence[dist.ProcessGroup]"
     ) -> None:
         """Pieces on their way in -> Gram -> decision -> update on its way out.
 
         Args:
             exchange: what was sent.
             params: those that the pieces belong to.
-            over: groups over whose ranks the coordinates are spread; the Gram matrix is added up
+            groups: those over whose ranks the coordinates are spread; the Gram matrix is added up
                 over each in turn.
         """
         exchange.receive()
-        gram = exchange.gram(self.total(exchange.partial_gram(), over))
-        weights, filler = self.judge(gram, params)
+        products = self.sum_over_ranks(exchange.local_products(), groups)
+        gram = exchange.gram_from_products(products)
+        weights, filler = self.decide(gram, params)
         if weights is None:
             exchange.fill(filler)
         else:
             exchange.give_back(weights)
         exchange.end()
 
-    def total(self, partial: Tensor, over: "Sequence[dist.ProcessGroup]") -> Tensor:
-        """The sum of all ranks' shares, (...,) float64, on the host.
-
-        A step waits for the device only here.
+    def sum_over_ranks(self, partial: Tensor, groups: "Sequence[dist.ProcessGroup]") -> Tensor:
+        """The sum of all ranks' shares, (...,) float64, on the host: an ordinary step's only wait.
 
         Raises:
             RuntimeError: on all ranks, if one of them began its backward pass on top of a part of
@@ -136,7 +135,7 @@ class Decider:
         stale = self.stale.added_to_updates(self.steps.all_stepped())
         flag = partial.new_zeros(1) if stale is None else stale.to(partial).reshape(1)
         known, ranks = torch.cat([partial.reshape(-1), self._loss_scale(partial), flag]), 1
-        for group in over:
+        for group in groups:
             known = add_in_rank_order(known.to(partial.device), group)
             ranks *= dist.get_world_size(group)
         self._scale = float(known[-2]) / ranks
@@ -149,7 +148,7 @@ class Decider:
         factor = None if self.scaler is None else self.scaler._scale  # None before the first loss
         return like.new_ones(1) if factor is None else factor.to(like).reshape(1)
 
-    def judge(self, gram: Tensor, params: Sequence[Tensor]) -> tuple[list[float] | None, float]:
+    def decide(self, gram: Tensor, params: Sequence[Tensor]) -> tuple[list[float] | None, float]:
         """The decision about a Gram matrix.
 
         Returns:
@@ -160,7 +159,7 @@ class Decider:
         outcome = Outcome.fetch(decision, evidence)
         overflow = self.scaler is not None and has_overflow(outcome.norms2)
         if overflow:
-            decision, outcome = as_skip(decision), outcome.skipped()
+            decision, outcome = as_skip(decision), outcome.as_skip()
         check_weights(outcome.weights, outcome.stepped, self.ledger.policy)
         self.pending.latest.overflow |= overflow
         self._record(decision, outcome, params)
@@ -175,7 +174,7 @@ class Decider:
         unknown = torch.full((self.k,), torch.nan, dtype=torch.float64, device="cpu")
         decision = self.ledger.policy.conclude(ones, unknown)
         outcome = Outcome.fetch(decision, Evidence(unknown, unknown[0], unknown[0]))
-        self._record(decision, outcome.unmeasured(), params)
+        self._record(decision, outcome.without_measures(), params)
         return outcome.stepped
 
     def _record(self, decision: Decision, outcome: Outcome, params: Sequence[Tensor]) -> None:

@@ -9,8 +9,8 @@ of every row. The sum over the ranks of the slices' Gram matrices is K.
 
     method         collective     coordinates    afterwards
     send, receive  all-to-all     n (W-1)/W      rank r holds G[:, slice r], (W, n/W)
-    partial_gram   (none)         0              rank r holds G[:, slice r] G[:, slice r]^T
-    gram           all ranks add  k k scalars    every rank holds K and takes the same decision
+    local_products (none)         0              rank r holds G[:, slice r] G[:, slice r]^T
+    (the Decider)  all ranks add  k k scalars    every rank holds K and takes the same decision
     give_back      all-gather     n (W-1)/W      every rank holds w^T G[:, slice r] from every r
 
 Together a rank sends 2 n (W-1)/W coordinates, as in the ring all-reduce, and k k scalars.
@@ -109,15 +109,15 @@ class Exchange:
                 for members in parcel.slices.split(self.micro_group):
                     members[0].copy_(members.mean(0, dtype=sum_dtype(members.dtype)))
 
-    def partial_gram(self) -> Float64[Tensor, "k k"]:
+    def local_products(self) -> Float64[Tensor, "k k"]:
         """This rank's share of K, over its slice of the coordinates. K is the sum of all shares."""
         total = torch.zeros(self.k, self.k, dtype=torch.float64, device=self.device)
         for parcel in self.parcels:
             total += gram_by_blas(parcel.rows)
         return total
 
-    def gram(self, total: Float64[Tensor, "k k"]) -> Float64[Tensor, "k k"]:
-        """K from the sum of all ranks' shares."""
+    def gram_from_products(self, total: Float64[Tensor, "k k"]) -> Float64[Tensor, "k k"]:
+        """K from the sum of all ranks' `local_products`, which is K already; `Pair` has another."""
         return total
 
     def give_back(self, weights: Sequence[float]) -> None:

@@ -46,8 +46,8 @@ def install_in_fsdp(
         return
     params = sharded_parameters(model)
     check_same_weights(params, exchange.group)
-    over = [params[0].device_mesh.get_group(), *shards]  # type: ignore[attr-defined]
-    watch_passes(model, handle, Replicas(handle, exchange, params, over).listen)
+    groups = [params[0].device_mesh.get_group(), *shards]  # type: ignore[attr-defined]
+    watch_passes(model, handle, Replicas(handle, exchange, params, groups).add_hooks)
 
 
 def check_same_weights(params: list[nn.Parameter], group: dist.ProcessGroup) -> None:
@@ -92,7 +92,7 @@ class Replicas:
     Gram matrix is added up over the replicas' slices and then over the shards.
 
     Args:
-        over: the groups over which the coordinates are spread: FSDP2's own first.
+        groups: those over which the coordinates are spread: FSDP2's own first.
     """
 
     def __init__(
@@ -100,22 +100,22 @@ class Replicas:
         handle: Handle,
         exchange: Exchange,
         params: list[nn.Parameter],
-        over: Sequence[dist.ProcessGroup],
+        groups: Sequence[dist.ProcessGroup],
     ) -> None:
         self.handle, self.exchange, self.params = handle, exchange, params
-        self.over = handle.over = [exchange.group, *over]
-        self.heard: set[nn.Parameter] = set()
+        self.summed_groups = handle.summed_groups = [exchange.group, *groups]
+        self.hooked: set[nn.Parameter] = set()
         self.reached: set[Tensor] = set()  # parameters whose gradient this pass has reduced
         self.due = -1  # the pass at whose end the decision is due
-        self.listen()
+        self.add_hooks()
 
-    def listen(self) -> None:
+    def add_hooks(self) -> None:
         """Waits for the gradients of all trainable parameters, also those thawed after attach."""
-        if len(self.heard) == len(self.params):
+        if len(self.hooked) == len(self.params):
             return
         for p in self.params:
-            if p.requires_grad and p not in self.heard:
-                self.heard.add(p)
+            if p.requires_grad and p not in self.hooked:
+                self.hooked.add(p)
                 hook = p.register_post_accumulate_grad_hook(self._arrived)
                 self.handle.on_detach(hook.remove)
 
@@ -139,7 +139,7 @@ class Replicas:
                 p.grad = torch.zeros_like(p)
             grad: Any = p.grad
             self.exchange.send(grad.to_local().view(-1))
-        self.handle.settle(self.exchange, used, self.over)
+        self.handle.settle(self.exchange, used, self.summed_groups)
         self.handle.end()
 
     def _used_somewhere(self) -> list[nn.Parameter]:

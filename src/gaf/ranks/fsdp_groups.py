@@ -20,7 +20,7 @@ class GroupwiseShards:
 
     def __init__(self, handle: Handle, model: nn.Module, exchange: Exchange) -> None:
         self.handle = handle
-        handle.over = [exchange.group]
+        handle.summed_groups = [exchange.group]
         self.current = -1  # the pass that is in progress
         for module in model.modules():
             if isinstance(module, FSDPModule):

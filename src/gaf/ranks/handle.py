@@ -22,7 +22,7 @@ from gaf.rules.policies import private_copy
 
 
 class Handle(Decider):
-    """What `gaf.attach` returns.
+    """What `gaf.attach` returns: a Decider, whose begin, settle and end the hooks call.
 
     Attributes:
         last: the Decision of the last synchronised backward pass, on the CPU, the same on every
@@ -76,7 +76,7 @@ class Handle(Decider):
         place, and returned.
 
         Raises:
-            TypeError: for ReduceLROnPlateau, and for what is no torch scheduler.
+            TypeError: for ReduceLROnPlateau, and if it is not a torch scheduler.
             ValueError: if the scheduler drives none of the handle's optimizers.
             RuntimeError: after detach; from the scheduler's step(), if it turns out to be stepped
                 less often (per epoch).

@@ -59,7 +59,7 @@ def start_messages(
 
 
 def add_in_rank_order(partial: Tensor, group: "dist.ProcessGroup") -> Tensor:
-    """The sum over ranks, the same bits on each, on the host: a step reads its decision here only.
+    """The sum over ranks, the same bits on each, on the host, which waits for the device.
 
     Args:
         partial: (p,) float64, this rank's share.

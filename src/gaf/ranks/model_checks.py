@@ -8,7 +8,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from gaf.ranks.exchange import Exchange
-from gaf.ranks.steps import parameters_of
+from gaf.ranks.optimizer_steps import parameters_of
 from gaf.rules.contract import Policy, scope_of
 
 

@@ -1,4 +1,4 @@
-"""Which handle decides on a parameter, and no optimizer that it was not given steps on one."""
+"""Records which handle decides on a parameter; refuses steps by other optimizers."""
 
 import gc
 from collections.abc import Callable, Sequence
@@ -12,7 +12,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
 from gaf.ranks.handle import Handle
-from gaf.ranks.steps import parameters_of
+from gaf.ranks.optimizer_steps import parameters_of
 
 _owners: WeakIdKeyDictionary = WeakIdKeyDictionary()  # parameter -> (its model, its handle), weakly
 _handles: WeakSet[Handle] = WeakSet()
@@ -62,7 +62,7 @@ def watch_optimizers() -> None:
 def refuse_stranger(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     """Before every step of any optimizer: one that attach was not given would step past a skip."""
     for handle in list(_handles):
-        if not handle.attached or handle.steps.drives(optimizer) or handle.steps.stepping:
+        if not handle.attached or handle.steps.watches(optimizer) or handle.steps.stepping:
             continue  # a step within one of the handle's own optimizers belongs to that one
         p = next((p for p in parameters_of(optimizer) if p in handle.stale.params), None)
         if p is not None and not is_alive(owner_of(p)[0]):

@@ -48,14 +48,14 @@ class Pair(Exchange):
     def receive(self) -> None:
         self._wait()
 
-    def partial_gram(self) -> Float64[Tensor, "k k"]:
+    def local_products(self) -> Float64[Tensor, "k k"]:
         """In this rank's row: |g|^2 and <g, S>."""
         known = torch.zeros(2, 2, dtype=torch.float64, device=self.device)
         for own, places in self.kept:
             known[dist.get_rank(self.group)] += products_with_sum(own, places)
         return known
 
-    def gram(self, total: Float64[Tensor, "k k"]) -> Float64[Tensor, "k k"]:
+    def gram_from_products(self, total: Float64[Tensor, "k k"]) -> Float64[Tensor, "k k"]:
         (a, a_with_sum), (b, b_with_sum) = total
         between = a_with_sum - a if a <= b else b_with_sum - b
         return torch.stack([a, between, between, b]).view(2, 2)

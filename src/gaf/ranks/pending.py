@@ -59,7 +59,7 @@ class PendingDecisions:
         joining: bool,
         joined: bool,
         stale: StaleGradients,
-        over: "Sequence[dist.ProcessGroup]",
+        groups: "Sequence[dist.ProcessGroup]",
     ) -> int:
         """Drops decisions that no step has followed, unless their update still waits for one.
 
@@ -79,7 +79,7 @@ class PendingDecisions:
         holds = any(p.grad is not None for p in before)
         answers = (not joined, bool(mine), again, holds)
         device = next(iter(stale.params)).device
-        active, waiting, again_somewhere, held = count_ranks(answers, over, device)
+        active, waiting, again_somewhere, held = count_ranks(answers, groups, device)
         if not waiting:  # the others have stepped
             self.count_joined()
         elif again_somewhere or not held:
@@ -108,14 +108,14 @@ class PendingDecisions:
         self.passes = []
 
     def forget_policy_states(self) -> None:
-        """The policy is another: what the former one had learned is of no use to it."""
+        """The policy was replaced: what the former one had learned is of no use to the new one."""
         for one in self.passes:
             one.policy_state = None
 
     def known_ledger(self) -> RowLedger:
         """The counts as if the others had stepped on all decisions after this rank joined.
 
-        This rank has not heard of those steps yet.
+        This rank has not counted those steps yet.
         """
         joined = [one for one in self.passes if one.joined]
         if not joined:
@@ -135,11 +135,11 @@ class PendingDecisions:
 
 def count_pass(ledger: RowLedger, decisions: PassDecisions) -> None:
     for outcome, scale in decisions.outcomes:
-        ledger.count(outcome.skipped() if decisions.overflow else outcome, scale)
+        ledger.count(outcome.as_skip() if decisions.overflow else outcome, scale)
 
 
 def count_ranks(
-    answers: Sequence[bool], over: "Sequence[dist.ProcessGroup]", device: torch.device
+    answers: Sequence[bool], groups: "Sequence[dist.ProcessGroup]", device: torch.device
 ) -> list[int]:
     """How many ranks of the first group answer yes to each question; this rank's `answers` count.
 
@@ -147,8 +147,8 @@ def count_ranks(
     of its shards answers yes.
     """
     yes = torch.tensor(answers, dtype=torch.float32, device=device)
-    for group in over:
+    for group in groups:
         dist.all_reduce(yes, group=group)
-    for group in over[1:]:  # each of the first group's ranks was counted so often
+    for group in groups[1:]:  # each of the first group's ranks was counted so often
         yes /= dist.get_world_size(group)
     return [math.ceil(count) for count in yes.tolist()]

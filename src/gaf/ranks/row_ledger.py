@@ -12,6 +12,7 @@ class RowLedger(Ledger):
 
     Attributes:
         rejected, absent: for each row, in how many steps it was left out, or had no gradient.
+        progress: stays (0, 0); `StepHooks` counts the steps of each optimizer instead.
     """
 
     def __init__(self, policy: Policy, k: int) -> None:

@@ -1,4 +1,4 @@
-"""What all ranks must have in common before any of them sends: else they wait for each other."""
+"""What all ranks must have in common before any of them sends: otherwise they deadlock."""
 
 from collections import Counter
 from typing import Any

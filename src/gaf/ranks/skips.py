@@ -37,7 +37,7 @@ class SkippedParameters:
         self.frozen_at_zero.discard(p)
 
     def end_pass(self, stale: StaleGradients, several: bool) -> None:
-        waiting = {p for p in self.current if several and stale.waits(p)}
+        waiting = {p for p in self.current if several and stale.holds_old_update(p)}
         self.frozen.update(p for p in self.current if p not in waiting)
         self.frozen_at_zero |= waiting
 

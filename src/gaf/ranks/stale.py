@@ -38,14 +38,13 @@ class StaleGradients:
         self._arrived: set[Tensor] = set()  # parameters that the pass has reached on this rank
         self._flags: dict[Tensor, Tensor] = {}  # of those with an update: whether it was one
 
-    def open(self) -> bool:
-        """Begins a pass, if none has begun. Returns whether it did."""
+    def open(self) -> None:
+        """Begins a pass, if none has begun."""
         if self._open:
-            return False
+            return
         self._open = True
         self._updated = {p for p in self.params if p.grad is not None} if self._decided else set()
         self._arrived, self._flags = set(), {}
-        return True
 
     def look(self, p: Tensor) -> None:
         """Looks at a parameter's gradient just before a backward pass adds to it."""
@@ -71,7 +70,7 @@ class StaleGradients:
         """Parameters that the pass has reached on this rank so far."""
         return set(self._arrived)
 
-    def waits(self, p: Tensor) -> bool:
+    def holds_old_update(self, p: Tensor) -> bool:
         """Whether a parameter holds an earlier pass's gradient, not reached on this rank so far."""
         return p in self._updated and p not in self._arrived and p.grad is not None
 

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from gaf.ranks.steps import fused_overflow, parameters_of, place_of_closure
+from gaf.ranks.optimizer_steps import fused_overflow, parameters_of, place_of_closure
 
 
 class StepHooks:
@@ -54,7 +54,7 @@ class StepHooks:
     def end_pass(self) -> None:
         self._stepped = set()
 
-    def drives(self, optimizer: Optimizer) -> bool:
+    def watches(self, optimizer: Optimizer) -> bool:
         """Whether the optimizer is one of those that were given to attach."""
         return optimizer in self.progress
 

@@ -48,7 +48,7 @@ class Ledger:
         self.telemetry.take_back(self.outcome)
         decided, taken = self.progress
         self.progress = (decided, taken - self.outcome.stepped)
-        self.last, self.outcome = as_skip(self.last), self.outcome.skipped()
+        self.last, self.outcome = as_skip(self.last), self.outcome.as_skip()
 
     def gate(self, scheduler: LRScheduler) -> LRScheduler:
         """Makes a scheduler stand still on a skip; see `gaf.Accumulator.gate`."""

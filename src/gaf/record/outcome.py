@@ -24,10 +24,10 @@ class Outcome:
     @classmethod
     def fetch(cls, decision: Decision, evidence: Evidence) -> "Outcome":
         """The one transfer to the host that a step needs anyway, with all that is worth keeping."""
-        return cls.unpacked(pack(decision, evidence).tolist())
+        return cls.unpack(pack(decision, evidence).tolist())
 
     @classmethod
-    def unpacked(cls, flat: list[float]) -> "Outcome":
+    def unpack(cls, flat: list[float]) -> "Outcome":
         """From the 4 k + 3 numbers that `pack` gives."""
         k = len(flat) // 4
         return cls(
@@ -40,11 +40,11 @@ class Outcome:
             tau=flat[4 * k + 2],
         )
 
-    def unmeasured(self) -> "Outcome":
+    def without_measures(self) -> "Outcome":
         """The same without distances and norms: a plain all-reduce measures no row."""
         return replace(self, distances=[], norms2=[])
 
-    def skipped(self) -> "Outcome":
+    def as_skip(self) -> "Outcome":
         """The same evidence, no step."""
         k = len(self.accepted)
         return replace(self, stepped=False, accepted=[False] * k, weights=[0.0] * k)

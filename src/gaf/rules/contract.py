@@ -1,7 +1,7 @@
-"""What a policy is: a callable from K to a Decision, and what it may have beside.
+"""What a policy is: a callable from K to a Decision, with optional attributes.
 
-All that a policy may have beside its call is optional, so a plain function is a policy. The
-functions at the right read these attributes:
+Because all attributes are optional, a plain function is a policy. The functions at the right read
+them:
 
     scope            "all", "group" or "layer": what one decision covers        scope_of
     min_accepted     the policy never steps on fewer accepted rows              min_accepted_of

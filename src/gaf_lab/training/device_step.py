@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 import gaf
 from gaf.device.backward import unshare
-from gaf.device.rows import StackedRows, StreamedRows, rows_on_device
+from gaf.device.rows import StackedRows, StreamedRows, rows_without_waiting
 from gaf.record.outcome import pack
 from gaf.rules.contract import Policy, given_tau, is_planned
 from gaf.rules.decision import Evidence
@@ -91,7 +91,7 @@ class DeviceStep:
     def _rows(self) -> StreamedRows | StackedRows:
         voters = [True] * len(self.params)
         if self.streams:
-            return rows_on_device(self.policy, voters, self.device)
+            return rows_without_waiting(self.policy, voters, self.device)
         return StackedRows(self.policy, voters)
 
     def micro_gradient(self, i: int, rows: StreamedRows | StackedRows) -> Tensor:

@@ -133,7 +133,7 @@ class OnDevice:
     def step(self) -> None:
         """Reports the next step: counts it, as an Accumulator does when it takes one."""
         entry = self.waiting.popleft()[: -self.config.k]
-        self.ledger.record(gaf.Outcome.unpacked(entry))
+        self.ledger.record(gaf.Outcome.unpack(entry))
         if self.one.planned:
             self.policy.step += 1
 

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import gaf
-from gaf.device.rows import StackedRows, rows_on_device
+from gaf.device.rows import StackedRows, rows_without_waiting
 from gaf_lab.data.pictures import Pictures
 from gaf_lab.data.problem import make_problem
 from gaf_lab.records import checkpoint
@@ -421,8 +421,8 @@ def test_a_step_that_is_noted_once_and_repeated_is_a_step(changes):
 def test_weights_on_the_device_give_the_update_that_weights_on_the_host_give(policy):
     for trial in range(10):
         rng = torch.Generator().manual_seed(trial)
-        rows = rows_on_device(policy, [True] * 3, torch.device("cpu"))
-        other = rows_on_device(policy, [True] * 3, torch.device("cpu"))
+        rows = rows_without_waiting(policy, [True] * 3, torch.device("cpu"))
+        other = rows_without_waiting(policy, [True] * 3, torch.device("cpu"))
         for i in range(5):
             row = [torch.randn(shape, generator=rng) for shape in ((3,), (4, 2), (5000,))]
             if i == 2 and not isinstance(policy, gaf.Mean):
