@@ -17,21 +17,29 @@ PAPER = 673  # pixels between the margins of 16 mm on A4, at 96 to the inch
 SHRUNK = 1.05  # printing shrinks what is wider than the paper; more than this shows
 PATIENCE = 5.0  # seconds for a page to come to rest
 FLAGS = (
-    "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync",
-)  # fmt: skip
+    "--headless=new",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-dev-shm-usage",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
 
-# Of each picture that is not there, and of each figure that shows neither a picture nor a drawing with something in it: its name.
+# Names of missing pictures, and of figures that show neither a picture nor a drawing with content.
 EMPTY = """
 const seen = (e) => e.getClientRects().length > 0 && getComputedStyle(e).visibility !== "hidden";
 const whole = (image) => image.complete && image.naturalWidth > 0;
 const size = (e) => Math.max(e.getBoundingClientRect().width, e.getBoundingClientRect().height);
 const drawn = (plot) => seen(plot) && (plot.data || []).some((trace) => trace.visible !== false)
   && [...plot.querySelectorAll("svg .mlayer path, svg .mlayer image")].some((e) => size(e) > 1);
-const images = [...document.images].filter((image) => !whole(image)).map((image) => `picture ${image.alt || image.src.slice(0, 60)}`);
+const images = [...document.images].filter((image) => !whole(image))
+  .map((image) => `picture ${image.alt || image.src.slice(0, 60)}`);
 const figures = [...document.querySelectorAll("figure")].filter((figure) =>
   ![...figure.querySelectorAll("img")].some((image) => seen(image) && whole(image))
-  && ![...figure.querySelectorAll(".js-plotly-plot")].some(drawn)).map((figure) => `figure ${figure.id}`);
+  && ![...figure.querySelectorAll(".js-plotly-plot")].some(drawn))
+  .map((figure) => `figure ${figure.id}`);
 return [...images, ...figures];
 """
 # On paper: figures without a picture, and drawings that would be printed beside it.
@@ -39,25 +47,30 @@ UNPRINTED = """
 const seen = (e) => e.getClientRects().length > 0;
 const figures = [...document.querySelectorAll("figure")];
 return [
-  ...figures.filter((f) => ![...f.querySelectorAll("img")].some(seen)).map((f) => `figure ${f.id} has no picture`),
-  ...figures.filter((f) => [...f.querySelectorAll(".js-plotly-plot")].some(seen)).map((f) => `figure ${f.id} has a live drawing`),
+  ...figures.filter((f) => ![...f.querySelectorAll("img")].some(seen))
+    .map((f) => `figure ${f.id} has no picture`),
+  ...figures.filter((f) => [...f.querySelectorAll(".js-plotly-plot")].some(seen))
+    .map((f) => `figure ${f.id} has a live drawing`),
 ];
 """
-# Names of elements that reach beyond the width and are not inside something that scrolls; empty where the page does not scroll sideways.
+# Names of elements that reach beyond the width and are not inside something that scrolls.
+# Empty if the page does not scroll sideways.
 WIDER = """
 const width = arguments[0], root = document.documentElement;
 if (Math.max(root.scrollWidth, document.body.scrollWidth) <= width) return [];
 const beyond = (e) => e.getBoundingClientRect().right > width + 0.5;
 const clips = (e) => ["auto", "scroll", "hidden"].includes(getComputedStyle(e).overflowX);
 const inside = (e) => e && e !== document.body && (clips(e) || inside(e.parentElement));
-const wide = [...document.body.querySelectorAll("*")].filter((e) => beyond(e) && !inside(e.parentElement));
-return [`the page is ${root.scrollWidth} wide`, ...wide.map((e) => `<${e.tagName.toLowerCase()} ${e.id || e.className}>`).slice(0, 5)];
+const wide = [...document.body.querySelectorAll("*")]
+  .filter((e) => beyond(e) && !inside(e.parentElement));
+const name = (e) => `<${e.tagName.toLowerCase()} ${e.id || e.className}>`;
+return [`the page is ${root.scrollWidth} wide`, ...wide.map(name).slice(0, 5)];
 """
 
 
 @contextmanager
 def chromium() -> Iterator[Any]:
-    """A driver of Chromium with a profile of its own; the test is skipped, saying why, where one of the parts is missing."""
+    """A driver of Chromium with a profile of its own. Skips the test if one of them is missing."""
     webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
     browser, driver = (
         shutil.which("chromium") or shutil.which("google-chrome"),
@@ -92,7 +105,7 @@ def assert_page_is_sound(path: Path, driver: Any = None) -> None:
 
 
 def faults(path: Path, driver: Any) -> list[str]:
-    """Errors on the console, figures that are missing or empty, and what overflows, on the screens and on paper."""
+    """Console errors, missing or empty figures, and overflow, on the screens and on paper."""
     driver.get_log("browser")
     emulate(driver, WIDTHS[0])
     driver.get(path.resolve().as_uri())

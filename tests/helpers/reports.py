@@ -33,7 +33,10 @@ def simulate(
     nulls: tuple[str, ...] = (),
     **header,
 ) -> Run:
-    """A run that learns to 88%, and then forgets down to `last` as it memorises; `passes` evaluations of 40, one each."""
+    """A run that learns to 88%, and then forgets down to `last` as it memorises.
+
+    It has the first `passes` evaluations of 40, one per pass.
+    """
     folder.mkdir(parents=True)
     records.append(folder, head(folder.name, arm, seed) | header)
     draw = random.Random(f"{arm}/{seed}")
@@ -41,10 +44,21 @@ def simulate(
     for t in range(1, passes + 1):
         rise, fall = 1 - math.exp(-t / 3), 1 / (1 + math.exp(4.5 - t * 9 / 40))
         accuracy = 0.1 + 0.78 * rise - fallen * fall + draw.gauss(0, 0.004)
-        line = {"kind": "eval", "step": t * STEPS, "steps_taken": t * STEPS // 2, "samples": t * STEPS * 160, "passes": t,
-                "seconds": 1.5 * t, "acceptance": 0.4, "distance_mean": 0.45 + 0.4 * rise + 0.2 * fallen * fall,
-                "heldout_accuracy": 0.1 + 0.6 * (accuracy - 0.1), "test_accuracy": accuracy, "memorised": 0.03 + 3.5 * fallen * fall,
-                "corrected": 0.85 * rise - 3 * fallen * fall, "rows": [3] * STEPS}  # fmt: skip
+        line = {
+            "kind": "eval",
+            "step": t * STEPS,
+            "steps_taken": t * STEPS // 2,
+            "samples": t * STEPS * 160,
+            "passes": t,
+            "seconds": 1.5 * t,
+            "acceptance": 0.4,
+            "distance_mean": 0.45 + 0.4 * rise + 0.2 * fallen * fall,
+            "heldout_accuracy": 0.1 + 0.6 * (accuracy - 0.1),
+            "test_accuracy": accuracy,
+            "memorised": 0.03 + 3.5 * fallen * fall,
+            "corrected": 0.85 * rise - 3 * fallen * fall,
+            "rows": [3] * STEPS,
+        }
         records.append(folder, line | dict.fromkeys(nulls))
     if status:
         records.append(folder, {"kind": "end", "status": status, "seconds": 1.5 * passes})
@@ -52,10 +66,30 @@ def simulate(
 
 
 def head(name: str, arm: str, seed: int) -> dict:
-    config = {"dataset": "mnist5k", "noise": "symmetric", "noise_rate": 0.4, "model": "mlp", "k": 8, "b": 20, "lr": 0.05,
-              "policy": POLICIES.get(arm, "gaf"), "tau": 0.8, "min_accepted": 2, "seed": seed}  # fmt: skip
-    return {"kind": "run", "name": name, "arm": arm, "config": config, "config_hash": "0123456789ab", "command": "gaf demo --seeds 3",
-            "versions": {"torch": "2.13.0"}, "machine": {"cores": 8}, "commit": "b3bf7001"}  # fmt: skip
+    config = {
+        "dataset": "mnist5k",
+        "noise": "symmetric",
+        "noise_rate": 0.4,
+        "model": "mlp",
+        "k": 8,
+        "b": 20,
+        "lr": 0.05,
+        "policy": POLICIES.get(arm, "gaf"),
+        "tau": 0.8,
+        "min_accepted": 2,
+        "seed": seed,
+    }
+    return {
+        "kind": "run",
+        "name": name,
+        "arm": arm,
+        "config": config,
+        "config_hash": "0123456789ab",
+        "command": "gaf demo --seeds 3",
+        "versions": {"torch": "2.13.0"},
+        "machine": {"cores": 8},
+        "commit": "b3bf7001",
+    }
 
 
 def nine(folder: Path) -> list[Run]:
@@ -64,7 +98,7 @@ def nine(folder: Path) -> list[Run]:
 
 @dataclass
 class Page(HTMLParser):
-    """What a browser would make of a page: elements with their attributes, and the text outside scripts and styles."""
+    """A page's elements with their attributes, and its text outside scripts and styles."""
 
     source: str
     elements: list[tuple[str, dict[str, str | None]]] = field(default_factory=list)

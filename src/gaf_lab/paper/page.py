@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from gaf_lab.paper import figures as pf
 from gaf_lab.paper import sheet
+from gaf_lab.paper.figures import has_anything, page_png, save_figure
+from gaf_lab.paper.interactive import plotly_item
 from gaf_lab.paper.items import Item
 from gaf_lab.paper.page_table import (
     drop_empty_columns,
@@ -16,7 +17,10 @@ from gaf_lab.paper.page_table import (
     table_headings,
     table_rows,
 )
+from gaf_lab.paper.panels import ACROSS, chart_of
+from gaf_lab.paper.places import arm_names, tick_texts
 from gaf_lab.paper.sentences import describe_outcome, figure_caption
+from gaf_lab.paper.table import columns_not_run, table_blocks, table_columns
 from gaf_lab.progress import Tell, silent
 from gaf_lab.records.run import Run
 from gaf_lab.report.arms import group_by_arm
@@ -53,8 +57,8 @@ def write_page(sections: Sequence[Section], out: Path, title: str, tell: Tell = 
 
 def make_section(item: Item, runs: list[Run], notes: Sequence[str], out: Path) -> dict[str, Any]:
     """The page's parts for a figure."""
-    pf.draw(item, runs, out, notes)
-    colours = palette(list(dict.fromkeys([*pf.names_of(item, runs), *item.paper])))
+    save_figure(item, runs, out, notes)
+    colours = palette(list(dict.fromkeys([*arm_names(item, runs), *item.paper])))
     common, _ = split_conditions(group_by_arm(runs)) if runs else ([], [])
     return {
         "id": item.id,
@@ -67,7 +71,7 @@ def make_section(item: Item, runs: list[Run], notes: Sequence[str], out: Path) -
         "caption": figure_caption(item, runs),
         "chips": arm_buttons(item, runs, colours),
         "palette": colours,
-        "place": "" if item.x is None else pf.ACROSS[item.x],
+        "place": "" if item.x is None else ACROSS[item.x],
         "compared": gap_groups(item, runs),
         "common": common,
         "commands": commands_of(runs),
@@ -76,11 +80,11 @@ def make_section(item: Item, runs: list[Run], notes: Sequence[str], out: Path) -
 
 def make_chart(item: Item, runs: list[Run]) -> dict[str, Any] | None:
     """The figure's views, one for each axis; None for a table, and without values."""
-    if item.kind == "table" or not (item.kind == "plane" or pf.has_anything(item, runs)):
+    if item.kind == "table" or not (item.kind == "plane" or has_anything(item, runs)):
         return None
     views = [
-        view_part(axis.name, pf.picture(item, runs, axis), pf.interactive(item, runs, axis))
-        for axis in pf.chart_of(item).axes
+        view_part(axis.name, page_png(item, runs, axis), plotly_item(item, runs, axis))
+        for axis in chart_of(item).axes
     ]
     return {"name": item.id, "title": "", "views": views} if views else None
 
@@ -88,11 +92,11 @@ def make_chart(item: Item, runs: list[Run]) -> dict[str, Any] | None:
 def make_table(item: Item, runs: list[Run], notes: Sequence[str]) -> dict[str, Any]:
     """The columns and rows of the table: the figure itself, or the one beside a figure."""
     if item.kind == "table":
-        columns = pf.ticks(item, pf.columns_of(item, runs))
+        columns = tick_texts(item, table_columns(item, runs))
         if not runs:
             return {"columns": columns, "blocks": [], "rows": []}
-        missing = [*notes, *pf.columns_not_run(item, runs)]
-        blocks = pf.blocks(item, runs)
+        missing = [*notes, *columns_not_run(item, runs)]
+        blocks = table_blocks(item, runs)
         return {"columns": columns, "blocks": blocks, "rows": [], "notes": missing}
     columns, rows = drop_empty_columns(table_headings(item), table_rows(item, runs))
     return {"columns": columns, "blocks": [], "rows": [] if item.kind == "plane" else rows}
@@ -102,7 +106,7 @@ def arm_buttons(item: Item, runs: list[Run], colours: dict[str, Shade]) -> dict[
     """The buttons above a figure: its arms, and the paper if it prints values."""
     if not runs or item.kind not in ("curves", "against"):
         return {}
-    buttons = {name: colours[name] for name in pf.names_of(item, runs)}
+    buttons = {name: colours[name] for name in arm_names(item, runs)}
     if any(item.paper.values()):
         buttons[PAPER] = Shade(SOFT, SOFT)
     return buttons

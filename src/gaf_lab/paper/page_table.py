@@ -2,9 +2,16 @@
 
 from typing import Any
 
-from gaf_lab.paper import figures as pf
-from gaf_lab.paper.figures import Place
 from gaf_lab.paper.items import Item
+from gaf_lab.paper.panels import PANEL_MEASURES, PANELS, measure_title
+from gaf_lab.paper.places import (
+    Position,
+    arms_by_position,
+    differences_by_position,
+    paper_value,
+    position_in_words,
+    tick_texts,
+)
 from gaf_lab.records.run import Run
 from gaf_lab.report import statistics as st
 from gaf_lab.report.arms import Arm
@@ -17,9 +24,9 @@ def table_headings(item: Item) -> list[str]:
     """Each key's measures, and the paper's value if it prints one; then n."""
     found = []
     for key in item.keys:
-        found += [pf.titled(key, measure) for measure in pf.PANEL_MEASURES[key]]
+        found += [measure_title(key, measure) for measure in PANEL_MEASURES[key]]
         if has_paper_value(item, key):
-            unit = pf.PANELS[key].unit
+            unit = PANELS[key].unit
             found.append(f"paper ({unit})" if unit else "paper")
     return [*found, "n"]
 
@@ -39,17 +46,17 @@ def drop_empty_columns(
 
 def has_paper_value(item: Item, key: str) -> bool:
     return any(
-        pf.printed(item, arm, x, key) is not None for arm, row in item.paper.items() for x in row
+        paper_value(item, arm, x, key) is not None for arm, row in item.paper.items() for x in row
     )
 
 
 def table_rows(item: Item, runs: list[Run]) -> list[dict[str, Any]]:
     """A row for each arm at each place; the first row of a place names it."""
     found = []
-    for x, arms in pf.grouped(item, runs).items():
+    for x, arms in arms_by_position(item, runs).items():
         for i, arm in enumerate(arms):
             row = {
-                "place": pf.ticks(item, [x])[0] if i == 0 else "",
+                "place": tick_texts(item, [x])[0] if i == 0 else "",
                 "rows": len(arms),
                 "arm": arm.name,
                 "name": with_star(arm.name, arm),
@@ -60,13 +67,13 @@ def table_rows(item: Item, runs: list[Run]) -> list[dict[str, Any]]:
     return found
 
 
-def row_cells(item: Item, x: Place, arm: Arm) -> list[tuple[str, str]]:
+def row_cells(item: Item, x: Position, arm: Arm) -> list[tuple[str, str]]:
     found = []
     for key in item.keys:
-        for measure in pf.PANEL_MEASURES[key]:
+        for measure in PANEL_MEASURES[key]:
             found.append(spread_as_text(st.spread_over_seeds(arm, measure), measure, 1.0))
         if has_paper_value(item, key):
-            value, panel = pf.printed(item, arm.name, x, key), pf.PANELS[key]
+            value, panel = paper_value(item, arm.name, x, key), PANELS[key]
             text = NONE if value is None else f"{value * panel.factor:.{panel.digits}f}"
             found.append((text, ""))
     return found
@@ -76,7 +83,7 @@ def gap_groups(item: Item, runs: list[Run]) -> list[dict[str, Any]]:
     """The paired differences by measure, each with its place."""
     groups = []
     for key in item.keys:
-        for measure in pf.PANEL_MEASURES[key]:
+        for measure in PANEL_MEASURES[key]:
             rows = gap_rows(item, runs, measure) if measure.unit == "share" else []
             if rows:
                 groups.append({"label": measure.label, "rows": rows})
@@ -84,8 +91,8 @@ def gap_groups(item: Item, runs: list[Run]) -> list[dict[str, Any]]:
 
 
 def gap_rows(item: Item, runs: list[Run], measure: Measure) -> list[dict[str, Any]]:
-    found = pf.differences(item, runs, measure)
-    many = len(pf.grouped(item, runs)) > 1
+    found = differences_by_position(item, runs, measure)
+    many = len(arms_by_position(item, runs)) > 1
     rows = []
     for (x, gap), bar in zip(found, bars([gap for _, gap in found]), strict=True):
         row = {
@@ -94,7 +101,7 @@ def gap_rows(item: Item, runs: list[Run], measure: Measure) -> list[dict[str, An
             "other": gap.other,
             "bar": bar,
             "verdict": reading(gap),
-            "at": f", {pf.spoken(item, x)}" if many else "",
+            "at": f", {position_in_words(item, x)}" if many else "",
         }
         rows.append(row)
     return rows

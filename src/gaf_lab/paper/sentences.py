@@ -1,8 +1,14 @@
 """Sentences on a figure's page: the outcome of its runs, and the caption."""
 
-from gaf_lab.paper import figures as pf
-from gaf_lab.paper.figures import Place
 from gaf_lab.paper.items import Item
+from gaf_lab.paper.panels import DISTANCES
+from gaf_lab.paper.places import (
+    Position,
+    arms_by_position,
+    differences_by_position,
+    position_in_words,
+)
+from gaf_lab.paper.table import KEY_CONTROLS
 from gaf_lab.records.run import Run
 from gaf_lab.report import measures
 from gaf_lab.report import statistics as st
@@ -44,18 +50,20 @@ def describe_outcome(item: Item, runs: list[Run]) -> list[str]:
     found = []
     if "test_accuracy" in item.keys:
         for measure, when in WHEN:
-            gaps = pf.differences(item, runs, measure)
-            for other in (BASELINE, *pf.CONTROLS):
+            gaps = differences_by_position(item, runs, measure)
+            for other in (BASELINE, *KEY_CONTROLS):
                 of_pair = [(x, gap) for x, gap in gaps if (gap.arm, gap.other) == ("GAF", other)]
                 if of_pair:
                     found.append(summarise_gaps(item, when, of_pair))
-        found += few_seeds_caveat(gap.n for _, gap in pf.differences(item, runs, measures.LAST))
+        found += few_seeds_caveat(
+            gap.n for _, gap in differences_by_position(item, runs, measures.LAST)
+        )
     if "distance_mean" in item.keys:
         found += describe_distances(item, runs)
     return [unbreakable(sentence) for sentence in found]
 
 
-def summarise_gaps(item: Item, when: str, gaps: list[tuple[Place, st.Difference]]) -> str:
+def summarise_gaps(item: Item, when: str, gaps: list[tuple[Position, st.Difference]]) -> str:
     """GAF against one other arm, over all places."""
     gap = gaps[0][1]
     if len(gaps) == 1:
@@ -63,7 +71,9 @@ def summarise_gaps(item: Item, when: str, gaps: list[tuple[Place, st.Difference]
     above = sum(g.clear and g.mean > 0 for _, g in gaps)
     below = sum(g.clear and g.mean < 0 for _, g in gaps)
     ends = sorted(gaps, key=lambda one: one[1].mean)
-    low, high = (f"{signed(g.mean * 100)} ({pf.spoken(item, x)})" for x, g in (ends[0], ends[-1]))
+    low, high = (
+        f"{signed(g.mean * 100)} ({position_in_words(item, x)})" for x, g in (ends[0], ends[-1])
+    )
     span = f"{when}, {gap.arm} {MINUS} {gap.other} runs from {low} to {high} points"
     if max(g.n for _, g in gaps) < st.MIN_SEEDS:
         return f"{span}; these are too few seeds to tell any difference."
@@ -75,7 +85,7 @@ def summarise_gaps(item: Item, when: str, gaps: list[tuple[Place, st.Difference]
 
 def describe_distances(item: Item, runs: list[Run]) -> list[str]:
     """The range of the cosine distances, over all arms."""
-    values = {measure.name: means_of(item, runs, measure) for measure in pf.DISTANCES}
+    values = {measure.name: means_of(item, runs, measure) for measure in DISTANCES}
     if not values["distance"]:
         return []
     low, high, least = min(values["distance"]), max(values["distance"]), min(values["lowest"])
@@ -84,16 +94,16 @@ def describe_distances(item: Item, runs: list[Run]) -> list[str]:
     else:
         span = (
             f"The mean cosine distance of a run goes from {low[0]:.3f} "
-            f"({low[2]}, {pf.spoken(item, low[1])}) to {high[0]:.3f} "
-            f"({high[2]}, {pf.spoken(item, high[1])})"
+            f"({low[2]}, {position_in_words(item, low[1])}) to {high[0]:.3f} "
+            f"({high[2]}, {position_in_words(item, high[1])})"
         )
     return [f"{span}; the lowest evaluation has {least[0]:.3f}."]
 
 
-def means_of(item: Item, runs: list[Run], measure: Measure) -> list[tuple[float, Place, str]]:
+def means_of(item: Item, runs: list[Run], measure: Measure) -> list[tuple[float, Position, str]]:
     """The mean over seeds of each arm at each place, with place and name."""
     found = []
-    for x, arms in pf.grouped(item, runs).items():
+    for x, arms in arms_by_position(item, runs).items():
         for arm in arms:
             spread = st.spread_over_seeds(arm, measure)
             if spread and spread.mean is not None:

@@ -1,4 +1,4 @@
-"""The sheet that a figure of the paper is drawn on: title and notes above, axes in rows and columns."""
+"""The sheet of a figure: title and notes above, axes in rows and columns beneath."""
 
 import textwrap
 from collections.abc import Sequence

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from gaf_lab.paper import estimate, items, scales
-from gaf_lab.paper import figures as pf
 from gaf_lab.paper.estimate import START_SECONDS
 from gaf_lab.paper.notes import note_conditions
+from gaf_lab.paper.places import arm_names, arms_by_position
 from gaf_lab.paper.plans import make_plan
 from gaf_lab.records.run import Run
 from gaf_lab.settings import presets
@@ -53,8 +53,8 @@ def test_at_each_place_of_a_figure_an_arms_name_is_one_config(name, reading, sca
         Run(Path(folder_name(config)), {"arm": config.arm, "config": config.plain()}, [], None)
         for config in configs
     ]
-    of = [arm for arms in pf.grouped(item, runs).values() for arm in arms]
-    assert {arm.name for arm in of} <= set(pf.names_of(item, runs))
+    of = [arm for arms in arms_by_position(item, runs).values() for arm in arms]
+    assert {arm.name for arm in of} <= set(arm_names(item, runs))
     # there the code's batch of 128 has a length for each b
     if (name, reading, scale) != ("fig9", "code", "smoke"):
         assert [arm.name for arm in of] == [arm.kind for arm in of]

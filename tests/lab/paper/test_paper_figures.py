@@ -11,12 +11,23 @@ import torch
 from matplotlib.text import Text
 
 import gaf
-from gaf_lab.paper import figures as pf
 from gaf_lab.paper import page as paper_page
-from gaf_lab.paper import plane, sheet
+from gaf_lab.paper import plane, plane_run, sheet
+from gaf_lab.paper.figures import draw_item, save_figure
+from gaf_lab.paper.interactive import plotly_item
 from gaf_lab.paper.items import HUMAN_COLUMN, Item
 from gaf_lab.paper.page_table import table_headings, table_rows
+from gaf_lab.paper.panels import DISTANCES, measures_with_values
+from gaf_lab.paper.places import (
+    arms_by_position,
+    axis_positions,
+    differences_by_position,
+    gaf_pairs,
+    tick_texts,
+)
 from gaf_lab.paper.sentences import figure_caption
+from gaf_lab.paper.series import all_series
+from gaf_lab.paper.table import columns_not_run, table_blocks, table_columns
 from gaf_lab.records.run import Run
 from gaf_lab.report import measures
 from gaf_lab.report import statistics as st
@@ -31,8 +42,15 @@ POLICIES = {
     "random subset": "random-subset",
     "random skip": "random-skip",
 }
-NOISE = Item("fig6", "Accuracy per noise level", "GAF gains.", "against", "noise_rate", ("test_accuracy",),
-             {"GAF": {0.0: 0.63, 0.4: 0.53}, "averaging": {0.0: 0.62, 0.4: 0.38}})  # fmt: skip
+NOISE = Item(
+    "fig6",
+    "Accuracy per noise level",
+    "GAF gains.",
+    "against",
+    "noise_rate",
+    ("test_accuracy",),
+    {"GAF": {0.0: 0.63, 0.4: 0.53}, "averaging": {0.0: 0.62, 0.4: 0.38}},
+)
 TAU = Item(
     "fig7", "Accuracy against tau", "0.97 is best.", "against", "tau", ("test_accuracy",), {}
 )
@@ -46,8 +64,18 @@ TRAINING = Item(
     ("test_accuracy", "distance_mean"),
     {"GAF": {"test_accuracy": 0.614}},
 )
-TABLE = Item("table1", "Accuracy at every label error", "GAF beats averaging.", "table", "noise_rate", ("test_accuracy",),
-             {"GAF": {0.0: 0.63, 0.4: 0.53, HUMAN_COLUMN: 0.614}, "averaging": {0.0: 0.62, 0.4: 0.38, HUMAN_COLUMN: 0.521}})  # fmt: skip
+TABLE = Item(
+    "table1",
+    "Accuracy at every label error",
+    "GAF beats averaging.",
+    "table",
+    "noise_rate",
+    ("test_accuracy",),
+    {
+        "GAF": {0.0: 0.63, 0.4: 0.53, HUMAN_COLUMN: 0.614},
+        "averaging": {0.0: 0.62, 0.4: 0.38, HUMAN_COLUMN: 0.521},
+    },
+)
 PLANE = Item(
     "fig2", "The idea in two dimensions", "Those that disagree are left out.", "plane", None, (), {}
 )
@@ -64,13 +92,35 @@ def run(
     """One evaluation per accuracy, every 10 steps and 1000 samples; half of the steps are taken."""
     heldout, distance = heldout or accuracy, distance or [0.9] * len(accuracy)
     evals = [
-        {"step": 10 * i, "steps_taken": 5 * i, "samples": 1000 * i, "passes": float(i), "seconds": 2.0 * i, "acceptance": 0.5,
-         "heldout_accuracy": held, "test_accuracy": value, "distance_mean": far, "memorised": None, "corrected": None,
-         "clean_accuracy": None, "rows": [2] * 10}
+        {
+            "step": 10 * i,
+            "steps_taken": 5 * i,
+            "samples": 1000 * i,
+            "passes": float(i),
+            "seconds": 2.0 * i,
+            "acceptance": 0.5,
+            "heldout_accuracy": held,
+            "test_accuracy": value,
+            "distance_mean": far,
+            "memorised": None,
+            "corrected": None,
+            "clean_accuracy": None,
+            "rows": [2] * 10,
+        }
         for i, (value, held, far) in enumerate(zip(accuracy, heldout, distance, strict=True), 1)
-    ]  # fmt: skip
-    whole = {"dataset": "cifar100", "noise": "symmetric", "noise_rate": 0.4, "model": "resnet18", "k": 8, "b": 100, "tau": 0.97,
-             "min_accepted": 2, "policy": POLICIES.get(arm, "mean"), "seed": seed} | config  # fmt: skip
+    ]
+    whole = {
+        "dataset": "cifar100",
+        "noise": "symmetric",
+        "noise_rate": 0.4,
+        "model": "resnet18",
+        "k": 8,
+        "b": 100,
+        "tau": 0.97,
+        "min_accepted": 2,
+        "policy": POLICIES.get(arm, "mean"),
+        "seed": seed,
+    } | config
     header = {
         "kind": "run",
         "name": f"{arm}-{seed}",
@@ -83,7 +133,10 @@ def run(
 
 
 def noisy() -> list[Run]:
-    """GAF 20 points above averaging at 40%, 2 above at 0%, on two seeds; the random subset between them. The first evaluation is best."""
+    """Two seeds of GAF 20 points above averaging at 40%, 2 above at 0%.
+
+    The random subset is between them. The first evaluation is best.
+    """
     levels = {
         ("averaging", 0.0): 0.8,
         ("GAF", 0.0): 0.82,
@@ -137,23 +190,28 @@ def human() -> list[Run]:
     ]
 
 
-# --- where runs stand --------------------------------------------------------------------------------------------
+# --- where runs stand ----------------------------------------------------------------------------
 
 
 def test_human_labels_stand_beside_the_noise_rates_and_clean_ones_at_zero():
-    groups = pf.grouped(TABLE, human())
+    groups = arms_by_position(TABLE, human())
     assert list(groups) == [0.0, 0.4, HUMAN_COLUMN]
     assert [arm.name for arm in groups[0.4]] == ["averaging", "GAF", "random subset"]
 
 
 def test_micro_batch_sizes_stand_by_their_logarithm_and_thresholds_one_after_the_other():
-    assert np.ptp(np.diff(list(pf.positions(SIZE, by_size()).values()))) == 0  # doubled each time
-    assert list(pf.positions(TAU, along_tau()).items()) == [(0.8, 0), (0.9, 1), (1.0, 2), (2.0, 3)]
-    assert pf.positions(NOISE, noisy()) == {0.0: 0.0, 0.4: 40.0}
+    assert np.ptp(np.diff(list(axis_positions(SIZE, by_size()).values()))) == 0  # doubled each time
+    assert list(axis_positions(TAU, along_tau()).items()) == [
+        (0.8, 0),
+        (0.9, 1),
+        (1.0, 2),
+        (2.0, 3),
+    ]
+    assert axis_positions(NOISE, noisy()) == {0.0: 0.0, 0.4: 40.0}
 
 
 def test_means_seeds_and_the_papers_values():
-    last = {one.arm: one for one in pf.series(NOISE, noisy(), "test_accuracy", measures.LAST)}
+    last = {one.arm: one for one in all_series(NOISE, noisy(), "test_accuracy", measures.LAST)}
     gaf = last["GAF"]
     assert [(x, round(mean, 6), n) for x, mean, _, n in gaf.mean] == [
         (0.0, 83.0, 2),
@@ -171,20 +229,20 @@ def test_means_seeds_and_the_papers_values():
 
 
 def test_last_and_selected_are_panels_of_their_own():
-    assert [measure for _, measure in pf.rows_of(NOISE, noisy())] == [
+    assert [measure for _, measure in measures_with_values(NOISE, noisy())] == [
         measures.LAST,
         measures.SELECTED,
     ]
     selected = {
-        one.arm: one for one in pf.series(NOISE, noisy(), "test_accuracy", measures.SELECTED)
+        one.arm: one for one in all_series(NOISE, noisy(), "test_accuracy", measures.SELECTED)
     }
     # ten points above each run's first level
     assert [round(mean, 6) for _, mean, *_ in selected["GAF"].mean] == [92, 80]
 
 
 def test_distances_are_means_over_the_run_lowest_and_last():
-    for measure, value in zip(pf.DISTANCES, (0.9375, 0.9, 0.95), strict=True):
-        arm = next(arm for x, (arm,) in pf.grouped(SIZE, by_size()).items() if x == 100)
+    for measure, value in zip(DISTANCES, (0.9375, 0.9, 0.95), strict=True):
+        arm = next(arm for x, (arm,) in arms_by_position(SIZE, by_size()).items() if x == 100)
         spread = st.spread_over_seeds(arm, measure)
         assert spread is not None
         assert spread.mean == pytest.approx(
@@ -192,26 +250,30 @@ def test_distances_are_means_over_the_run_lowest_and_last():
         )
 
 
-# --- differences -------------------------------------------------------------------------------------------------
+# --- differences ---------------------------------------------------------------------------------
 
 
 def test_differences_are_paired_at_each_place():
-    found = {(x, gap.other): gap for x, gap in pf.differences(NOISE, noisy(), measures.LAST)}
+    found = {
+        (x, gap.other): gap for x, gap in differences_by_position(NOISE, noisy(), measures.LAST)
+    }
     assert {key: round(gap.mean, 6) for key, gap in found.items()} == {
-        (0.0, "averaging"): 0.02, (0.4, "averaging"): 0.2, (0.4, "random subset"): 0.1,
-    }  # fmt: skip
+        (0.0, "averaging"): 0.02,
+        (0.4, "averaging"): 0.2,
+        (0.4, "random subset"): 0.1,
+    }
     assert {gap.arm for gap in found.values()} == {"GAF"}
     assert {gap.n for gap in found.values()} == {2}
 
 
 def test_averaging_has_no_tau_and_is_compared_at_all_and_drawn_all_along():
-    found = pf.differences(TAU, along_tau(), measures.LAST)
+    found = differences_by_position(TAU, along_tau(), measures.LAST)
     assert [(x, gap.arm, gap.other, round(gap.mean, 6)) for x, gap in found] == [
         (tau, "GAF", "averaging", round(tau / 10, 6)) for tau in (0.8, 0.9, 1.0)
     ]
     assert [
         one.arm
-        for one in pf.series(TAU, along_tau(), "test_accuracy", measures.LAST)
+        for one in all_series(TAU, along_tau(), "test_accuracy", measures.LAST)
         if one.everywhere
     ] == ["averaging"]
 
@@ -223,23 +285,28 @@ def test_variants_are_compared_with_gaf_and_gaf_with_the_others():
             for arm in ("mixup", "GAF, halving", "GAF", "averaging")
         ]
     )
-    assert [(one.name, other.name) for one, other in pf.pairs(of)] == [
+    assert [(one.name, other.name) for one, other in gaf_pairs(of)] == [
         ("GAF", "averaging"),
         ("GAF", "mixup"),
         ("GAF, halving", "GAF"),
     ]
 
 
-# --- figures -----------------------------------------------------------------------------------------------------
+# --- figures -------------------------------------------------------------------------------------
 
 DRAWN = {
-    "against noise": (NOISE, noisy), "along tau": (TAU, along_tau), "by size": (SIZE, by_size), "over training": (TRAINING, over_training),
-    "table": (TABLE, human), "plane": (PLANE, list), "without runs": (NOISE, list),
-}  # fmt: skip
+    "against noise": (NOISE, noisy),
+    "along tau": (TAU, along_tau),
+    "by size": (SIZE, by_size),
+    "over training": (TRAINING, over_training),
+    "table": (TABLE, human),
+    "plane": (PLANE, list),
+    "without runs": (NOISE, list),
+}
 
 
 def words(figure) -> list[tuple[str, Any]]:
-    """What is written in a picture, and the boxes that it fills, in pixels; without ticks beyond the ends of an axis."""
+    """The texts of a picture and their boxes in pixels, without ticks beyond an axis's ends."""
     texts = [*figure.texts]
     for ax in figure.axes:
         texts += [
@@ -265,7 +332,7 @@ def words(figure) -> list[tuple[str, Any]]:
 @pytest.mark.parametrize("which", DRAWN)
 def test_nothing_written_in_a_picture_touches_anything_else_or_is_cut_off(which):
     item, runs = DRAWN[which]
-    figure = pf.static(item, runs(), NOTES)
+    figure = draw_item(item, runs(), NOTES)
     figure.canvas.draw()
     boxes = words(figure)
     assert len(boxes) > 2
@@ -279,14 +346,14 @@ def test_nothing_written_in_a_picture_touches_anything_else_or_is_cut_off(which)
 
 
 def test_notes_stand_on_the_picture():
-    figure = pf.static(NOISE, noisy(), NOTES)
+    figure = draw_item(NOISE, noisy(), NOTES)
     written = " ".join(text.get_text() for text in figure.texts).replace("\n", " ")
     assert all(note in written for note in NOTES)
     assert "Figure 6. Accuracy per noise level" in written
 
 
 def test_picture_and_page_show_the_same_numbers():
-    figure, drawing = pf.static(NOISE, noisy()), pf.interactive(NOISE, noisy())
+    figure, drawing = draw_item(NOISE, noisy()), plotly_item(NOISE, noisy())
     for row, ax in enumerate(figure.axes, 1):
         bold = {
             trace.name: trace
@@ -305,14 +372,14 @@ def test_picture_and_page_show_the_same_numbers():
 
 
 def test_the_papers_values_are_hollow_and_in_the_arms_colour_and_absent_where_it_has_none():
-    diamonds = [trace for trace in pf.interactive(NOISE, noisy()).data if trace.meta.get("paper")]
+    diamonds = [trace for trace in plotly_item(NOISE, noisy()).data if trace.meta.get("paper")]
     assert {(trace.name, trace.marker.symbol, trace.marker.color) for trace in diamonds} == {
         (name, "diamond-open", KNOWN[name].light) for name in ("GAF", "averaging")
     }
-    assert not [trace for trace in pf.interactive(TAU, along_tau()).data if trace.meta.get("paper")]
+    assert not [trace for trace in plotly_item(TAU, along_tau()).data if trace.meta.get("paper")]
     hollow = [
         line
-        for line in pf.static(NOISE, noisy()).axes[0].lines
+        for line in draw_item(NOISE, noisy()).axes[0].lines
         if line.get_marker() == "D" and len(line.get_xdata())
     ]
     assert {(tuple(line.get_ydata()), line.get_markerfacecolor()) for line in hollow} == {
@@ -323,8 +390,8 @@ def test_the_papers_values_are_hollow_and_in_the_arms_colour_and_absent_where_it
 
 def test_over_training_each_data_set_has_its_column_and_the_paper_its_place_at_the_end():
     figure, drawing = (
-        pf.static(TRAINING, over_training()),
-        pf.interactive(TRAINING, over_training()),
+        draw_item(TRAINING, over_training()),
+        plotly_item(TRAINING, over_training()),
     )
     assert len(figure.axes) == 4
     assert {"ResNet18 on CIFAR-100", "ResNet18 on CIFAR-100N-Fine"} <= {
@@ -335,7 +402,7 @@ def test_over_training_each_data_set_has_its_column_and_the_paper_its_place_at_t
 
 
 def test_accuracy_over_training_is_drawn_against_samples_steps_and_time(tmp_path):
-    first = pf.draw(TRAINING, over_training(), tmp_path, NOTES)
+    first = save_figure(TRAINING, over_training(), tmp_path, NOTES)
     assert first == tmp_path / "fig1.png"
     assert {path.name for path in tmp_path.iterdir()} == {
         "fig1.png",
@@ -344,7 +411,7 @@ def test_accuracy_over_training_is_drawn_against_samples_steps_and_time(tmp_path
     }
     bold = next(
         trace
-        for trace in pf.interactive(TRAINING, over_training(), STEPS).data
+        for trace in plotly_item(TRAINING, over_training(), STEPS).data
         if trace.line.width == 3
     )
     assert bold.x == (5, 10, 15)
@@ -352,16 +419,16 @@ def test_accuracy_over_training_is_drawn_against_samples_steps_and_time(tmp_path
 
 
 def test_single_seeds_can_be_hidden_and_are_many_as_the_seeds():
-    singles = [trace for trace in pf.interactive(NOISE, noisy()).data if trace.meta["single"]]
+    singles = [trace for trace in plotly_item(NOISE, noisy()).data if trace.meta["single"]]
     assert sum(len(trace.x) for trace in singles) == 2 * len(noisy())  # in two panels
 
 
-# --- the table ---------------------------------------------------------------------------------------------------
+# --- the table -----------------------------------------------------------------------------------
 
 
 def test_the_table_has_the_papers_columns_and_its_lines_beneath():
-    assert pf.ticks(TABLE, pf.columns_of(TABLE, human())) == ["0", "40", HUMAN_COLUMN]
-    (label, rows), (other, _) = pf.blocks(TABLE, human())
+    assert tick_texts(TABLE, table_columns(TABLE, human())) == ["0", "40", HUMAN_COLUMN]
+    (label, rows), (other, _) = table_blocks(TABLE, human())
     assert (label, other) == ("test accuracy, last (%)", "test accuracy, selected on held-out (%)")
     by_name = {row.name: row.cells for row in rows}
     assert by_name["GAF"] == [("83.0", "± 1.4"), ("71.0", "± 1.4"), ("60.0", "")]
@@ -375,7 +442,7 @@ def test_the_table_has_the_papers_columns_and_its_lines_beneath():
     assert list(by_name)[-2:] == ["GAF, paper", "averaging, paper"]
 
 
-# --- the page ----------------------------------------------------------------------------------------------------
+# --- the page ------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -409,17 +476,17 @@ def test_each_figure_has_its_claim_its_notes_and_what_came_out(shown):
     assert shown.text.count(NOTES[1]) == 6
     text = shown.text.replace("\xa0", " ")
     assert (
-        "GAF \N{MINUS SIGN} averaging runs from +2.0 (0%) to +20.0 (40%) points; these are too few seeds"
-        in text
+        "GAF \N{MINUS SIGN} averaging runs from +2.0 (0%) to +20.0 (40%) points; "
+        "these are too few seeds" in text
     )
     assert (
-        "runs from +8.0 (τ = 0.8) to +10.0 (τ = 1) points; of 3 differences 3 can be told to be above 0, 0 below, 0 neither"
-        in text
+        "runs from +8.0 (τ = 0.8) to +10.0 (τ = 1) points; "
+        "of 3 differences 3 can be told to be above 0, 0 below, 0 neither" in text
     )
     assert "With 3 seeds these intervals are too narrow" in text
     assert (
-        "goes from 0.850 (averaging, b = 200) to 0.963 (averaging, b = 50); the lowest evaluation has 0.800"
-        in text
+        "goes from 0.850 (averaging, b = 200) to 0.963 (averaging, b = 50); "
+        "the lowest evaluation has 0.800" in text
     )
 
 
@@ -432,8 +499,12 @@ def test_the_table_beside_a_figure_has_last_selected_paper_and_n():
     ]
     rows = table_rows(NOISE, noisy())
     assert [(row["place"], row["arm"], row["n"]) for row in rows] == [
-        ("0", "averaging", 2), ("", "GAF", 2), ("40", "averaging", 2), ("", "GAF", 2), ("", "random subset", 2),
-    ]  # fmt: skip
+        ("0", "averaging", 2),
+        ("", "GAF", 2),
+        ("40", "averaging", 2),
+        ("", "GAF", 2),
+        ("", "random subset", 2),
+    ]
     assert rows[3]["cells"] == [("71.0", "± 1.4"), ("80.0", "± 0.0"), ("53.0", "")]
     assert rows[4]["cells"][2] == ("\N{EN DASH}", "")
 
@@ -448,27 +519,27 @@ def test_what_nobody_recorded_has_no_panel_no_column_and_no_picture(tmp_path):
     runs = noisy()
     for each in runs:
         each.evals[:] = [line | {"heldout_accuracy": None} for line in each.evals]
-    assert [measure for _, measure in pf.rows_of(NOISE, runs)] == [measures.LAST]
-    assert len(pf.static(NOISE, runs).axes) == 1
+    assert [measure for _, measure in measures_with_values(NOISE, runs)] == [measures.LAST]
+    assert len(draw_item(NOISE, runs).axes) == 1
     part = paper_page.make_section(NOISE, runs, NOTES, tmp_path)
     assert part["columns"] == ["test accuracy, last (%)", "paper (%)", "n"]
     assert part["rows"][3]["cells"] == [("71.0", "± 1.4"), ("53.0", "")]
-    assert [label for label, _ in pf.blocks(TABLE, runs)] == ["test accuracy, last (%)"]
+    assert [label for label, _ in table_blocks(TABLE, runs)] == ["test accuracy, last (%)"]
     assert paper_page.make_section(NOISE, [], NOTES, tmp_path)["chart"] is None
-    assert pf.static(NOISE, []).axes == []
+    assert draw_item(NOISE, []).axes == []
     curves = over_training()
     for each in curves:
         if each.header["config"]["dataset"] == "cifar100n":
             each.evals[:] = [line | {"distance_mean": None} for line in each.evals]
-    assert len(pf.static(TRAINING, curves).axes) == 3
-    assert len([key for key in pf.interactive(TRAINING, curves).layout if "yaxis" in key]) == 3
+    assert len(draw_item(TRAINING, curves).axes) == 3
+    assert len([key for key in plotly_item(TRAINING, curves).layout if "yaxis" in key]) == 3
 
 
 def test_the_table_has_the_columns_that_were_run_and_names_the_others():
     runs = noisy()
-    assert pf.ticks(TABLE, pf.columns_of(TABLE, runs)) == ["0", "40"]
-    assert pf.columns_not_run(TABLE, runs) == [f"Not run here: the paper's columns {HUMAN_COLUMN}."]
-    assert pf.columns_not_run(TABLE, human()) == []
+    assert tick_texts(TABLE, table_columns(TABLE, runs)) == ["0", "40"]
+    assert columns_not_run(TABLE, runs) == [f"Not run here: the paper's columns {HUMAN_COLUMN}."]
+    assert columns_not_run(TABLE, human()) == []
 
 
 @pytest.mark.parametrize(("ks", "words"), [((2,), "of a step's two"), ((2, 8), "to the running")])
@@ -520,22 +591,24 @@ def test_of_many_arms_the_differences_fold_away(tmp_path):
     )
 
 
-# --- the plane ---------------------------------------------------------------------------------------------------
+# --- the plane -----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def problem() -> plane.Problem:
-    return plane.make()
+def problem() -> plane_run.PlaneProblem:
+    return plane_run.make_plane_problem()
 
 
 def test_two_fifths_of_the_labels_are_flipped(problem):
-    assert float((problem.true != problem.given).double().mean()) == plane.RATE
+    assert float((problem.true != problem.given).double().mean()) == plane_run.RATE
 
 
 def test_gradients_are_those_of_the_loss(problem):
     w = torch.tensor([0.3, -0.7], dtype=torch.float64, requires_grad=True)
     (expected,) = torch.autograd.grad(problem.loss(w, problem.given), w)
-    torch.testing.assert_close(problem.gradient(w.detach(), torch.arange(plane.SAMPLES)), expected)
+    torch.testing.assert_close(
+        problem.gradient(w.detach(), torch.arange(plane_run.SAMPLES)), expected
+    )
     (rest,) = torch.autograd.grad(
         problem.loss(w := problem.optimum(problem.true).requires_grad_(), problem.true), w
     )
@@ -543,30 +616,30 @@ def test_gradients_are_those_of_the_loss(problem):
 
 
 def test_every_step_is_the_librarys(problem):
-    steps = plane.descend(problem, gaf.GAF(plane.TAU))
+    steps = plane_run.descend(problem, gaf.GAF(plane_run.TAU))
     for before, after in itertools.pairwise(steps):
         torch.testing.assert_close(
-            after.w, before.w - plane.LR * before.decision.weights @ before.rows
+            after.w, before.w - plane_run.LR * before.decision.weights @ before.rows
         )
-    shown = steps[plane.shown(steps)]
-    assert int(shown.decision.accepted.sum()) == plane.K // 2
+    shown = steps[plane_run.step_to_show(steps)]
+    assert int(shown.decision.accepted.sum()) == plane_run.K // 2
     torch.testing.assert_close(shown.update, shown.rows[shown.decision.accepted].mean(0))
 
 
 def test_both_ways_see_the_same_micro_batches(problem):
-    one, other = plane.descend(problem, gaf.GAF(2.0)), plane.descend(problem, gaf.Mean())
+    one, other = plane_run.descend(problem, gaf.GAF(2.0)), plane_run.descend(problem, gaf.Mean())
     # tau = 2 accepts all
     assert all(torch.allclose(a.w, b.w) for a, b in zip(one, other, strict=True))
 
 
 def test_the_picture_says_what_was_decided(problem):
-    steps = plane.descend(problem, gaf.GAF(plane.TAU))
-    decision = steps[plane.shown(steps)].decision
-    words = [ax.get_xlabel() for ax in plane.drawn(PLANE, ()).axes[: plane.K]]
+    steps = plane_run.descend(problem, gaf.GAF(plane_run.TAU))
+    decision = steps[plane_run.step_to_show(steps)].decision
+    words = [ax.get_xlabel() for ax in plane.draw_plane(PLANE, ()).axes[: plane_run.K]]
     assert words[0] == "starts the sum"
     for word, accepted, distance in zip(
         words[1:], decision.accepted.tolist()[1:], decision.distances.tolist()[1:], strict=True
     ):
         assert word == f"distance {distance:.2f}: {'accepted' if accepted else 'rejected'}"
-        assert (distance <= plane.TAU) == accepted
+        assert (distance <= plane_run.TAU) == accepted
     assert re.search(r"distance \d", words[1])

@@ -1,4 +1,7 @@
-"""`gaf paper all` at scale smoke, as it is typed, on the real CIFAR-100: every figure is there, the page is sound, nothing runs twice."""
+"""`gaf paper all` at scale smoke, as it is typed, on the real CIFAR-100.
+
+Every figure is there, the page is sound, and nothing runs twice.
+"""
 
 import io
 
@@ -52,8 +55,8 @@ def test_the_page_has_them_all_and_is_sound(everything):
     text = (out / "paper.html").read_text()
     assert all(item.title in text for item in ITEMS.values())
     assert (
-        "No ImageNet was found: a reduced ViT on generated pictures stands in for ViT-L/16 on ImageNet."
-        in text
+        "No ImageNet was found: a reduced ViT on generated pictures stands in for "
+        "ViT-L/16 on ImageNet." in text
     )
     assert_page_is_sound(out / "paper.html")
 

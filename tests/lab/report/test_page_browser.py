@@ -1,4 +1,7 @@
-"""The report's page in a real browser: no error, nothing empty, nothing cut off, on paper too; and what is broken is found."""
+"""The report's page in a real browser, on screens and on paper: sound, and usable.
+
+The checks themselves are tested on pages that are broken.
+"""
 
 import base64
 import io
@@ -146,7 +149,8 @@ def picture() -> str:
 
 def write(path: Path, inside: str) -> Path:
     path.write_text(
-        f"<!doctype html><meta charset=utf-8><title>x</title><link rel=icon href='data:,'><style>body{{margin:0}}</style>{inside}"
+        "<!doctype html><meta charset=utf-8><title>x</title><link rel=icon href='data:,'>"
+        f"<style>body{{margin:0}}</style>{inside}"
     )
     return path
 
@@ -165,24 +169,63 @@ def test_a_page_that_is_sound_has_no_faults(tmp_path, driver):
     ("inside", "expected"),
     [
         ("", ["the page has no figure"]),
-        (SOUND + "<img alt=another src=missing.png>", ["1280 pixels: picture another is empty", "390 pixels: picture another is empty",
-                                                       "console: .*missing.png - Failed to load resource"]),
+        (
+            SOUND + "<img alt=another src=missing.png>",
+            [
+                "1280 pixels: picture another is empty",
+                "390 pixels: picture another is empty",
+                "console: .*missing.png - Failed to load resource",
+            ],
+        ),
         (SOUND + "<script>drawAll()</script>", ["console: .*drawAll is not defined"]),
-        (SOUND + "<figure id=two></figure>", ["1280 pixels: figure two is empty", "390 pixels: figure two is empty",
-                                              "print: figure two has no picture"]),
-        (f"<figure id=two>{PLOT}</figure>", ["1280 pixels: figure two is empty", "390 pixels: figure two is empty",
-                                             "print: figure two has no picture", "print: figure two has a live drawing"]),
-        (SOUND.replace("<img", "<img style='display:none'"), ["1280 pixels: figure one is empty", "390 pixels: figure one is empty",
-                                                              "print: figure one has no picture"]),
-        (SOUND + "<div id=bar style='width:600px'>wide</div>", ["390 pixels: the page is 600 wide", "390 pixels: <div bar>"]),
-        (SOUND + f"<style>@media print {{ p {{ width: {PAPER + 50}px }} }}</style><p id=bar>wide</p>",
-         [f"print: the page is {PAPER + 50} wide", "print: <p bar>"]),
+        (
+            SOUND + "<figure id=two></figure>",
+            [
+                "1280 pixels: figure two is empty",
+                "390 pixels: figure two is empty",
+                "print: figure two has no picture",
+            ],
+        ),
+        (
+            f"<figure id=two>{PLOT}</figure>",
+            [
+                "1280 pixels: figure two is empty",
+                "390 pixels: figure two is empty",
+                "print: figure two has no picture",
+                "print: figure two has a live drawing",
+            ],
+        ),
+        (
+            SOUND.replace("<img", "<img style='display:none'"),
+            [
+                "1280 pixels: figure one is empty",
+                "390 pixels: figure one is empty",
+                "print: figure one has no picture",
+            ],
+        ),
+        (
+            SOUND + "<div id=bar style='width:600px'>wide</div>",
+            ["390 pixels: the page is 600 wide", "390 pixels: <div bar>"],
+        ),
+        (
+            SOUND
+            + f"<style>@media print {{ p {{ width: {PAPER + 50}px }} }}</style><p id=bar>wide</p>",
+            [f"print: the page is {PAPER + 50} wide", "print: <p bar>"],
+        ),
     ],
-    ids=["no figure", "a missing picture", "a script error", "an empty figure", "a drawing of nothing", "a hidden picture", "too wide",
-         "too wide on paper"],
-)  # fmt: skip
+    ids=[
+        "no figure",
+        "a missing picture",
+        "a script error",
+        "an empty figure",
+        "a drawing of nothing",
+        "a hidden picture",
+        "too wide",
+        "too wide on paper",
+    ],
+)
 def test_what_is_broken_is_found(inside, expected, tmp_path, driver, monkeypatch):
-    monkeypatch.setattr("browser.PATIENCE", 0.3)
+    monkeypatch.setattr("helpers.browser.PATIENCE", 0.3)
     found = faults(write(tmp_path / "page.html", inside), driver)
     assert len(found) == len(expected), found
     for fault, words in zip(found, expected, strict=True):

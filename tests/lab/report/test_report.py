@@ -100,7 +100,7 @@ def nine_page(out) -> Page:
     return Page((out / "report.html").read_text(encoding="utf-8"))
 
 
-# --- the page ----------------------------------------------------------------------------------------------------
+# --- the page ------------------------------------------------------------------------------------
 
 
 def test_the_page_loads_nothing(nine_page):
@@ -179,7 +179,7 @@ def test_hover_labels_show_names_as_they_are(runs, tmp_path):
     assert not {"<", "%{"} & {shown[i : i + n] for n in (1, 2) for i in range(len(shown))}
 
 
-# --- what it says ------------------------------------------------------------------------------------------------
+# --- what it says --------------------------------------------------------------------------------
 
 
 def test_the_summary_says_how_far_and_how_sure(tmp_path):
@@ -198,8 +198,8 @@ def test_the_summary_says_where_no_difference_can_be_told(tmp_path):
         group_by_arm(flat_runs(tmp_path, {"averaging": [0.6, 0.6, 0.7], "GAF": [0.61, 0.61, 0.6]}))
     )
     assert (
-        "2.7 points below averaging (95%\xa0CI \N{MINUS SIGN}10.0 to 1.0, n\xa0=\xa03: no clear difference)"
-        in text
+        "2.7 points below averaging (95%\xa0CI \N{MINUS SIGN}10.0 to 1.0, n\xa0=\xa03: "
+        "no clear difference)" in text
     )
 
 
@@ -233,8 +233,11 @@ def test_a_deviation_is_spoken_of_where_there_is_one(runs, nine_page, tmp_path):
 
 
 def test_the_page_explains_its_columns(nine_page, tmp_path):
-    for name, start in (("Memorised", "of the training samples with a wrong label"), ("Accepted", "of all micro-gradients"),
-                        ("Steps taken", "of all steps")):  # fmt: skip
+    for name, start in (
+        ("Memorised", "of the training samples with a wrong label"),
+        ("Accepted", "of all micro-gradients"),
+        ("Steps taken", "of all steps"),
+    ):
         assert nine_page.text.count(f"{name} : {start}") == 1
     without = page([simulate(tmp_path / "run", "GAF", 0, nulls=("memorised",))], tmp_path)
     assert "Memorised : " not in without.text
@@ -338,7 +341,7 @@ def test_no_runs_no_report(tmp_path):
         write_report([], tmp_path)
 
 
-# --- distances ---------------------------------------------------------------------------------------------------
+# --- distances -----------------------------------------------------------------------------------
 
 
 def outcomes(policy, rows: list[torch.Tensor]) -> Interval:
@@ -394,7 +397,7 @@ def test_the_caption_says_what_each_distance_is_to_and_which_records_are_older(r
     assert "records" not in caption_of(CHARTS[0], runs)
 
 
-# --- a grid ------------------------------------------------------------------------------------------------------
+# --- a grid --------------------------------------------------------------------------------------
 
 
 def across(folder: Path, field: str, values: tuple[float, ...]) -> list[Run]:
@@ -416,10 +419,14 @@ def across(folder: Path, field: str, values: tuple[float, ...]) -> list[Run]:
 def test_at_several_taus_each_is_compared_with_averaging_and_with_its_own_control(tmp_path):
     of = group_by_arm(across(tmp_path, "tau", (0.5, 0.9)))
     assert {(one.name, other.name) for one, other in all_pairs(of)} == {
-        ("GAF, tau 0.5", "averaging"), ("GAF, tau 0.9", "averaging"), ("random subset, tau 0.5", "averaging"),
-        ("random subset, tau 0.9", "averaging"), ("GAF, tau 0.9", "GAF, tau 0.5"), ("GAF, tau 0.5", "random subset, tau 0.5"),
+        ("GAF, tau 0.5", "averaging"),
+        ("GAF, tau 0.9", "averaging"),
+        ("random subset, tau 0.5", "averaging"),
+        ("random subset, tau 0.9", "averaging"),
+        ("GAF, tau 0.9", "GAF, tau 0.5"),
+        ("GAF, tau 0.5", "random subset, tau 0.5"),
         ("GAF, tau 0.9", "random subset, tau 0.9"),
-    }  # fmt: skip
+    }
     text = summary(of)
     assert "GAF, tau 0.9's test accuracy is 20.0 points above averaging" in text
     assert text.count("random subset, tau 0.9") == text.count("random subset, tau 0.5") == 1
@@ -441,16 +448,16 @@ def test_across_noise_levels_only_arms_of_one_level_are_compared(tmp_path):
         == [("noise rate 0.2", "noise rate 0.2")] * 3 + [("noise rate 0.4", "noise rate 0.4")] * 3
     )
     assert (
-        "noise rate 0.4: At the last evaluation, GAF's test accuracy is 20.0 points above averaging ("
-        in summary(of)
+        "noise rate 0.4: At the last evaluation, GAF's test accuracy is 20.0 points above "
+        "averaging (" in summary(of)
     )
 
 
 def test_the_summary_of_many_points_counts(tmp_path):
     text = summary(group_by_arm(across(tmp_path, "noise_rate", (0.1, 0.2, 0.3, 0.4))))
     assert (
-        "Of 8 arms compared with averaging in test accuracy at the last evaluation, 8 are clearly above"
-        in text
+        "Of 8 arms compared with averaging in test accuracy at the last evaluation, "
+        "8 are clearly above" in text
     )
 
 
@@ -523,7 +530,7 @@ def test_every_axis_has_numbers(passes, tmp_path):
         assert all(axis.showticklabels is not False for axis in axes)
 
 
-# --- every arm of the paper's table 1 ----------------------------------------------------------------------------
+# --- every arm of the paper's table 1 ------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -564,7 +571,7 @@ def test_the_table_is_there_for_other_programs(runs, out, nine_page):
         assert row["seeds"] == "3"
 
 
-# --- numbers as text ---------------------------------------------------------------------------------------------
+# --- numbers as text -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -580,7 +587,7 @@ def test_time_has_a_fitting_unit(longest, unit):
     assert clock(longest)[0] == unit
 
 
-# --- the figures -------------------------------------------------------------------------------------------------
+# --- the figures ---------------------------------------------------------------------------------
 
 
 def test_every_figure_shows_every_arm(out):
@@ -645,13 +652,26 @@ def test_a_colour_is_a_function_of_the_name_alone_and_thresholds_differ():
 
 
 def oklab(colour: str) -> np.ndarray:
-    """Lightness and two opponent colours, in which equal distances look about equal (Ottosson 2020, bottosson.github.io/posts/oklab)."""
+    """Lightness and two opponent colours, in which equal distances look about equal.
+
+    Ottosson 2020, bottosson.github.io/posts/oklab.
+    """
     srgb = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)]) / 255
     linear = np.where(srgb <= 0.04045, srgb / 12.92, ((srgb + 0.055) / 1.055) ** 2.4)
-    cones = np.array([[0.4122214708, 0.5363325363, 0.0514459929], [0.2119034982, 0.6806995451, 0.1073969566],
-                      [0.0883024619, 0.2817188376, 0.6299787005]])  # fmt: skip
-    opponents = np.array([[0.2104542553, 0.7936177850, -0.0040720468], [1.9779984951, -2.4285922050, 0.4505937099],
-                          [0.0259040371, 0.7827717662, -0.8086757660]])  # fmt: skip
+    cones = np.array(
+        [
+            [0.4122214708, 0.5363325363, 0.0514459929],
+            [0.2119034982, 0.6806995451, 0.1073969566],
+            [0.0883024619, 0.2817188376, 0.6299787005],
+        ]
+    )
+    opponents = np.array(
+        [
+            [0.2104542553, 0.7936177850, -0.0040720468],
+            [1.9779984951, -2.4285922050, 0.4505937099],
+            [0.0259040371, 0.7827717662, -0.8086757660],
+        ]
+    )
     return opponents @ np.cbrt(cones @ linear)
 
 
@@ -662,7 +682,7 @@ def test_no_two_arms_look_alike(ground):
     assert min(float(np.linalg.norm(a - b)) for a, b in itertools.combinations(places, 2)) > 0.07
 
 
-# --- against steps and time --------------------------------------------------------------------------------------
+# --- against steps and time ----------------------------------------------------------------------
 
 
 def test_accuracy_is_drawn_against_samples_steps_and_time(runs, out):
@@ -695,7 +715,7 @@ def test_the_axis_of_time_has_a_fitting_unit(runs):
     assert fit_axis(SAMPLES, [long]) == SAMPLES
 
 
-# --- many arms ---------------------------------------------------------------------------------------------------
+# --- many arms -----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -792,7 +812,7 @@ def test_labels_with_room_stay_and_a_crowd_keeps_its_centre():
     assert apart([0.5, 0.5, 0.5], 0.1) == pytest.approx([0.4, 0.5, 0.6])
 
 
-# --- the terminal ------------------------------------------------------------------------------------------------
+# --- the terminal --------------------------------------------------------------------------------
 
 
 def rendered(runs: list[Run]) -> str:
@@ -812,7 +832,7 @@ def test_the_table_takes_names_as_text(tmp_path):
     assert "[red]x[/red]" in rendered([simulate(tmp_path / "run", "[red]x[/red]", 0, last=0.7)])
 
 
-# --- the process -------------------------------------------------------------------------------------------------
+# --- the process ---------------------------------------------------------------------------------
 
 
 def test_nothing_heavy_is_imported_early_and_pyplot_never(runs, tmp_path):

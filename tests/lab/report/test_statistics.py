@@ -24,7 +24,10 @@ KEYS = (
 def run(
     arm="averaging", seed=0, status="finished", step=100, samples=1000, seconds=60.0, **columns
 ) -> Run:
-    """One evaluation per entry of the columns, every `step` steps and `samples` samples; 80 of 100 steps taken."""
+    """One evaluation per entry of the columns, every `step` steps and `samples` samples.
+
+    80 of 100 steps are taken.
+    """
     count = max(map(len, columns.values()), default=0)
     evals = [
         dict.fromkeys(KEYS)
@@ -268,7 +271,7 @@ def test_a_curve_leaves_missing_values_and_unfinished_runs_out():
 
 
 def test_runs_that_early_stopping_ended_keep_their_last_value():
-    """The mean ends at the table's last value, not at one run's while the others are still falling."""
+    """The mean ends at the table's last value, not at one run's while others are still falling."""
     short, long = run(seed=0, test_accuracy=[0.2, 0.7]), run(seed=1, test_accuracy=[0.2, 0.4, 0.9])
     for one in (short, long):
         one.header["config"]["early_stopping"] = 4
@@ -318,7 +321,7 @@ def test_the_lowest_passes_over_missing_values():
     assert measures.lowest_value(run(distance_mean=[None]), "distance_mean") is None
 
 
-# --- arms and points of a grid -----------------------------------------------------------------------------------
+# --- arms and points of a grid -------------------------------------------------------------------
 
 LEVELS = {0.5: 0.6, 0.9: 0.8}
 
