@@ -1,13 +1,14 @@
 """Gradient agreement filtering: average only the micro-gradients that agree.
 
 Before averaging k micro-gradients, GAF drops those that point away from the rest; if too few agree,
-it skips the optimizer step. The rooms, in the order of the data:
+it skips the optimizer step. The way of the data through the folders: an engine (device or ranks)
+takes the rows, rules decide, record counts. In import order, each importing only those above it:
 
-    device      micro-gradients one after the other in time, on one device (`Accumulator`)
-    ranks       micro-gradients of data-parallel processes (`attach`, `Handle`)
-    rules       rows -> K = G G^T -> Decision -> w^T G, the same for both
+    rules       rows -> K = G G^T -> Decision -> w^T G, the same for both engines
     record      what came of the decisions: statistics, gated schedulers, `Audit`
     measure     micro-gradients looked at without a step (`probe`)
+    device      micro-gradients one after the other in time, on one device (`Accumulator`)
+    ranks       micro-gradients of data-parallel processes (`attach`, `Handle`)
     integrations    the two engines in Lightning, Accelerate and transformers
 
 Read rules/combine.py first: `aggregate` is the whole algorithm on a matrix. Then rules/gram.py (K),
