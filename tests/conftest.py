@@ -34,10 +34,7 @@ LONG = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Long files first, so that two workers end at about the same time.
-
-    The order that xdist makes goes by the number of tests.
-    """
+    """Long files first: short tests are left to the end, and a worker that is done takes half."""
     items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
 
 
