@@ -51,12 +51,12 @@ for module in (
 
 from gaf_lab.records import environment  # noqa: E402
 from gaf_lab.settings.config import TrainConfig  # noqa: E402
-from gaf_lab.training.launched import OnDevice  # noqa: E402
+from gaf_lab.training.device_engine import OnDevice  # noqa: E402
+from gaf_lab.training.loop import Training  # noqa: E402
 from gaf_lab.training.run import train  # noqa: E402
 from gaf_lab.training.run_context import RunContext  # noqa: E402
 from gaf_lab.training.tables import AHEAD  # noqa: E402
 from gaf_lab.training.together import train_together  # noqa: E402
-from gaf_lab.training.training import Training  # noqa: E402
 
 if isinstance(sys.modules["numpy"], MagicMock):
     environment.versions = lambda: {"torch": torch.__version__}

@@ -39,7 +39,7 @@ class SentBucket:
         self.future.set_result(self.flat)
 
 
-def gradients_kept(bucket: GradBucket, stale: StaleGradients) -> Pieces:
+def kept_gradients(bucket: GradBucket, stale: StaleGradients) -> Pieces:
     """This rank's gradients in p.grad, and their places in the bucket.
 
     DDP leaves p.grad alone until the pass is over. Empty if p.grad is a view of the bucket, and on

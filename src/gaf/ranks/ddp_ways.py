@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import GradBucket
 
-from gaf.ranks.buckets import Future, SentBucket, future_on, gradients_kept
+from gaf.ranks.buckets import Future, SentBucket, future_on, kept_gradients
 from gaf.ranks.exchange import Exchange
 from gaf.ranks.handle import Handle
 
@@ -24,7 +24,7 @@ class OneDecision:
             self.exchange.begin()
             self.sent = []
         sent = SentBucket(bucket, self.handle.stale)
-        self.exchange.send(sent.flat, partial(gradients_kept, bucket, self.handle.stale))
+        self.exchange.send(sent.flat, partial(kept_gradients, bucket, self.handle.stale))
         self.sent.append(sent)
         if last:
             self._settle()

@@ -13,7 +13,7 @@ import torch
 
 from gaf_lab.bench.cpu_settings import Setting, all_settings
 from gaf_lab.settings.config import TrainConfig
-from gaf_lab.training.training import Training
+from gaf_lab.training.loop import Training
 
 Layout = tuple[bool, bool]  # channels-last, compiled
 

@@ -40,9 +40,9 @@ from gaf_lab.settings.fields import DataName, ModelName
 from gaf_lab.settings.presets import CIFAR100_GAF
 from gaf_lab.training import models
 from gaf_lab.training.console import ConsoleListener
-from gaf_lab.training.launched import OnDevice
+from gaf_lab.training.device_engine import OnDevice
+from gaf_lab.training.loop import Training
 from gaf_lab.training.tables import AHEAD
-from gaf_lab.training.training import Training
 
 TIMED_ARMS: dict[str, dict[str, Any]] = {
     AVERAGING: {"policy": "mean"},

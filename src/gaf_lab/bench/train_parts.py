@@ -15,11 +15,11 @@ from gaf_lab.data.augment import shift
 from gaf_lab.records import checkpoint
 from gaf_lab.records import run as records
 from gaf_lab.training.console import ConsoleListener
+from gaf_lab.training.device_engine import OnDevice
 from gaf_lab.training.device_step import WARM_UP
 from gaf_lab.training.interval import Interval
-from gaf_lab.training.launched import OnDevice
+from gaf_lab.training.loop import Training
 from gaf_lab.training.tables import draws
-from gaf_lab.training.training import Training
 
 
 def step_parts(training: Training, listener: ConsoleListener) -> dict[str, StepsFunction]:

@@ -54,7 +54,7 @@ def run_train(words: Words, console: Console) -> int:
     from gaf_lab.training.run import train
 
     group = ranks.here()
-    resume, done = group.led(lambda: check_before_start(options, group))
+    resume, done = group.on_rank_0(lambda: check_before_start(options, group))
     if done is not None:
         say(console, f"{options.out}: the run is complete ({done} steps); nothing to do.")
         return 0
@@ -115,7 +115,7 @@ def parse_on_rank_0(words: Words) -> TrainOptions | int:
         except SystemExit as stop:
             return int(stop.code or 0)
 
-    return ranks.here().led(parse)
+    return ranks.here().on_rank_0(parse)
 
 
 def check_before_start(options: TrainOptions, group: "Group") -> tuple[bool, str | None]:

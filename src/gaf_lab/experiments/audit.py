@@ -34,7 +34,7 @@ from gaf_lab.experiments.label_quality import count_wrong_labels, label_quality,
 from gaf_lab.settings.checks import ConfigError
 from gaf_lab.settings.config import TrainConfig
 from gaf_lab.training.evaluate import logits
-from gaf_lab.training.training import Training
+from gaf_lab.training.loop import Training
 
 
 class Tally:

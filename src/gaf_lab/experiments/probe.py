@@ -20,7 +20,7 @@ from gaf_lab.records import environment
 from gaf_lab.settings.checks import ConfigError
 from gaf_lab.settings.config import TrainConfig
 from gaf_lab.settings.rules import MOST_STEPS
-from gaf_lab.training.training import Training
+from gaf_lab.training.loop import Training
 
 MULTIPLES = (1, 2, 4, 8)
 JACKKNIFE_PARTS = 8  # of each half of the rows

@@ -17,10 +17,10 @@ from gaf_lab.settings.checks import ConfigError
 from gaf_lab.settings.config import TrainConfig
 from gaf_lab.training.buckets import PerBucket
 from gaf_lab.training.controls import RandomSubset, ReplaySkip
+from gaf_lab.training.device_engine import OnDevice
 from gaf_lab.training.engines import uses_device_engine
-from gaf_lab.training.launched import OnDevice
-from gaf_lab.training.one_by_one import OneByOne, Stepper
 from gaf_lab.training.over_ranks import OverRanks, data_parallel
+from gaf_lab.training.plain_engine import GradientSource, OneByOne
 from gaf_lab.training.ranks import ALONE, Group
 from gaf_lab.training.techniques import Forward, Objective
 
@@ -156,7 +156,7 @@ def recorded_rows(config: TrainConfig) -> list[int]:
     return run.rows
 
 
-def make_stepper(
+def make_training_engine(
     problem: Problem,
     model: nn.Module,
     objective: Objective,
@@ -164,8 +164,8 @@ def make_stepper(
     optimizer: Optimizer,
     make: MakeOptimizer,
     group: Group,
-) -> tuple[AnyAccumulator, Stepper]:
-    """What decides, and what brings micro-gradients to it.
+) -> tuple[AnyAccumulator, GradientSource]:
+    """The accumulator of a run, which decides, and the source of its micro-gradients.
 
     make: makes an optimizer like `optimizer`.
     """

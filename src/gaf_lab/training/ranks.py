@@ -57,7 +57,7 @@ class Group:
         dist.all_reduce(added)
         return float(added)
 
-    def led(self, work: Callable[[], Answer]) -> Answer:
+    def on_rank_0(self, work: Callable[[], Answer]) -> Answer:
         """Runs `work` on rank 0 and returns its result on all ranks; the others wait.
 
         If it fails there, they raise Elsewhere.

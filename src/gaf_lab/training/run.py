@@ -2,7 +2,7 @@
 
 The k micro-batches of a step are computed by one process in turn, or by k ranks at once
 (`gaf_lab.training.ranks`); rank 0 evaluates and writes. Steps are taken one by one
-(`gaf_lab.training.one_by_one`), or launched many at a time (`gaf_lab.training.launched`).
+(`gaf_lab.training.plain_engine`), or launched many at a time (`gaf_lab.training.device_engine`).
 """
 
 import contextlib
@@ -17,9 +17,9 @@ from gaf_lab.records.locks import check_free, own_folder
 from gaf_lab.settings.config import TrainConfig
 from gaf_lab.training.engines import check_device_engine, check_ranks
 from gaf_lab.training.listener import Listener
+from gaf_lab.training.loop import Diverged, Training
 from gaf_lab.training.ranks import ALONE, Group
 from gaf_lab.training.resume import begin_records, check_output_folder, never_began, prepare_folder
-from gaf_lab.training.training import Diverged, Training
 from gaf_lab.training.turns import Turns, run_to_end
 
 
@@ -61,7 +61,7 @@ def train(
         "keep_checkpoints": keep_checkpoints,
     }
     with contextlib.ExitStack() as claims:
-        group.led(lambda: claim(config, folder, resume, command, group, claims))
+        group.on_rank_0(lambda: claim(config, folder, resume, command, group, claims))
         return run_to_end(
             train_in_turns(config, folder, listener, **options, command=command, group=group)
         )
@@ -84,14 +84,16 @@ def train_in_turns(
     See `gaf_lab.training.together`. The caller keeps other runs out of the folder
     (`gaf_lab.records.locks.own_folder`).
     """
-    state, done = group.led(lambda: prepare_start(config, folder, resume, group))
+    state, done = group.on_rank_0(lambda: prepare_start(config, folder, resume, group))
     if done is not None:
         return done
     training = Training(config, data_folder, group)
     if state is not None:
         training.load_state_dict(state)
     first = partial(training.state_dict, folder) if keep_checkpoints else None
-    group.led(lambda: begin_records(config, folder, training.device, command, state, group, first))
+    group.on_rank_0(
+        lambda: begin_records(config, folder, training.device, command, state, group, first)
+    )
     status = "interrupted"
     try:
         status = yield from training.run(folder, listener, steps, keep_checkpoints)
@@ -106,7 +108,7 @@ def train_in_turns(
             seconds = training.seconds + training.interval.seconds
             with contextlib.suppress(OSError):  # a full disk: the first error says more
                 records.append(folder, {"kind": "end", "status": status, "seconds": seconds})
-    return group.led(lambda: records.read(folder))
+    return group.on_rank_0(lambda: records.read(folder))
 
 
 def claim(

@@ -421,7 +421,7 @@ def test_an_unknown_word_is_answered_with_the_nearest(run, words, message):
 )
 def test_absurd_sizes_are_refused_before_anything_runs(run, tmp_path, monkeypatch, words, message):
     monkeypatch.chdir(tmp_path)  # the default folders are here
-    monkeypatch.setattr("gaf_lab.training.training.Training.macro_batch", None)
+    monkeypatch.setattr("gaf_lab.training.loop.Training.macro_batch", None)
     code, _, err = run(*words)
     assert code == 2
     assert message in err

@@ -15,7 +15,7 @@ from gaf_lab.experiments import probe, probe_point
 from gaf_lab.experiments.probe_report import recommendation, table, verdicts
 from gaf_lab.settings.checks import ConfigError
 from gaf_lab.settings.config import TrainConfig
-from gaf_lab.training.training import Training
+from gaf_lab.training.loop import Training
 
 SMALL = ("--dataset", "digits", "--k", 4, "--b", 16, "--rows", 64)
 

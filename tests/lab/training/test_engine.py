@@ -24,16 +24,16 @@ from gaf_lab.records import checkpoint
 from gaf_lab.records import run as records
 from gaf_lab.settings.checks import ConfigError
 from gaf_lab.settings.config import TrainConfig
+from gaf_lab.training.device_engine import OnDevice
 from gaf_lab.training.device_step import DeviceStep
 from gaf_lab.training.engines import check_device_engine, uses_device_engine
-from gaf_lab.training.launched import OnDevice
+from gaf_lab.training.loop import Diverged, Training
 from gaf_lab.training.make import make_optimizer, make_policy
 from gaf_lab.training.models import make_model
 from gaf_lab.training.run import train
 from gaf_lab.training.schedule import rates_ahead
 from gaf_lab.training.techniques import Objective
 from gaf_lab.training.together import in_turns, train_together
-from gaf_lab.training.training import Diverged, Training
 from helpers.fakes import Silent
 
 SMALL = TrainConfig(
@@ -178,7 +178,7 @@ def test_with_the_same_optimizer_the_weights_are_the_same_bits(tmp_path, monkeyp
     config = dataclasses.replace(SMALL, lr=2**-7, **changes)  # a learning rate that float32 holds
     _, ours, device = run(dataclasses.replace(config, engine="device"), tmp_path / "device")
     monkeypatch.setattr(
-        "gaf_lab.training.training.make_optimizer",
+        "gaf_lab.training.loop.make_optimizer",
         lambda config, rate, params: make_optimizer(config, rate, params, fused=True),
     )
     _, theirs, plain = run(dataclasses.replace(config, engine="plain"), tmp_path / "plain")

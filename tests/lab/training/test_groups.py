@@ -23,8 +23,8 @@ from gaf_lab.settings.config import TrainConfig
 from gaf_lab.training import buckets as groups
 from gaf_lab.training import models
 from gaf_lab.training.buckets import PerBucket, buckets
+from gaf_lab.training.loop import Training
 from gaf_lab.training.run import train
-from gaf_lab.training.training import Training
 from helpers.fakes import Silent
 from helpers.runs import assert_same
 

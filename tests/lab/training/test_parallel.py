@@ -28,10 +28,10 @@ from gaf_lab.settings.checks import ConfigError
 from gaf_lab.settings.config import TrainConfig
 from gaf_lab.settings.reading import from_dict
 from gaf_lab.training.engines import check_ranks
+from gaf_lab.training.loop import Diverged
 from gaf_lab.training.ranks import Group, here
 from gaf_lab.training.resume import prepare_restart
 from gaf_lab.training.run import train
-from gaf_lab.training.training import Diverged
 from helpers.fakes import Silent
 from helpers.runs import assert_same, wait_until
 
@@ -193,8 +193,8 @@ def work(rank, store, folder):
                     train(c, folder / n, Silent(), group=group, resume=True).rows
                 ),
             )
-    attempt("all", lambda: group.led(lambda: {"rank": rank}))
-    attempt("led", lambda: group.led(lambda: 1 // rank))
+    attempt("all", lambda: group.on_rank_0(lambda: {"rank": rank}))
+    attempt("led", lambda: group.on_rank_0(lambda: 1 // rank))
     attempt("each", lambda: group.each(lambda: 1 // (rank - 1)))
     attempt("there", lambda: train(SMALL, folder / "gaf", Silent(), group=group))
     (folder / f"told-{rank}.json").write_text(json.dumps(told))

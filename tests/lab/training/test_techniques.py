@@ -21,6 +21,7 @@ from gaf_lab.settings.config import TrainConfig
 from gaf_lab.training import techniques
 from gaf_lab.training.engines import check_ranks
 from gaf_lab.training.evaluate import evaluate
+from gaf_lab.training.loop import Training
 from gaf_lab.training.run import train
 from gaf_lab.training.techniques import (
     EarlyLearning,
@@ -30,7 +31,6 @@ from gaf_lab.training.techniques import (
     mix,
     sam_perturbation,
 )
-from gaf_lab.training.training import Training
 from helpers.fakes import Silent
 from helpers.runs import Stop, assert_same, final_state
 
@@ -396,7 +396,7 @@ def accuracies(monkeypatch):
             "test_loss": 1.0,
         }
 
-    monkeypatch.setattr("gaf_lab.training.training.evaluate", evaluate)
+    monkeypatch.setattr("gaf_lab.training.loop.evaluate", evaluate)
     return wanted
 
 

@@ -1,4 +1,7 @@
-"""Steps taken one by one: the k micro-gradients go to an accumulator, which decides."""
+"""Steps taken one by one: the engine "plain".
+
+The k micro-gradients go to an accumulator, which decides.
+"""
 
 from collections.abc import Callable, Iterable
 from typing import Protocol
@@ -13,7 +16,7 @@ from gaf_lab.training.techniques import Forward, Objective, sam_perturbation
 from gaf_lab.training.turns import Turns
 
 
-class Stepper(Protocol):
+class GradientSource(Protocol):
     """Brings the micro-gradients of each step to a decision."""
 
     def ready(self, step: int, last: int, rates: Callable[[int], list[float]]) -> Turns[None]:

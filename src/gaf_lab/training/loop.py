@@ -25,7 +25,7 @@ from gaf_lab.training.make import (
     learning_rate,
     make_optimizer,
     make_policy,
-    make_stepper,
+    make_training_engine,
     pick_device,
 )
 from gaf_lab.training.models import make_model
@@ -58,12 +58,12 @@ class Training:
         self.objective = Objective(config, len(train), classes, self.device)
         self.average = ema_model(self.model, config.ema) if config.ema else None
         self.stopping = EarlyStopping(config.early_stopping) if config.early_stopping else None
-        policy, rate = group.led(lambda: (make_policy(config), learning_rate(config)))
-        group.led(lambda: check_rows(config, policy, self.model, self.device))
+        policy, rate = group.on_rank_0(lambda: (make_policy(config), learning_rate(config)))
+        group.on_rank_0(lambda: check_rows(config, policy, self.model, self.device))
         make = partial(make_optimizer, config, rate)
         self.optimizer = make(list(self.model.parameters()))
         self.schedule = Schedule(config, self.optimizer, self.problem.steps)
-        self.accumulator, self.stepper = make_stepper(
+        self.accumulator, self.source = make_training_engine(
             self.problem, self.model, self.objective, policy, self.optimizer, make, group
         )
         if self.schedule.per_step is not None and config.schedule_waits:
@@ -84,13 +84,13 @@ class Training:
         listener.begin(self.problem, self.step, last)
         while self.step < last and not self.over:
             started = time.perf_counter()
-            yield from self.stepper.ready(self.step, last, self.schedule.next_rates)
+            yield from self.source.ready(self.step, last, self.schedule.next_rates)
             outcome = self.macro_batch()
             self.interval.seconds += time.perf_counter() - started
             listener.stepped(self.step, outcome)
             if self.problem.evaluation(self.step) or self.step == last:
                 line = self.evaluation()
-                self.group.led(partial(self._keep, line, folder, listener, keep_checkpoints))
+                self.group.on_rank_0(partial(self._keep, line, folder, listener, keep_checkpoints))
         return "finished" if last == self.problem.steps or self.over else "stopped"
 
     @property
@@ -107,7 +107,7 @@ class Training:
 
     def macro_batch(self) -> gaf.Outcome:
         """k micro-gradients, one decision, a step or none."""
-        self._add_losses(self.stepper.micro_gradients(self.step))
+        self._add_losses(self.source.micro_gradients(self.step))
         self.accumulator.step()
         outcome = self.accumulator.outcome
         assert outcome is not None
@@ -122,7 +122,7 @@ class Training:
         self.interval.losses += losses.sum()
         checked = losses.device.type == "cpu" or self.step % CHECK_LOSS_EVERY == 0
         if checked and not self.group.total(bool(losses.isfinite().any())):
-            self.group.led(self._give_up)
+            self.group.on_rank_0(self._give_up)
 
     def _give_up(self) -> None:
         raise Diverged(
@@ -158,7 +158,7 @@ class Training:
     def _measure(self) -> dict[str, Any]:
         """Evaluates the model, or its average; at the end of early stopping, the best weights."""
         model = self.model if self.average is None else self.average.module
-        measured = self.group.led(partial(evaluate, model, self.problem))
+        measured = self.group.on_rank_0(partial(evaluate, model, self.problem))
         ended = self.step == self.problem.steps
         if self.stopping is None or not (ended or self.problem.evaluation(self.step)):
             return measured
@@ -166,7 +166,7 @@ class Training:
         if not (ended or self.over):
             return measured
         self.stopping.put_back(model)
-        return self.group.led(partial(evaluate, model, self.problem))
+        return self.group.on_rank_0(partial(evaluate, model, self.problem))
 
     def state_dict(self, folder: Path) -> dict[str, Any]:
         """Everything that the rest of the run depends on, and the size of the records so far."""
