@@ -5,7 +5,8 @@ One small network does not fill a GPU; several side by side do.
 Runs take turns on the host, in one thread. A run's turn ends when it has launched steps
 (`device_engine.py`) on its own CUDA stream. While the device works on them, the others process
 their finished steps, evaluate, and launch. Every run gives bit for bit the same results as alone,
-as far as the device adds in a fixed order. """
+as far as the device adds in a fixed order.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
