@@ -26,8 +26,8 @@ class AuditOptions:
     toml: Path | None = None
     """A TOML file with config keys."""
     data: Path | None = None
-    """Folder with the data set's archive or its unpacked folder;
-    without it, the data set is downloaded."""
+    """Folder with the data set's archive or its unpacked folder.
+    Without it, the data set is downloaded."""
     seeds: int = 1
     """Paired seeds, at least 1, starting at the config's own.
     samples.csv and the pictures are from the first seed."""

@@ -40,8 +40,8 @@ class BenchDDPOptions:
     latency_us: float = 20.0
     """Microseconds a message takes."""
     bandwidth_gbit: float | None = None
-    """Gigabits per second that a rank sends;
-    without it 10, or with --against the file's limit, or the best fit to its plain DDP."""
+    """Gigabits per second that a rank sends.
+    Without it 10, or with --against the file's limit, or the best fit to its plain DDP."""
     memory_gb: float = 10.0
     """Gigabytes per second that a rank reads from memory."""
     gflops: float = 30.0

@@ -24,8 +24,8 @@ class ProbeOptions:
     toml: Path | None = None
     """A TOML file with config keys."""
     data: Path | None = None
-    """Folder with the data set's archive or its unpacked folder;
-    without it, the data set is downloaded."""
+    """Folder with the data set's archive or its unpacked folder.
+    Without it, the data set is downloaded."""
     after: tuple[int, ...] = (0, 100)
     """Steps of training, with the config's own policy and tau, before each measurement.
     0: the initial weights, which agree most."""

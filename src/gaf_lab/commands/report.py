@@ -20,8 +20,8 @@ class ReportOptions:
     """Folders of runs, folders that hold such, a run's records.jsonl, or packs of runs.
     The files of results/ are packs."""
     out: Path | None = None
-    """Folder for report.html and the figures;
-    without it, the first of the runs' folders, or for a pack runs/ and its name."""
+    """Folder for report.html and the figures.
+    Without it, the first of the runs' folders, or for a pack runs/ and its name."""
     title: str | None = None
     """Heading of the page."""
 

@@ -21,12 +21,12 @@ class SweepOptions:
     plan: Positional[str]
     """A TOML file (docs/sweeps.md), a preset, or a figure or table of the paper."""
     out: Path | None = None
-    """Folder for the runs' folders and the index sweep.jsonl;
-    without it, runs/ and the plan's name.
+    """Folder for the runs' folders and the index sweep.jsonl.
+    Without it, runs/ and the plan's name.
     For Ray, all machines share it."""
     workers: int | None = None
-    """Runs at the same time;
-    without it, one for each core, with Ray as many as the cluster has room for."""
+    """Runs at the same time.
+    Without it, one for each core, with Ray as many as the cluster has room for."""
     seeds: int | None = None
     """Paired seeds, at least 1, in place of the plan's."""
     data: Path | None = None

@@ -31,8 +31,8 @@ class TrainOptions:
     toml: Path | None = None
     """A TOML file with config keys."""
     data: Path | None = None
-    """Folder with the data set's archive or its unpacked folder;
-    without it, the data set is downloaded."""
+    """Folder with the data set's archive or its unpacked folder.
+    Without it, the data set is downloaded."""
     steps: int | None = None
     """Ends the run at this step."""
     resume: bool = False

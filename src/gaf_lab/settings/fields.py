@@ -31,8 +31,10 @@ class TrainFields:
     dataset: DataName = "mnist5k"
     """Pictures to train on."""
     noise: NoiseName = "symmetric"
-    """How training labels are made wrong. symmetric: flip to any other class;
-    asymmetric: flip to the next class (within the super-class); human: use human labels."""
+    """How training labels are made wrong.
+    symmetric: flip to any other class.
+    asymmetric: flip to the next class (within the super-class).
+    human: use human labels."""
     noise_rate: float = 0.4
     """Share of training labels that are flipped, in [0, 1); for symmetric and asymmetric.
     Higher is harder."""
@@ -43,8 +45,8 @@ class TrainFields:
     """How micro-batches are drawn. iid: in shuffled passes; stratified: equally many of each class.
     The class is that of the observed label or of the clean one."""
     augment: bool = False
-    """Random crop with padding 4 and horizontal flip;
-    for imagenet a random resized crop and flip."""
+    """Random crop with padding 4 and horizontal flip.
+    For imagenet: a random resized crop and flip."""
     limit: int = 0
     """Uses only so many training pictures, and as many test pictures, always the same. 0: all.
     Lower is faster and memorises more."""
@@ -126,8 +128,8 @@ class TrainFields:
     """Decay per step taken, in [0, 1), of an average of the weights.
     The average is evaluated in place of the weights. 0: none."""
     early_stopping: int = 0
-    """Evaluations without a better accuracy on held-out labels before the run ends;
-    its result is the best weights.
+    """Evaluations without a better accuracy on held-out labels before the run ends.
+    Its result is the best weights.
     0: none."""
 
     policy: PolicyName = "gaf"
@@ -137,8 +139,8 @@ class TrainFields:
     """For gaf: largest accepted cosine distance to the running sum, in [0, 2].
     Lower filters more."""
     threshold: ThresholdName = "fixed"
-    """For gaf: whether tau is fixed or follows past steps;
-    see gaf.thresholds. auto: the recommended one."""
+    """For gaf: whether tau is fixed or follows past steps.
+    See gaf.thresholds. auto: the recommended one."""
     threshold_by: float | None = None
     """kappa of signal, z of noise-floor, p of quantile, margin of moving-average.
     Without it, the threshold's own default. Higher filters more, except for p."""
@@ -155,8 +157,8 @@ class TrainFields:
     """For gaf: one decision for the whole gradient, for each bucket, or for each layer.
     Buckets are those that DistributedDataParallel would make."""
     step_probability: float = 0.5
-    """For random-skip: chance that a step is taken, in [0, 1];
-    with `replay` the share of steps that the recorded run took."""
+    """For random-skip: chance that a step is taken, in [0, 1].
+    With `replay`: the share of steps that the recorded run took."""
     replay: Path | None = None
     """For controls: folder of a recorded run.
     replay-skip and random-subset repeat its steps, scaled-lr its acceptance."""
@@ -174,7 +176,7 @@ class TrainFields:
     """Whether the model is compiled by torch.compile.
     Takes a minute at the start and makes steps of some models faster."""
     engine: Literal["auto", "plain", "device"] = "auto"
-    """plain: gaf.Accumulator, which waits for the decision;
+    """plain: gaf.Accumulator, which waits for the decision.
     device: a step that never waits, on CUDA captured as a graph.
     auto takes device on CUDA if it supports the config.
     Both decide alike."""
