@@ -10,11 +10,12 @@ import contextlib
 import hashlib
 import os
 import socket
+import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -122,8 +123,12 @@ def join() -> Group:
     return here()
 
 
-def leave(code: int) -> int:
-    """Leaves the ranks; returns the exit code.
+def leave(code: int) -> NoReturn:
+    """Leaves the ranks and ends the process with this exit code.
+
+    The interpreter is not shut down: a thread of torch's process groups that runs meanwhile would
+    abort the process ("terminate called without an active exception"), and torchrun would count
+    the finished run as a failed one.
 
     After a failure all leave together, because torchrun would stop the one that is still reporting
     the error. After Ctrl-C (130) nobody waits: when a rank exits, those that wait for it do too.
@@ -133,7 +138,9 @@ def leave(code: int) -> int:
             dist.monitored_barrier(timeout=FAREWELL)
     if code != 130:
         dist.destroy_process_group()
-    return code
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def launch() -> str | None:
