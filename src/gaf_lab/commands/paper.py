@@ -70,7 +70,7 @@ def run_paper(words: Words, console: Console) -> int:
         with own_folder(options.out, command):
             page, swept = reproduce(names, options.scale, options.out, console, **how)
     except KeyboardInterrupt:
-        say(console, f"\nStopped. Resume with: {command}")
+        say(console, f"\nStopped. Go on with: {command}")
         return 130
     for name, why in swept.failed.items():
         say(console, f"{name}: {why}")

@@ -69,7 +69,7 @@ def run_sweep(words: Words, console: Console) -> int:
     try:
         swept = sweep(configs, out, console=console, **how)
     except KeyboardInterrupt:
-        say(console, f"\nStopped. Resume with the same command: {command}")
+        say(console, f"\nStopped. Go on with the same command: {command}")
         return 130
     for name, why in swept.failed.items():
         say(console, f"{name} failed: {why}")

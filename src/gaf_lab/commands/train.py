@@ -77,7 +77,7 @@ def run_train(words: Words, console: Console) -> int:
         )
     except KeyboardInterrupt:
         again = shlex.join(words_to_resume(words, options.out))
-        say(console, f"\nStopped. Resume with: {start}{again}")
+        say(console, f"\nStopped. Go on with: {start}{again}")
         return 130
     finally:
         listener.close()

@@ -134,7 +134,7 @@ def test_what_ctrl_c_proposes_before_the_first_evaluation_goes_on(tmp_path):
     out = process.communicate(timeout=60)[0]
     assert process.returncode == 130
     (proposed,) = [
-        line.partition("Resume with: gaf ")[2] for line in out.splitlines() if "Resume with" in line
+        line.partition("Go on with: gaf ")[2] for line in out.splitlines() if "Go on" in line
     ]
     assert proposed == f"train {' '.join(words)} --resume"
     assert cli.main([*proposed.split(), "--steps", "3"]) == 0

@@ -281,7 +281,7 @@ def test_killed_at_any_moment_and_started_again_a_sweep_ends_as_an_undisturbed_o
         if how == "ctrl-c":
             assert process.returncode == 130, out
             assert (
-                f"Stopped. Resume with the same command: gaf sweep {plan} --workers 2 "
+                f"Stopped. Go on with the same command: gaf sweep {plan} --workers 2 "
                 f"--out {tmp_path}" in out
             )
             assert "Traceback" not in out
