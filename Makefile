@@ -10,7 +10,7 @@ demo: .venv/installed-lab
 	$(BIN)/gaf demo
 
 test: .venv/installed-dev
-	$(BIN)/python -m pytest -n 3 --dist worksteal -m 'not slow' tests
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not slow' tests
 
 matrix: .venv/installed-dev
 	$(BIN)/python -m pytest -m slow tests
