@@ -1,5 +1,6 @@
 # make demo: the demo.  make test: the tests.  make matrix: the slow tests.
-# Each target first installs what it needs into .venv: the lab for demo and bench, everything for the others.
+# Each target first installs what it needs into .venv: the lab for demo and bench, everything for
+# the others.
 PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
@@ -38,7 +39,8 @@ bench: .venv/installed-lab
 wheel: .venv/installed-dev
 	$(BIN)/python -m build --wheel
 
-# Installs the tested versions. torch comes first and by name, so that no other package fetches another build of it.
+# Installs the tested versions. torch comes first and by name, so that no other package fetches
+# another build of it.
 .venv/installed-lab: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch

@@ -41,7 +41,8 @@ def make_step(options: Options, make: Any, dtype: torch.dtype, autocast: bool) -
     """Of a fresh model, warm."""
     torch.manual_seed(0)
     name, size, k = ("convnet", 8, 2) if options.small else ("resnet18", 100, 4)
-    model = models.make_model(name, (3, 32, 32), 100, "imagenet").to(options.device, dtype)  # type: ignore[arg-type]
+    model = models.make_model(name, (3, 32, 32), 100, "imagenet")  # type: ignore[arg-type]
+    model = model.to(options.device, dtype)
     batch = (
         torch.randn(size, 3, 32, 32, device=options.device, dtype=dtype),
         torch.randint(100, (size,), device=options.device),

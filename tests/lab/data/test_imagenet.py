@@ -143,7 +143,7 @@ def test_made_pictures_are_the_same_for_a_seed_and_can_be_told_apart(pictures, t
 
 @pytest.fixture
 def endless(pictures, tmp_path):
-    """A run without end as a process, and its workers' pids once it is under way."""
+    """A run without end as a process, and its workers' pids once it has started."""
     words = [
         "train",
         "--dataset",
