@@ -8,6 +8,8 @@ them:
     max_norm_ratio   a row of more than this many median norms is absent        max_norm_ratio_of
     tau              its threshold, a number or an object that adapts           given_tau
     planned          (step, k) -> the k weights of a step, whatever its rows    is_planned
+    judge            RowSums -> Decision: it needs no more of K than that       judges_sums
+    findings         what it noticed in its last decision       gaf.rules.finding.findings_of
     state_dict       () -> what it has learned                                  learned_state
     load_state_dict  takes back what state_dict gave                            load_learned_state
 
@@ -58,6 +60,11 @@ def given_tau(policy: Any) -> Any:
 def is_planned(policy: Any) -> bool:
     """Whether the weights of a step are known before its rows: by `planned(step, k)`."""
     return hasattr(policy, "planned")
+
+
+def judges_sums(policy: Any) -> bool:
+    """Whether the policy decides from K's diagonal and row sums alone: by `judge(RowSums)`."""
+    return hasattr(policy, "judge")
 
 
 def learned_state(policy: Any) -> Any:

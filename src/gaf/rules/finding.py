@@ -1,0 +1,26 @@
+"""What a policy has noticed about a row beside its decision."""
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong with a row, or with the step.
+
+    Attributes:
+        row: its index; None if it concerns the step and no single row.
+        kind: what is wrong, such as "not finite".
+        value: what was measured.
+        expected: what is usual there.
+    """
+
+    row: int | None
+    kind: str
+    value: float
+    expected: float
+
+
+def findings_of(policy: Any) -> "list[Finding]":
+    """What the policy noticed in its last decision: its attribute `findings`, if it has one."""
+    return list(getattr(policy, "findings", ()))
