@@ -27,6 +27,7 @@ from gaf.rules.averaging import Mean, RandomSkip
 from gaf.rules.combine import aggregate
 from gaf.rules.decision import Decision
 from gaf.rules.gram import gram
+from gaf.rules.guard import Guard
 from gaf.rules.policies import GAF
 from gaf.rules.reference import reference
 from gaf.rules.thresholds import (
@@ -43,6 +44,7 @@ __all__ = [
     "Accumulator",
     "Audit",
     "Decision",
+    "Guard",
     "Handle",
     "Mean",
     "MovingAverageTau",

@@ -218,7 +218,7 @@ class Accumulator:
         outcome = Outcome.fetch(decision, evidence)
         check_weights(outcome.weights, outcome.stepped, self.policy)
         scale = self._scaling.factor
-        overflow = self._scaling.has_overflowed(outcome.norms2, scale)
+        overflow = self._scaling.has_overflowed(self.policy, outcome.norms2, scale)
         if overflow:
             decision, outcome = as_skip(decision), outcome.as_skip()
             self._skip_layers()

@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 
 from gaf.device.claims import Claimant, claim_scaler
 from gaf.device.parameters import all_parameters, grad_dtype
+from gaf.rules.contract import Policy
 from gaf.rules.judging import has_overflow
 
 
@@ -36,13 +37,13 @@ class LossScaling:
         """What the losses of this macro-batch were multiplied by. Waits for the device."""
         return 1.0 if self.scaler is None else self.scaler.get_scale()
 
-    def has_overflowed(self, norms2: Sequence[float], factor: float) -> bool:
-        """Whether the scale was too large for some row, or has fallen to 0 after many overflows.
+    def has_overflowed(self, policy: Policy, norms2: Sequence[float], factor: float) -> bool:
+        """Whether the scale was too large for the rows, or has fallen to 0 after many overflows.
 
         Nothing can be unscaled with a scale of 0. The caller passes `factor`, because reading it
         waits for the device.
         """
-        return self.scaler is not None and (factor == 0 or has_overflow(norms2))
+        return self.scaler is not None and (factor == 0 or has_overflow(policy, norms2))
 
     def unscale(self, overflow: bool) -> None:
         """Has the scaler look at every optimizer's update; after a skip, at a stand-in for it."""

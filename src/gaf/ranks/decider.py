@@ -157,7 +157,7 @@ class Decider:
         """
         decision, evidence = decide_with_evidence(self.ledger.policy, gram)
         outcome = Outcome.fetch(decision, evidence)
-        overflow = self.scaler is not None and has_overflow(outcome.norms2)
+        overflow = self.scaler is not None and has_overflow(self.ledger.policy, outcome.norms2)
         if overflow:
             decision, outcome = as_skip(decision), outcome.as_skip()
         check_weights(outcome.weights, outcome.stepped, self.ledger.policy)

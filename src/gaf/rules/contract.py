@@ -9,6 +9,7 @@ them:
     tau              its threshold, a number or an object that adapts           given_tau
     planned          (step, k) -> the k weights of a step, whatever its rows    is_planned
     judge            RowSums -> Decision: it needs no more of K than that       judges_sums
+    overflowed       k squared norms -> whether a loss scale is too high    judging.has_overflow
     findings         what it noticed in its last decision       gaf.rules.finding.findings_of
     state_dict       () -> what it has learned                                  learned_state
     load_state_dict  takes back what state_dict gave                            load_learned_state

@@ -1,7 +1,7 @@
 """What every engine does with a policy: decide from K, keep the evidence, notice overflows."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TypeGuard
 
 import torch
@@ -52,12 +52,14 @@ def join_layer_decisions(
     )
 
 
-def has_overflow(norms2: Iterable[float]) -> bool:
-    """Whether a row's squared norm is NaN or infinite.
+def has_overflow(policy: Policy, norms2: Sequence[float]) -> bool:
+    """Whether rows are NaN or infinite: by their squared norms a single one, or as the policy says.
 
     Under a GradScaler this means that the loss scale is too high: no step may follow, whatever the
     policy decided, and the scaler must see it to lower the scale.
     """
+    if hasattr(policy, "overflowed"):
+        return bool(policy.overflowed(norms2))
     return not all(map(math.isfinite, norms2))
 
 
