@@ -18,7 +18,7 @@ from gaf.rules.row_sums import RowSums
 from gaf.shapes import Float64
 
 WARM_UP = 20  # steps after which a row's own history counts
-LOOK_BACK = 100  # steps that a history looks back
+MEMORY = 100  # steps that a history looks back
 LEAST_DEVIATION = 0.1  # of log norms: rows that never differed may differ by a tenth
 
 
@@ -70,8 +70,8 @@ class Guard:
         self.on_alarm = on_alarm
         self.findings: list[Finding] = []
         self._histories = {
-            "norm": History(LOOK_BACK, LEAST_DEVIATION),
-            "relative norm": History(LOOK_BACK, LEAST_DEVIATION),
+            "norm": History(MEMORY, LEAST_DEVIATION),
+            "relative norm": History(MEMORY, LEAST_DEVIATION),
         }
 
     def __call__(self, gram: Float64[Tensor, "k k"]) -> Decision:
