@@ -30,6 +30,8 @@ docs-serve: .venv/installed-dev
 
 bench: .venv/installed-lab
 	$(BIN)/gaf bench accumulate --rounds 40 --out benchmarks/accumulate.jsonl
+	OMP_NUM_THREADS=1 $(BIN)/gaf bench accumulate --model mlp --k 8 --b 20 100 --hidden 512 64 \
+		--rounds 100 --out benchmarks/accumulate-mlp.jsonl
 	$(BIN)/gaf bench ddp --b 100 --k 2 4 --out benchmarks/ddp.jsonl
 	$(BIN)/gaf bench ddp --b 32 --k 2 4 8 --rounds 12 --out benchmarks/ddp-b32.jsonl
 	$(BIN)/gaf bench train $(if $(DATA),--data $(DATA)) --workers 0 2 --out benchmarks/train.jsonl

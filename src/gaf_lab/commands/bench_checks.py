@@ -1,5 +1,6 @@
 """What benchmarks refuse before they measure."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from gaf_lab.records import run as records
@@ -11,12 +12,18 @@ MOST_ROUNDS, MOST_BATCH = 100_000, 100_000
 
 def check_sizes(options: Any, least_k: int, most_k: int) -> None:
     """Refuses sizes that cannot be measured, or that take too long."""
-    for k in options.k:
-        check_count("k", k, least_k, most_k)
-    if not options.k:
-        raise ConfigError("k must name at least one number; got none. Give --k 2 4.")
-    check_count("b", options.b, 2, MOST_BATCH, "BatchNorm needs two samples.")
+    check_counts("k", options.k, least_k, most_k)
+    batches = options.b if isinstance(options.b, tuple) else (options.b,)
+    check_counts("b", batches, 2, MOST_BATCH, "BatchNorm needs two samples.")
     check_rounds(options)
+
+
+def check_counts(name: str, values: Sequence[int], least: int, most: int, reason: str = "") -> None:
+    """Refuses numbers out of their range, and none at all."""
+    if not values:
+        raise ConfigError(f"{name} must name at least one number; got none. Give --{name} 20 40.")
+    for value in values:
+        check_count(name, value, least, most, reason)
 
 
 def check_rounds(options: Any) -> None:

@@ -395,6 +395,12 @@ def test_an_unknown_word_is_answered_with_the_nearest(run, words, message):
         ),
         (["bench", "accumulate", "--rounds", 0], "rounds must be at least 2; got 0."),
         (["bench", "accumulate", "--k"], "k must name at least one number; got none."),
+        (["bench", "accumulate", "--b"], "b must name at least one number; got none."),
+        (["bench", "accumulate", "--hidden", 64], "hidden is the mlp's; got it for resnet18."),
+        (
+            ["bench", "accumulate", "--model", "mlp", "--hidden", 0],
+            "hidden must be at least 1; got 0.",
+        ),
         (["bench", "ddp", "--k", 99_999_999], "k must be at most 256; got 99,999,999."),
         (["bench", "ddp", "--rounds", 10**9], "rounds must be at most 100,000"),
         (
@@ -482,6 +488,18 @@ def test_bench_compares_all_ways_and_writes_its_figures(run, tmp_path):
     # streaming holds one gradient more; start="best" holds k rows where plain holds one,
     # and autograd's own beside them
     assert held["gaf.GAF()"] < 2 < held["gaf.GAF(start='best')"]
+
+
+def test_bench_accumulate_compares_in_every_size_of_the_mlp(run, tmp_path):
+    out = tmp_path / "bench.jsonl"
+    sizes = ("--hidden", 8, 4, "--b", 3, 2, "--k", 2, "--rounds", 2)
+    code, shown, _ = run("bench", "accumulate", "--model", "mlp", *sizes, "--out", out)
+    assert code == 0
+    assert "…" not in shown  # the table fits 80 columns
+    conditions, *lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert conditions["pictures"] == "1x28x28"
+    assert [(line["hidden"], line["b"]) for line in lines[::3]] == [(8, 3), (8, 2), (4, 3), (4, 2)]
+    assert all(line["cpu_ratio_p10"] <= line["cpu_ratio_median"] for line in lines)
 
 
 def test_presets_are_listed(run):
