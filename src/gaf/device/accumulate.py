@@ -53,7 +53,7 @@ class Accumulator:
 
     Args:
         optimizer: any dense torch.optim optimizer, or several that share one decision.
-        policy: `gaf.GAF(...)`, `gaf.Mean()`, or any callable from a Gram matrix to a Decision.
+        policy: `gaf.GAF(...)`, or any callable from a Gram matrix to a Decision or to weights.
             With `GAF(start="first")` (the default), Mean and RandomSkip the micro-gradients are
             added up as they come: one gradient-sized buffer more than plain accumulation, whatever
             k. Others keep all k.

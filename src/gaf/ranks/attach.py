@@ -58,9 +58,9 @@ def attach(
             group).
         optimizer: any dense torch.optim optimizer over the model's parameters, or several;
             ZeroRedundancyOptimizer too.
-        policy: `gaf.GAF(...)`, or any callable from a Gram matrix to a Decision that is the same on
-            all ranks. `gaf.Mean()` is plain averaging bit for bit, `gaf.RandomSkip` the same with
-            skips.
+        policy: `gaf.GAF(...)`, or any callable from a Gram matrix to a Decision or to weights, the
+            same on all ranks. `gaf.Mean()` is plain averaging bit for bit, `gaf.RandomSkip` the
+            same with skips.
         scaler: the loop's GradScaler. After an overflow on any rank no optimizer steps, and the
             scale falls, as in plain training.
         group: the ranks whose rows are compared, a process group or a mesh of one dimension. DDP:

@@ -14,8 +14,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from gaf.rules.asking import ask
 from gaf.rules.contract import Policy, check_policy
-from gaf.rules.decision import Decision, check_decision
+from gaf.rules.decision import Decision
 from gaf.rules.gram import check_rows, gram
 from gaf.shapes import Float, Float64
 
@@ -25,7 +26,8 @@ def aggregate(rows: Float[Tensor, "k n"], policy: Policy) -> tuple[Float[Tensor,
 
     Args:
         rows: (k, n), one micro-gradient a row; float16, bfloat16, float32 or float64.
-        policy: what decides, such as `gaf.GAF(0.97)`.
+        policy: what decides, such as `gaf.GAF(0.97)`, or any function from K to a Decision or to
+            weights (k,).
 
     Returns:
         The update, (n,) in the rows' dtype, zeros where not stepped, and the Decision.
@@ -42,8 +44,7 @@ def aggregate(rows: Float[Tensor, "k n"], policy: Policy) -> tuple[Float[Tensor,
     """
     check_rows(rows)
     check_policy(policy, "aggregate")
-    K = gram(rows)
-    decision = check_decision(policy(K), policy, len(rows), K.device)
+    decision = ask(policy, gram(rows))
     return combine(decision.weights, rows), decision
 
 

@@ -1,4 +1,7 @@
-"""What a policy is: a callable from K to a Decision, with optional attributes.
+"""What a policy is: a callable from K to a Decision or to weights, with optional attributes.
+
+Plain weights (k,), a tensor of any floating-point type, stand for the Decision that accepts the
+rows whose weight is not zero, and steps if there is one (`gaf.rules.asking`).
 
 Because all attributes are optional, a plain function is a policy. The functions at the right read
 them:
@@ -8,6 +11,7 @@ them:
     max_norm_ratio   a row of more than this many median norms is absent        max_norm_ratio_of
     tau              its threshold, a number or an object that adapts           given_tau
     planned          (step, k) -> the k weights of a step, whatever its rows    is_planned
+    present_only     it is given the K of the present rows only           sees_present_only
     judge            RowSums -> Decision: it needs no more of K than that       judges_sums
     overflowed       k squared norms -> whether a loss scale is too high    judging.has_overflow
     findings         what it noticed in its last decision       gaf.rules.finding.findings_of
@@ -21,11 +25,17 @@ arrive: see `gaf.rules.sequential`.
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from gaf.rules.decision import Decision
 
-Policy = Callable[[Tensor], Decision]  # (k, k) float64 -> Decision
+# (k, k) float64 -> Decision, or weights (k,)
+Policy = Callable[[Tensor], Decision | Tensor]
+# of torchjd.aggregation
+TAKE_ROWS = {
+    *("Aggregator", "ExcessMTLWeighting", "MoDoWeighting", "SDMGradWeighting"),
+    "_NashMTLWeighting",
+}
 
 
 def check_policy(policy: Any, subject: str) -> Any:
@@ -35,7 +45,26 @@ def check_policy(policy: Any, subject: str) -> Any:
             f"{subject}: policy must be a callable from a Gram matrix to a Decision; "
             f"got {policy!r}. Use gaf.GAF(tau=0.97)."
         )
+    check_takes_gram(policy, subject)
     return policy
+
+
+def check_takes_gram(policy: Any, subject: str) -> None:
+    """TypeError for what of TorchJD takes a matrix of rows: given K, it would answer all the same.
+
+    A symmetric K passes for a matrix of k rows, and k numbers for weights.
+    """
+    names = {c.__name__ for c in type(policy).__mro__ if c.__module__.startswith("torchjd.")}
+    if names.isdisjoint(TAKE_ROWS):
+        return
+    kind = type(policy).__name__
+    way = "Use one of its weightings of the Gramian, such as MGDAWeighting()."
+    if hasattr(policy, "gramian_weighting"):
+        way = f"Use {kind}(...).gramian_weighting."
+    raise TypeError(
+        f"{subject}: policy must be a callable from a Gram matrix; torchjd's {kind} takes the rows "
+        f"themselves. {way}"
+    )
 
 
 def scope_of(policy: Any) -> str:
@@ -61,6 +90,15 @@ def given_tau(policy: Any) -> Any:
 def is_planned(policy: Any) -> bool:
     """Whether the weights of a step are known before its rows: by `planned(step, k)`."""
     return hasattr(policy, "planned")
+
+
+def sees_present_only(policy: Any) -> bool:
+    """Whether the policy is given the K of the present rows, and decides about those alone.
+
+    By its attribute `present_only`. A torch.nn.Module does unless it says otherwise: TorchJD's
+    weightings are modules, and most of them fail on a K that holds a NaN.
+    """
+    return bool(getattr(policy, "present_only", isinstance(policy, nn.Module)))
 
 
 def judges_sums(policy: Any) -> bool:

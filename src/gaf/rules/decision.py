@@ -78,7 +78,8 @@ def check_decision(decision: Any, policy: Any, k: int, device: torch.device) -> 
     ):
         found = describe_value(decision)
         raise TypeError(
-            f"policy {policy!r}: it must return a gaf.Decision of tensors; got {found}. "
+            f"policy {policy!r}: it must return a gaf.Decision of tensors, or k weights as a "
+            f"tensor; got {found}. "
             "Build one with a tensor for each field, on the Gram matrix's device."
         )
     for name, part in vars(decision).items():
@@ -87,10 +88,7 @@ def check_decision(decision: Any, policy: Any, k: int, device: torch.device) -> 
 
 
 def describe_value(value: Any) -> str:
-    """A tensor by its shape, everything else as it prints."""
-    if isinstance(value, Decision):
-        return f"one with {value!r}"
-    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+    return f"one with {value!r}" if isinstance(value, Decision) else repr(value)
 
 
 def check_field(

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from gaf.rules.agreement import mean_off_diagonal
+from gaf.rules.asking import ask
 from gaf.rules.contract import Policy, max_norm_ratio_of
-from gaf.rules.decision import Decision, Evidence, check_decision
+from gaf.rules.decision import Decision, Evidence
 from gaf.rules.gram import without_giants
 from gaf.rules.policies import GAF
 from gaf.rules.sequential import Sequential
@@ -19,7 +20,7 @@ from gaf.shapes import Float64
 def decide_with_evidence(policy: Policy, gram: Float64[Tensor, "k k"]) -> tuple[Decision, Evidence]:
     """The policy's decision about a Gram matrix, and what the matrix shows beside it."""
     tau = tau_of(policy, gram)
-    decision = check_decision(policy(gram), policy, len(gram), gram.device)
+    decision = ask(policy, gram)
     ratio = max_norm_ratio_of(policy)
     compared = gram if ratio is None else without_giants(gram, ratio)
     return decision, Evidence(compared.diagonal(), mean_off_diagonal(compared), tau)
