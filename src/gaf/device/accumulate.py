@@ -16,9 +16,11 @@ from gaf.device.buffers import Buffers
 from gaf.device.checks import (
     check_accumulator_state,
     check_bn,
+    check_idle,
     check_loss,
     check_scope,
     check_types,
+    check_undecided,
 )
 from gaf.device.claims import claim_optimizer
 from gaf.device.layers import LayeredRows, layered_rows_for, layers_of
@@ -28,7 +30,7 @@ from gaf.device.rows import StackedRows, StreamedRows, rows_for
 from gaf.device.scaler import LossScaling
 from gaf.record.ledger import Ledger
 from gaf.record.outcome import Outcome
-from gaf.rules.contract import Policy, check_policy, scope_of
+from gaf.rules.contract import Policy, check_policy, scope_of, tell_loss_scale
 from gaf.rules.decision import Decision, as_skip, check_weights
 
 Rows = StreamedRows | StackedRows | LayeredRows
@@ -131,6 +133,16 @@ class Accumulator:
         """The scaler, if it is enabled."""
         return self._scaling.scaler
 
+    @property
+    def alarms(self) -> list[dict[str, Any]]:
+        """What the policy found wrong (`gaf.Guard`), a dict of plain numbers for each, in order.
+
+        `step`, counted from 1; `row`, None for the whole step; `kind`; `value` and `expected`, None
+        if not finite, over `steps` steps. The same within 100 steps of `last_step` only raises
+        `count`. They are not part of the state.
+        """
+        return self.ledger.alarms.alarms
+
     def backward(self, loss: Tensor, *, retain_graph: bool = False) -> None:
         """Computes one micro-gradient: the loss's backward pass for this optimizer's parameters.
 
@@ -144,11 +156,7 @@ class Accumulator:
                 checkpointing; with bn="accepted" for a loss that is not of the last forward pass.
             TypeError, ValueError: for what is no loss of one number; for a sparse gradient.
         """
-        if self._decided is not None:
-            raise RuntimeError(
-                "Accumulator: backward() came after decide(); call step() first, "
-                "it ends the macro-batch."
-            )
+        check_undecided(self._decided, "backward()")
         check_loss(loss)
         self._scaling.claim(self)
         self._bn.check(loss)
@@ -208,16 +216,19 @@ class Accumulator:
                     "loss.backward()."
                 )
             self._decided = self._decide(self._rows)
+            if self.ledger.findings:
+                self.ledger.note_findings(self._scaling.factor)
         return self._decided
 
     @torch.no_grad()
     def _decide(self, rows: Rows) -> Decision:
+        scale = self._scaling.factor
+        tell_loss_scale(self.policy, scale)
         decision, evidence = rows.decide()
         if isinstance(rows, LayeredRows):
             self.layers = rows.decisions
         outcome = Outcome.fetch(decision, evidence)
         check_weights(outcome.weights, outcome.stepped, self.policy)
-        scale = self._scaling.factor
         overflow = self._scaling.has_overflowed(self.policy, outcome.norms2, scale)
         if overflow:
             decision, outcome = as_skip(decision), outcome.as_skip()
@@ -285,11 +296,7 @@ class Accumulator:
         Raises:
             RuntimeError: between `decide()` and `step()`: the decision is counted.
         """
-        if self._decided is not None:
-            raise RuntimeError(
-                "Accumulator: discard() came after decide(), which counted the decision; "
-                "call step()."
-            )
+        check_undecided(self._decided, "discard()")
         if self._rows is not None:
             self._bn.settle([])
             self._bn.begin()
@@ -350,7 +357,7 @@ class Accumulator:
         Raises:
             RuntimeError: where micro-gradients wait for their step().
         """
-        self._check_idle("state_dict()")
+        check_idle(self.waiting, "state_dict()")
         return self.ledger.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -360,13 +367,6 @@ class Accumulator:
             RuntimeError: where micro-gradients wait for their step().
             ValueError: for what is no such state, or that of another policy; nothing is taken then.
         """
-        self._check_idle("load_state_dict()")
+        check_idle(self.waiting, "load_state_dict()")
         check_accumulator_state(state)
         self.ledger.load_state_dict(state)
-
-    def _check_idle(self, call: str) -> None:
-        if self.waiting:
-            raise RuntimeError(
-                f"Accumulator: {call} must come between macro-batches; micro-gradients wait and "
-                "would be lost. Call step() first, or discard() to drop them."
-            )

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.nn.parallel import DistributedDataParallel
 
+from gaf.rules.decision import Decision
+
 Names = dict[nn.Parameter, str]
 
 ACROSS_RANKS = (
@@ -153,4 +155,22 @@ def check_accumulator_state(state: Any) -> None:
         raise ValueError(
             "Accumulator: load_state_dict() takes what an Accumulator's state_dict() gave, with "
             f"'telemetry' and 'policy'; got {found}. Save acc.state_dict() under a key of its own."
+        )
+
+
+def check_idle(waiting: bool, call: str) -> None:
+    """RuntimeError if micro-gradients wait for their step."""
+    if waiting:
+        raise RuntimeError(
+            f"Accumulator: {call} must come between macro-batches; micro-gradients wait and "
+            "would be lost. Call step() first, or discard() to drop them."
+        )
+
+
+def check_undecided(decided: Decision | None, call: str) -> None:
+    """RuntimeError if the macro-batch is decided, and waits for its step."""
+    if decided is not None:
+        raise RuntimeError(
+            f"Accumulator: {call} came after decide(); call step() first, it ends the "
+            "macro-batch, whose decision is counted."
         )

@@ -5,11 +5,14 @@ from typing import Any
 
 from torch.optim.lr_scheduler import LRScheduler
 
+from gaf.record.alarms import Alarms
 from gaf.record.gate import gate
 from gaf.record.outcome import Outcome
 from gaf.record.telemetry import Telemetry
 from gaf.rules.contract import Policy, learned_state, load_learned_state
 from gaf.rules.decision import Decision, as_skip
+from gaf.rules.finding import Finding, findings_of
+from gaf.rules.judging import has_overflow
 from gaf.rules.policies import private_copy
 
 
@@ -24,6 +27,7 @@ class Ledger:
         last: the Decision of the last step.
         outcome: the same with its evidence, as plain numbers.
         telemetry: counts since the start, and averages over the last steps.
+        alarms: what the policy found wrong.
         progress: (steps decided, steps taken) by this object; unlike `stats`, not restored.
     """
 
@@ -32,6 +36,7 @@ class Ledger:
         self.last: Decision | None = None
         self.outcome: Outcome | None = None
         self.telemetry = Telemetry()
+        self.alarms = Alarms()
         self.progress = (0, 0)
 
     def record(self, outcome: Outcome, scale: float = 1.0) -> None:
@@ -40,6 +45,27 @@ class Ledger:
         self.outcome = outcome
         self.progress = (decided + 1, taken + outcome.stepped)
         self.telemetry.record(outcome, self.policy, scale=scale)
+
+    @property
+    def findings(self) -> list[Finding]:
+        """What the policy noticed in its last decision."""
+        return findings_of(self.policy)
+
+    def note_findings(self, scale: float = 1.0) -> None:
+        """Alarms for what the policy found wrong in the last decision, which was recorded.
+
+        Args:
+            scale: what a GradScaler multiplied the rows by; an overflow by it is no alarm.
+        """
+        assert self.outcome is not None
+        if scale > 1 and has_overflow(self.policy, self.outcome.norms2):
+            return
+        self.alarms.note(
+            self.findings,
+            self.telemetry.totals["steps"],
+            self.outcome.stepped,
+            getattr(self.policy, "on_alarm", None),
+        )
 
     def take_back(self) -> None:
         """The last step was not taken after all: it counts as a skip."""

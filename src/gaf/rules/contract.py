@@ -14,6 +14,7 @@ them:
     present_only     it is given the K of the present rows only           sees_present_only
     judge            RowSums -> Decision: it needs no more of K than that       judges_sums
     overflowed       k squared norms -> whether a loss scale is too high    judging.has_overflow
+    loss_scale       what the rows were multiplied by; the engine sets it   tell_loss_scale
     findings         what it noticed in its last decision       gaf.rules.finding.findings_of
     state_dict       () -> what it has learned                                  learned_state
     load_state_dict  takes back what state_dict gave                            load_learned_state
@@ -104,6 +105,12 @@ def sees_present_only(policy: Any) -> bool:
 def judges_sums(policy: Any) -> bool:
     """Whether the policy decides from K's diagonal and row sums alone: by `judge(RowSums)`."""
     return hasattr(policy, "judge")
+
+
+def tell_loss_scale(policy: Any, scale: float) -> None:
+    """Tells a policy that asks for it what the losses were multiplied by, before it decides."""
+    if hasattr(policy, "loss_scale"):
+        policy.loss_scale = scale
 
 
 def learned_state(policy: Any) -> Any:

@@ -13,12 +13,14 @@ class Finding:
         kind: what is wrong, such as "not finite".
         value: what was measured.
         expected: what is usual there.
+        steps: over how many steps it was measured.
     """
 
     row: int | None
     kind: str
     value: float
     expected: float
+    steps: int = 1
 
 
 def findings_of(policy: Any) -> "list[Finding]":
