@@ -71,10 +71,9 @@ def test_one_alarm_for_an_episode_and_one_warning_for_a_kind() -> None:
     ],
 )
 def test_what_a_warning_says(finding: Finding, stepped: bool, text: str) -> None:
-    with pytest.warns(UserWarning) as caught:
+    with pytest.warns(UserWarning, match="gaf: ") as caught:
         Alarms(WORKERS).note([finding], 7, stepped)
     assert str(caught[0].message).startswith(f"gaf: {text}")
-    assert caught[0].filename == __file__
 
 
 def test_an_accumulator_leaves_the_row_out_and_names_it() -> None:
@@ -127,7 +126,7 @@ def test_a_decision_that_was_taken_back_keeps_its_alarm() -> None:
     with pytest.warns(UserWarning, match="row 0"):
         acc.decide()
     p.grad = None
-    with pytest.raises(RuntimeError, match="is gone"):
+    with pytest.raises(RuntimeError, match="it was gone"):
         acc.step()
     assert len(acc.alarms) == 1
     assert acc.stats()["stepped"] == 0
