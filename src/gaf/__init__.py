@@ -25,10 +25,12 @@ from gaf.record.audit import Audit
 from gaf.record.outcome import Outcome
 from gaf.rules.averaging import Mean, RandomSkip
 from gaf.rules.combine import aggregate
+from gaf.rules.coordinatewise import Median, SignAgreement, TrimmedMean
 from gaf.rules.decision import Decision
 from gaf.rules.gram import gram
 from gaf.rules.guard import Guard
 from gaf.rules.policies import GAF
+from gaf.rules.random_mask import RandomMask
 from gaf.rules.reference import reference
 from gaf.rules.thresholds import (
     MovingAverageTau,
@@ -47,14 +49,18 @@ __all__ = [
     "Guard",
     "Handle",
     "Mean",
+    "Median",
     "MovingAverageTau",
     "NoiseFloorTau",
     "Outcome",
     "Probe",
     "QuantileTau",
+    "RandomMask",
     "RandomSkip",
     "ScheduleTau",
+    "SignAgreement",
     "SignalTau",
+    "TrimmedMean",
     "aggregate",
     "attach",
     "gram",

@@ -26,12 +26,12 @@ pytestmark = pytest.mark.distributed
 # ------------------------------------------------------------------------------------ what it costs
 
 
-def coordinates_sent(micro_group: int) -> dict[str, float]:
+def coordinates_sent(micro_group: int, policy: Any) -> dict[str, float]:
     """Coordinates that this rank hands to the collectives in one step, counted at each call."""
     model, _, _ = attach_model(gaf.GAF(2.0), Wide, bucket_cap_mb=0.05)
     hook = model._comm_hooks[0][0].__self__
     hook.handle.detach()
-    handle = gaf.attach(model, SGD(model.parameters(), 0.1), gaf.GAF(2.0), micro_group=micro_group)
+    handle = gaf.attach(model, SGD(model.parameters(), 0.1), policy, micro_group=micro_group)
     W = dist.get_world_size()
     plain_loss(model, 0, dist.get_rank()).backward()  # buckets are built anew after the first
     model.zero_grad()
@@ -65,11 +65,17 @@ def coordinates_sent(micro_group: int) -> dict[str, float]:
     }
 
 
-@pytest.mark.parametrize(("W", "micro_group"), [(2, 1), (3, 1), (4, 1), (4, 2)])
+@pytest.mark.parametrize(
+    ("W", "micro_group", "policy"),
+    [
+        *((W, m, gaf.GAF(2.0)) for W, m in ((2, 1), (3, 1), (4, 1), (4, 2))),
+        (4, 1, gaf.Median()),
+    ],
+)
 def test_a_step_sends_what_one_all_reduce_sends_and_holds_one_gradient_more(
-    world: World, W: int, micro_group: int
+    world: World, W: int, micro_group: int, policy: Any
 ) -> None:
-    for told in world(W).run(coordinates_sent, micro_group):
+    for told in world(W).run(coordinates_sent, micro_group, policy):
         assert 0.99 <= told["gradient"] <= 1.01
         k = W // micro_group
         # K, the scale, and whether an update was still there

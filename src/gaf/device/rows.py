@@ -11,10 +11,11 @@ from torch import Tensor
 from gaf.device.buffers import Buffers, norm2_of_rest, voting_part
 from gaf.device.sums import SumOnCpu, SumOnDevice
 from gaf.rules.combine import combine, weighted_sum
-from gaf.rules.contract import Policy
+from gaf.rules.contract import Policy, merge_of
 from gaf.rules.decision import Decision, Evidence, check_decision
 from gaf.rules.gram import gram_of
 from gaf.rules.judging import decide_with_evidence, streams, tau_of
+from gaf.rules.merging import merged_parameters
 from gaf.rules.sequential import Seen, Sequential, norm2_after, signal_of
 from gaf.shapes import Float64
 
@@ -166,9 +167,13 @@ class StackedRows:
     def update(self, weights: list[float]) -> Buffers:
         """w^T G; None for a parameter that no accepted row has a gradient for."""
         used = [(row, w) for row, w in zip(self.rows, weights, strict=True) if w]
+        merge = merge_of(self.policy)
+        if merge is not None:
+            return merged_parameters([row for row, _ in used], merge)
         return [weighted_sum([(row[j], w) for row, w in used]) for j in range(len(self.voters))]
 
     def update_on_device(self, weights: Float64[Tensor, " k"]) -> list[Tensor]:
         """w^T G for weights that stay on the device, as `StreamedRows.update_on_device`."""
+        assert merge_of(self.policy) is None
         columns = zip(*self.rows, strict=True)
         return [combine(weights, [g for g in column if g is not None]) for column in columns]

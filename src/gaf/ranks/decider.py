@@ -27,7 +27,7 @@ from gaf.ranks.stale import CLEAR_FIRST, IN_PART, StaleGradients
 from gaf.ranks.step_hooks import StepHooks
 from gaf.record.outcome import Outcome
 from gaf.rules.averaging import Mean, averages
-from gaf.rules.contract import Policy
+from gaf.rules.contract import Policy, merge_of
 from gaf.rules.decision import Decision, Evidence, as_skip, check_weights
 from gaf.rules.judging import decide_with_evidence, has_overflow
 
@@ -122,7 +122,7 @@ class Decider:
         if weights is None:
             exchange.fill(filler)
         else:
-            exchange.give_back(weights)
+            exchange.give_back(weights, merge_of(self.ledger.policy))
         exchange.end()
 
     def sum_over_ranks(self, partial: Tensor, groups: "Sequence[dist.ProcessGroup]") -> Tensor:

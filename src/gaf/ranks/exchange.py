@@ -11,7 +11,8 @@ of every row. The sum over the ranks of the slices' Gram matrices is K.
     send, receive  all-to-all     n (W-1)/W      rank r holds G[:, slice r], (W, n/W)
     local_products (none)         0              rank r holds G[:, slice r] G[:, slice r]^T
     (the Decider)  all ranks add  k k scalars    every rank holds K and takes the same decision
-    give_back      all-gather     n (W-1)/W      every rank holds w^T G[:, slice r] from every r
+    give_back      all-gather     n (W-1)/W      every rank holds w^T G[:, slice r] from every r,
+                                                 or what a coordinate-wise rule makes of the slice
 
 Together a rank sends 2 n (W-1)/W coordinates, as in the ring all-reduce, and k k scalars.
 
@@ -32,6 +33,8 @@ from torch import Tensor
 from gaf.ranks.messages import TAG, all_gather, all_to_all
 from gaf.rules.blas import gram_by_blas
 from gaf.rules.combine import combine_into, sum_dtype
+from gaf.rules.contract import Merge
+from gaf.rules.merging import merge_into
 from gaf.shapes import Float64
 
 # coordinates below which a piece is joined with others: a message costs more than a copy
@@ -68,6 +71,8 @@ class Exchange:
         self.W = dist.get_world_size(group)
         self.k = self.W // micro_group
         self.device = torch.device("cpu")  # of what is sent
+        # of the coordinates: groups of other shards count from elsewhere
+        self.origin = dist.get_process_group_ranks(group)[0] << 40
         self.parcels: list[Parcel] = []
         self.rests: list[Tensor] = []  # pieces too small to cut, and remainders of cutting
         # each parcel of rests, with the places that they came from
@@ -120,11 +125,20 @@ class Exchange:
         """K from the sum of all ranks' `local_products`, which is K already; `Pair` has another."""
         return total
 
-    def give_back(self, weights: Sequence[float]) -> None:
-        """w^T G on every rank, in the places that the pieces came from."""
+    def give_back(self, weights: Sequence[float], merge: Merge | None = None) -> None:
+        """The update on every rank, in the places that the pieces came from.
+
+        It is w^T G, or what a coordinate-wise rule makes of the rows with a weight.
+        """
+        me, start = dist.get_rank(self.group), self.origin
         for i, parcel in enumerate(self.parcels):
             places = parcel.whole.view(self.W, -1)
-            combine_into(places[dist.get_rank(self.group)], parcel.rows, weights)
+            if merge is None:
+                combine_into(places[me], parcel.rows, weights)
+            else:
+                place = start + me * places.shape[1]
+                merge_into(places[me], list(parcel.rows), weights, merge, place)
+            start += parcel.whole.numel()
             parcel.works = all_gather(places, self.group, self.tag + 2 * i + 1)
         self._wait()
         for joined, rests in self.returns:

@@ -13,6 +13,8 @@ from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultReduceS
 from gaf.ranks.exchange import Exchange
 from gaf.ranks.handle import Handle
 from gaf.rules.combine import combine_into
+from gaf.rules.contract import Merge
+from gaf.rules.merging import merge_into
 
 
 class GroupwiseShards:
@@ -101,8 +103,13 @@ class OneWay(Exchange):
         self.shard, self.factor = shard, factor
         self._post(whole)
 
-    def give_back(self, weights: Sequence[float]) -> None:
-        combine_into(self.shard, self.parcels[0].rows, [w * self.factor for w in weights])
+    def give_back(self, weights: Sequence[float], merge: Merge | None = None) -> None:
+        rows = self.parcels[0].rows
+        if merge is None:
+            combine_into(self.shard, rows, [w * self.factor for w in weights])
+            return
+        place = self.origin + dist.get_rank(self.group) * self.shard.numel()
+        merge_into(self.shard, list(rows), weights, merge, place, self.factor)
 
     def fill(self, value: float) -> None:
         self.shard.fill_(value)

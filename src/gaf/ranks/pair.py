@@ -8,6 +8,7 @@ from torch import Tensor
 
 from gaf.ranks.exchange import Exchange, Parcel, Pieces, no_pieces
 from gaf.rules.blas import products_by_blas
+from gaf.rules.contract import Merge
 from gaf.rules.gram import inner_products
 from gaf.rules.slices import CHUNK
 from gaf.shapes import Float64
@@ -60,7 +61,7 @@ class Pair(Exchange):
         between = a_with_sum - a if a <= b else b_with_sum - b
         return torch.stack([a, between, between, b]).view(2, 2)
 
-    def give_back(self, weights: Sequence[float]) -> None:
+    def give_back(self, weights: Sequence[float], merge: Merge | None = None) -> None:
         for parcel in self.parcels:
             parcel.whole.mul_(weights[0])
 

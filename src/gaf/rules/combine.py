@@ -6,7 +6,8 @@ Three forms of one sum, which give the same update up to rounding:
     combine_into   weights on the host, into a buffer: one pass over each row
     weighted_sum   weights on the host, for one parameter that some rows have no gradient for
 
-In all of them a row of weight zero is left out and not multiplied, since 0 x NaN is NaN.
+In all of them a row of weight zero is left out and not multiplied, since 0 x NaN is NaN. A
+coordinate-wise rule has no weights: `gaf.rules.merging` makes its update.
 """
 
 from collections.abc import Sequence
@@ -15,9 +16,10 @@ import torch
 from torch import Tensor
 
 from gaf.rules.asking import ask
-from gaf.rules.contract import Policy, check_policy
+from gaf.rules.contract import Policy, check_policy, merge_of
 from gaf.rules.decision import Decision
 from gaf.rules.gram import check_rows, gram
+from gaf.rules.merging import merge_into
 from gaf.shapes import Float, Float64
 
 
@@ -44,8 +46,12 @@ def aggregate(rows: Float[Tensor, "k n"], policy: Policy) -> tuple[Float[Tensor,
     """
     check_rows(rows)
     check_policy(policy, "aggregate")
-    decision = ask(policy, gram(rows))
-    return combine(decision.weights, rows), decision
+    decision, merge = ask(policy, gram(rows)), merge_of(policy)
+    if merge is None:
+        return combine(decision.weights, rows), decision
+    update = torch.empty_like(rows[0])
+    merge_into(update, list(rows), decision.weights.tolist(), merge)
+    return update, decision
 
 
 def combine(weights: Float64[Tensor, " k"], rows: Tensor | Sequence[Tensor]) -> Tensor:

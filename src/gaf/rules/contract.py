@@ -15,8 +15,10 @@ them:
     judge            RowSums -> Decision: it needs no more of K than that       judges_sums
     overflowed       k squared norms -> whether a loss scale is too high    judging.has_overflow
     loss_scale       what the rows were multiplied by; the engine sets it   tell_loss_scale
+    merge            rows of a slice -> its update: a coordinate-wise rule              merge_of
     findings         what it noticed in its last decision       gaf.rules.finding.findings_of
     state_dict       () -> what it has learned                                  learned_state
+    private_copy     () -> a copy that learns by itself                 policies.private_copy
     load_state_dict  takes back what state_dict gave                            load_learned_state
 
 A `Sequential` policy also gives a rule for rows one by one, so that they can be added up as they
@@ -32,6 +34,9 @@ from gaf.rules.decision import Decision
 
 # (k, k) float64 -> Decision, or weights (k,)
 Policy = Callable[[Tensor], Decision | Tensor]
+# (rows (r, c), place) -> (c,). The rows are the accepted ones, in float32 or float64, and may be
+# written over. The place is where their first coordinate stands in the engine's order.
+Merge = Callable[[Tensor, int], Tensor]
 # of torchjd.aggregation
 TAKE_ROWS = {
     *("Aggregator", "ExcessMTLWeighting", "MoDoWeighting", "SDMGradWeighting"),
@@ -100,6 +105,11 @@ def sees_present_only(policy: Any) -> bool:
     weightings are modules, and most of them fail on a K that holds a NaN.
     """
     return bool(getattr(policy, "present_only", isinstance(policy, nn.Module)))
+
+
+def merge_of(policy: Any) -> Merge | None:
+    """How a coordinate-wise rule makes a slice of the update; None for a policy with weights."""
+    return getattr(policy, "merge", None)
 
 
 def judges_sums(policy: Any) -> bool:

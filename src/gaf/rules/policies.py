@@ -18,7 +18,6 @@ from gaf.rules.contract import describe_state
 from gaf.rules.decision import Decision
 from gaf.rules.gaf_arguments import as_norm_ratio, as_tau
 from gaf.rules.gram import check_gram, without_giants
-from gaf.rules.guard import Guard
 from gaf.rules.ring import choose_start, ring_orders
 from gaf.rules.sequential import Seen, Sequential, halving_weights, mean_weights, visit, walk
 from gaf.rules.thresholds import Threshold
@@ -191,7 +190,7 @@ def private_copy(policy: Any) -> Any:
 
     A policy that learns nothing is returned as it is.
     """
-    if isinstance(policy, Guard):
+    if hasattr(policy, "private_copy"):
         return policy.private_copy()
     if isinstance(policy, GAF) and isinstance(policy.tau, Threshold):
         twin = copy.copy(policy)
