@@ -10,7 +10,7 @@ SOURCES = Path(__file__).parents[1] / "src"
 
 # From the ground up. A room imports only rooms before it; files outside the rooms are the ground.
 ROOMS = {
-    "gaf": ["rules", "record", "measure", "device", "ranks", "integrations"],
+    "gaf": ["rules", "record", "measure", "device", "ranks", "samples", "integrations"],
     "gaf_lab": [
         *("settings", "records", "data", "training", "sweeps"),
         *("report", "paper", "bench", "experiments", "commands"),

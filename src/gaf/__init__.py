@@ -9,6 +9,7 @@ takes the rows, rules decide, record counts. In import order, each importing onl
     measure     micro-gradients looked at without a step (`probe`)
     device      micro-gradients one after the other in time, on one device (`Accumulator`)
     ranks       micro-gradients of data-parallel processes (`attach`, `Handle`)
+    samples     rows that are single samples, from one backward pass (`ghost_gram`)
     integrations    the two engines in Lightning, Accelerate and transformers
 
 Read rules/combine.py first: `aggregate` is the whole algorithm on a matrix. Then rules/gram.py (K),
@@ -39,6 +40,8 @@ from gaf.rules.thresholds import (
     ScheduleTau,
     SignalTau,
 )
+from gaf.samples.ghost import ghost_gram
+from gaf.samples.recording import recording
 
 __version__ = "0.1.0"
 __all__ = [
@@ -63,7 +66,9 @@ __all__ = [
     "TrimmedMean",
     "aggregate",
     "attach",
+    "ghost_gram",
     "gram",
     "probe",
+    "recording",
     "reference",
 ]

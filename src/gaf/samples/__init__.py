@@ -1,0 +1,11 @@
+"""Rows that are samples: which single samples of a batch agree, from one backward pass.
+
+The files in the order of the data:
+
+    recording      notes in a loss's graph what each layer was given (`recording`)
+    loss_graph     finds these notes again, and how often the losses use each parameter
+    layers         from a layer's input and the gradient of its output to its parameters' gradients
+    pieces, ways   those gradients, kept as factors; their K, the cheaper of two ways
+    ghost          `ghost_gram`: K of all samples
+    checks         what is refused
+"""
