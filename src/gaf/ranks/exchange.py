@@ -49,12 +49,16 @@ def no_pieces() -> Pieces:
 
 @dataclass(eq=False)
 class Parcel:
-    """A flat piece of the gradient in transit."""
+    """Coordinates of the gradient in transit, as many for each rank."""
 
     whole: Tensor  # (W c,), this rank's values; later the update
     slices: Tensor  # (W, c), every rank's values of this rank's slice
     rows: Tensor  # (k, c), the first slice of each micro-group, which takes the group's average
     works: list[Any]
+
+    def wait(self) -> None:
+        for work in self.works:
+            work.wait()
 
 
 class Exchange:
@@ -77,11 +81,13 @@ class Exchange:
         self.rests: list[Tensor] = []  # pieces too small to cut, and remainders of cutting
         # each parcel of rests, with the places that they came from
         self.returns: list[tuple[Tensor, list[Tensor]]] = []
+        self._posted = 0  # parcels of this step so far
         self._spare = SpareMemory()
 
     def begin(self) -> None:
         """Begins a step; drops what an interrupted one has left."""
         self.parcels, self.rests, self.returns = [], [], []
+        self._posted = 0
 
     def send(self, flat: Tensor, find_kept: Callable[[], Pieces] = no_pieces) -> None:
         """Starts the way in of one piece.
@@ -100,6 +106,15 @@ class Exchange:
             self._post(flat[: c * self.W])
         if rest:
             self.rests.append(flat[c * self.W :])
+
+    def keep(self, parcels: list[Parcel], rests: list[Tensor]) -> None:
+        """Drops all but these, and takes them in this order, which is that of sums over pieces."""
+        kept = set(parcels)
+        for parcel in self.parcels:
+            if parcel not in kept:
+                parcel.wait()
+                self._spare.flats.append(parcel.slices.view(-1))
+        self.parcels, self.rests = parcels, rests
 
     def receive(self) -> None:
         """Sends the rests, waits for everything, and averages within micro-groups."""
@@ -161,13 +176,13 @@ class Exchange:
     def _post(self, whole: Tensor) -> None:
         places = whole.view(self.W, -1)
         slices = self._spare.take_like(whole).view(self.W, -1)
-        works = all_to_all(slices, places, self.group, self.tag + 2 * len(self.parcels))
+        works = all_to_all(slices, places, self.group, self.tag + 2 * self._posted)
+        self._posted += 1
         self.parcels.append(Parcel(whole, slices, slices[:: self.micro_group], works))
 
     def _wait(self) -> None:
         for parcel in self.parcels:
-            for work in parcel.works:
-                work.wait()
+            parcel.wait()
 
 
 class SpareMemory:

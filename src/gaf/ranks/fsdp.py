@@ -1,4 +1,4 @@
-"""FSDP2: when a backward pass begins, and one decision over a sharded model's replicas (HSDP)."""
+"""FSDP2: the parameters that are decided on, when a backward pass begins, what decides."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -7,12 +7,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from gaf.ranks.exchange import Exchange
-from gaf.ranks.fsdp_groups import GroupwiseShards
+from gaf.ranks.fsdp_groups import GroupwiseShards, fsdp_modules, grouped_parameters
 from gaf.ranks.handle import Handle
+from gaf.ranks.replicas import Replicas
 from gaf.rules.contract import scope_of
 
 
@@ -47,7 +47,9 @@ def install_in_fsdp(
     params = sharded_parameters(model)
     check_same_weights(params, exchange.group)
     groups = [params[0].device_mesh.get_group(), *shards]  # type: ignore[attr-defined]
-    watch_passes(model, handle, Replicas(handle, exchange, params, groups).add_hooks)
+    reduced = [group for module in fsdp_modules(model) for group in grouped_parameters(module)]
+    replicas = Replicas(handle, exchange, params, reduced, groups)
+    watch_passes(model, handle, replicas.begin, replicas.end)
 
 
 def check_same_weights(params: list[nn.Parameter], group: dist.ProcessGroup) -> None:
@@ -64,88 +66,47 @@ def check_same_weights(params: list[nn.Parameter], group: dist.ProcessGroup) -> 
 
 
 def watch_passes(
-    model: nn.Module, handle: Handle, begins: Callable[[], None] = lambda: None
+    model: nn.Module,
+    handle: Handle,
+    begin: Callable[[], None] = lambda: None,
+    end: Callable[[], None] = lambda: None,
 ) -> None:
     """Surveys the gradients when a pass begins, before FSDP2 adds to them outside of autograd.
 
     FSDP2 calls `_pre_backward` of one of its modules first, whichever forward method of it ran.
-    The pass may be a torch.autograd.grad, which adds nothing. begins: called at the same time.
-    """
-
-    def survey_first(state: Any, grad: Tensor) -> Any:
-        if not state._state_ctx.post_backward_final_callback_queued:
-            handle.stale.survey()
-            begins()
-        return type(state)._pre_backward(state, grad)
-
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            state = module._get_fsdp_state()
-            state._pre_backward = partial(survey_first, state)  # type: ignore[method-assign]
-            handle.on_detach(partial(vars(state).pop, "_pre_backward"))
-
-
-class Replicas:
-    """Compares the replicas of a sharded model, on the shards of their gradients, after the pass.
-
-    Each rank holds a shard; the ranks of `group` hold the same shard of different replicas. The
-    Gram matrix is added up over the replicas' slices and then over the shards.
 
     Args:
-        groups: those over which the coordinates are spread: FSDP2's own first.
+        model: whose passes.
+        handle: surveys the gradients.
+        begin: called after the survey. The pass may be a torch.autograd.grad, which adds nothing.
+        end: called at the end of the pass, after what FSDP2 does then.
     """
+    states = list(dict.fromkeys(module._get_fsdp_state() for module in fsdp_modules(model)))
 
-    def __init__(
-        self,
-        handle: Handle,
-        exchange: Exchange,
-        params: list[nn.Parameter],
-        groups: Sequence[dist.ProcessGroup],
-    ) -> None:
-        self.handle, self.exchange, self.params = handle, exchange, params
-        self.summed_groups = handle.summed_groups = [exchange.group, *groups]
-        self.hooked: set[nn.Parameter] = set()
-        self.reached: set[Tensor] = set()  # parameters whose gradient this pass has reduced
-        self.due = -1  # the pass at whose end the decision is due
-        self.add_hooks()
+    def pre_backward(state: Any, grad: Tensor) -> Any:
+        first = not in_pass(states)
+        if first:
+            handle.stale.survey()
+            begin()
+        result = type(state)._pre_backward(state, grad)
+        if first:
+            at_end_of_pass(partial(end_pass, states, end))
+        return result
 
-    def add_hooks(self) -> None:
-        """Waits for the gradients of all trainable parameters, also those thawed after attach."""
-        if len(self.hooked) == len(self.params):
-            return
-        for p in self.params:
-            if p.requires_grad and p not in self.hooked:
-                self.hooked.add(p)
-                hook = p.register_post_accumulate_grad_hook(self._arrived)
-                self.handle.on_detach(hook.remove)
+    for state in states:
+        state._pre_backward = partial(pre_backward, state)  # type: ignore[method-assign]
+        handle.on_detach(partial(vars(state).pop, "_pre_backward"))
 
-    def _arrived(self, p: Tensor) -> None:
-        """FSDP2 has reduced a gradient: decides when the whole backward pass is over."""
-        if self.due != torch._C._current_graph_task_id():
-            self.due = torch._C._current_graph_task_id()
-            self.reached = set()
-            torch.autograd.Variable._execution_engine.queue_callback(self._finish)
-        self.reached.add(p)
 
-    @torch.no_grad()
-    def _finish(self) -> None:
-        self.due = -1
-        used = self._used_somewhere()
-        self.handle.stale.reach(used)
-        self.handle.begin()
-        self.exchange.begin()
-        for p in used:
-            if p not in self.reached:
-                p.grad = torch.zeros_like(p)
-            grad: Any = p.grad
-            self.exchange.send(grad.to_local().view(-1))
-        self.handle.settle(self.exchange, used, self.summed_groups)
-        self.handle.end()
+def in_pass(states: Sequence[Any]) -> bool:
+    """Whether FSDP2 is in a backward pass: it keeps account for each module that is called."""
+    return any(state._state_ctx.post_backward_final_callback_queued for state in states)
 
-    def _used_somewhere(self) -> list[nn.Parameter]:
-        """Parameters that the pass has reached on any replica; the others stay as they are."""
-        params = [p for p in self.params if p.requires_grad]
-        device = params[0].to_local().device  # type: ignore[attr-defined]
-        flags = torch.tensor([p in self.reached for p in params], dtype=torch.uint8, device=device)
-        dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self.exchange.group)
-        return [p for p, flag in zip(params, flags.tolist(), strict=True) if flag]
+
+def end_pass(states: Sequence[Any], end: Callable[[], None]) -> None:
+    """Lets FSDP2 end the pass of each module that was called, the last of which it queued later."""
+    at_end_of_pass(end) if in_pass(states) else end()
+
+
+def at_end_of_pass(callback: Callable[[], None]) -> None:
+    torch.autograd.Variable._execution_engine.queue_callback(callback)

@@ -24,13 +24,11 @@ class GroupwiseShards:
         self.handle = handle
         handle.summed_groups = [exchange.group]
         self.current = -1  # the pass that is in progress
-        for module in model.modules():
-            if isinstance(module, FSDPModule):
-                self._install(module, exchange)
+        for module in fsdp_modules(model):
+            self._install(module, exchange)
 
     def _install(self, module: FSDPModule, exchange: Exchange) -> None:
-        groups = parameter_groups(module)
-        params = [p.sharded_param for group in groups for p in group.fsdp_params]
+        params = [p for group in grouped_parameters(module) for p in group]
         settle = partial(self._settle, params)
         scatter = FilteringReduceScatter(settle, exchange.group, exchange.micro_group)
         module.set_custom_reduce_scatter(scatter)
@@ -46,11 +44,18 @@ class GroupwiseShards:
         self.handle.settle(exchange, params, [exchange.group])
 
 
-def parameter_groups(module: FSDPModule) -> list[Any]:
-    state = module._get_fsdp_state()
+def fsdp_modules(model: nn.Module) -> list[FSDPModule]:
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+def grouped_parameters(module: FSDPModule) -> list[list[nn.Parameter]]:
+    """A module's parameters, as FSDP2 reduces them together."""
+    state: Any = module._get_fsdp_state()
     if hasattr(state, "_fsdp_param_groups"):
-        return list(state._fsdp_param_groups)
-    return [group for group in [state._fsdp_param_group] if group]
+        groups = list(state._fsdp_param_groups)
+    else:
+        groups = [group for group in [state._fsdp_param_group] if group]
+    return [[p.sharded_param for p in group.fsdp_params] for group in groups]
 
 
 class FilteringReduceScatter(DefaultReduceScatter):

@@ -1,0 +1,69 @@
+"""HSDP: one decision over the replicas of a sharded model, on the shards of their gradients."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from gaf.ranks.exchange import Exchange
+from gaf.ranks.handle import Handle
+from gaf.ranks.way_in import WayIn
+
+
+class Replicas:
+    """Compares the replicas' gradients: sends them during the backward pass, decides at its end.
+
+    Each rank holds a shard; the ranks of `group` hold the same shard of different replicas. The
+    Gram matrix is added up over the replicas' slices and then over the shards.
+
+    Args:
+        reduced: the parameters, as FSDP2 groups them.
+        groups: those over which the coordinates are spread: FSDP2's own first.
+    """
+
+    def __init__(
+        self,
+        handle: Handle,
+        exchange: Exchange,
+        params: list[nn.Parameter],
+        reduced: list[list[nn.Parameter]],
+        groups: Sequence[dist.ProcessGroup],
+    ) -> None:
+        self.handle, self.exchange, self.params = handle, exchange, params
+        self.summed_groups = handle.summed_groups = [exchange.group, *groups]
+        self.way_in = WayIn(exchange, params, reduced)
+        self.hooks: dict[nn.Parameter, int] = {}  # the numbers of this object's hooks
+        self.place_hooks()
+
+    def begin(self) -> None:
+        """A backward pass has begun. It may be one that reaches no parameter."""
+        self.place_hooks()
+        self.way_in.begin()
+
+    def place_hooks(self) -> None:
+        """Waits for the gradients of all trainable parameters, also those thawed after attach.
+
+        The hook is the last one of its parameter: others may change the gradient.
+        """
+        for p in self.params:
+            if p.requires_grad and p not in self.hooks:
+                hook = p.register_post_accumulate_grad_hook(self.way_in.arrive)
+                self.hooks[p] = hook.id
+                self.handle.on_detach(hook.remove)
+            hooks: Any = p._post_accumulate_grad_hooks
+            if p in self.hooks and next(reversed(hooks)) != self.hooks[p]:
+                hooks.move_to_end(self.hooks[p])
+
+    @torch.no_grad()
+    def end(self) -> None:
+        """The backward pass is over: decides on what it has reached."""
+        if not self.way_in.arrived:
+            return
+        used = self.way_in.agree()
+        self.handle.stale.reach(used)
+        self.handle.begin()
+        self.way_in.finish(used)
+        self.handle.settle(self.exchange, used, self.summed_groups)
+        self.handle.end()
