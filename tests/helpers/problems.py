@@ -99,9 +99,9 @@ def telling_tau(rows: Tensor, kind: str) -> float:
     """
     if kind == "all":
         return 2.0
-    found = []
+    found, products = [], gaf.gram(rows)
     for tau in torch.linspace(0.01, 1.8, 90).tolist():
-        decision = gaf.GAF(tau)(gaf.gram(rows))
+        decision = gaf.GAF(tau)(products)
         margin = (decision.distances[1:] - tau).abs().min().item()
         stepped = bool(decision.stepped)
         wanted = (2 <= decision.accepted.sum() < len(rows)) if kind == "some" else not stepped

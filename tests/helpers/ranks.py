@@ -4,25 +4,22 @@ import datetime
 import os
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-import jaxtyping
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+
+from helpers.warm import WARM
 
 # Seconds. Both only guard against a hang, so that a busy machine fails no test.
 GROUP_LIMIT = 600.0  # of a collective
 ANSWER_LIMIT = 900.0  # of a task; above the former, so that a collective's own error is seen
 
 
-def serve(rank: int, world: int, store: str, pipe: Connection) -> None:
-    # as in the tests' own process, before gaf is imported
-    jaxtyping.install_import_hook("gaf", "typechecker.check")
-    torch.set_num_threads(1)
+def serve(pipe: Connection, rank: int, world: int, store: str) -> None:
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
     dist.init_process_group(
         "gloo",
@@ -56,20 +53,14 @@ def answer(pipe: Connection) -> tuple[Any, str | None]:
 class Ranks:
     """W gloo processes; `run` gives a task to each and returns what each returned."""
 
-    def __init__(self, world: int) -> None:
+    def __init__(self, world: int, imports: Iterable[str] = ()) -> None:
         self.world, self.folder = world, tempfile.TemporaryDirectory()
         self.broken = False  # whether a task failed: its processes may wait for each other
         store = str(Path(self.folder.name) / "store")
-        context = mp.get_context("spawn")
-        self.pipes, self.processes = [], []
-        for rank in range(world):
-            here, there = context.Pipe()
-            arguments = (rank, world, store, there)
-            process = context.Process(target=serve, args=arguments, daemon=True)
-            process.start()
-            there.close()  # else the end of the process would not end the pipe
-            self.pipes.append(here)
-            self.processes.append(process)
+        self.processes = [
+            WARM.start(serve, rank, world, store, imports=imports) for rank in range(world)
+        ]
+        self.pipes = [process.pipe for process in self.processes]
 
     def start(self, task: Callable[..., Any], *args: Any) -> None:
         for pipe in self.pipes:
@@ -91,7 +82,7 @@ class Ranks:
             else:
                 pipe.send((None, ()))
         for process in self.processes:
-            process.join(GROUP_LIMIT)
+            process.wait()
         self.folder.cleanup()
 
 
