@@ -74,13 +74,14 @@ class Audit(Excess):
 def value_per_row(values: Sequence[float], distances: Sequence[float]) -> list[float]:
     """One value for each row, (k,): its own, and for the start the mean of the others' values.
 
-    The start is the row that the sum started from, at distance 0. NaN for absent rows, whose
-    distance is NaN, and for a start that nothing was compared with.
+    The start is the row that the sum started from, at distance 0; there is none if each row was
+    compared with the sum of all others. NaN for absent rows, whose distance is NaN, and for a start
+    that nothing was compared with.
     """
     present = [i for i, distance in enumerate(distances) if not math.isnan(distance)]
     found = [value if i in present else math.nan for i, value in enumerate(values)]
-    if present:
-        start = min(present, key=lambda i: distances[i])
+    start = next((i for i in present if distances[i] == 0), None)
+    if start is not None:
         others = [values[i] for i in present if i != start]
         found[start] = sum(others) / len(others) if others else math.nan
     return found

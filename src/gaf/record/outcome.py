@@ -1,7 +1,7 @@
 """A Decision with its evidence as plain numbers, and the one transfer that fetches them."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -11,7 +11,12 @@ from gaf.rules.decision import Decision, Evidence
 
 @dataclass(frozen=True)
 class Outcome:
-    """A Decision with its evidence, on the host, as plain numbers."""
+    """A Decision with its evidence, on the host, as plain numbers.
+
+    Attributes:
+        cosines: each row's to the sum of the others, NaN where unknown; empty if they were not
+            measured.
+    """
 
     stepped: bool
     accepted: list[bool]
@@ -20,6 +25,7 @@ class Outcome:
     norms2: list[float]
     signal: float
     tau: float = math.nan
+    cosines: list[float] = field(default_factory=list)
 
     @classmethod
     def fetch(cls, decision: Decision, evidence: Evidence) -> "Outcome":
@@ -41,8 +47,8 @@ class Outcome:
         )
 
     def without_measures(self) -> "Outcome":
-        """The same without distances and norms: a plain all-reduce measures no row."""
-        return replace(self, distances=[], norms2=[])
+        """The same without distances, norms and cosines: a plain all-reduce measures no row."""
+        return replace(self, distances=[], norms2=[], cosines=[])
 
     def as_skip(self) -> "Outcome":
         """The same evidence, no step."""
@@ -50,31 +56,57 @@ class Outcome:
         return replace(self, stepped=False, accepted=[False] * k, weights=[0.0] * k)
 
     @property
+    def measured(self) -> bool:
+        """Whether the rows were looked at."""
+        return bool(self.distances)
+
+    @property
+    def absences(self) -> list[bool]:
+        """Which rows were zero, NaN or infinite.
+
+        Such a row has no distance. The others may have none either: beside one row that is not
+        finite no cosine to a sum is known.
+        """
+        if not self.measured:
+            return [False] * len(self.accepted)
+        pairs = zip(self.distances, self.norms2, strict=True)
+        return [math.isnan(distance) and not 0 < n < math.inf for distance, n in pairs]
+
+    @property
     def absent(self) -> int:
         """Rows that were zero, NaN or infinite."""
-        return sum(map(math.isnan, self.distances))
+        return sum(self.absences)
 
     @property
     def taken(self) -> int:
         """Accepted rows that were present. `Mean` accepts absent ones too; they count as absent."""
-        if not self.distances:
-            return sum(self.accepted)
-        pairs = zip(self.accepted, self.distances, strict=True)
-        return sum(accepted and not math.isnan(distance) for accepted, distance in pairs)
+        pairs = zip(self.accepted, self.absences, strict=True)
+        return sum(accepted and not absent for accepted, absent in pairs)
 
     @property
     def rejected(self) -> int:
         """Rows that were present and not accepted."""
-        pairs = zip(self.accepted, self.distances, strict=False)
-        return sum(not accepted and not math.isnan(distance) for accepted, distance in pairs)
+        if not self.measured:
+            return 0
+        pairs = zip(self.accepted, self.absences, strict=True)
+        return sum(not accepted and not absent for accepted, absent in pairs)
+
+    @property
+    def start(self) -> int | None:
+        """The row that the running sum started from: at distance 0.
+
+        None without one, as where each row is compared with the sum of all the others.
+        """
+        return self.distances.index(0.0) if 0.0 in self.distances else None
 
     @property
     def compared(self) -> list[float]:
-        """Distances of the rows that were compared with a running sum.
+        """Distances of the rows that were compared with others, in ascending order.
 
-        These are all present rows but the start, whose own distance is 0.
+        These are all rows with a distance but the start.
         """
-        return sorted(d for d in self.distances if not math.isnan(d))[1:]
+        known = sorted(d for d in self.distances if not math.isnan(d))
+        return known[1:] if known and known[0] == 0 else known
 
 
 def pack(decision: Decision, evidence: Evidence) -> Tensor:

@@ -11,7 +11,10 @@ WINDOW = 100  # steps that the averages and the warnings look back
 
 @dataclass(frozen=True)
 class Recent:
-    """One step. Norms are those of the gradients, whatever the loss scale."""
+    """One step. Norms are those of the gradients, whatever the loss scale.
+
+    The cosines are those of the rows to the sum of the others.
+    """
 
     compared: int
     accepted: int  # of the compared rows
@@ -21,6 +24,9 @@ class Recent:
     norm2: float
     signal: float
     tau: float = math.nan
+    cosines: int = 0  # that are known
+    cosine_sum: float = 0.0
+    cosine_min: float = math.nan
 
     @classmethod
     def of(cls, outcome: Outcome, scale: float) -> "Recent":
@@ -31,16 +37,27 @@ class Recent:
         norm2 = math.nan
         if math.isfinite(outcome.signal):
             norm2 = sum(n * n for n in norms) / len(norms)
+        cosines = [cosine for cosine in outcome.cosines if not math.isnan(cosine)]
         return cls(
             compared=len(outcome.compared),
-            accepted=max(outcome.taken - 1, 0) if outcome.distances else 0,
+            accepted=accepted_among_compared(outcome),
             distance_sum=sum(outcome.compared),
             distance_min=min(outcome.compared, default=math.nan),
             dispersion=dispersion_of(norms),
             norm2=norm2,
             signal=outcome.signal / scale**2,
             tau=outcome.tau,
+            cosines=len(cosines),
+            cosine_sum=sum(cosines),
+            cosine_min=min(cosines, default=math.nan),
         )
+
+
+def accepted_among_compared(outcome: Outcome) -> int:
+    """How many of the rows that were compared with others were accepted."""
+    rows = enumerate(zip(outcome.accepted, outcome.distances, strict=False))
+    start = outcome.start
+    return sum(ok and not math.isnan(distance) and i != start for i, (ok, distance) in rows)
 
 
 def dispersion_of(norms: list[float]) -> float:

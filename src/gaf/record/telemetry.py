@@ -17,7 +17,7 @@ TOTALS = ("steps", "stepped", "micro_gradients", "accepted", "rejected", "absent
 
 
 class Telemetry:
-    """Counts since the start, averages over the last 100 steps."""
+    """Counts since the start, averages over the last 100 steps that were measured."""
 
     def __init__(self) -> None:
         self.totals = dict.fromkeys(TOTALS, 0)
@@ -38,7 +38,8 @@ class Telemetry:
         self.totals["accepted"] += outcome.taken
         self.totals["rejected"] += outcome.rejected
         self.totals["absent"] += outcome.absent
-        self.recent.append(Recent.of(outcome, scale))
+        if outcome.measured:
+            self.recent.append(Recent.of(outcome, scale))
         if not math.isnan(outcome.tau):
             self.hints.look(outcome, self.recent, policy)
 
@@ -56,10 +57,13 @@ class Telemetry:
         recent = self.recent
         compared = sum(r.compared for r in recent)
         known_norms = sum(math.isfinite(r.dispersion) for r in recent)
+        cosines = sum(r.cosines for r in recent)
         return self.totals | {
             "acceptance": ratio(sum(r.accepted for r in recent), compared),
             "distance_mean": ratio(finite_sum(r.distance_sum for r in recent), compared),
             "distance_min": min((r.distance_min for r in recent if r.compared), default=math.nan),
+            "cosine_mean": ratio(sum(r.cosine_sum for r in recent), cosines),
+            "cosine_min": min((r.cosine_min for r in recent if r.cosines), default=math.nan),
             "norm_dispersion": ratio(finite_sum(r.dispersion for r in recent), known_norms),
             "tau": recent[-1].tau if recent else math.nan,
             "noise_scale": self._noise_scale(b),
