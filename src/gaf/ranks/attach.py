@@ -21,6 +21,7 @@ from gaf.ranks.engines import engine_of, process_group, unwrap
 from gaf.ranks.exchange import Exchange
 from gaf.ranks.handle import Handle
 from gaf.ranks.model_checks import check_attached_model
+from gaf.ranks.names import gather_workers
 from gaf.ranks.owners import claim, record_owner
 from gaf.ranks.same_everywhere import check_same_everywhere
 from gaf.rules.contract import Policy, check_policy
@@ -59,8 +60,9 @@ def attach(
         optimizer: any dense torch.optim optimizer over the model's parameters, or several;
             ZeroRedundancyOptimizer too.
         policy: `gaf.GAF(...)`, or any callable from a Gram matrix to a Decision or to weights, the
-            same on all ranks. `gaf.Mean()` is plain averaging bit for bit, `gaf.RandomSkip` the
-            same with skips.
+            same on all ranks. `gaf.Mean()` is plain averaging bit for bit,
+            `gaf.Mean(measure_every=10)` the same with a look at the workers, `gaf.Guard()` the same
+            unless something is broken, `gaf.RandomSkip` the same with skips.
         scaler: the loop's GradScaler. After an overflow on any rank no optimizer steps, and the
             scale falls, as in plain training.
         group: the ranks whose rows are compared, a process group or a mesh of one dimension. DDP:
@@ -76,7 +78,8 @@ def attach(
             HSDP's own shards need no mention.
 
     Returns:
-        A Handle: `.last`, `.stats()`, `.gate(scheduler)`, `.state_dict()`, `.detach()`.
+        A Handle: `.last`, `.stats()`, `.workers()`, `.alarms`, `.gate(scheduler)`,
+            `.state_dict()`, `.detach()`.
 
     Raises:
         TypeError, ValueError, RuntimeError: if something cannot work; the message states what to do
@@ -96,13 +99,14 @@ def attach(
     exchange = Exchange(engine.group, m)
     check_shards(spread, engine.group, policy)
     check_attached_model(model, optimizers, exchange)
-    check = partial(check_usable, engine.scopes, exchange.k)
+    check = partial(check_usable, engine.scopes, exchange.k, m)
     check(policy)
     params = engine.parameters(model)
     claim(model, params)
     handle = Handle(optimizers, policy, scaler, exchange.k, params, check)
     try:
         engine.install(model, handle, exchange, [] if spread is None else [spread])
+        handle.ledger.alarms.workers = gather_workers(handle.summed_groups, m)
     except BaseException:
         handle.detach()
         raise

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch.amp import GradScaler
 
 from gaf.record.hints import frames_inside
+from gaf.rules.averaging import measures
 from gaf.rules.contract import Policy, min_accepted_of, scope_of
 
 
@@ -19,8 +20,21 @@ def check_scaler(scaler: Any) -> None:
         )
 
 
-def check_usable(scopes: tuple[str, ...], k: int, policy: Policy) -> None:
-    """What a policy of this model must be, at attach and later."""
+def check_usable(scopes: tuple[str, ...], k: int, micro_group: int, policy: Policy) -> None:
+    """What a policy of this model must be, at attach and later.
+
+    Args:
+        scopes: that the engine allows.
+        k: rows.
+        micro_group: ranks to a row.
+        policy: the user's.
+    """
+    if micro_group > 1 and measures(policy):
+        raise ValueError(
+            "attach: with micro_group above 1 measure_every must be 0, because an all-reduce shows "
+            f"ranks and not their averages; got {policy!r} and micro_group={micro_group}. "
+            "Leave micro_group out: the ranks are measured."
+        )
     scope = scope_of(policy)
     if scope == "layer":
         raise ValueError(

@@ -16,17 +16,19 @@ Future = torch.futures.Future[Tensor]  # of the bucket, updated
 class SentBucket:
     """A bucket that waits for its decision, as DDP waits for its future.
 
-    Updates of an earlier pass of the same step are set aside: DDP copies into the bucket whatever
-    a parameter's gradient holds, whether this pass has reached it or not.
+    Updates of an earlier pass of the same step are set aside, if `stale` tells them: DDP copies
+    into the bucket whatever a parameter's gradient holds, whether this pass has reached it or not.
     """
 
-    def __init__(self, bucket: GradBucket, stale: StaleGradients) -> None:
+    def __init__(self, bucket: GradBucket, stale: StaleGradients | None) -> None:
         self.flat = bucket.buffer()
         self.params: list[Tensor] = bucket.parameters()
         self.future = future_on(self.flat)
-        pairs = zip(self.params, bucket.gradients(), strict=True)
         # places in the bucket, and the updates that lay there
-        self.aside = [(place, place.clone()) for p, place in pairs if stale.holds_old_update(p)]
+        self.aside: list[tuple[Tensor, Tensor]] = []
+        if stale is not None:
+            pairs = zip(self.params, bucket.gradients(), strict=True)
+            self.aside = [(place, place.clone()) for p, place in pairs if stale.holds_old_update(p)]
         for place, _ in self.aside:
             place.zero_()
 

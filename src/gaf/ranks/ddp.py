@@ -12,14 +12,11 @@ from torch._C._distributed_c10d import GradBucket
 from torch.nn.parallel import DistributedDataParallel
 
 from gaf.ranks.buckets import bucket_parameters, in_backward
-from gaf.ranks.ddp_ways import DecisionPerBucket, OneDecision, PlainAverage, Way
+from gaf.ranks.ddp_ways import PlainAverage, Way, choose_way
 from gaf.ranks.exchange import Exchange
 from gaf.ranks.handle import Handle
 from gaf.ranks.model_checks import raise_thawed
-from gaf.ranks.pair import Pair
-from gaf.rules.averaging import averages
-from gaf.rules.contract import Policy, scope_of
-from gaf.rules.policies import GAF
+from gaf.rules.contract import Policy
 
 
 class BucketHook:
@@ -33,7 +30,6 @@ class BucketHook:
         self.params = bucket_parameters(model)
         self.seen: set[Tensor] = set()  # parameters of this pass's buckets so far
         self.unwatched = list(self.params)
-        self.wide = all(p.dtype in (torch.float32, torch.float64) for p in self.params)
         self.handle: Handle | None = None
         self.exchange: Exchange | None = None
         self.policy: Policy | None = None
@@ -50,10 +46,10 @@ class BucketHook:
         if first:
             self.prepare()
             ranks = self.begin()
-            if isinstance(self.way, PlainAverage):
-                self.way.ranks = ranks
+            assert self.way is not None
+            self.way.begin(ranks)
         assert self.way is not None
-        return self.way.take(bucket, first, last)
+        return self.way.take(bucket, last)
 
     def position(self, bucket: GradBucket) -> tuple[bool, bool]:
         """Whether a bucket is the first and the last of its pass.
@@ -91,15 +87,10 @@ class BucketHook:
         return count_active_ranks(self.params[0], self.group) if by_active else world
 
     def choose_way(self, policy: Policy | None) -> Way:
-        handle, exchange = self.handle, self.exchange
-        if handle is None or exchange is None or policy is None or averages(policy):
-            return PlainAverage(handle, self.group, self.params)
-        if scope_of(policy) == "group":
-            return DecisionPerBucket(handle, exchange)
-        mean_or_skip = type(policy) is GAF and policy.min_accepted == 2
-        if mean_or_skip and exchange.W == exchange.k == 2 and self.wide:
-            return OneDecision(handle, Pair(exchange.group))
-        return OneDecision(handle, exchange)
+        plain = PlainAverage(self.handle, self.group, self.params)
+        if self.handle is None or self.exchange is None or policy is None:
+            return plain
+        return choose_way(self.handle, self.exchange, policy, plain)
 
     def watch(self) -> None:
         """Has every trainable parameter report what its gradient holds before a pass adds to it.

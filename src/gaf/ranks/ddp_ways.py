@@ -3,6 +3,7 @@
 from functools import partial
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import GradBucket
@@ -10,20 +11,32 @@ from torch._C._distributed_c10d import GradBucket
 from gaf.ranks.buckets import Future, SentBucket, future_on, kept_gradients
 from gaf.ranks.exchange import Exchange
 from gaf.ranks.handle import Handle
+from gaf.ranks.pair import Pair
+from gaf.ranks.sums import Sums
+from gaf.rules.averaging import averages, measures, measures_next
+from gaf.rules.contract import Policy, judges_sums, scope_of
+from gaf.rules.policies import GAF
 
 
 class OneDecision:
-    """One decision for all buckets: each is sent during the backward pass; the last one decides."""
+    """One decision for all buckets: each is sent during the backward pass; the last one decides.
 
-    def __init__(self, handle: Handle, exchange: Exchange) -> None:
-        self.handle, self.exchange = handle, exchange
+    Args:
+        sets_aside: whether updates of an earlier pass of the same step stay out of the rows. DDP
+            itself averages them again.
+    """
+
+    def __init__(self, handle: Handle, exchange: Exchange, sets_aside: bool = True) -> None:
+        self.handle, self.exchange, self.sets_aside = handle, exchange, sets_aside
         self.sent: list[SentBucket] = []
 
-    def take(self, bucket: GradBucket, first: bool, last: bool) -> Future:
-        if first:
-            self.exchange.begin()
-            self.sent = []
-        sent = SentBucket(bucket, self.handle.stale)
+    def begin(self, ranks: int) -> None:
+        self.exchange.begin()
+        self.exchange.active = ranks
+        self.sent = []
+
+    def take(self, bucket: GradBucket, last: bool) -> Future:
+        sent = SentBucket(bucket, self.handle.stale if self.sets_aside else None)
         self.exchange.send(sent.flat, partial(kept_gradients, bucket, self.handle.stale))
         self.sent.append(sent)
         if last:
@@ -50,9 +63,10 @@ class DecisionPerBucket:
         self.number = 0  # of the bucket in its pass
         self.make = partial(Exchange, exchange.group, exchange.micro_group)
 
-    def take(self, bucket: GradBucket, first: bool, last: bool) -> Future:
-        if first:
-            self.in_transit, self.number = [], 0
+    def begin(self, ranks: int) -> None:
+        self.in_transit, self.number = [], 0
+
+    def take(self, bucket: GradBucket, last: bool) -> Future:
         self.number += 1
         sent, exchange = SentBucket(bucket, self.handle.stale), self.make(tag=self.number)
         exchange.send(sent.flat)
@@ -86,11 +100,14 @@ class PlainAverage:
         self.ranks = dist.get_world_size(group)
         self.steps = True
 
-    # -> Any: a collective's get_future() is typed as torch._C.Future, not as torch.futures.Future.
-    def take(self, bucket: GradBucket, first: bool, last: bool) -> Any:
-        flat = bucket.buffer()
-        if first and self.handle is not None:
+    def begin(self, ranks: int) -> None:
+        self.ranks = ranks
+        if self.handle is not None:
             self.steps = self.handle.decide_unseen(self.params)
+
+    # -> Any: a collective's get_future() is typed as torch._C.Future, not as torch.futures.Future.
+    def take(self, bucket: GradBucket, last: bool) -> Any:
+        flat = bucket.buffer()
         if last and self.handle is not None:
             self.handle.end()
         if not self.steps:
@@ -101,4 +118,41 @@ class PlainAverage:
         return work.get_future().then(lambda future: future.value()[0])
 
 
-Way = PlainAverage | OneDecision | DecisionPerBucket
+class MeasuredAverage:
+    """The plain average, of which every n-th is measured: `Mean(measure_every=n)`.
+
+    Args:
+        policy: counts the steps.
+        plain, measured: two ways to the same average.
+    """
+
+    def __init__(self, policy: Policy, plain: PlainAverage, measured: OneDecision) -> None:
+        self.policy, self.plain, self.measured = policy, plain, measured
+        self.way: PlainAverage | OneDecision = plain
+
+    def begin(self, ranks: int) -> None:
+        self.way = self.measured if measures_next(self.policy) else self.plain
+        self.way.begin(ranks)
+
+    def take(self, bucket: GradBucket, last: bool) -> Any:
+        return self.way.take(bucket, last)
+
+
+Way = PlainAverage | OneDecision | DecisionPerBucket | MeasuredAverage
+
+
+def choose_way(handle: Handle, exchange: Exchange, policy: Policy, plain: PlainAverage) -> Way:
+    """The cheapest way that a policy allows."""
+    apart = exchange.k == exchange.W  # each rank is a row
+    if averages(policy):
+        measured = OneDecision(handle, Sums(exchange.group), sets_aside=False)
+        return MeasuredAverage(policy, plain, measured) if measures(policy) else plain
+    if scope_of(policy) == "group":
+        return DecisionPerBucket(handle, exchange)
+    if apart and judges_sums(policy):
+        return OneDecision(handle, Sums(exchange.group))
+    mean_or_skip = type(policy) is GAF and policy.min_accepted == 2
+    wide = all(p.dtype in (torch.float32, torch.float64) for p in plain.params)
+    if apart and exchange.W == 2 and mean_or_skip and wide:
+        return OneDecision(handle, Pair(exchange.group))
+    return OneDecision(handle, exchange)

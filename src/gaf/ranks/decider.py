@@ -10,14 +10,13 @@ An engine begins and ends each pass, and settles once in it, or once for each gr
 
 from collections.abc import Callable, Sequence
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from gaf.ranks.exchange import Exchange
-from gaf.ranks.messages import add_in_rank_order
+from gaf.ranks.judged import judge_seen, judge_unseen
 from gaf.ranks.model_checks import raise_thawed
 from gaf.ranks.optimizer_steps import parameters_of
 from gaf.ranks.pending import PendingDecisions
@@ -25,11 +24,13 @@ from gaf.ranks.row_ledger import RowLedger
 from gaf.ranks.skips import SkippedParameters
 from gaf.ranks.stale import CLEAR_FIRST, IN_PART, StaleGradients
 from gaf.ranks.step_hooks import StepHooks
+from gaf.ranks.totals import Totals
 from gaf.record.outcome import Outcome
-from gaf.rules.averaging import Mean, averages
-from gaf.rules.contract import Policy, merge_of
-from gaf.rules.decision import Decision, Evidence, as_skip, check_weights
-from gaf.rules.judging import decide_with_evidence, has_overflow
+from gaf.rules.averaging import averages, measures
+from gaf.rules.contract import Policy, merge_of, tell_loss_scale
+from gaf.rules.decision import Decision, as_skip, check_weights
+from gaf.rules.judging import has_overflow
+from gaf.rules.row_sums import RowSums
 
 
 class Decider:
@@ -58,12 +59,12 @@ class Decider:
         self.k = k
         self.summed_groups: Sequence[dist.ProcessGroup] = []
         self.moves = True
-        self.stale = StaleGradients(set(params), not averages(policy))
+        self.stale = StaleGradients(set(params), not averages(policy) or measures(policy))
         self.pending = PendingDecisions(self.ledger)
         self.skips = SkippedParameters()
         scaled = self.scaler is not None
         self.steps = StepHooks(optimizers, scaled, self._prepare_step, self.pending.count)
-        self._scale = 1.0  # what the scaler multiplied the rows by
+        self.totals = Totals(self.scaler)
         self.outside: dict[Tensor, str] = {}
         self._undo: list[Callable[[], None]] = [self.steps.remove]
 
@@ -117,8 +118,7 @@ class Decider:
         """
         exchange.receive()
         products = self.sum_over_ranks(exchange.local_products(), groups)
-        gram = exchange.gram_from_products(products)
-        weights, filler = self.decide(gram, params)
+        weights, filler = self.decide(exchange.seen_in(products), params)
         if weights is None:
             exchange.fill(filler)
         else:
@@ -130,37 +130,35 @@ class Decider:
 
         Raises:
             RuntimeError: on all ranks, if one of them began its backward pass on top of a part of
-                the last update.
+                the last update, and the policy does not simply average.
         """
         stale = self.stale.added_to_updates(self.steps.all_stepped())
-        flag = partial.new_zeros(1) if stale is None else stale.to(partial).reshape(1)
-        known, ranks = torch.cat([partial.reshape(-1), self._loss_scale(partial), flag]), 1
-        for group in groups:
-            known = add_in_rank_order(known.to(partial.device), group)
-            ranks *= dist.get_world_size(group)
-        self._scale = float(known[-2]) / ranks
-        if known[-1] >= IN_PART:
-            raise RuntimeError(CLEAR_FIRST)
-        self.pending.latest.stale |= bool(known[-1] > 0)
-        return known[:-2].view(partial.shape)
+        total = self.totals.add_up(partial, stale, groups)
+        if not averages(self.ledger.policy):
+            if self.totals.mixed >= IN_PART:
+                raise RuntimeError(CLEAR_FIRST)
+            self.pending.latest.stale |= self.totals.mixed > 0
+        return total
 
-    def _loss_scale(self, like: Tensor) -> Tensor:
-        factor = None if self.scaler is None else self.scaler._scale  # None before the first loss
-        return like.new_ones(1) if factor is None else factor.to(like).reshape(1)
-
-    def decide(self, gram: Tensor, params: Sequence[Tensor]) -> tuple[list[float] | None, float]:
-        """The decision about a Gram matrix.
+    def decide(
+        self, seen: Tensor | RowSums, params: Sequence[Tensor]
+    ) -> tuple[list[float] | None, float]:
+        """The decision about a Gram matrix, or about its diagonal and row sums.
 
         Returns:
             The weights; or None, and the number to write in place of an update: infinity after an
             overflow, for the scaler to see.
         """
-        decision, evidence = decide_with_evidence(self.ledger.policy, gram)
-        outcome = Outcome.fetch(decision, evidence)
-        overflow = self.scaler is not None and has_overflow(self.ledger.policy, outcome.norms2)
+        policy = self.ledger.policy
+        tell_loss_scale(policy, self.totals.scale)
+        decision, outcome = judge_seen(policy, seen)
+        if isinstance(seen, RowSums) and averages(policy):
+            self._record(decision, self.totals.without_mixture(outcome), params)
+            return outcome.weights, 0.0
+        overflow = self.scaler is not None and has_overflow(policy, outcome.norms2)
         if overflow:
             decision, outcome = as_skip(decision), outcome.as_skip()
-        check_weights(outcome.weights, outcome.stepped, self.ledger.policy)
+        check_weights(outcome.weights, outcome.stepped, policy)
         self.pending.latest.overflow |= overflow
         self._record(decision, outcome, params)
         if outcome.stepped:
@@ -169,20 +167,19 @@ class Decider:
 
     def decide_unseen(self, params: Sequence[Tensor]) -> bool:
         """Whether to step, by a policy that looks at no row: Mean, RandomSkip."""
-        assert isinstance(self.ledger.policy, Mean)
-        ones = torch.ones(self.k, dtype=torch.bool, device="cpu")
-        unknown = torch.full((self.k,), torch.nan, dtype=torch.float64, device="cpu")
-        decision = self.ledger.policy.conclude(ones, unknown)
-        outcome = Outcome.fetch(decision, Evidence(unknown, unknown[0], unknown[0]))
-        self._record(decision, outcome.without_measures(), params)
+        decision, outcome = judge_unseen(self.ledger.policy, self.k)
+        self._record(decision, outcome, params)
         return outcome.stepped
 
     def _record(self, decision: Decision, outcome: Outcome, params: Sequence[Tensor]) -> None:
         self.ledger.last, self.ledger.outcome = decision, outcome
         self.moves = self.moves or outcome.stepped
-        self.pending.latest.outcomes.append((outcome, self._scale))
+        self.pending.latest.outcomes.append((outcome, self.totals.scale))
         if not outcome.stepped:
             self.skips.add(params)
+        if self.ledger.findings:
+            waiting = sum(len(one.outcomes) for one in self.pending.passes)
+            self.ledger.note_findings(self.totals.scale, waiting)
 
     def _prepare_step(self, optimizer: Optimizer) -> None:
         """Makes a step leave alone what it must.

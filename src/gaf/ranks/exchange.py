@@ -36,6 +36,7 @@ from gaf.rules.blas import gram_by_blas
 from gaf.rules.combine import combine_into, sum_dtype
 from gaf.rules.contract import Merge
 from gaf.rules.merging import merge_into
+from gaf.rules.row_sums import RowSums
 from gaf.shapes import Float64
 
 # coordinates below which a piece is joined with others: a message costs more than a copy
@@ -75,6 +76,7 @@ class Exchange:
         self.group, self.micro_group, self.tag = group, micro_group, TAG + 2**16 * tag
         self.W = dist.get_world_size(group)
         self.k = self.W // micro_group
+        self.active = self.W  # ranks that a plain average divides by; fewer if some have joined
         self.device = torch.device("cpu")  # of what is sent
         # of the coordinates: groups of other shards count from elsewhere
         self.origin = dist.get_process_group_ranks(group)[0] << 40
@@ -96,7 +98,7 @@ class Exchange:
         Args:
             flat: this rank's values; in the end it holds its part of the update.
             find_kept: finds tensors outside of `flat` that keep these values during the pass, and
-                the places in `flat` of their coordinates. Only `Pair` calls it: without such
+                the places in `flat` of their coordinates. Only `Sums` calls it: without such
                 tensors it makes a copy.
         """
         self.device = flat.device
@@ -137,8 +139,8 @@ class Exchange:
             total += gram_by_blas(parcel.rows)
         return total
 
-    def gram_from_products(self, total: Float64[Tensor, "k k"]) -> Float64[Tensor, "k k"]:
-        """K from the sum of all ranks' `local_products`, which is K already; `Pair` has another."""
+    def seen_in(self, total: Tensor) -> Tensor | RowSums:
+        """What a policy is shown, from the sum of all ranks' `local_products`: here that is K."""
         return total
 
     def give_back(self, weights: Sequence[float], merge: Merge | None = None) -> None:

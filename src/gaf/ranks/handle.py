@@ -15,7 +15,7 @@ from gaf.ranks.row_ledger import check_handle_state
 from gaf.ranks.stale import StaleGradients
 from gaf.record.gate import gate, ungate
 from gaf.record.outcome import Outcome
-from gaf.rules.averaging import averages
+from gaf.rules.averaging import averages, measures
 from gaf.rules.contract import Policy, check_policy
 from gaf.rules.decision import Decision
 from gaf.rules.policies import private_copy
@@ -58,7 +58,7 @@ class Handle(Decider):
         check_policy(policy, "handle.policy")
         self._check(policy)
         self.ledger.policy = private_copy(policy)
-        self.stale.active = not averages(policy)
+        self.stale.active = not averages(policy) or measures(policy)
         self.pending.forget_policy_states()
 
     @property
@@ -95,13 +95,41 @@ class Handle(Decider):
         """Plain numbers, the same on every rank: those of `gaf.Accumulator.stats`, and two lists.
 
         `rejected_per_row`, `absent_per_row`: for each rank (or micro-group), how often since
-        attach. Under Mean and RandomSkip nothing is measured: distances and noise scale are NaN. A
-        decision counts when the optimizer steps on it, and an overflow when the next pass begins.
+        attach. `cosine_mean`, `cosine_min`: the rows' cosines to the sum of the others. Under
+        `Mean()` and RandomSkip nothing is measured: distances, cosines and noise scale are NaN;
+        under `Mean(measure_every=n)` averages are over the last 100 measured steps, and a row's
+        distance is 1 - cosine. A decision counts when the optimizer steps on it, and an overflow
+        when the next pass begins.
 
         Args:
             b: samples per row. With 1, `noise_scale` counts micro-batches.
         """
         return self.pending.known_ledger().stats(b)
+
+    def workers(self) -> list[dict[str, Any]]:
+        """A dict for each row, in their order, of plain numbers that are the same on every rank.
+
+        `rank`, its global rank, and `host`, the name of that rank's machine; if a row is that of
+        several ranks (micro-groups, sharded replicas), the lowest, and `ranks` has them all.
+
+        Means over the last 100 measured steps, NaN before the first: `norm`, its gradient's norm
+        over the median of all rows' norms; `cosine`, in [-1, 1], its gradient's cosine to the sum
+        of the others'; `finite`, the share of the steps in which it was finite. Since attach:
+        `left_out`, the steps that were taken without it.
+
+        A single step's cosine scatters by about 1 / sqrt(d_eff); a worker whose data or arithmetic
+        are wrong shows in the means, beside the others'.
+        """
+        return self.pending.known_ledger().workers.table(self.ledger.alarms.workers or [])
+
+    @property
+    def alarms(self) -> list[dict[str, Any]]:
+        """What the policy found wrong (`gaf.Guard`), as `gaf.Accumulator.alarms` has it.
+
+        `rank` and `host`, as in `workers`, stand in place of `row`; both are None for the whole
+        step. The same on every rank.
+        """
+        return self.ledger.alarms.alarms
 
     def state_dict(self) -> dict[str, Any]:
         """Counts, averages and what the policy has learned, as of the last optimizer step.

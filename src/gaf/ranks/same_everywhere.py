@@ -1,11 +1,11 @@
 """What all ranks must have in common before any of them sends: otherwise they deadlock."""
 
 from collections import Counter
-from typing import Any
 
 import torch.distributed as dist
 from torch import nn
 
+from gaf.ranks.names import gather_objects
 from gaf.rules.contract import Policy
 
 
@@ -28,8 +28,7 @@ def check_same_everywhere(
 
 
 def check_same(mine: dict[str, str], group: "dist.ProcessGroup") -> None:
-    all_of: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(all_of, mine, group=group)
+    all_of = gather_objects(mine, group)
     for what in mine:
         found = [other[what] for other in all_of]
         if len(set(found)) > 1:

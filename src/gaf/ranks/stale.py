@@ -27,7 +27,8 @@ class StaleGradients:
 
     Args:
         params: those that are decided on.
-        active: whether a mixture matters. Plain averaging adds up to the same with it.
+        active: whether a mixture matters. Plain averaging adds up to the same with it, if nothing
+            is measured.
     """
 
     def __init__(self, params: set[Tensor], active: bool) -> None:

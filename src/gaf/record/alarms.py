@@ -43,6 +43,11 @@ class Worker:
             name = f"ranks {', '.join(map(str, self.ranks))}"
         return f"{name} (host {self.host})"
 
+    def names(self) -> dict[str, Any]:
+        """Rank and host; `ranks` too, if there are several."""
+        several = {"ranks": list(self.ranks)} if len(self.ranks) > 1 else {}
+        return {"rank": self.rank, "host": self.host} | several
+
 
 class Alarms:
     """The book of alarms of a run.
@@ -109,9 +114,7 @@ class Alarms:
             return {"row": row}
         if row is None:
             return {"rank": None, "host": None}
-        worker = self.workers[row]
-        several = {"ranks": list(worker.ranks)} if len(worker.ranks) > 1 else {}
-        return {"rank": worker.rank, "host": worker.host, **several}
+        return self.workers[row].names()
 
     def _explain(self, finding: Finding, step: int, stepped: bool) -> str:
         what = TEXTS.get(finding.kind, "{kind}: {value:.3g}, expected {expected:.3g}")

@@ -51,18 +51,19 @@ class Ledger:
         """What the policy noticed in its last decision."""
         return findings_of(self.policy)
 
-    def note_findings(self, scale: float = 1.0) -> None:
-        """Alarms for what the policy found wrong in the last decision, which was recorded.
+    def note_findings(self, scale: float = 1.0, waiting: int = 0) -> None:
+        """Alarms for what the policy found wrong in the last decision.
 
         Args:
             scale: what a GradScaler multiplied the rows by; an overflow by it is no alarm.
+            waiting: decisions, the last one included, that are not counted yet.
         """
         assert self.outcome is not None
         if scale > 1 and has_overflow(self.policy, self.outcome.norms2):
             return
         self.alarms.note(
             self.findings,
-            self.telemetry.totals["steps"],
+            self.telemetry.totals["steps"] + waiting,
             self.outcome.stepped,
             getattr(self.policy, "on_alarm", None),
         )

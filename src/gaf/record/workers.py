@@ -3,34 +3,14 @@
 import math
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
+from gaf.record.alarms import Worker
 from gaf.record.outcome import Outcome
 from gaf.record.recent import WINDOW, ratio
 
 Shown = list[list[float]]  # (k, 2): a step's norms relative to their median, and its cosines
-
-
-@dataclass(frozen=True)
-class Worker:
-    """Where a row comes from.
-
-    Attributes:
-        rank: the process's global rank; the lowest, if several make up the row.
-        host: the name of that rank's machine.
-        ranks: all of them, in ascending order.
-    """
-
-    rank: int
-    host: str
-    ranks: tuple[int, ...]
-
-    def names(self) -> dict[str, Any]:
-        """Rank and host; `ranks` too, if there are several."""
-        several = {"ranks": list(self.ranks)} if len(self.ranks) > 1 else {}
-        return {"rank": self.rank, "host": self.host} | several
 
 
 class Workers:

@@ -9,10 +9,12 @@ from torch import Tensor
 
 from gaf.rules.agreement import mean_off_diagonal
 from gaf.rules.asking import ask
+from gaf.rules.averaging import Mean
 from gaf.rules.contract import Policy, max_norm_ratio_of
-from gaf.rules.decision import Decision, Evidence
-from gaf.rules.gram import without_giants
+from gaf.rules.decision import Decision, Evidence, check_decision
+from gaf.rules.gram import is_present, without_giants
 from gaf.rules.policies import GAF
+from gaf.rules.row_sums import RowSums
 from gaf.rules.sequential import Sequential
 from gaf.shapes import Float64
 
@@ -24,6 +26,23 @@ def decide_with_evidence(policy: Policy, gram: Float64[Tensor, "k k"]) -> tuple[
     ratio = max_norm_ratio_of(policy)
     compared = gram if ratio is None else without_giants(gram, ratio)
     return decision, Evidence(compared.diagonal(), mean_off_diagonal(compared), tau)
+
+
+def decide_from_sums(policy: Policy, sums: RowSums) -> tuple[Decision, Evidence]:
+    """The same from K's diagonal and row sums: by `policy.judge`, or `Mean`'s decision."""
+    if isinstance(policy, Mean):
+        decision = policy.conclude(is_present(sums.norms2), (1 - sums.cosines).clamp(0, 2))
+    else:
+        found = policy.judge(sums)  # type: ignore[attr-defined]
+        decision = check_decision(found, policy, len(sums.norms2), sums.norms2.device)
+    tau = tau_of(policy, sums.norms2)
+    return decision, Evidence(sums.norms2, sums.signal, tau)
+
+
+def cosines_to_others(gram: Float64[Tensor, "k k"]) -> Float64[Tensor, " k"]:
+    """Each row's cosine to the sum of the other present rows; NaN for an absent row."""
+    sound = is_present(gram.diagonal())
+    return RowSums.of_gram(torch.where(sound & sound[:, None], gram, 0.0)).cosines
 
 
 def tau_of(policy: Policy, like: Tensor) -> Float64[Tensor, ""]:

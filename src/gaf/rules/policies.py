@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gaf.arguments import one_of, whole_number
-from gaf.rules.averaging import RandomSkip
+from gaf.rules.averaging import RandomSkip, measures
 from gaf.rules.contract import describe_state
 from gaf.rules.decision import Decision
 from gaf.rules.gaf_arguments import as_norm_ratio, as_tau
@@ -196,4 +196,5 @@ def private_copy(policy: Any) -> Any:
         twin = copy.copy(policy)
         object.__setattr__(twin, "tau", copy.deepcopy(policy.tau))
         return twin
-    return copy.copy(policy) if isinstance(policy, RandomSkip) else policy
+    counts = isinstance(policy, RandomSkip) or measures(policy)
+    return copy.copy(policy) if counts else policy

@@ -41,9 +41,13 @@ class RowSums:
 
     @property
     def signal(self) -> Float64[Tensor, ""]:
-        """K's mean off-diagonal entry, an unbiased estimate of |g|^2; NaN for a single row."""
-        k = len(self.norms2)
-        return (self.inner - self.norms2).sum() / (k * (k - 1) or math.nan)
+        """K's mean entry over pairs of rows that are not zero, an unbiased estimate of |g|^2.
+
+        NaN without such a pair.
+        """
+        present = is_present(self.norms2).sum()
+        pairs = present * (present - 1)
+        return torch.where(pairs > 0, (self.inner - self.norms2).sum() / pairs, math.nan)
 
     @property
     def cosines(self) -> Float64[Tensor, " k"]:
