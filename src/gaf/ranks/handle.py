@@ -16,9 +16,8 @@ from gaf.ranks.stale import StaleGradients
 from gaf.record.gate import gate, ungate
 from gaf.record.outcome import Outcome
 from gaf.rules.averaging import averages, measures
-from gaf.rules.contract import Policy, check_policy
+from gaf.rules.contract import Policy, check_policy, private_copy
 from gaf.rules.decision import Decision
-from gaf.rules.policies import private_copy
 
 
 class Handle(Decider):

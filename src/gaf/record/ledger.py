@@ -9,11 +9,10 @@ from gaf.record.alarms import Alarms
 from gaf.record.gate import gate
 from gaf.record.outcome import Outcome
 from gaf.record.telemetry import Telemetry
-from gaf.rules.contract import Policy, learned_state, load_learned_state
+from gaf.rules.contract import Policy, learned_state, load_learned_state, private_copy
 from gaf.rules.decision import Decision, as_skip
 from gaf.rules.finding import Finding, findings_of
 from gaf.rules.judging import has_overflow
-from gaf.rules.policies import private_copy
 
 
 class Ledger:

@@ -1,5 +1,6 @@
 """Policies that average all rows, whatever they hold: plain training, and one that skips steps."""
 
+import copy
 import random
 from dataclasses import dataclass, field
 from typing import Any
@@ -58,6 +59,10 @@ class Mean(Sequential):
         self.step += self.measure_every > 0
         weights = torch.full_like(distances, 1 / len(distances))
         return Decision(weights, torch.ones_like(accepted), torch.ones_like(accepted[0]), distances)
+
+    def private_copy(self) -> "Mean":
+        """A copy that counts by itself."""
+        return copy.copy(self)
 
     def state_dict(self) -> dict[str, Any]:
         """The number of decisions, if some of them are measured."""

@@ -17,6 +17,7 @@ them:
     loss_scale       what the rows were multiplied by; the engine sets it   tell_loss_scale
     merge            rows of a slice -> its update: a coordinate-wise rule              merge_of
     findings         what it noticed in its last decision       gaf.rules.finding.findings_of
+    private_copy     () -> a copy that learns by itself                          private_copy
     state_dict       () -> what it has learned                                  learned_state
     private_copy     () -> a copy that learns by itself                 policies.private_copy
     load_state_dict  takes back what state_dict gave                            load_learned_state
@@ -121,6 +122,14 @@ def tell_loss_scale(policy: Any, scale: float) -> None:
     """Tells a policy that asks for it what the losses were multiplied by, before it decides."""
     if hasattr(policy, "loss_scale"):
         policy.loss_scale = scale
+
+
+def private_copy(policy: Any) -> Any:
+    """A copy that learns by itself, so that one policy can serve several runs.
+
+    By its method `private_copy`; a policy without one is returned as it is.
+    """
+    return policy.private_copy() if hasattr(policy, "private_copy") else policy
 
 
 def learned_state(policy: Any) -> Any:

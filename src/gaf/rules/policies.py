@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from gaf.arguments import one_of, whole_number
-from gaf.rules.averaging import RandomSkip, measures
 from gaf.rules.contract import describe_state
 from gaf.rules.decision import Decision
 from gaf.rules.gaf_arguments import as_norm_ratio, as_tau
@@ -118,6 +117,12 @@ class GAF(Sequential):
             return self.tau.tau_on(device)
         return cast(float, self.tau)
 
+    def private_copy(self) -> "GAF":
+        """A copy whose tau learns by itself."""
+        twin = copy.copy(self)
+        object.__setattr__(twin, "tau", copy.deepcopy(self.tau))
+        return twin
+
     def visit(
         self, count: Tensor, inner: Tensor, norm2: Tensor, own: Tensor
     ) -> tuple[Tensor, Tensor]:
@@ -183,18 +188,3 @@ class GAF(Sequential):
         weights = torch.zeros_like(distances)
         weights[order] = visit_weights(accepted[order])
         return Decision(weights, accepted, stepped, distances)
-
-
-def private_copy(policy: Any) -> Any:
-    """A copy that learns by itself, so that one policy can serve several runs.
-
-    A policy that learns nothing is returned as it is.
-    """
-    if hasattr(policy, "private_copy"):
-        return policy.private_copy()
-    if isinstance(policy, GAF) and isinstance(policy.tau, Threshold):
-        twin = copy.copy(policy)
-        object.__setattr__(twin, "tau", copy.deepcopy(policy.tau))
-        return twin
-    counts = isinstance(policy, RandomSkip) or measures(policy)
-    return copy.copy(policy) if counts else policy
