@@ -8,7 +8,7 @@ takes the rows, rules decide, record counts. In import order, each importing onl
     record      what came of the decisions: statistics, gated schedulers, `Audit`
     measure     micro-gradients looked at without a step (`probe`)
     device      micro-gradients one after the other in time, on one device (`Accumulator`)
-    ranks       micro-gradients of data-parallel processes (`attach`, `Handle`)
+    ranks       micro-gradients of data-parallel processes (`attach`, `Handle`, `all_reduce`)
     samples     rows that are single samples, from one backward pass (`ghost_gram`)
     integrations    the two engines in Lightning, Accelerate and transformers
 
@@ -20,6 +20,7 @@ ranks/attach.py for where the rows come from and where the update goes.
 from gaf.device.accumulate import Accumulator
 from gaf.measure.probe import probe
 from gaf.measure.result import Probe
+from gaf.ranks.all_reduce import all_reduce
 from gaf.ranks.attach import attach
 from gaf.ranks.handle import Handle
 from gaf.record.audit import Audit
@@ -65,6 +66,7 @@ __all__ = [
     "SignalTau",
     "TrimmedMean",
     "aggregate",
+    "all_reduce",
     "attach",
     "ghost_gram",
     "gram",

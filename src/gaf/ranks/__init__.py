@@ -11,4 +11,5 @@ The files in the order of the data:
     step_hooks   the optimizer's step: steps; skips, what it leaves alone; pending, what it confirms
     row_ledger   what came of the steps, for each row too
     handle       what a user holds
+    all_reduce   the same for any tensors, without a model
 """

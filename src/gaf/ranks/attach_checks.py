@@ -66,19 +66,19 @@ def check_row_count(k: int, policy: Policy) -> None:
         )
 
 
-def check_micro_group(micro_group: Any) -> None:
+def check_micro_group(micro_group: Any, subject: str = "attach") -> None:
     if not isinstance(micro_group, Integral) or isinstance(micro_group, bool):
         raise TypeError(
-            f"attach: micro_group must be a whole number of ranks; got {micro_group!r}. "
+            f"{subject}: micro_group must be a whole number of ranks; got {micro_group!r}. "
             "Use 1 for a row from each rank."
         )
 
 
-def check_divides(micro_group: int, group: "dist.ProcessGroup") -> None:
+def check_divides(micro_group: int, group: "dist.ProcessGroup", subject: str = "attach") -> None:
     W = dist.get_world_size(group)
     if micro_group < 1 or W % micro_group:
         raise ValueError(
-            f"attach: micro_group must be a whole number that divides the {W} ranks; "
+            f"{subject}: micro_group must be a whole number that divides the {W} ranks; "
             f"got {micro_group}. Use one of {[m for m in range(1, W + 1) if W % m == 0]}."
         )
 
@@ -99,17 +99,17 @@ def check_shards(shards: Any, group: "dist.ProcessGroup", policy: Policy) -> Non
         )
 
 
-def check_mesh(mesh: Any, name: str) -> None:
+def check_mesh(mesh: Any, name: str, subject: str) -> None:
     if mesh.ndim != 1:
         raise ValueError(
-            f"attach: {name} must be a process group, or a mesh of one dimension; got {mesh}. "
+            f"{subject}: {name} must be a process group, or a mesh of one dimension; got {mesh}. "
             f'Use {name}=mesh["replicate"], by the name of the dimension.'
         )
 
 
-def check_group(group: Any, name: str) -> None:
+def check_group(group: Any, name: str, subject: str) -> None:
     if group is not None and not isinstance(group, dist.ProcessGroup):
         raise TypeError(
-            f"attach: {name} must be a torch.distributed.ProcessGroup; got {group!r}. "
+            f"{subject}: {name} must be a torch.distributed.ProcessGroup; got {group!r}. "
             'Use dist.new_group(ranks), or mesh["replicate"].get_group().'
         )

@@ -93,10 +93,10 @@ def unwrap(model: Any) -> Any:
     return inner if isinstance(inner, DistributedDataParallel) else model
 
 
-def process_group(group: Any, name: str) -> Any:
+def process_group(group: Any, name: str, subject: str = "attach") -> Any:
     """The process group that is meant: None stays None, a mesh of one dimension gives its own."""
     if isinstance(group, DeviceMesh):
-        check_mesh(group, name)
+        check_mesh(group, name, subject)
         return group.get_group()
-    check_group(group, name)
+    check_group(group, name, subject)
     return group

@@ -27,7 +27,8 @@ def check_same_everywhere(
         check_same(rule, shards)
 
 
-def check_same(mine: dict[str, str], group: "dist.ProcessGroup") -> None:
+def check_same(mine: dict[str, str], group: "dist.ProcessGroup", subject: str = "attach") -> None:
+    """ValueError on all ranks where one differs from the others. subject: of the message."""
     all_of = gather_objects(mine, group)
     for what in mine:
         found = [other[what] for other in all_of]
@@ -36,8 +37,8 @@ def check_same(mine: dict[str, str], group: "dist.ProcessGroup") -> None:
             odd = next(r for r, value in enumerate(found) if value != usual)
             a, b = first_difference(usual, found[odd])
             raise ValueError(
-                f"attach: all ranks must have the same {what}; rank {odd} of the group has {b}, "
-                f"others {a}. Build the model and the policy alike on all of them."
+                f"{subject}: all ranks must have the same {what}; rank {odd} of the group has {b}, "
+                f"others {a}. Make it alike on all of them."
             )
 
 
