@@ -60,7 +60,7 @@ def all_reduce(
     """
     ranks = group_of(group)
     given = list(tensors) if isinstance(tensors, list | tuple) else tensors
-    check_call(given, policy, micro_group, ranks)
+    check_call_alike(given, policy, micro_group, ranks)
     exchange = Exchange(ranks, int(micro_group))
     flats = [t.detach().contiguous().view(-1) for t in given]
     for flat in flats:
@@ -98,7 +98,7 @@ def group_of(group: Any) -> Any:
     return dist.group.WORLD if found is None else found
 
 
-def check_call(tensors: Any, policy: Any, micro_group: Any, group: Any) -> None:
+def check_call_alike(tensors: Any, policy: Any, micro_group: Any, group: Any) -> None:
     """Raises on all ranks if one of them gave what cannot work, or other things than the others.
 
     Costs one number per rank; only if something is wrong the ranks exchange more.
