@@ -13,6 +13,7 @@ from gaf.ranks.attach_checks import check_divides, check_micro_group
 from gaf.ranks.engines import process_group
 from gaf.ranks.exchange import Exchange
 from gaf.ranks.messages import add_in_rank_order
+from gaf.ranks.names import gather_objects
 from gaf.ranks.same_everywhere import check_same, describe_policy
 from gaf.rules.contract import Policy, check_policy, merge_of
 from gaf.rules.decision import Decision, check_weights
@@ -124,8 +125,7 @@ def check_call_alike(tensors: Any, policy: Any, micro_group: Any, group: Any) ->
 
 def tell(group: Any, problem: str) -> None:
     """RuntimeError on a rank without a problem, if another rank has one."""
-    problems: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(problems, problem, group=group)
+    problems = gather_objects(problem, group)
     if any(problems) and not problem:
         rank = next(r for r, other in enumerate(problems) if other)
         raise RuntimeError(
