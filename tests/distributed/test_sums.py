@@ -4,7 +4,6 @@ import math
 import socket
 import statistics
 import warnings
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -31,20 +30,20 @@ from helpers.attached import (
     row_loss,
     values,
 )
-from helpers.problems import (
-    Odd,
-    Wide,
-    batch,
-    flat_grad,
-    micro_gradients,
-    plain_loss,
-    same_everywhere,
+from helpers.plain_ddp import (
+    SMALL_BUCKETS,
+    Step,
+    accumulated,
+    compare_in_many_modes,
+    compare_with_plain_ddp,
+    one_pass,
+    without_a_side,
 )
+from helpers.problems import Odd, Wide, flat_grad, micro_gradients, plain_loss, same_everywhere
 from helpers.ranks import World
 
 pytestmark = pytest.mark.distributed
 
-SMALL_BUCKETS = 0.002  # MiB: several of them
 EACH = gaf.Mean(measure_every=1)
 THIRD = gaf.Mean(measure_every=3)
 
@@ -119,19 +118,6 @@ def test_rows_of_zeros_are_no_pair() -> None:
 # --------------------------------------------------------------------------- plain DDP, bit for bit
 
 
-Step = Callable[[nn.Module, int], None]  # backward passes of one step
-
-
-def one_pass(model: nn.Module, step: int) -> None:
-    plain_loss(model, step, dist.get_rank()).backward()
-
-
-def accumulated(model: Any, step: int) -> None:
-    with model.no_sync():
-        plain_loss(model, 2 * step, dist.get_rank()).backward()
-    plain_loss(model, 2 * step + 1, dist.get_rank()).backward()
-
-
 def two_passes(model: nn.Module, step: int) -> None:
     """Both synchronise, and their gradients are added up."""
     plain_loss(model, 2 * step, dist.get_rank()).backward()
@@ -151,42 +137,6 @@ def part_by_part(model: nn.Module, step: int) -> None:
     """Two passes over different parameters."""
     for which in range(2):
         branch_loss(model, which, step).backward()
-
-
-def without_a_side(model: nn.Module, step: int) -> None:
-    x, y = batch(step, dist.get_rank())
-    nn.functional.cross_entropy(model(x, side=(dist.get_rank() + step) % 2 == 0), y).backward()
-
-
-def compare_with_plain_ddp(
-    policy: Any,
-    steps: int = 50,
-    make: Callable[[], nn.Module] = Odd,
-    run: Step = one_pass,
-    **ddp: Any,
-) -> gaf.Handle:
-    """Weights after every step."""
-    model, optimizer, handle = attach_model(policy, make, **ddp)
-    torch.manual_seed(3)
-    plain = DistributedDataParallel(make(), **ddp)
-    other = SGD(plain.parameters(), 0.05, momentum=0.9, weight_decay=0.01)
-    for step in range(steps):
-        for m, o in ((model, optimizer), (plain, other)):
-            o.zero_grad(set_to_none=step % 2 == 0 or m.gradient_as_bucket_view)
-            run(m, step)
-            o.step()
-        assert equal(model, values(plain)), f"step {step}"
-    return handle
-
-
-def compare_in_many_modes(policy: Any) -> None:
-    """Those that change what a bucket holds; the slow tests have all with all."""
-    compare_with_plain_ddp(policy, bucket_cap_mb=SMALL_BUCKETS)
-    compare_with_plain_ddp(policy, 6, Wide, gradient_as_bucket_view=True)
-    compare_with_plain_ddp(policy, 6, static_graph=True)
-    compare_with_plain_ddp(policy, 6, run=accumulated)
-    compare_with_plain_ddp(policy, 6, run=without_a_side, find_unused_parameters=True)
-    compare_with_plain_ddp(policy, 6, partial(Wide, torch.bfloat16), bucket_cap_mb=SMALL_BUCKETS)
 
 
 @pytest.mark.parametrize("W", [2, 3, 4])

@@ -19,7 +19,6 @@ them:
     findings         what it noticed in its last decision       gaf.rules.finding.findings_of
     private_copy     () -> a copy that learns by itself                          private_copy
     state_dict       () -> what it has learned                                  learned_state
-    private_copy     () -> a copy that learns by itself                 policies.private_copy
     load_state_dict  takes back what state_dict gave                            load_learned_state
 
 A `Sequential` policy also gives a rule for rows one by one, so that they can be added up as they
