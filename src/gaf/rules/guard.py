@@ -1,44 +1,56 @@
-"""Guard: the average of all rows, unless one of them is broken; and which one it is."""
+"""Guard: the average of all rows, unless something is broken; and the name of what is."""
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gaf.arguments import ABOVE_0, real_number
-from gaf.rules.contract import describe_state
 from gaf.rules.decision import Decision
 from gaf.rules.finding import Finding
 from gaf.rules.gram import check_gram
-from gaf.rules.history import History, medians_of_others
+from gaf.rules.guard_arguments import OnAlarm, Spike, as_deviations, as_on_alarm, as_ratio, as_spike
+from gaf.rules.past import Past
 from gaf.rules.row_sums import RowSums
 from gaf.shapes import Float64
 
-WARM_UP = 20  # steps after which a row's own history counts
-MEMORY = 100  # steps that a history looks back
-LEAST_DEVIATION = 0.1  # of log norms: rows that never differed may differ by a tenth
-
 
 class Guard:
-    """Averages all rows as `Mean`, unless something is broken; and names what is.
+    """Averages all rows as `Mean` does, unless something is broken; and names what is.
 
-    A row is broken if it is not finite, or if its norm is far from the others' and from its own
-    past: more than `norm_ratio` times the median of the others' norms, and `norm_z` standard
-    deviations above its own usual log norm, both relative to the others and by itself. During the
-    first 20 steps, norm_ratio squared times the others' median is broken by itself. A broken row is
-    left out of the average, and of what is learned. With half of the rows or more broken, the step
-    is skipped. A row of zeros is not broken.
+    A broken row is left out of the average, and of what is learned. With half of the rows or more
+    broken, the step is skipped. A row of zeros is not broken. A row is broken
+
+    - if it is not finite;
+    - if its norm is more than `norm_ratio` times the median of the others', and lies `norm_z`
+      standard deviations above its own usual one, both by itself and relative to the others (in
+      logarithms). In the first 20 steps nothing is usual yet: there `norm_ratio` squared decides.
+      For k = 2 it is the past that shows whose norm has changed;
+    - with `cosine_z`, if its cosine to the sum of the others lies that many standard deviations
+      below its usual one, relative to the others'.
+
+    A step whose average is far too long is skipped or shortened with `spike`. A row that drifts
+    away slowly, by its norm or its cosine, is reported, and never left out.
+
+    With one row nothing can be compared. With two their cosines are equal: then only norms and
+    numbers that are not finite name a row, and no drift is reported.
 
     Args:
         norm_ratio: above 1. Higher leaves out less.
         norm_z: above 0. Higher leaves out less.
-        on_alarm: called with a dict for each new alarm, see `gaf.Accumulator.alarms`.
+        cosine_z: above 0; None: no row is left out for its direction. Higher leaves out less.
+        spike: what happens to a step whose average has a norm `spike_z` standard deviations above
+            the usual one (in logarithms): None nothing, "skip", or "clip" to that limit.
+        spike_z: above 0. Higher lets more pass.
+        drift: the limit of the cumulative sums in standard deviations, above 0; None: no reports.
+            Higher reports less, and later.
+        on_alarm: called with each new alarm, a dict (see `gaf.Accumulator.alarms`); on every rank.
 
     Attributes:
         findings: what was noticed in the last decision.
+        loss_scale: what the rows were multiplied by; an engine sets it.
 
     Raises:
         ValueError: if an argument is out of its range.
@@ -56,23 +68,20 @@ class Guard:
         *,
         norm_ratio: float = 10.0,
         norm_z: float = 6.0,
-        on_alarm: Callable[[dict[str, Any]], None] | None = None,
+        cosine_z: float | None = None,
+        spike: Spike | None = None,
+        spike_z: float = 6.0,
+        drift: float | None = 16.0,
+        on_alarm: OnAlarm | None = None,
     ) -> None:
-        self.norm_ratio = real_number(
-            "Guard: norm_ratio", norm_ratio, 1 + 1e-9, math.inf, "10 is the default."
-        )
-        self.norm_z = real_number("Guard: norm_z", norm_z, ABOVE_0, math.inf, "6 is the default.")
-        if on_alarm is not None and not callable(on_alarm):
-            raise TypeError(
-                f"Guard: on_alarm must be callable with one dict; got {on_alarm!r}. "
-                "Give a function such as print."
-            )
-        self.on_alarm = on_alarm
+        self.norm_ratio, self.norm_z = as_ratio(norm_ratio), as_deviations("norm_z", norm_z, 6)
+        self.cosine_z = None if cosine_z is None else as_deviations("cosine_z", cosine_z, 6)
+        self.spike, self.spike_z = as_spike(spike), as_deviations("spike_z", spike_z, 6)
+        self.drift = None if drift is None else as_deviations("drift", drift, 16)
+        self.on_alarm = as_on_alarm(on_alarm)
         self.findings: list[Finding] = []
-        self._histories = {
-            "norm": History(MEMORY, LEAST_DEVIATION),
-            "relative norm": History(MEMORY, LEAST_DEVIATION),
-        }
+        self.loss_scale = 1.0
+        self._past = Past(self.norm_ratio, self.norm_z, self.spike_z, self.drift)
 
     def __call__(self, gram: Float64[Tensor, "k k"]) -> Decision:
         """Decides from the Gram matrix, (k, k) float64, of which it needs the row sums."""
@@ -81,50 +90,61 @@ class Guard:
 
     def judge(self, sums: RowSums) -> Decision:
         """Decides from what a plain all-reduce shows. Waits for the device."""
-        norms2 = sums.norms2.tolist()
-        self.findings = [*find_not_finite(norms2), *self._find_long(norms2)]
-        broken = {finding.row for finding in self.findings}
-        return decision_without(broken, 1.0, sums.cosines)
+        norms2, cosines = sums.norms2.tolist(), sums.cosines.tolist()
+        norms = [self._log_norm(norm2) for norm2 in norms2]
+        self.findings = find_not_finite(norms2) + self._past.norms.find(norms)
+        if not self.findings:
+            self.findings = self._find_turned(cosines)
+        broken, factor = {finding.row for finding in self.findings}, 1.0
+        if broken:
+            # the sum of all rows, and so the cosines to it, say nothing of the others
+            cosines = [math.nan] * len(cosines)
+            norms = [math.nan if i in broken else norm for i, norm in enumerate(norms)]
+        else:
+            factor = self._factor(self._log_norm(float(sums.total2) / len(norms) ** 2))
+        self.findings += self._past.learn(norms, cosines)
+        return decision_without(broken, factor, sums.cosines)
 
-    def _find_long(self, norms2: list[float]) -> list[Finding]:
-        """Rows whose norm is broken; learns from the others."""
-        norms = [0.5 * math.log(x) if 0 < x < math.inf else math.nan for x in norms2]
-        usual = medians_of_others(norms)
-        relative = [norm - other for norm, other in zip(norms, usual, strict=True)]
-        seen = {"norm": norms, "relative norm": relative}
-        far = self._are_far(seen)
-        for name, history in self._histories.items():
-            kept = [math.nan if out else x for out, x in zip(far, seen[name], strict=True)]
-            history.learn(kept)
+    def _log_norm(self, norm2: float) -> float:
+        """Of the gradient, whatever the loss scale; NaN if it is zero or not finite."""
+        if not 0 < norm2 < math.inf:
+            return math.nan
+        return 0.5 * math.log(norm2) - math.log(self.loss_scale or 1.0)
+
+    def _find_turned(self, cosines: list[float]) -> list[Finding]:
+        """Rows whose cosine to the others is far below their usual one."""
+        if self.cosine_z is None:
+            return []
+        scores, usual = self._past.cosine_drift.scores(cosines)
         return [
-            Finding(i, "norm", math.exp(norms[i]), math.exp(usual[i]))
-            for i, out in enumerate(far)
-            if out
+            Finding(i, "cosine", cosines[i], usual[i])
+            for i, score in enumerate(scores)
+            if score < -self.cosine_z
         ]
 
-    def _are_far(self, seen: dict[str, list[float]]) -> list[bool]:
-        relative, limit = seen["relative norm"], math.log(self.norm_ratio)
-        for history in self._histories.values():
-            history.fit(len(relative))
-        if self._histories["norm"].seen < WARM_UP:
-            return [x > 2 * limit for x in relative]
-        scores = [history.scores(seen[name]) for name, history in self._histories.items()]
-        pairs = zip(relative, *scores, strict=True)
-        return [x > limit and min(both) > self.norm_z for x, *both in pairs]
+    def _factor(self, norm: float) -> float:
+        """What the average is multiplied by: 1, or less after a spike; 0 for a skip."""
+        step = self._past.step
+        excess = step.excess(norm) if self.spike else 0.0
+        if excess:
+            usual = math.exp(step.usual)
+            self.findings.append(Finding(None, "step norm", math.exp(norm), usual))
+        step.learn(norm)
+        return 0.0 if excess and self.spike == "skip" else math.exp(-excess)
 
     def overflowed(self, norms2: Sequence[float]) -> bool:
-        """Whether so many rows are not finite that a GradScaler's scale is to blame: half."""
+        """Whether so many rows are not finite that a loss scale is to blame: half."""
         return 2 * sum(not math.isfinite(x) for x in norms2) >= len(norms2)
 
     def private_copy(self) -> "Guard":
         """A copy that learns by itself; on_alarm is shared."""
         twin = copy.copy(self)
-        twin._histories = copy.deepcopy(self._histories)
+        twin._past = copy.deepcopy(self._past)
         return twin
 
     def state_dict(self) -> dict[str, Any]:
         """What it has learned of the rows, as plain numbers."""
-        return {name: history.state_dict() for name, history in self._histories.items()}
+        return self._past.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes back what `state_dict` gave.
@@ -132,17 +152,12 @@ class Guard:
         Raises:
             ValueError: for the state of another policy.
         """
-        if not isinstance(state, dict) or state.keys() != self._histories.keys():
-            raise ValueError(
-                f"Guard: the state must be of a Guard; it holds {describe_state(state)}. "
-                "Build the policy as it was when it was saved."
-            )
-        for name, history in self._histories.items():
-            history.load_state_dict(state[name])
+        self._past.load_state_dict(state)
 
     def __repr__(self) -> str:
         # without on_alarm: ranks compare what they see here
-        return f"Guard(norm_ratio={self.norm_ratio:g}, norm_z={self.norm_z:g})"
+        names = ("norm_ratio", "norm_z", "cosine_z", "spike", "spike_z", "drift")
+        return f"Guard({', '.join(f'{name}={getattr(self, name)!r}' for name in names)})"
 
 
 def find_not_finite(norms2: Sequence[float]) -> list[Finding]:
@@ -156,12 +171,11 @@ def find_not_finite(norms2: Sequence[float]) -> list[Finding]:
 def decision_without(
     broken: set[int | None], factor: float, cosines: Float64[Tensor, " k"]
 ) -> Decision:
-    """The average of the rows that are not broken, times a factor; a skip if half are."""
-    k = len(cosines)
+    """The average of the rows that are not broken, times a factor; a skip if half are broken."""
+    k, device = len(cosines), cosines.device
     kept = [i not in broken for i in range(k)]
     steps = 2 * sum(kept) > k and factor > 0
     weight = factor / sum(kept) if steps else 0.0
-    device = cosines.device
     return Decision(
         torch.tensor([weight * one for one in kept], dtype=torch.float64, device=device),
         torch.tensor([steps and one for one in kept], device=device),

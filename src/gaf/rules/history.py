@@ -4,6 +4,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+WARM_UP = 20  # steps after which what was seen counts as usual
+
 Values = Sequence[float]  # one for each row; NaN where it is not known
 
 
@@ -39,11 +41,13 @@ class History:
 
     def scores(self, values: Values) -> list[float]:
         """How many standard deviations each value lies above its row's mean."""
+        self.fit(len(values))
         pairs = zip(values, self.means, strict=True)
         return [(value - mean) / self.deviation for value, mean in pairs]
 
     def learn(self, values: Values) -> None:
         """Adds one step; a row whose value is NaN keeps its mean."""
+        self.fit(len(values))
         rate = max(1 / (self.seen + 1), 1 / self.steps)
         known = [i for i, value in enumerate(values) if not math.isnan(value)]
         if not known:

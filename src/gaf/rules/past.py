@@ -1,0 +1,61 @@
+"""What `Guard` has learned: of norms, of the step, and of how far rows are from each other."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from gaf.rules.contract import describe_state
+from gaf.rules.drift import Drift
+from gaf.rules.finding import Finding
+from gaf.rules.watch import NormWatch, StepWatch
+
+
+class Past:
+    """What is usual, in four parts.
+
+    Args:
+        norm_ratio, norm_z: limits of `NormWatch`.
+        spike_z: limit of `StepWatch`.
+        drift: limit of `Drift`; None for no reports.
+    """
+
+    def __init__(self, norm_ratio: float, norm_z: float, spike_z: float, drift: float | None):
+        self.norms = NormWatch(norm_ratio, norm_z)
+        self.step = StepWatch(spike_z)
+        self.norm_drift = Drift(drift or math.inf)
+        self.cosine_drift = Drift(drift or math.inf)
+
+    def learn(self, norms: Sequence[float], cosines: Sequence[float]) -> list[Finding]:
+        """Adds one step, and gives the drifts that it shows.
+
+        Args:
+            norms: of k rows, as logarithms.
+            cosines: of each row to the sum of the others. NaN in both for what is unknown or broken.
+        """
+        self.norms.learn(norms)
+        longer = [
+            Finding(one.row, "norm drift", math.exp(one.value), math.exp(one.expected), one.steps)
+            for one in self.norm_drift.learn(norms)
+        ]
+        turned = [
+            Finding(one.row, "cosine drift", one.value, one.expected, one.steps)
+            for one in self.cosine_drift.learn(cosines)
+        ]
+        return longer + turned
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: part.state_dict() for name, part in vars(self).items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes back what `state_dict` gave.
+
+        Raises:
+            ValueError: for the state of another policy.
+        """
+        if not isinstance(state, dict) or state.keys() != vars(self).keys():
+            raise ValueError(
+                f"Guard: the state must be of a Guard; it holds {describe_state(state)}. "
+                "Build the policy as it was when it was saved."
+            )
+        for name, part in vars(self).items():
+            part.load_state_dict(state[name])
