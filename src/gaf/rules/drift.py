@@ -3,12 +3,12 @@
 Each row has a cumulative sum on either side (CUSUM; Page, Biometrika 41, 1954):
 
     d = value - mean of the others' values in the same step     about 0 for workers that are alike
-    r = (d - baseline) / deviation, within [-4, 4]
+    r = (d - baseline) / deviation, within [-3, 3]
     sum <- max(0, sum + r - 0.5)        and the same for -r: a drift once a sum exceeds the limit
 
 The deviation is shared by all rows. A baseline starts at 0, so that a worker that is off from the
-first step is found, and follows at 1/200 a step, so that offsets below about 0.9 deviations never
-are.
+first step is found, and follows at 1/200 a step, so that a steady offset below about 0.9 deviations
+never is.
 """
 
 import math
@@ -16,11 +16,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gaf.rules.history import WARM_UP
+from gaf.rules.watch import WARM_UP
 
-CLIP = 4.0  # a single value counts for no more deviations than that
+CLIP = 3.0  # a single value counts for no more deviations than that
 REFERENCE = 0.5  # deviations of a row that is off; half of the shift that is found fastest
-FOLLOW = 200  # steps in which baselines and the deviation follow
+FOLLOW = 200  # steps in which a baseline follows
+MEMORY = 100  # steps that the deviation looks back
 TINY = 1e-6  # the deviation of rows that are equal
 
 
@@ -123,7 +124,7 @@ class Drift:
             self.baselines[i] += offset / FOLLOW
             squares += offset**2
         self.seen += 1
-        rate = max(1 / self.seen, 1 / FOLLOW)
+        rate = max(1 / self.seen, 1 / MEMORY)
         self.variance += rate * (squares / len(compared) - self.variance)
         return self._name()
 

@@ -24,10 +24,10 @@ class Guard:
     broken, the step is skipped. A row of zeros is not broken. A row is broken
 
     - if it is not finite;
-    - if its norm is more than `norm_ratio` times the median of the others', and lies `norm_z`
-      standard deviations above its own usual one, both by itself and relative to the others (in
-      logarithms). In the first 20 steps nothing is usual yet: there `norm_ratio` squared decides.
-      For k = 2 it is the past that shows whose norm has changed;
+    - if its norm is more than `norm_ratio` times the median of the others', and as many times the
+      largest norm of any row of late (which fades by half in 350 steps). In the first 20 steps
+      nothing is usual yet: there it is `norm_ratio` squared times the others' median. With k = 2
+      the past shows which of the two has changed;
     - with `cosine_z`, if its cosine to the sum of the others lies that many standard deviations
       below its usual one, relative to the others'.
 
@@ -38,8 +38,7 @@ class Guard:
     numbers that are not finite name a row, and no drift is reported.
 
     Args:
-        norm_ratio: above 1. Higher leaves out less.
-        norm_z: above 0. Higher leaves out less.
+        norm_ratio: at least 1. Higher leaves out less.
         cosine_z: above 0; None: no row is left out for its direction. Higher leaves out less.
         spike: what happens to a step whose average has a norm `spike_z` standard deviations above
             the usual one (in logarithms): None nothing, "skip", or "clip" to that limit.
@@ -67,21 +66,20 @@ class Guard:
         self,
         *,
         norm_ratio: float = 10.0,
-        norm_z: float = 6.0,
         cosine_z: float | None = None,
         spike: Spike | None = None,
         spike_z: float = 6.0,
-        drift: float | None = 16.0,
+        drift: float | None = 20.0,
         on_alarm: OnAlarm | None = None,
     ) -> None:
-        self.norm_ratio, self.norm_z = as_ratio(norm_ratio), as_deviations("norm_z", norm_z, 6)
+        self.norm_ratio = as_ratio(norm_ratio)
         self.cosine_z = None if cosine_z is None else as_deviations("cosine_z", cosine_z, 6)
         self.spike, self.spike_z = as_spike(spike), as_deviations("spike_z", spike_z, 6)
-        self.drift = None if drift is None else as_deviations("drift", drift, 16)
+        self.drift = None if drift is None else as_deviations("drift", drift, 20)
         self.on_alarm = as_on_alarm(on_alarm)
         self.findings: list[Finding] = []
         self.loss_scale = 1.0
-        self._past = Past(self.norm_ratio, self.norm_z, self.spike_z, self.drift)
+        self._past = Past(self.norm_ratio, self.spike_z, self.drift)
 
     def __call__(self, gram: Float64[Tensor, "k k"]) -> Decision:
         """Decides from the Gram matrix, (k, k) float64, of which it needs the row sums."""
@@ -156,7 +154,7 @@ class Guard:
 
     def __repr__(self) -> str:
         # without on_alarm: ranks compare what they see here
-        names = ("norm_ratio", "norm_z", "cosine_z", "spike", "spike_z", "drift")
+        names = ("norm_ratio", "cosine_z", "spike", "spike_z", "drift")
         return f"Guard({', '.join(f'{name}={getattr(self, name)!r}' for name in names)})"
 
 

@@ -14,13 +14,13 @@ class Past:
     """What is usual, in four parts.
 
     Args:
-        norm_ratio, norm_z: limits of `NormWatch`.
+        norm_ratio: limit of `NormWatch`.
         spike_z: limit of `StepWatch`.
         drift: limit of `Drift`; None for no reports.
     """
 
-    def __init__(self, norm_ratio: float, norm_z: float, spike_z: float, drift: float | None):
-        self.norms = NormWatch(norm_ratio, norm_z)
+    def __init__(self, norm_ratio: float, spike_z: float, drift: float | None):
+        self.norms = NormWatch(norm_ratio)
         self.step = StepWatch(spike_z)
         self.norm_drift = Drift(drift or math.inf)
         self.cosine_drift = Drift(drift or math.inf)
@@ -30,7 +30,7 @@ class Past:
 
         Args:
             norms: of k rows, as logarithms.
-            cosines: of each row to the sum of the others. NaN in both for what is unknown or broken.
+            cosines: of each row to the sum of the others. NaN in both for the unknown and broken.
         """
         self.norms.learn(norms)
         longer = [

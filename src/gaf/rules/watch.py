@@ -1,88 +1,116 @@
-"""What `Guard` takes for usual: norms of the rows, and of their average, as logarithms."""
+"""Norms that are far from usual: of rows, and of their average. They are held as logarithms."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from gaf.rules.finding import Finding
-from gaf.rules.history import WARM_UP, History, Values, medians_of_others
 
-MEMORY = 100  # steps that a history looks back
-LEAST_DEVIATION = 0.1  # of log norms: rows that never differed may differ by a tenth
+WARM_UP = 20  # steps after which what was seen counts as usual
+FADE = 1 / 500  # by how much the largest log norm of late falls at each step
+LOOKS_BACK = 100  # steps of the usual norm of the average
+LEAST_DEVIATION = 0.1  # of that log norm: a run that never varied may vary by a tenth
 
 
 class NormWatch:
-    """Finds rows that are far longer than the others, and than they were.
+    """Finds rows that are far longer than the others, and than any row of late.
+
+    Not a z-score: with small micro-batches that are nearly learned, norms scatter by a factor of
+    ten, and six standard deviations are a factor of a million.
 
     Args:
-        ratio: to the median of the others' norms.
-        z: standard deviations above the usual norm.
+        ratio: to the median of the others' norms, and to the largest norm of late.
+
+    Attributes:
+        largest: of late; it falls by half in 350 steps.
+        seen: steps that were learned from.
     """
 
-    def __init__(self, ratio: float, z: float) -> None:
-        self.ratio, self.z = ratio, z
-        self.own = History(MEMORY, LEAST_DEVIATION)
-        self.relative = History(MEMORY, LEAST_DEVIATION)
+    def __init__(self, ratio: float) -> None:
+        self.limit = math.log(ratio)
+        self.largest, self.seen = -math.inf, 0
 
-    def find(self, norms: Values) -> list[Finding]:
-        """norms: of k rows, logarithms; NaN for rows without one, which are not compared."""
+    def find(self, norms: Sequence[float]) -> list[Finding]:
+        """norms: of k rows; NaN for rows without one, which are not compared."""
         others = medians_of_others(norms)
-        relative = [norm - other for norm, other in zip(norms, others, strict=True)]
-        far = self._are_far(norms, relative)
         return [
-            Finding(i, "norm", math.exp(norms[i]), math.exp(others[i]))
-            for i in range(len(norms))
-            if far[i]
+            Finding(i, "norm", math.exp(norm), math.exp(other))
+            for i, (norm, other) in enumerate(zip(norms, others, strict=True))
+            if self._is_far(norm, other)
         ]
 
-    def _are_far(self, norms: Values, relative: Values) -> list[bool]:
-        limit = math.log(self.ratio)
-        if self.own.seen < WARM_UP:
-            return [x > 2 * limit for x in relative]
-        own, between = self.own.scores(norms), self.relative.scores(relative)
-        scores = map(min, own, between)
-        return [x > limit and z > self.z for x, z in zip(relative, scores, strict=True)]
+    def _is_far(self, norm: float, other: float) -> bool:
+        if self.seen < WARM_UP:
+            return norm - other > 2 * self.limit
+        return norm - other > self.limit and norm - self.largest > self.limit
 
-    def learn(self, norms: Values) -> None:
+    def learn(self, norms: Sequence[float]) -> None:
         """Adds one step; NaN for rows that are broken."""
-        others = medians_of_others(norms)
-        self.own.learn(norms)
-        self.relative.learn([norm - other for norm, other in zip(norms, others, strict=True)])
+        known = [norm for norm in norms if not math.isnan(norm)]
+        if known:
+            self.largest = max(self.largest - FADE, *known)
+            self.seen += 1
 
     def state_dict(self) -> dict[str, Any]:
-        return {"own": self.own.state_dict(), "relative": self.relative.state_dict()}
+        return {"largest": self.largest, "seen": self.seen}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.own.load_state_dict(state["own"])
-        self.relative.load_state_dict(state["relative"])
+        self.largest, self.seen = state["largest"], state["seen"]
 
 
 class StepWatch:
-    """Finds steps whose average is far longer than it was.
+    """Finds steps whose average is far longer than usual (as ZClip, arXiv 2504.02507).
 
     Args:
-        z: standard deviations above the usual norm.
+        z: standard deviations above the usual log norm.
+
+    Attributes:
+        usual: the running mean; the first steps count alike, and later ones fade.
+        variance: around it, as it was before each step.
+        seen: steps that were learned from.
     """
 
     def __init__(self, z: float) -> None:
         self.z = z
-        self.history = History(MEMORY, LEAST_DEVIATION)
+        self.usual, self.variance, self.seen = 0.0, 0.0, 0
 
     def excess(self, norm: float) -> float:
-        """By how much a norm is above the limit, as logarithms; 0 if it is below."""
-        if self.history.seen < WARM_UP or math.isnan(norm):
+        """By how much a norm is above the limit; 0 if it is below, or unknown."""
+        if self.seen < WARM_UP or math.isnan(norm):
             return 0.0
-        return max(0.0, norm - self.usual - self.z * self.history.deviation)
-
-    @property
-    def usual(self) -> float:
-        return self.history.means[0]
+        deviation = max(math.sqrt(self.variance), LEAST_DEVIATION)
+        return max(0.0, norm - self.usual - self.z * deviation)
 
     def learn(self, norm: float) -> None:
-        """Adds one step; one above the limit counts as if it were at the limit."""
-        self.history.learn([norm - self.excess(norm)])
+        """Adds one step; a norm above the limit counts as if it were at the limit."""
+        if math.isnan(norm):
+            return
+        distance = norm - self.excess(norm) - self.usual
+        self.seen += 1
+        rate = max(1 / self.seen, 1 / LOOKS_BACK)
+        self.usual += rate * distance
+        if self.seen > 1:
+            self.variance += max(1 / (self.seen - 1), 1 / LOOKS_BACK) * (
+                distance**2 - self.variance
+            )
 
     def state_dict(self) -> dict[str, Any]:
-        return self.history.state_dict()
+        return {"usual": self.usual, "variance": self.variance, "seen": self.seen}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.history.load_state_dict(state)
+        self.usual, self.variance, self.seen = state["usual"], state["variance"], state["seen"]
+
+
+def medians_of_others(values: Sequence[float]) -> list[float]:
+    """For each value the lower median of the other known ones; NaN where there is none."""
+    order = sorted((i for i, v in enumerate(values) if not math.isnan(v)), key=lambda i: values[i])
+    places = {i: place for place, i in enumerate(order)}
+    medians = [math.nan] * len(values)
+    for i in range(len(values)):
+        others = len(order) - (i in places)
+        if others:
+            middle = (others - 1) // 2
+            # the row's own place is skipped
+            middle += i in places and places[i] <= middle
+            medians[i] = values[order[middle]]
+    return medians
