@@ -5,6 +5,7 @@ from rich.console import Console
 from gaf_lab.commands.bench_accumulate import BenchAccumulateOptions, run_bench_accumulate
 from gaf_lab.commands.bench_cpu import BenchCPUOptions, run_bench_cpu
 from gaf_lab.commands.bench_ddp import BenchDDPOptions, run_bench_ddp
+from gaf_lab.commands.bench_samples import BenchSamplesOptions, run_bench_samples
 from gaf_lab.commands.bench_train import BenchTrainOptions, run_bench_train
 from gaf_lab.commands.common import Command, Words, say
 from gaf_lab.settings.checks import ConfigError, nearest
@@ -14,6 +15,7 @@ BENCHMARKS: dict[str, tuple[Command, str | None]] = {
     "ddp": (run_bench_ddp, BenchDDPOptions.__doc__),
     "train": (run_bench_train, BenchTrainOptions.__doc__),
     "cpu": (run_bench_cpu, BenchCPUOptions.__doc__),
+    "samples": (run_bench_samples, BenchSamplesOptions.__doc__),
 }
 
 
