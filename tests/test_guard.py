@@ -185,8 +185,8 @@ def test_nothing_is_learned_from_what_is_broken() -> None:
 @K_FROM_3
 def test_a_row_that_points_away_is_left_out_if_asked_for(k: int) -> None:
     for limit, expected in ((None, []), (6.0, [(2, "cosine")])):
-        policy = used(gaf.Guard(cosine_z=limit), k, n=2000)
-        g = rows(k, 2000)
+        policy = used(gaf.Guard(cosine_z=limit), k, n=8000)
+        g = rows(k, 8000)
         g[2] *= -1
         gaf.aggregate(g, policy)
         assert named(policy) == expected
