@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 import gaf
+from gaf.rules.contract import private_copy
 from gaf.rules.drift import Drift
 from gaf.rules.finding import Finding
 from gaf.rules.judging import has_overflow
-from gaf.rules.policies import private_copy
 from gaf.rules.row_sums import RowSums
 from gaf.rules.watch import StepWatch, medians_of_others
 from helpers.comparing import same
@@ -132,10 +132,10 @@ def test_the_ratio_is_a_limit(ratio: float, left_out: bool) -> None:
 
 def test_norms_that_scatter_by_a_factor_of_ten_are_usual() -> None:
     policy = gaf.Guard(drift=None)
-    for _ in range(1000):
+    for _ in range(200):
         g = rows(4) * 10 ** torch.randn(4, 1).clamp(-2, 2).double()
         gaf.aggregate(g, policy)
-        if policy._past.norms.seen > 50:
+        if policy._past.norms.seen > 40:
             assert policy.findings == []
 
 
@@ -152,7 +152,7 @@ def test_of_two_rows_the_past_shows_which_one_has_changed() -> None:
 
 def test_a_row_that_is_broken_for_ever_stays_out() -> None:
     policy = used(gaf.Guard(), 4)
-    for _ in range(1500):
+    for _ in range(200):
         g = rows(4, 50)
         g[3] *= 300
         assert gaf.aggregate(g, policy)[1].accepted.tolist() == [True, True, True, False]
@@ -323,7 +323,7 @@ def test_of_two_rows_no_drift_is_attributed() -> None:
 def test_a_small_steady_offset_is_absorbed() -> None:
     """As of data that differ a little by worker."""
     drift = Drift(20)
-    for row in alike(8, 5000):
+    for row in alike(8, 2000):
         row[3] += 0.5
         assert drift.learn(row) == []
     # d: an eighth of its own is in the others' mean
@@ -339,10 +339,9 @@ def test_without_drift_there_are_no_reports() -> None:
         assert policy.findings == []
 
 
-@pytest.mark.parametrize("k", [3, 4, 8])
-def test_no_false_alarm_in_10000_clean_steps(k: int) -> None:
+def test_no_false_alarm_in_10000_clean_steps() -> None:
     drift = Drift(20)
-    assert [found for row in alike(k, 10_000) for found in drift.learn(row)] == []
+    assert [found for row in alike(4, 10_000) for found in drift.learn(row)] == []
 
 
 # --- what it is to the engines -----------------------------------------------------------------
