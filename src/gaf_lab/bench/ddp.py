@@ -1,7 +1,8 @@
 """What filtering costs among processes: plain DDP, gaf.attach, and gathering every gradient.
 
-The three take turns in one run (`ddp_rank`). Every figure is that of the slowest rank, and a ratio
-is to plain DDP in the same round.
+All ways take turns in one run (`ddp_rank`). gaf.attach measures, guards or filters; if it measures
+every n-th step only, that step's cost counts for 1/n of an average step. Every figure is that of
+the slowest rank, and a ratio is to plain DDP in the same round.
 """
 
 import dataclasses

@@ -9,7 +9,9 @@ import json
 import sys
 import time
 import warnings
+from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +21,17 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gaf_lab.bench.bytes_sent import counting, interface_bytes, ring_all_reduce
 from gaf_lab.bench.memory import give_back_freed_memory, process_bytes
-from gaf_lab.bench.timing import StepFunction, rotate
-from gaf_lab.bench.ways import PLAIN, WAYS, make_aggregate, make_rank_step
+from gaf_lab.bench.timing import rotate
+from gaf_lab.bench.ways import (
+    MEASURED,
+    MEASURED_EVERY,
+    PLAIN,
+    WAYS,
+    Step,
+    make_aggregate,
+    make_rank_step,
+    mean_step,
+)
 from gaf_lab.settings.fields import ModelName
 from gaf_lab.training import models
 
@@ -62,7 +73,7 @@ def measure_times(setup: DDPSetup) -> dict[str, Any]:
     ways, model = make_warm_steps(setup)
     sizes = bucket_sizes(model)
     sent = {way: sent_bytes(way, step, sizes) for way, step in ways.items()}
-    wire = {way: wire_bytes(step) for way, step in ways.items()}
+    wire = {way: wire_bytes(way, step) for way, step in ways.items()}
     found: dict[str, list[float]] = {way: [] for way in WAYS}
     while True:
         time_ways(ways, found, min(DDP_ROUNDS, setup.rounds - len(found[PLAIN])))
@@ -80,7 +91,7 @@ def measure_times(setup: DDPSetup) -> dict[str, Any]:
     }
 
 
-def make_warm_steps(setup: DDPSetup) -> tuple[dict[str, StepFunction], torch.nn.Module]:
+def make_warm_steps(setup: DDPSetup) -> tuple[dict[str, Step], torch.nn.Module]:
     """A step of each way, after the uncounted ones, and plain DDP's model."""
     gc.collect()  # earlier models are in reference cycles
     made = {way: make_rank_step(way, setup.model, setup.stem, setup.b) for way in WAYS}
@@ -90,18 +101,18 @@ def make_warm_steps(setup: DDPSetup) -> tuple[dict[str, StepFunction], torch.nn.
     return {way: step for way, (step, _) in made.items()}, made[PLAIN][1]
 
 
-def time_ways(steps: dict[str, StepFunction], found: dict[str, list[float]], rounds: int) -> None:
+def time_ways(steps: dict[str, Step], found: dict[str, list[float]], rounds: int) -> None:
     """Adds `rounds` times of each; the way that begins changes from round to round."""
     for number in range(rounds):
         for way in rotate(WAYS, number):
-            found[way].append(time_until_last(steps[way]))
+            found[way].append(mean_step(way, partial(time_until_last, steps[way])))
 
 
-def time_until_last(step: StepFunction) -> float:
-    """Milliseconds until the last rank has finished."""
+def time_until_last(step: Step, measured: bool) -> float:
+    """Milliseconds until the last rank has finished. measured: for the step of MEASURED."""
     dist.barrier()
     started = time.perf_counter()
-    step()
+    step(measured)
     dist.barrier()
     return 1000 * (time.perf_counter() - started)
 
@@ -113,25 +124,31 @@ def alone_times(sizes: list[int], rounds: int) -> dict[str, list[float]]:
     found: dict[str, list[float]] = {way: [] for way in WAYS}
     ways = {way: make_aggregate(way) for way in WAYS}
 
-    def time_refilled(way: str) -> float:
+    def time_refilled(way: str, measured: bool) -> float:
         for bucket, flat in zip(buckets, own, strict=True):
             bucket.copy_(flat)
-        return time_until_last(lambda: ways[way](buckets))
+        return time_until_last(partial(ways[way], buckets), measured)
 
     for number in range(-1, rounds):  # the first round is not counted
         for way in rotate(WAYS, number):
-            found[way].append(time_refilled(way))
+            found[way].append(mean_step(way, partial(time_refilled, way)))
     return {way: values[1:] for way, values in found.items()}
 
 
-def sent_bytes(way: str, step: StepFunction, sizes: list[int]) -> dict[str, float]:
-    """Bytes that this rank sends in a step, by collective."""
+def sent_bytes(way: str, step: Step, sizes: list[int]) -> dict[str, float]:
+    """Bytes that this rank sends in a step on average, by collective."""
     k = dist.get_world_size()
-    with counting(k) as counter:
-        step()
+    found: Counter[str] = Counter()
+    for measured, share in (
+        ((True, 1), (False, MEASURED_EVERY - 1)) if way == MEASURED else ((True, 1),)
+    ):
+        with counting(k) as counter:
+            step(measured)
+        for name, size in counter.items():
+            found[name] += share * size
     if way == PLAIN:  # DDP calls it in C++, bucket by bucket
-        counter["all_reduce"] += ring_all_reduce(4 * sum(sizes), k)  # type: ignore[assignment]
-    return dict(counter)
+        found["all_reduce"] += ring_all_reduce(4 * sum(sizes), k)  # type: ignore[assignment]
+    return {name: size / (MEASURED_EVERY if way == MEASURED else 1) for name, size in found.items()}
 
 
 def bucket_sizes(model: torch.nn.Module) -> list[int]:
@@ -142,17 +159,23 @@ def bucket_sizes(model: torch.nn.Module) -> list[int]:
     return [int(size) // 4 for size in str(sizes).split(",")]
 
 
-def wire_bytes(step: StepFunction) -> float | None:
+def wire_bytes(way: str, step: Step) -> float | None:
     """Bytes per rank and step at the interface, headers included; None if there is no counter."""
+    if interface_bytes() is None:
+        return None
+    return mean_step(way, partial(wire_bytes_of_steps, step))
+
+
+def wire_bytes_of_steps(step: Step, measured: bool) -> float:
     dist.barrier()
     before = interface_bytes()
     dist.barrier()
     for _ in range(WIRE_STEPS):
-        step()
+        step(measured)
     dist.barrier()
     after = interface_bytes()
-    if before is None or after is None:
-        return None
+    assert before is not None
+    assert after is not None
     mean = torch.tensor((after - before) / WIRE_STEPS / dist.get_world_size(), dtype=torch.float64)
     dist.all_reduce(mean)
     return float(mean)

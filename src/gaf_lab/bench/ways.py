@@ -1,7 +1,6 @@
-"""Three ways from k ranks' gradients to one update: plain DDP, gaf.attach, gathering them all."""
+"""Ways from k ranks' gradients to one update: plain DDP, gaf.attach, gathering them all."""
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -11,15 +10,30 @@ from torch.nn.parallel import DistributedDataParallel
 
 import gaf
 from gaf.ranks.exchange import Exchange
+from gaf.ranks.judged import judge_seen
 from gaf.ranks.messages import add_in_rank_order
 from gaf.ranks.pair import Pair
-from gaf_lab.bench.timing import StepFunction
+from gaf.ranks.sums import Sums
+from gaf.rules.contract import Policy
 from gaf_lab.training import models
 
 PLAIN, GAF, NAIVE = "plain DDP", "gaf.attach", "gather all"
-WAYS = (PLAIN, GAF, NAIVE)
+MEASURED_EVERY = 10  # steps from one measurement to the next
+MEASURED, GUARD = (
+    f"Mean({MEASURED_EVERY})",
+    "Guard",
+)  # by gaf.attach too; the first by measure_every
+WAYS = (PLAIN, MEASURED, GUARD, GAF, NAIVE)
 TAU = 2.0  # accepts every row: the most work, and both ways over the network
+ATTACHED: dict[str, Callable[[], Policy]] = {
+    MEASURED: lambda: gaf.Mean(measure_every=MEASURED_EVERY),
+    GUARD: gaf.Guard,
+    GAF: lambda: gaf.GAF(TAU),
+}
 CLASSES = 100
+
+
+Step = Callable[..., None]  # (measured)
 
 
 def build_model(name: str, stem: models.Stem) -> nn.Module:
@@ -27,12 +41,11 @@ def build_model(name: str, stem: models.Stem) -> nn.Module:
     return models.make_model(name, (3, 32, 32), CLASSES, stem)
 
 
-def make_rank_step(
-    way: str, name: str, stem: models.Stem, b: int
-) -> tuple[StepFunction, nn.Module]:
+def make_rank_step(way: str, name: str, stem: models.Stem, b: int) -> tuple[Step, nn.Module]:
     """A training step of a fresh model on this rank, and that model.
 
-    The model is bare for NAIVE, else in DistributedDataParallel.
+    The step of MEASURED is told whether it is one that is measured. The model is bare for NAIVE,
+    else in DistributedDataParallel.
     """
     bare = build_model(name, stem)
     model = bare if way == NAIVE else DistributedDataParallel(bare)
@@ -41,10 +54,11 @@ def make_rank_step(
     )
     rng = torch.Generator().manual_seed(dist.get_rank())
     x, y = torch.randn(b, 3, 32, 32, generator=rng), torch.randint(0, CLASSES, (b,), generator=rng)
-    if way == GAF:
-        gaf.attach(model, optimizer, gaf.GAF(TAU))
+    handle = gaf.attach(model, optimizer, ATTACHED[way]()) if way in ATTACHED else None
 
-    def step() -> None:
+    def step(measured: bool = True) -> None:
+        if way == MEASURED and handle is not None:
+            handle.policy.step = 0 if measured else 1  # type: ignore[attr-defined]
         nn.functional.cross_entropy(model(x), y).backward()
         if way == NAIVE:
             share_all(list(model.parameters()))
@@ -78,19 +92,48 @@ def filter_rows(rows: list[Tensor], tau: float = TAU) -> Tensor:
     return total / count
 
 
-def make_aggregate(way: str) -> Callable[[list[Tensor]], Any]:
-    """The aggregation without the passes: takes this rank's flat buckets."""
+def mean_step(way: str, cost: Callable[[bool], float]) -> float:
+    """A step's cost on average. cost: of a step that is measured, or is not."""
+    if way != MEASURED:
+        return cost(True)
+    return (cost(True) + (MEASURED_EVERY - 1) * cost(False)) / MEASURED_EVERY
+
+
+def make_aggregate(way: str) -> Callable[[list[Tensor], bool], Any]:
+    """The aggregation without the passes: takes this rank's flat buckets.
+
+    That of MEASURED is told whether the step is one that is measured.
+    """
     if way == PLAIN:
-        return all_reduce_buckets
+        return lambda buckets, measured: all_reduce_buckets(buckets)
     if way == NAIVE:
-        return gather_and_filter
+        return lambda buckets, measured: gather_and_filter(buckets)
+    exchange, policy = exchange_of(way), ATTACHED[way]()
+
+    def aggregate(buckets: list[Tensor], measured: bool) -> None:
+        if measured:
+            exchange_buckets(exchange, policy, buckets)
+        else:
+            average_buckets(buckets)
+
+    return aggregate
+
+
+def exchange_of(way: str) -> Exchange:
     assert dist.group.WORLD is not None
-    kind = Pair if dist.get_world_size() == 2 else Exchange
-    return partial(exchange_buckets, kind(dist.group.WORLD), gaf.GAF(TAU))
+    pair = way == GAF and dist.get_world_size() == 2
+    kind = Pair if pair else Exchange if way == GAF else Sums
+    return kind(dist.group.WORLD)
 
 
 def gather_and_filter(buckets: list[Tensor]) -> Tensor:
     return filter_rows(gather_all(torch.cat(buckets)))
+
+
+def average_buckets(buckets: list[Tensor]) -> None:
+    for bucket in buckets:
+        bucket.mul_(1 / dist.get_world_size())
+    all_reduce_buckets(buckets)
 
 
 def all_reduce_buckets(buckets: list[Tensor]) -> None:
@@ -99,12 +142,13 @@ def all_reduce_buckets(buckets: list[Tensor]) -> None:
         work.wait()
 
 
-def exchange_buckets(exchange: Exchange, policy: gaf.GAF, buckets: list[Tensor]) -> None:
+def exchange_buckets(exchange: Exchange, policy: Policy, buckets: list[Tensor]) -> None:
     exchange.begin()
     for bucket in buckets:
         exchange.send(bucket)
     exchange.receive()
     partial = exchange.local_products()
     total = add_in_rank_order(partial.reshape(-1), exchange.group).view_as(partial)
-    exchange.give_back(policy(exchange.seen_in(total)).weights.tolist())
+    decision, _ = judge_seen(policy, exchange.seen_in(total))
+    exchange.give_back(decision.weights.tolist())
     exchange.end()

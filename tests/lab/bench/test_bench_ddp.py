@@ -20,7 +20,7 @@ from gaf_lab.bench import bytes_sent, cost_model, predictions
 from gaf_lab.bench.cost_model import Network
 from gaf_lab.bench.ddp import measure_ddp
 from gaf_lab.bench.ddp_rank import DDPSetup
-from gaf_lab.bench.ways import GAF, NAIVE, PLAIN, WAYS, filter_rows
+from gaf_lab.bench.ways import GAF, GUARD, MEASURED, MEASURED_EVERY, NAIVE, PLAIN, WAYS, filter_rows
 from gaf_lab.commands import main as cli
 
 SLOW_NETWORK = Path(__file__).parents[3] / "benchmarks" / "slow_network.py"
@@ -148,7 +148,8 @@ def test_a_run_writes_a_whole_line_per_way(measured):
 
 
 def test_gaf_sends_what_an_all_reduce_sends_and_the_scalars(measured):
-    plain, ours, naive = map(json.loads, measured[0].read_text().splitlines()[1:])
+    lines = [json.loads(line) for line in measured[0].read_text().splitlines()[1:]]
+    plain, ours, naive = ({line["way"]: line for line in lines}[way] for way in (PLAIN, GAF, NAIVE))
     size = plain["gradient_bytes"]
     scalars = cost_model.scalar_bytes(2, 2)
     assert scalars == 6 * 8  # K, the scaler's factor, and a flag
@@ -157,6 +158,14 @@ def test_gaf_sends_what_an_all_reduce_sends_and_the_scalars(measured):
     # a piece of leftovers is filled up to a whole slice
     assert ours["sent_bytes"] == pytest.approx(cost_model.gaf_bytes(2, size), abs=8)
     assert naive["sent_bytes"] == size
+
+
+def test_sums_are_a_plain_all_reduce_and_2_k_numbers(measured):
+    lines = [json.loads(line) for line in measured[0].read_text().splitlines()[1:]]
+    sent = {line["way"]: line["sent_bytes"] for line in lines}
+    scalars = bytes_sent.all_gather(8 * (2 * 2 + 2), 2)
+    assert sent[GUARD] == pytest.approx(sent[PLAIN] + scalars, abs=1e-6)
+    assert sent[MEASURED] == pytest.approx(sent[PLAIN] + scalars / MEASURED_EVERY, abs=1e-6)
 
 
 def test_the_models_figures_stand_beside_measured_ones(measured, capsys, monkeypatch):
