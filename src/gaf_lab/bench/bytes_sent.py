@@ -61,25 +61,28 @@ def counted_functions(k: int) -> Iterator[tuple[Any, str, Count]]:
 
 
 @contextlib.contextmanager
-def counting(k: int) -> Iterator[Counter[str]]:
+def counting(k: int, group: Any = None) -> Iterator[Counter[str]]:
     """Adds up, by collective, the bytes that this rank sends to the world of k from Python.
 
-    Calls from C++ are not counted, such as DDP's own all-reduce.
+    Calls from C++ are not counted, such as DDP's own all-reduce. With a group of k ranks, only what
+    is sent in that group counts.
     """
     sent: Counter[str] = Counter()
     with contextlib.ExitStack() as stack:
         for place, name, count in counted_functions(k):
-            call = with_count(getattr(place, name), name.lstrip("_"), count, sent)
+            call = with_count(getattr(place, name), name.lstrip("_"), count, sent, group)
             stack.enter_context(mock.patch.object(place, name, call))
         yield sent
 
 
 def with_count(
-    function: Callable[..., Any], name: str, count: Count, sent: Counter[str]
+    function: Callable[..., Any], name: str, count: Count, sent: Counter[str], group: Any
 ) -> Callable[..., Any]:
-    """The function, which adds to the counter at each call."""
+    """The function, which adds to the counter at each call, or only at those with the group."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
+        if group is not None and kwargs.get("group") != group:
+            return function(*args, **kwargs)
         sent[name] += count(*args, **kwargs)  # type: ignore[assignment]
         return function(*args, **kwargs)
 

@@ -76,9 +76,10 @@ def share_all(params: Sequence[nn.Parameter]) -> None:
         p.grad = part.view_as(p)
 
 
-def gather_all(flat: Tensor) -> list[Tensor]:
-    rows = [torch.empty_like(flat) for _ in range(dist.get_world_size())]
-    dist.all_gather(rows, flat)
+def gather_all(flat: Tensor, group: "dist.ProcessGroup | None" = None) -> list[Tensor]:
+    """Every rank's; group: of all ranks, or of these."""
+    rows = [torch.empty_like(flat) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(rows, flat, group=group)
     return rows
 
 

@@ -5,6 +5,7 @@ from rich.console import Console
 from gaf_lab.commands.bench_accumulate import BenchAccumulateOptions, run_bench_accumulate
 from gaf_lab.commands.bench_cpu import BenchCPUOptions, run_bench_cpu
 from gaf_lab.commands.bench_ddp import BenchDDPOptions, run_bench_ddp
+from gaf_lab.commands.bench_hsdp import BenchHSDPOptions, run_bench_hsdp
 from gaf_lab.commands.bench_samples import BenchSamplesOptions, run_bench_samples
 from gaf_lab.commands.bench_train import BenchTrainOptions, run_bench_train
 from gaf_lab.commands.common import Command, Words, say
@@ -13,6 +14,7 @@ from gaf_lab.settings.checks import ConfigError, nearest
 BENCHMARKS: dict[str, tuple[Command, str | None]] = {
     "accumulate": (run_bench_accumulate, BenchAccumulateOptions.__doc__),
     "ddp": (run_bench_ddp, BenchDDPOptions.__doc__),
+    "hsdp": (run_bench_hsdp, BenchHSDPOptions.__doc__),
     "train": (run_bench_train, BenchTrainOptions.__doc__),
     "cpu": (run_bench_cpu, BenchCPUOptions.__doc__),
     "samples": (run_bench_samples, BenchSamplesOptions.__doc__),

@@ -28,7 +28,7 @@ COMMANDS: dict[str, tuple[Command, str | None]] = {
     "data": (run_data, DataOptions.__doc__),
     "bench": (
         run_bench,
-        "What a step costs: gaf bench train, accumulate, samples, ddp; gaf bench cpu: which "
+        "What a step costs: gaf bench train, accumulate, samples, ddp, hsdp; gaf bench cpu: which "
         "settings are fast on a CPU.",
     ),
     "presets": (run_presets, PresetsOptions.__doc__),

@@ -358,7 +358,10 @@ def test_conditions_are_the_papers_but_for_what_is_given():
         (["train", "--workers", "-1"], "workers must be one number or more"),
         (["train", "--engine", "device", "--b", "7"], "b must be a multiple of the 100 classes"),
         (["cpu", "--rounds", "1"], "rounds must be at least 2"),
-        (["gpu"], "gaf bench accumulate, gaf bench ddp, gaf bench train, gaf bench cpu"),
+        (
+            ["gpu"],
+            "gaf bench accumulate, gaf bench ddp, gaf bench hsdp, gaf bench train, gaf bench cpu",
+        ),
     ],
 )
 def test_what_cannot_be_measured_is_said(words, message, capsys):
