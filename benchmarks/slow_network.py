@@ -1,11 +1,12 @@
-"""gaf bench ddp on a slow network of Linux network namespaces.
+"""gaf bench ddp, or hsdp, on a slow network of Linux network namespaces.
 
     sudo .venv/bin/python benchmarks/slow_network.py --mbit 1000 --hosts 2 4 --rounds 20 --out FILE
 
 Each "host" is a namespace with one process, and a bridge joins their limited links. A token bucket
 (tc tbf) limits both directions of every link, so that a host sends and receives at most --mbit
 megabits per second over all its connections. The lines are those of `gaf bench ddp --out` without
-memory; `gaf bench ddp --against FILE` compares the cost model with them.
+memory; `gaf bench ddp --against FILE` compares the cost model with them. With --engine hsdp each
+host is a replica of one shard, and the lines are those of `gaf bench hsdp --no-memory --out`.
 
 Exit codes: 0 measured, 1 a rank failed, 77 this machine does not allow it; one line gives the
 reason. Namespaces and bridge are removed in every case.
@@ -23,7 +24,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO, get_args
+from typing import Any, BinaryIO, get_args
 
 from gaf_lab.settings.fields import ModelName
 
@@ -75,6 +76,7 @@ def arguments() -> argparse.Namespace:
         default=1000,
         help="megabits per second of each host's link; default 1000",
     )
+    parser.add_argument("--engine", default="ddp", choices=("ddp", "hsdp"))
     parser.add_argument("--model", default="resnet18", choices=get_args(ModelName))
     parser.add_argument("--stem", default="imagenet", choices=("imagenet", "cifar"))
     parser.add_argument("--b", type=int, default=32, help="samples per process; default 32")
@@ -115,7 +117,6 @@ def check_machine() -> None:
 
 
 def measure(hosts: int, options: argparse.Namespace) -> list[object]:
-    from gaf_lab.bench.ddp import ddp_costs
     from gaf_lab.bench.launch import rank_environment
 
     wanted = {
@@ -124,9 +125,12 @@ def measure(hosts: int, options: argparse.Namespace) -> list[object]:
         "b": options.b,
         "rounds": options.rounds,
     }
+    if options.engine == "hsdp":
+        wanted |= {"replicas": hosts, "shards": 1}
+    module = f"gaf_lab.bench.{options.engine}_rank"
     with tempfile.TemporaryDirectory() as folder, network(hosts, options.mbit) as names:
         result = Path(folder) / "result.json"
-        command = [sys.executable, "-m", "gaf_lab.bench.ddp_rank", json.dumps(wanted), str(result)]
+        command = [sys.executable, "-m", module, json.dumps(wanted), str(result)]
         ranks, said = [], [(Path(folder) / f"{name}.txt").open("wb+") for name in names]
         try:
             for rank, name in enumerate(names):
@@ -146,8 +150,17 @@ def measure(hosts: int, options: argparse.Namespace) -> list[object]:
                 process.kill()
                 process.wait()
                 file.close()
-        found: list[object] = list(ddp_costs(hosts, json.loads(result.read_text()), {}))
-        return found
+        return costs(hosts, wanted, json.loads(result.read_text()))
+
+
+def costs(hosts: int, wanted: dict[str, Any], times: dict[str, Any]) -> list[object]:
+    from gaf_lab.bench.ddp import ddp_costs
+    from gaf_lab.bench.hsdp import hsdp_costs
+    from gaf_lab.bench.hsdp_ways import HSDPSetup
+
+    if "replicas" in wanted:
+        return list(hsdp_costs(HSDPSetup(**wanted), times, {}))
+    return list(ddp_costs(hosts, times, {}))
 
 
 def wait(ranks: list[subprocess.Popen[bytes]], said: list[BinaryIO]) -> None:
@@ -233,21 +246,20 @@ def run(*command: str) -> None:
         )
 
 
-def show(found: list[object], options: argparse.Namespace) -> None:
+def show(found: list[Any], options: argparse.Namespace) -> None:
     from rich.console import Console
 
-    from gaf_lab.bench.ddp import ddp_conditions, table
+    from gaf_lab.bench import ddp, hsdp
     from gaf_lab.bench.ddp_rank import DDPSetup
     from gaf_lab.records.measurements import write_measurements
 
-    Console().print(table(found))
+    sharded = options.engine == "hsdp"
+    Console().print(hsdp.hsdp_table(found) if sharded else ddp.table(found))
     if options.out is not None:
         wanted = DDPSetup(options.model, options.stem, options.b, options.rounds)
-        write_measurements(
-            found,
-            options.out,
-            ddp_conditions(wanted) | {"mbit": options.mbit, "network": "namespaces, tc tbf"},
-        )
+        given = hsdp.hsdp_conditions(found[-1].setup) if sharded else ddp.ddp_conditions(wanted)
+        network = {"mbit": options.mbit, "network": "namespaces, tc tbf"}
+        write_measurements(found, options.out, given | network)
         print(f"Figures: {options.out}")
 
 

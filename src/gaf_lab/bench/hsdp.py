@@ -70,6 +70,13 @@ def measure_hsdp(setup: HSDPSetup, memory: bool = True, tell: Tell = silent) -> 
         tell(f"memory of {way}", number, 1 + len(measured))
         peak_of_way = dataclasses.replace(setup, peak=way)
         peaks[way] = launch.run_ranks(hsdp_rank_main, peak_of_way, W)["peak_bytes"]
+    return hsdp_costs(setup, times, peaks)
+
+
+def hsdp_costs(
+    setup: HSDPSetup, times: dict[str, Any], peaks: dict[str, int | None]
+) -> list[HSDPCost]:
+    """From what rank 0 wrote to a cost of each way. peaks: by way; empty if not measured."""
     return [
         HSDPCost(
             way,

@@ -1,10 +1,12 @@
 """One rank's part of `gaf bench hsdp`: times every way in turn, or finds one way's peak of memory.
 
-It finds the other ranks as torchrun's processes do, by the variables that `launch` sets.
+`python -m gaf_lab.bench.hsdp_rank OPTIONS RESULT` is one rank. It finds the others as torchrun's
+processes do, by RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
 """
 
 import gc
 import json
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -83,3 +85,7 @@ def sharded_peak(setup: HSDPSetup) -> dict[str, Any]:
     most = torch.tensor(process_bytes("VmHWM") - before)
     dist.all_reduce(most, op=dist.ReduceOp.MAX)
     return {"peak_bytes": int(most) if before else None}
+
+
+if __name__ == "__main__":
+    hsdp_rank_main(HSDPSetup(**json.loads(sys.argv[1])), Path(sys.argv[2]))
