@@ -14,20 +14,20 @@ from rich.table import Table
 from gaf_lab.bench import launch
 from gaf_lab.bench.hsdp_rank import hsdp_rank_main
 from gaf_lab.bench.hsdp_ways import HSDP, HSDP_WAYS, HSDPSetup
-from gaf_lab.bench.timing import compare_times
+from gaf_lab.bench.timing import StepTime, compare_steps
 from gaf_lab.bench.ways import build_model
 from gaf_lab.progress import Tell, silent
 
 
 @dataclass(frozen=True)
 class HSDPCost:
-    """One way: milliseconds of a step by rounds; bytes and memory of a rank."""
+    """One way: a step's times by rounds; bytes and memory of a rank."""
 
     way: str
     setup: HSDPSetup
     shard_bytes: int
-    ms: list[float]
-    plain_ms: list[float]
+    times: list[StepTime]
+    plain_times: list[StepTime]
     sent: dict[str, float]
     peak_bytes: int | None
     plain_peak_bytes: int | None
@@ -38,9 +38,9 @@ class HSDPCost:
             "way": self.way,
             "replicas": self.setup.replicas,
             "shards": self.setup.shards,
-            "rounds": len(self.ms),
+            "rounds": len(self.times),
             "shard_bytes": self.shard_bytes,
-            **compare_times("", self.ms, self.plain_ms),
+            **compare_steps("ratio", self.times, self.plain_times),
             "sent_bytes": sum(self.sent.values()),
             "sent": self.sent,
             "peak_mib": None if self.peak_bytes is None else self.peak_bytes / 2**20,
@@ -82,8 +82,8 @@ def hsdp_costs(
             way,
             setup,
             times["shard_bytes"],
-            times["ms"][way],
-            times["ms"][HSDP],
+            [StepTime(*pair) for pair in times["times"][way]],
+            [StepTime(*pair) for pair in times["times"][HSDP]],
             times["sent"][way],
             peaks.get(way),
             peaks.get(HSDP),
@@ -105,7 +105,7 @@ def hsdp_table(found: list[HSDPCost]) -> Table:
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
     )
-    for column in ("way", "ms", "ratio", "10-90%", "sent", "shards"):
+    for column in ("way", "ms", "ratio", "10-90%", "CPU ms", "ratio", "sent", "shards"):
         result.add_column(column, justify="left" if column == "way" else "right", no_wrap=True)
     for line in (cost.line() for cost in found):
         extra = line["extra_shards"]
@@ -114,11 +114,13 @@ def hsdp_table(found: list[HSDPCost]) -> Table:
             f"{line['ms_median']:.0f}",
             f"{line['ratio_median']:.3f}",
             f"{line['ratio_p10']:.2f}-{line['ratio_p90']:.2f}",
-            f"{line['sent_bytes'] / 1e6:.2f}",
+            f"{line['cpu_ms_median']:.0f}",
+            f"{line['cpu_ratio_median']:.3f}",
+            f"{line['sent_bytes'] / 1e6:.1f}",
             "-" if extra is None else f"{extra:+.2f}",
         )
     result.caption = (
-        "medians; sent: MB per rank and step to the other replicas, counted\n"
+        "medians; CPU: of a rank; sent: MB per rank and step to the other replicas, counted\n"
         "shards: gradient shards held beyond plain HSDP at the peak"
     )
     return result

@@ -7,6 +7,7 @@ processes do, by RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
 import gc
 import json
 import sys
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from gaf_lab.bench.bytes_sent import counting
 from gaf_lab.bench.ddp_rank import PEAK_STEPS, UNCOUNTED_STEPS, time_until_last
 from gaf_lab.bench.hsdp_ways import HSDP_WAYS, HSDPSetup, make_mesh, make_sharded_step
 from gaf_lab.bench.memory import give_back_freed_memory, process_bytes
-from gaf_lab.bench.timing import StepFunction, rotate
+from gaf_lab.bench.timing import StepFunction, StepTime, rotate
 
 HSDP_ROUNDS = 10  # with the same models, as in ddp_rank
 
@@ -41,7 +42,7 @@ def hsdp_rank_main(setup: HSDPSetup, result: Path) -> None:
 def sharded_times(setup: HSDPSetup) -> dict[str, Any]:
     """Everything but the memory, of every way."""
     mesh = make_mesh(setup)
-    found: dict[str, list[float]] = {way: [] for way in HSDP_WAYS}
+    found: dict[str, list[StepTime]] = {way: [] for way in HSDP_WAYS}
     sent: dict[str, dict[str, float]] = {}
     shard_bytes = 0
     for done in range(0, setup.rounds, HSDP_ROUNDS):
@@ -54,9 +55,18 @@ def sharded_times(setup: HSDPSetup) -> dict[str, Any]:
         sent = sent or {way: sent_between(step, mesh) for way, step in steps.items()}
         for number in range(done, min(done + HSDP_ROUNDS, setup.rounds)):
             for way in rotate(HSDP_WAYS, number):
-                found[way].append(time_until_last(steps[way]))
+                found[way].append(time_of_ranks(steps[way]))
         del made, steps
-    return {"shard_bytes": shard_bytes, "sent": sent, "ms": found}
+    return {"shard_bytes": shard_bytes, "sent": sent, "times": found}
+
+
+def time_of_ranks(step: StepFunction) -> StepTime:
+    """Milliseconds until the last rank has finished, and of the CPU for a rank on average."""
+    before = time.process_time()
+    wall = time_until_last(step)
+    cpu = torch.tensor(1000 * (time.process_time() - before), dtype=torch.float64)
+    dist.all_reduce(cpu)
+    return StepTime(wall, float(cpu) / dist.get_world_size())
 
 
 def warm_up(steps: dict[str, StepFunction]) -> None:

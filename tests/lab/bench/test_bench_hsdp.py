@@ -9,6 +9,7 @@ import torch.distributed as dist
 from gaf_lab.bench import bytes_sent
 from gaf_lab.bench.hsdp import HSDPCost, hsdp_table, measure_hsdp
 from gaf_lab.bench.hsdp_ways import GATHER, HSDP, HSDP_WAYS, HSDPSetup
+from gaf_lab.bench.timing import StepTime
 from gaf_lab.commands import main as cli
 
 SCALARS = 6 * 8 + 13 * 4  # K, the scaler's factor and a flag; which parameters were reached
@@ -29,7 +30,10 @@ def test_gaf_sends_what_plain_hsdp_sends_and_the_scalars() -> None:
 
 
 def test_a_table_shows_the_memory() -> None:
-    cost = HSDPCost(HSDP, HSDPSetup(), 100, [1.0, 2.0], [1.0, 2.0], {"isend": 10.0}, 350, 200)
+    times = [StepTime(3.0, 1.0), StepTime(4.0, 2.0)]
+    plain = [StepTime(2.0, 1.0), StepTime(2.0, 1.0)]
+    cost = HSDPCost(HSDP, HSDPSetup(), 100, times, plain, {"isend": 10.0}, 350, 200)
+    assert (cost.line()["ratio_median"], cost.line()["cpu_ratio_median"]) == (1.75, 1.5)
     assert cost.line()["extra_shards"] == 1.5
     assert hsdp_table([cost]).row_count == 1
 
