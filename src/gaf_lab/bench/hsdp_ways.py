@@ -21,12 +21,12 @@ from gaf_lab.training import models
 
 HSDP, GATHER = "plain HSDP", "gather replicas"
 LATE = "gaf.GAF, sent after the pass"
-POLICIES: dict[str, Callable[[], Any]] = {
+FILTERS: dict[str, Callable[[], Any]] = {
     "gaf.GAF": lambda: gaf.GAF(TAU),
     LATE: lambda: gaf.GAF(TAU),
     "gaf.Mean": gaf.Mean,
 }
-HSDP_WAYS = (HSDP, *POLICIES, GATHER)
+HSDP_WAYS = (HSDP, *FILTERS, GATHER)
 SMALLEST = 2**14  # coordinates of a layer that is a parameter group of its own
 
 
@@ -66,8 +66,8 @@ def make_sharded_step(way: str, setup: HSDPSetup, mesh: DeviceMesh) -> tuple[Ste
     rng = torch.Generator().manual_seed(dist.get_rank())
     x = torch.randn(setup.b, 3, 32, 32, generator=rng)
     y = torch.randint(0, CLASSES, (setup.b,), generator=rng)
-    if way in POLICIES:
-        gaf.attach(model, optimizer, POLICIES[way](), group=mesh["replicate"])
+    if way in FILTERS:
+        gaf.attach(model, optimizer, FILTERS[way](), group=mesh["replicate"])
 
     def step() -> None:
         with sending_late() if way == LATE else nullcontext():
