@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.amp import GradScaler
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD
 
@@ -377,3 +379,47 @@ def overflow() -> None:
 
 def test_an_overflow_is_plain_ddps(world: World) -> None:
     world(2).run(overflow)
+
+
+# --------------------------------------------------------------------------------------------- HSDP
+
+
+def replicas(policy: Any) -> tuple[list[list[Tensor]], gaf.Handle]:
+    """Weights after each of 7 steps, on 2 or more replicas of 2 shards."""
+    W = dist.get_world_size()
+    mesh = init_device_mesh("cpu", (W // 2, 2), mesh_dim_names=("replicate", "shard"))
+    torch.manual_seed(3)
+    model = fully_shard(Wide(), mesh=mesh["shard"])
+    optimizer = SGD(model.parameters(), 0.05, momentum=0.9)
+    handle = gaf.attach(model, optimizer, policy, group=mesh["replicate"])
+    ends = []
+    for step in range(7):
+        optimizer.zero_grad()
+        plain_loss(model, step, dist.get_rank()).backward()
+        optimizer.step()
+        ends.append([p.detach().to_local().clone() for p in model.parameters()])  # type: ignore
+    return ends, handle
+
+
+def measure_replicas() -> tuple[Any, ...]:
+    ends, handle = replicas(gaf.Mean())
+    assert math.isnan(handle.stats()["cosine_mean"])
+    results = []
+    for policy in (EACH, THIRD, gaf.Guard()):
+        others, handle = replicas(policy)
+        pairs = zip(ends, others, strict=True)
+        assert all(torch.equal(p, q) for a, b in pairs for p, q in zip(a, b, strict=True))
+        results.append((handle.workers(), handle.stats(), handle.alarms))
+    each, third, guard = (workers for workers, _, _ in results)
+    assert [worker["ranks"] for worker in each] == [[0, 1], [2, 3]]
+    assert [worker["rank"] for worker in each] == [0, 2]
+    assert all(-1 < worker["cosine"] < 1 for worker in (*each, *third, *guard))
+    assert each[0]["cosine"] == pytest.approx(each[1]["cosine"])  # of two rows
+    assert each != third
+    assert each == guard
+    return results
+
+
+def test_replicas_are_measured_and_guarded_with_the_bits_of_the_plain_average(world: World) -> None:
+    first, *others = world(4).run(measure_replicas)
+    assert all(repr(other) == repr(first) for other in others)

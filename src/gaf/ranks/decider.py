@@ -152,10 +152,12 @@ class Decider:
         policy = self.ledger.policy
         tell_loss_scale(policy, self.totals.scale)
         decision, outcome = judge_seen(policy, seen)
-        if isinstance(seen, RowSums) and averages(policy):
-            self._record(decision, self.totals.without_mixture(outcome), params)
-            return outcome.weights, 0.0
         overflow = self.scaler is not None and has_overflow(policy, outcome.norms2)
+        if averages(policy):
+            outcome = self.totals.without_mixture(outcome)
+            if isinstance(seen, RowSums):  # the average is there, whatever it holds
+                self._record(decision, outcome, params)
+                return outcome.weights, 0.0
         if overflow:
             decision, outcome = as_skip(decision), outcome.as_skip()
         check_weights(outcome.weights, outcome.stepped, policy)

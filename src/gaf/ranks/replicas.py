@@ -10,6 +10,7 @@ from torch import nn
 from gaf.ranks.exchange import Exchange
 from gaf.ranks.handle import Handle
 from gaf.ranks.way_in import WayIn
+from gaf.rules.averaging import averages, measures_next
 
 
 class Replicas:
@@ -65,5 +66,18 @@ class Replicas:
         self.handle.stale.reach(used)
         self.handle.begin()
         self.way_in.finish(used)
-        self.handle.settle(self.exchange, used, self.summed_groups)
+        policy = self.handle.policy
+        if averages(policy) and not measures_next(policy) and self.handle.scaler is None:
+            self._average(used)
+        else:
+            self.handle.settle(self.exchange, used, self.summed_groups)
         self.handle.end()
+
+    def _average(self, used: list[nn.Parameter]) -> None:
+        """The same average as after a measurement, to the bit."""
+        self.exchange.receive()
+        if self.handle.decide_unseen(used):
+            self.exchange.give_back([1 / self.exchange.k] * self.exchange.k)
+        else:
+            self.exchange.fill(0.0)
+        self.exchange.end()

@@ -139,16 +139,15 @@ def sent_bytes(way: str, step: Step, sizes: list[int]) -> dict[str, float]:
     """Bytes that this rank sends in a step on average, by collective."""
     k = dist.get_world_size()
     found: Counter[str] = Counter()
-    for measured, share in (
-        ((True, 1), (False, MEASURED_EVERY - 1)) if way == MEASURED else ((True, 1),)
-    ):
+    shares = {True: 1, False: MEASURED_EVERY - 1} if way == MEASURED else {True: 1}
+    for measured, share in shares.items():
         with counting(k) as counter:
             step(measured)
         for name, size in counter.items():
             found[name] += share * size
     if way == PLAIN:  # DDP calls it in C++, bucket by bucket
         found["all_reduce"] += ring_all_reduce(4 * sum(sizes), k)  # type: ignore[assignment]
-    return {name: size / (MEASURED_EVERY if way == MEASURED else 1) for name, size in found.items()}
+    return {name: size / sum(shares.values()) for name, size in found.items()}
 
 
 def bucket_sizes(model: torch.nn.Module) -> list[int]:
