@@ -1,5 +1,6 @@
 """gaf.all_reduce on tensors of any kind, against gaf.aggregate on the stacked rows in float64."""
 
+import datetime
 import math
 from contextlib import contextmanager
 from typing import Any
@@ -151,3 +152,25 @@ def test_what_cannot_work_is_refused_on_all_ranks(world: World) -> None:
 def test_without_processes_it_says_so() -> None:
     with pytest.raises(RuntimeError, match="torch.distributed must be initialised"):
         gaf.all_reduce([torch.ones(2)], gaf.GAF())
+
+
+def reduce_in_a_group_of_another_library() -> None:
+    """As torchft makes them, of replicas that come and go: torch.distributed does not know it."""
+    store = dist.PrefixStore("replicas", dist.distributed_c10d._get_default_store())
+    rank, W = dist.get_rank(), dist.get_world_size()
+    group = dist.ProcessGroup(store, rank, W)
+    group._set_default_backend(dist.ProcessGroup.BackendType.GLOO)
+    backend = dist.ProcessGroupGloo(store, rank, W, datetime.timedelta(seconds=60))
+    backend._set_sequence_number_for_group()
+    kind = dist.ProcessGroup.BackendType.GLOO
+    group._register_backend(torch.device("cpu"), kind, backend)
+    for policy in (gaf.GAF(2.0), gaf.Median()):
+        rows = torch.stack([flatten(tensors_of(r)) for r in range(W)])
+        mine = tensors_of(rank)
+        assert gaf.all_reduce(mine, policy, group=group).stepped
+        close(flatten(mine), gaf.aggregate(rows, policy)[0], rows)
+        same_everywhere(*mine)
+
+
+def test_a_group_of_another_library(world: World) -> None:
+    world(3).run(reduce_in_a_group_of_another_library)

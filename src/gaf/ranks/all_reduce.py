@@ -90,10 +90,10 @@ def settle(exchange: Exchange, policy: Policy) -> Decision:
 
 def group_of(group: Any) -> Any:
     """The process group that is meant."""
-    if not dist.is_initialized():
+    if group is None and not dist.is_initialized():
         raise RuntimeError(
             "all_reduce: torch.distributed must be initialised; it is not. "
-            "Call dist.init_process_group first, also for a single process."
+            "Call dist.init_process_group first, also for a single process; or give group=."
         )
     found = process_group(group, "group", HERE)
     return dist.group.WORLD if found is None else found

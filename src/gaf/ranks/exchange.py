@@ -30,7 +30,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gaf.ranks.messages import TAG, all_gather, all_to_all
+from gaf.ranks.messages import TAG, all_gather, all_to_all, first_rank
 from gaf.ranks.spare_memory import SpareMemory
 from gaf.rules.blas import gram_by_blas
 from gaf.rules.combine import combine_into, sum_dtype
@@ -79,7 +79,7 @@ class Exchange:
         self.active = self.W  # ranks that a plain average divides by; fewer if some have joined
         self.device = torch.device("cpu")  # of what is sent
         # of the coordinates: groups of other shards count from elsewhere
-        self.origin = dist.get_process_group_ranks(group)[0] << 40
+        self.origin = first_rank(group) << 40
         self.parcels: list[Parcel] = []
         self.rests: list[Tensor] = []  # pieces too small to cut, and remainders of cutting
         # each parcel of rests, with the places that they came from
@@ -148,7 +148,7 @@ class Exchange:
 
         It is w^T G, or what a coordinate-wise rule makes of the rows with a weight.
         """
-        me, start = dist.get_rank(self.group), self.origin
+        me, start = self.group.rank(), self.origin
         for i, parcel in enumerate(self.parcels):
             places = parcel.whole.view(self.W, -1)
             if merge is None:

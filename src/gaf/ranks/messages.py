@@ -24,7 +24,7 @@ def all_to_all(slices: Tensor, places: Tensor, group: "dist.ProcessGroup", tag: 
     if not sends_messages(group, places):
         into, out = slices.view(-1), places.view(-1)
         return [dist.all_to_all_single(into, out, group=group, async_op=True)]
-    me = dist.get_rank(group)
+    me = group.rank()
     works = start_messages(list(slices), list(places), group, tag)
     slices[me].copy_(places[me])
     return works
@@ -32,7 +32,7 @@ def all_to_all(slices: Tensor, places: Tensor, group: "dist.ProcessGroup", tag: 
 
 def all_gather(places: Tensor, group: "dist.ProcessGroup", tag: int) -> list[Any]:
     """Starts: places[r] <- rank r's places[r]. (W, c)."""
-    mine = places[dist.get_rank(group)]
+    mine = places[group.rank()]
     if not sends_messages(group, places):
         return [_all_gather(places.view(-1), mine, group=group, async_op=True)]
     return start_messages(list(places), [mine] * len(places), group, tag)
@@ -44,14 +44,27 @@ def sends_messages(group: "dist.ProcessGroup", tensor: Tensor) -> bool:
     Over a slow link gloo's own all-to-all takes longer than messages whose receivers are posted
     first (docs/cost.md has figures).
     """
-    return dist.get_backend(group) == "gloo" and tensor.device.type == "cpu"
+    return tensor.device.type == "cpu" and is_known(group) and dist.get_backend(group) == "gloo"
+
+
+def is_known(group: "dist.ProcessGroup") -> bool:
+    """Whether torch.distributed made the group. One of torchft's has no messages and no names."""
+    try:
+        return bool(dist.get_process_group_ranks(group))
+    except KeyError:
+        return False
+
+
+def first_rank(group: "dist.ProcessGroup") -> int:
+    """The global rank of the group's first member; 0 for a group that has no global ranks."""
+    return dist.get_process_group_ranks(group)[0] if is_known(group) else 0
 
 
 def start_messages(
     into: list[Tensor], out: list[Tensor], group: "dist.ProcessGroup", tag: int
 ) -> list[Any]:
     """Starts: into[r] <- rank r's out[this rank], for every other rank, the nearest first."""
-    me, W = dist.get_rank(group), dist.get_world_size(group)
+    me, W = group.rank(), dist.get_world_size(group)
     before = [(me - d) % W for d in range(1, W)]
     after = [(me + d) % W for d in range(1, W)]
     receiving = [dist.irecv(into[r], group=group, group_src=r, tag=tag) for r in before]
