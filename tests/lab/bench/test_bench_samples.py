@@ -38,9 +38,10 @@ def test_the_record_has_a_line_for_each_way(tmp_path: Path) -> None:
     assert rows["per_sample_gradients_mib"] < rows["peak_mib"]
 
 
-def test_slow_ways_are_not_repeated_and_left_out_at_larger_n() -> None:
+def test_ways_that_were_too_slow_are_left_out_at_larger_n() -> None:
     found = samples.measure_samples(("transformer",), (3, 2), 2, longest=0.0)
-    assert {cost.n for cost in found} == {2}
+    assert {cost.way for cost in found if cost.n == 3} == {samples.PLAIN_BACKWARD}
+    assert len({cost.way for cost in found if cost.n == 2}) >= 3
 
 
 def test_no_number_of_samples_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
