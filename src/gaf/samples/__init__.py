@@ -7,5 +7,6 @@ The files in the order of the data:
     layers         from a layer's input and the gradient of its output to its parameters' gradients
     pieces, ways   those gradients, kept as factors; their K, the cheaper of two ways
     ghost          `ghost_gram`: K of all samples
+    samples        `Samples`: a policy over single samples, as `gaf.Accumulator` over micro-batches
     checks         what is refused
 """

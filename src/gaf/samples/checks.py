@@ -113,3 +113,13 @@ def check_call(name: str, call: Call, delta: Tensor, n: int, subject: str) -> No
             f"{subject}: an Embedding's gradients must not be scaled by frequencies in the batch, "
             f"which belong to no sample; {name!r} has scale_grad_by_freq=True. Turn it off."
         )
+
+
+def check_sample_policy(policy: Any, scope: str, merges: bool) -> None:
+    """ValueError for a policy that needs more of single samples than their K."""
+    if scope != "all" or merges:
+        what = f"scope {scope!r}" if scope != "all" else "a rule for each coordinate"
+        raise ValueError(
+            "Samples: the policy must decide about whole gradients from K, because single samples' "
+            f"gradients are never there; {policy!r} has {what}. Use one such as gaf.GAF(tau=0.97)."
+        )
