@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from gaf_lab.bench.bytes_sent import counting
-from gaf_lab.bench.ddp_rank import PEAK_STEPS, UNCOUNTED_STEPS, time_until_last
+from gaf_lab.bench.ddp_rank import PEAK_STEPS, UNCOUNTED_STEPS
 from gaf_lab.bench.hsdp_ways import HSDP_WAYS, HSDPSetup, make_mesh, make_sharded_step
 from gaf_lab.bench.memory import give_back_freed_memory, process_bytes
 from gaf_lab.bench.timing import StepFunction, StepTime, rotate
@@ -62,9 +62,12 @@ def sharded_times(setup: HSDPSetup) -> dict[str, Any]:
 
 def time_of_ranks(step: StepFunction) -> StepTime:
     """Milliseconds until the last rank has finished, and of the CPU for a rank on average."""
-    before = time.process_time()
-    wall = time_until_last(step)
-    cpu = torch.tensor(1000 * (time.process_time() - before), dtype=torch.float64)
+    dist.barrier()
+    began, cpu_began = time.perf_counter(), time.process_time()
+    step()
+    dist.barrier()
+    wall = 1000 * (time.perf_counter() - began)
+    cpu = torch.tensor(1000 * (time.process_time() - cpu_began), dtype=torch.float64)
     dist.all_reduce(cpu)
     return StepTime(wall, float(cpu) / dist.get_world_size())
 
