@@ -74,6 +74,56 @@ def test_what_is_not_known_yet_is_left_out():
     }
 
 
+class Ranks:
+    """What `metrics` needs of a Handle; worker i has cosine 0.1 i and norm 1 + i."""
+
+    def __init__(self, k: int) -> None:
+        self.k, self.policy, self.alarms = k, gaf.Guard(), [{"rank": 1}] * 3
+
+    def stats(self, b: float = 1) -> dict[str, Any]:
+        known = {"steps": 4, "stepped": 3, "cosine_mean": 0.3, "cosine_min": -0.2}
+        names = ("acceptance", "distance_mean", "distance_min", "noise_scale", "tau")
+        return known | dict.fromkeys(names, math.nan)
+
+    def workers(self) -> list[dict[str, Any]]:
+        rows = [{"rank": 2 * i, "cosine": 0.1 * i, "norm": 1.0 + i} for i in range(self.k)]
+        rows[0]["cosine"] = math.nan
+        return rows
+
+
+def test_workers_are_curves_by_their_ranks_and_many_of_them_their_extremes():
+    common = {
+        "gaf/stepped": 0.75,
+        "gaf/skipped": 1,
+        "gaf/alarms": 3,
+        "gaf/cosine_mean": 0.3,
+        "gaf/cosine_min": -0.2,
+    }
+    assert metrics(Ranks(2)) == common | {
+        "gaf/worker/0/norm": 1,
+        "gaf/worker/2/norm": 2,
+        "gaf/worker/2/cosine": 0.1,
+    }
+    assert len(metrics(Ranks(16))) == len(common) + 31
+    assert metrics(Ranks(17)) == common | {
+        "gaf/worker/cosine_min": 0.1,
+        "gaf/worker/norm_min": 1,
+        "gaf/worker/norm_max": 17,
+    }
+
+
+def test_alarms_are_counted_under_a_policy_that_gives_them(acc):
+    assert "gaf/alarms" not in metrics(acc)
+    p = torch.nn.Parameter(torch.zeros(2))
+    guarded = gaf.Accumulator(torch.optim.SGD([p], lr=1.0), gaf.Guard())
+    assert metrics(guarded)["gaf/alarms"] == 0
+    for value in (1.0, math.nan, 2.0):
+        guarded.backward((p * value).sum())
+    with pytest.warns(UserWarning, match="gaf: row 1: its gradient is not finite"):
+        guarded.step()
+    assert metrics(guarded)["gaf/alarms"] == 1
+
+
 # ---------------------------------------------------------------------- what was written, read back
 
 

@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from statistics import median
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from gaf.record.alarms import Worker
 from gaf.record.outcome import Outcome
-from gaf.record.recent import WINDOW, ratio
-
-Shown = list[list[float]]  # (k, 2): a step's norms relative to their median, and its cosines
+from gaf.record.recent import WINDOW
+from gaf.shapes import Float64
 
 
 class Workers:
@@ -22,7 +24,7 @@ class Workers:
 
     def __init__(self, k: int) -> None:
         self.left_out = [0] * k
-        self._recent: deque[Shown] = deque(maxlen=WINDOW)
+        self._recent: deque[Tensor] = deque(maxlen=WINDOW)  # what `shown_by` gives
 
     def record(self, outcome: Outcome) -> None:
         """Adds one step."""
@@ -34,41 +36,41 @@ class Workers:
 
     def table(self, workers: Sequence[Worker]) -> list[dict[str, Any]]:
         """See `gaf.Handle.workers`."""
-        return [worker.names() | self._row(i) for i, worker in enumerate(workers)]
-
-    def _row(self, i: int) -> dict[str, Any]:
-        norms, cosines = ([step[i][j] for step in self._recent] for j in (0, 1))
-        known = [norm for norm in norms if math.isfinite(norm)]
-        return {
-            "norm": ratio(sum(known), len(known)),
-            "cosine": mean_of_known(cosines),
-            "finite": ratio(sum(norm != math.inf for norm in norms), len(norms)),
-            "left_out": self.left_out[i],
+        recent = self._recent or [torch.full((2, len(self.left_out)), math.nan, device="cpu")]
+        norms, cosines = torch.stack(list(recent), dim=1)
+        finite = torch.where(norms.isnan(), norms, norms.isfinite().double())
+        means = {
+            "norm": torch.where(norms.isfinite(), norms, math.nan).nanmean(0).tolist(),
+            "cosine": cosines.nanmean(0).tolist(),
+            "finite": finite.nanmean(0).tolist(),
+            "left_out": self.left_out,
         }
+        rows = zip(*means.values(), strict=True)
+        pairs = zip(workers, rows, strict=False)
+        return [worker.names() | dict(zip(means, row, strict=True)) for worker, row in pairs]
 
     def state_dict(self) -> dict[str, Any]:
-        return {"left_out": list(self.left_out), "recent": [list(step) for step in self._recent]}
+        recent = [step.tolist() for step in self._recent]
+        return {"left_out": list(self.left_out), "recent": recent}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes back what `state_dict` gave, if it is of as many rows."""
         if len(state["left_out"]) == len(self.left_out):
             self.left_out = list(state["left_out"])
-            self._recent = deque(state["recent"], maxlen=WINDOW)
+            steps = (as_float64(step) for step in state["recent"])
+            self._recent = deque(steps, maxlen=WINDOW)
 
 
-def shown_by(outcome: Outcome) -> Shown:
-    """A row's norm is infinite if it is not finite, and NaN if no row has a length to compare with.
+def shown_by(outcome: Outcome) -> Float64[Tensor, "2 k"]:
+    """A step's norms relative to the median of the present rows', and its cosines.
 
-    The median is that of the rows that are present.
+    A norm is infinite if it is not finite, and NaN if no row is present.
     """
     present = [math.sqrt(n) for n in outcome.norms2 if 0 < n < math.inf]
     usual = median(present) if present else math.nan
     norms = [math.sqrt(n) / usual if 0 <= n < math.inf else math.inf for n in outcome.norms2]
-    cosines = outcome.cosines or [math.nan] * len(norms)
-    return [list(pair) for pair in zip(norms, cosines, strict=True)]
+    return as_float64([norms, outcome.cosines or [math.nan] * len(norms)])
 
 
-def mean_of_known(values: Sequence[float]) -> float:
-    """The mean of the numbers that are not NaN; NaN if there is none."""
-    known = [value for value in values if not math.isnan(value)]
-    return ratio(sum(known), len(known))
+def as_float64(values: list[list[float]]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64, device="cpu")
