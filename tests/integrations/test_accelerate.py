@@ -466,12 +466,17 @@ def test_a_wrong_argument_is_refused(changes, message):
 
 
 def on_a_rank(
-    tau: float | None, clip: float = float("inf"), half: str = "", **options: Any
+    tau: float | gaf.Guard | gaf.Mean | None,
+    clip: float = float("inf"),
+    half: str = "",
+    **options: Any,
 ) -> tuple[Any, list[bool], Any]:
-    """Weights, steps and telemetry of a rank's loop over its half of the batches, K for a step."""
-    loop = Loop(
-        None if tau is None else gaf.GAF(tau), clip=clip, count=2 * STEPS * K * BATCH, **options
-    )
+    """Weights, steps and telemetry of a rank's loop over its half of the batches, K for a step.
+
+    tau: of GAF; or another policy.
+    """
+    policy = gaf.GAF(tau) if isinstance(tau, float) else tau
+    loop = Loop(policy, clip=clip, count=2 * STEPS * K * BATCH, **options)
     assert (
         loop.accelerator.num_processes == 2
         and loop.accelerator.distributed_type == DistributedType.MULTI_CPU
@@ -480,7 +485,7 @@ def on_a_rank(
         middle = STEPS // 2 * K
         loop.run(stop=middle).accelerator.save_state(half)
         loop.accelerator.wait_for_everyone()
-        loop = Loop(gaf.GAF(tau), clip=clip, count=2 * STEPS * K * BATCH, **options)
+        loop = Loop(policy, clip=clip, count=2 * STEPS * K * BATCH, **options)
         loop.accelerator.load_state(half)
         loop.run(middle, STEPS * K)
     else:
@@ -515,9 +520,13 @@ def test_ranks_are_rows_and_what_a_rank_accumulates_is_its_row(pair: Ranks):
 
 
 def test_all_ranks_are_what_accelerate_does(pair: Ranks):
+    """Bit for bit under Guard and Mean."""
     filtered, plain = pair.run(on_a_rank, 2.0)[0], pair.run(on_a_rank, None)[0]
     assert (filtered[0][0] - plain[0][0]).norm() <= 1e-6 * plain[0][0].norm()
     assert filtered[0][2] == plain[0][2]
+    for policy in (gaf.Guard(), gaf.Mean(measure_every=2)):
+        watched = pair.run(on_a_rank, policy)[0]
+        assert torch.equal(watched[0][0], plain[0][0]) and watched[0][2] == plain[0][2]
 
 
 def test_resumed_ranks_end_with_the_weights_of_undisturbed_ones_bit_for_bit(pair: Ranks, tmp_path):

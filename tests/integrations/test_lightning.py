@@ -829,6 +829,10 @@ def test_ranks_are_rows(pair, way, options):
 def test_ranks_that_all_agree_are_lightnings_ddp(pair):
     filtered, plain = (ranks_of(pair, policy, "callback") for policy in (gaf.GAF(tau=2), None))
     assert near(filtered["weights"], plain["weights"])
+    for policy in (gaf.Guard(), gaf.Mean(measure_every=2)):
+        watched = ranks_of(pair, policy, "callback")
+        assert torch.equal(watched["weights"], plain["weights"])
+        assert -1 < watched["stats"]["cosine_mean"] < 1
 
 
 @pytest.mark.distributed

@@ -436,8 +436,11 @@ def test_a_wrong_argument_is_refused_when_it_is_given(tmp_path, policy, options,
 # ---------------------------------------------------------------------------------------- two ranks
 
 
-def on_a_rank(folder: str, tau: float | None, half: bool = False) -> tuple[Any, list[bool], Any]:
-    policy = None if tau is None else gaf.GAF(tau)
+def on_a_rank(
+    folder: str, tau: float | gaf.Guard | gaf.Mean | None, half: bool = False
+) -> tuple[Any, list[bool], Any]:
+    """tau: of GAF; or another policy."""
+    policy = gaf.GAF(tau) if isinstance(tau, float) else tau
     made, taken = trainer(
         folder, policy, steps=2 * STEPS, save_strategy="steps", save_steps=STEPS // 2
     )
@@ -466,5 +469,12 @@ def test_ranks_are_rows_and_what_a_rank_accumulates_is_its_row(pair: Ranks, tmp_
 
 
 def test_all_ranks_are_what_the_trainer_does(pair: Ranks, tmp_path):
+    """Bit for bit under Guard and Mean, whose numbers of each worker are in the log."""
     filtered, plain = (pair.run(on_a_rank, str(tmp_path), tau)[0][0] for tau in (2.0, None))
     assert (filtered[0] - plain[0]).norm() <= 1e-6 * plain[0].norm() and filtered[2] == plain[2]
+    for policy in (gaf.Guard(), gaf.Mean(measure_every=2)):
+        watched, _, known = pair.run(on_a_rank, str(tmp_path), policy)[0]
+        assert torch.equal(watched[0], plain[0]) and watched[2] == plain[2]
+        names = ("cosine_mean", "worker/0/norm", "worker/1/cosine")
+        assert {f"gaf/{name}" for name in names} <= known[1].keys()
+        assert known[1].get("gaf/alarms", 0) == 0
