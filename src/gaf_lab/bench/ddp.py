@@ -16,7 +16,7 @@ from gaf_lab.bench import launch
 from gaf_lab.bench.bytes_sent import volume
 from gaf_lab.bench.ddp_rank import DDPSetup, rank_main
 from gaf_lab.bench.timing import compare_times
-from gaf_lab.bench.ways import PLAIN, WAYS, build_model
+from gaf_lab.bench.ways import PLAIN, build_model
 from gaf_lab.progress import Tell, silent
 
 
@@ -65,10 +65,10 @@ def measure_ddp(setup: DDPSetup, ks: tuple[int, ...], tell: Tell = silent) -> li
     launch.preload(rank_main.__module__)
     found = []
     for k in ks:
-        tell(f"k = {k}, times", 0, 1 + len(WAYS))
+        tell(f"k = {k}, times", 0, 1 + len(setup.ways))
         times, peaks = launch.run_ranks(rank_main, setup, k), {}
-        for number, way in enumerate(WAYS, 1):
-            tell(f"k = {k}, memory", number, 1 + len(WAYS))
+        for number, way in enumerate(setup.ways, 1):
+            tell(f"k = {k}, memory", number, 1 + len(setup.ways))
             peak_of_way = dataclasses.replace(setup, peak=way)
             peaks[way] = launch.run_ranks(rank_main, peak_of_way, k)["peak_bytes"]
         found += ddp_costs(k, times, peaks)
@@ -104,13 +104,17 @@ def ddp_costs(k: int, times: dict[str, Any], peaks: dict[str, int | None]) -> li
             peaks.get(way),
             peaks.get(PLAIN),
         )
-        for way in WAYS
+        for way in ms
     ]
 
 
 def ddp_conditions(setup: DDPSetup) -> dict[str, Any]:
     bare = build_model(setup.model, setup.stem)
-    given = {name: value for name, value in dataclasses.asdict(setup).items() if name != "peak"}
+    given = {
+        name: value
+        for name, value in dataclasses.asdict(setup).items()
+        if name not in ("peak", "ways")
+    }
     return given | {
         "pictures": "3x32x32",
         "parameters": sum(p.numel() for p in bare.parameters()),

@@ -51,6 +51,7 @@ class DDPSetup:
     b: int = 32
     rounds: int = 20
     peak: str | None = None
+    ways: tuple[str, ...] = WAYS
 
 
 def rank_main(setup: DDPSetup, result: Path) -> None:
@@ -74,14 +75,14 @@ def measure_times(setup: DDPSetup) -> dict[str, Any]:
     sizes = bucket_sizes(model)
     sent = {way: sent_bytes(way, step, sizes) for way, step in ways.items()}
     wire = {way: wire_bytes(way, step) for way, step in ways.items()}
-    found: dict[str, list[float]] = {way: [] for way in WAYS}
+    found: dict[str, list[float]] = {way: [] for way in setup.ways}
     while True:
         time_ways(ways, found, min(DDP_ROUNDS, setup.rounds - len(found[PLAIN])))
         if len(found[PLAIN]) == setup.rounds:
             break
         del ways, model
         ways, model = make_warm_steps(setup)
-    alone = alone_times(sizes, setup.rounds)
+    alone = alone_times(sizes, setup.rounds, setup.ways)
     return {
         "gradient_bytes": 4 * sum(sizes),
         "sent": sent,
@@ -94,7 +95,7 @@ def measure_times(setup: DDPSetup) -> dict[str, Any]:
 def make_warm_steps(setup: DDPSetup) -> tuple[dict[str, Step], torch.nn.Module]:
     """A step of each way, after the uncounted ones, and plain DDP's model."""
     gc.collect()  # earlier models are in reference cycles
-    made = {way: make_rank_step(way, setup.model, setup.stem, setup.b) for way in WAYS}
+    made = {way: make_rank_step(way, setup.model, setup.stem, setup.b) for way in setup.ways}
     for step, _ in made.values():
         for _ in range(UNCOUNTED_STEPS):
             step()
@@ -104,7 +105,7 @@ def make_warm_steps(setup: DDPSetup) -> tuple[dict[str, Step], torch.nn.Module]:
 def time_ways(steps: dict[str, Step], found: dict[str, list[float]], rounds: int) -> None:
     """Adds `rounds` times of each; the way that begins changes from round to round."""
     for number in range(rounds):
-        for way in rotate(WAYS, number):
+        for way in rotate(tuple(steps), number):
             found[way].append(mean_step(way, partial(time_until_last, steps[way])))
 
 
@@ -117,12 +118,14 @@ def time_until_last(step: Step, measured: bool) -> float:
     return 1000 * (time.perf_counter() - started)
 
 
-def alone_times(sizes: list[int], rounds: int) -> dict[str, list[float]]:
+def alone_times(
+    sizes: list[int], rounds: int, wanted: tuple[str, ...] = WAYS
+) -> dict[str, list[float]]:
     """Milliseconds of the aggregation alone, on tensors as large as DDP's buckets."""
     own = [torch.randn(n, generator=torch.Generator().manual_seed(dist.get_rank())) for n in sizes]
     buckets = [torch.empty_like(flat) for flat in own]
-    found: dict[str, list[float]] = {way: [] for way in WAYS}
-    ways = {way: make_aggregate(way) for way in WAYS}
+    found: dict[str, list[float]] = {way: [] for way in wanted}
+    ways = {way: make_aggregate(way) for way in wanted}
 
     def time_refilled(way: str, measured: bool) -> float:
         for bucket, flat in zip(buckets, own, strict=True):
@@ -130,7 +133,7 @@ def alone_times(sizes: list[int], rounds: int) -> dict[str, list[float]]:
         return time_until_last(partial(ways[way], buckets), measured)
 
     for number in range(-1, rounds):  # the first round is not counted
-        for way in rotate(WAYS, number):
+        for way in rotate(wanted, number):
             found[way].append(mean_step(way, partial(time_refilled, way)))
     return {way: values[1:] for way, values in found.items()}
 

@@ -1,6 +1,8 @@
 """Ways from k ranks' gradients to one update: plain DDP, gaf.attach, gathering them all."""
 
 from collections.abc import Callable, Sequence
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -14,7 +16,7 @@ from gaf.ranks.judged import judge_seen
 from gaf.ranks.messages import add_in_rank_order
 from gaf.ranks.pair import Pair
 from gaf.ranks.sums import Sums
-from gaf.rules.contract import Policy
+from gaf.rules.contract import Policy, merge_of
 from gaf_lab.training import models
 
 PLAIN, GAF, NAIVE = "plain DDP", "gaf.attach", "gather all"
@@ -23,12 +25,18 @@ MEASURED, GUARD = (
     f"Mean({MEASURED_EVERY})",
     "Guard",
 )  # by gaf.attach too; the first by measure_every
+MEDIAN, SIGNS, UPGRAD = "Median", "SignAgreement", "TorchJD UPGrad"
 WAYS = (PLAIN, MEASURED, GUARD, GAF, NAIVE)
+RULES = (MEDIAN, SIGNS, *([UPGRAD] if find_spec("torchjd") else []))
+RULE_WAYS = (PLAIN, GAF, *RULES, NAIVE)  # of gaf bench ddp --rules
 TAU = 2.0  # accepts every row: the most work, and both ways over the network
 ATTACHED: dict[str, Callable[[], Policy]] = {
     MEASURED: lambda: gaf.Mean(measure_every=MEASURED_EVERY),
     GUARD: gaf.Guard,
     GAF: lambda: gaf.GAF(TAU),
+    MEDIAN: gaf.Median,
+    SIGNS: lambda: gaf.SignAgreement(2),
+    UPGRAD: lambda: import_module("torchjd.aggregation").UPGradWeighting(),
 }
 CLASSES = 100
 
@@ -123,7 +131,7 @@ def make_aggregate(way: str) -> Callable[[list[Tensor], bool], Any]:
 def exchange_of(way: str) -> Exchange:
     assert dist.group.WORLD is not None
     pair = way == GAF and dist.get_world_size() == 2
-    kind = Pair if pair else Exchange if way == GAF else Sums
+    kind = Pair if pair else Sums if way in (MEASURED, GUARD) else Exchange
     return kind(dist.group.WORLD)
 
 
@@ -151,5 +159,5 @@ def exchange_buckets(exchange: Exchange, policy: Policy, buckets: list[Tensor]) 
     partial = exchange.local_products()
     total = add_in_rank_order(partial.reshape(-1), exchange.group).view_as(partial)
     decision, _ = judge_seen(policy, exchange.seen_in(total))
-    exchange.give_back(decision.weights.tolist())
+    exchange.give_back(decision.weights.tolist(), merge_of(policy))
     exchange.end()

@@ -31,6 +31,8 @@ class BenchDDPOptions:
     """Processes, one thread each."""
     rounds: int = 20
     """Steps of each kind, at least 2. Higher narrows the spread."""
+    rules: bool = False
+    """Measures other rules instead: Median, SignAgreement, and TorchJD's UPGrad, if installed."""
     out: Path | None = None
     """File for the figures, JSON lines."""
     predict: bool = False
@@ -60,10 +62,17 @@ def run_bench_ddp(words: Words, console: Console) -> int:
     check_sizes(options, 2, MOST_PROCESSES)
     from gaf_lab.bench.ddp import ddp_conditions, measure_ddp, table
     from gaf_lab.bench.ddp_rank import DDPSetup
+    from gaf_lab.bench.ways import RULE_WAYS, WAYS
     from gaf_lab.records.measurements import write_measurements
     from gaf_lab.training.console import Progress
 
-    wanted = DDPSetup(options.model, options.stem, options.b, options.rounds)
+    wanted = DDPSetup(
+        options.model,
+        options.stem,
+        options.b,
+        options.rounds,
+        ways=RULE_WAYS if options.rules else WAYS,
+    )
     with Progress(console, "part") as progress:
         found = measure_ddp(wanted, options.k, tell=progress)
     console.print(table(found))
