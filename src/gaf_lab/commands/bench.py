@@ -5,6 +5,7 @@ from rich.console import Console
 from gaf_lab.commands.bench_accumulate import BenchAccumulateOptions, run_bench_accumulate
 from gaf_lab.commands.bench_cpu import BenchCPUOptions, run_bench_cpu
 from gaf_lab.commands.bench_ddp import BenchDDPOptions, run_bench_ddp
+from gaf_lab.commands.bench_guard import BenchGuardOptions, run_bench_guard
 from gaf_lab.commands.bench_hsdp import BenchHSDPOptions, run_bench_hsdp
 from gaf_lab.commands.bench_samples import BenchSamplesOptions, run_bench_samples
 from gaf_lab.commands.bench_train import BenchTrainOptions, run_bench_train
@@ -17,6 +18,7 @@ BENCHMARKS: dict[str, tuple[Command, str | None]] = {
     "hsdp": (run_bench_hsdp, BenchHSDPOptions.__doc__),
     "train": (run_bench_train, BenchTrainOptions.__doc__),
     "cpu": (run_bench_cpu, BenchCPUOptions.__doc__),
+    "guard": (run_bench_guard, BenchGuardOptions.__doc__),
     "samples": (run_bench_samples, BenchSamplesOptions.__doc__),
 }
 
