@@ -88,7 +88,8 @@ class Guard:
 
     def judge(self, sums: RowSums) -> Decision:
         """Decides from what a plain all-reduce shows. Waits for the device."""
-        norms2, cosines = sums.norms2.tolist(), sums.cosines.tolist()
+        norms2, measured = sums.norms2.tolist(), sums.cosines
+        cosines = measured.tolist()
         norms = [self._log_norm(norm2) for norm2 in norms2]
         self.findings = find_not_finite(norms2) + self._past.norms.find(norms)
         if not self.findings:
@@ -101,7 +102,7 @@ class Guard:
         else:
             factor = self._factor(self._log_norm(float(sums.total2) / len(norms) ** 2))
         self.findings += self._past.learn(norms, cosines)
-        return decision_without(broken, factor, sums.cosines)
+        return decision_without(broken, factor, measured)
 
     def _log_norm(self, norm2: float) -> float:
         """Of the gradient, whatever the loss scale; NaN if it is zero or not finite."""

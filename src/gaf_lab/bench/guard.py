@@ -142,7 +142,7 @@ def summarise(
 def measure_false_alarms(
     task: GuardTask, k: int, lengths: GuardLengths, tell: Tell = silent
 ) -> FalseAlarms:
-    """Runs of Guard in which nothing is wrong."""
+    """Runs of Guard, as it is by default, in which nothing is wrong."""
     runs = [GuardedRun("Guard", seed, CLEAN, gaf.Guard()) for seed in range(CLEAN_RUNS)]
     fleet, steps = GuardedFleet(task, k, runs), lengths.clean // CLEAN_RUNS
     for step in range(1, steps + 1):
