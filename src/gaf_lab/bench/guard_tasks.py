@@ -37,7 +37,7 @@ def load_guard_tasks() -> list[GuardTask]:
     return [
         GuardTask("digits", lambda: small_mlp(64), *load_pictures("digits", 1), 10),
         GuardTask("mnist5k", lambda: small_mlp(196), *load_pictures("mnist5k", 2), 10),
-        GuardTask("transformer", SmallTransformer, *sequences, TOKENS, rate=0.03),
+        GuardTask("transformer", TinyTransformer, *sequences, TOKENS, rate=0.03),
     ]
 
 
@@ -64,7 +64,7 @@ def make_sequences(count: int) -> Examples:
     return tokens[:, 1:-1], tokens[:, 2:]
 
 
-class SmallTransformer(nn.Module):
+class TinyTransformer(nn.Module):
     """One layer, one head."""
 
     def __init__(self) -> None:
