@@ -263,7 +263,7 @@ def refusals() -> None:
     optimizer = SGD(model.parameters(), 0.1)
     with pytest.raises(TypeError, match='scope="group".*got neither'):
         gaf.attach(model, optimizer, gaf.GAF())
-    with pytest.raises(TypeError, match="got both"):
+    with pytest.raises(TypeError, match="got two"):
         gaf.attach(model, optimizer, gaf.GAF(scope="group"), group=mesh["replicate"].get_group())
     with torch.no_grad():
         model.scale.to_local().add_(dist.get_rank())

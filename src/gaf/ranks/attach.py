@@ -36,6 +36,7 @@ def attach(
     group: "dist.ProcessGroup | DeviceMesh | None" = None,
     micro_group: int = 1,
     shards: "dist.ProcessGroup | DeviceMesh | None" = None,
+    unsharded: bool = False,
 ) -> Handle:
     """Filters a data-parallel model's gradients by agreement, exactly as published.
 
@@ -55,8 +56,8 @@ def attach(
     Args:
         model: a DistributedDataParallel model; or an FSDP2 model: sharded with `fully_shard` on the
             shard dimension of a mesh, with `group` the replicate dimension's (one decision, exact),
-            or flat, with `GAF(scope="group")` (another algorithm: one decision for each parameter
-            group).
+            or flat, with `unsharded=True` (exact too), or with `GAF(scope="group")` (another
+            algorithm: one decision for each parameter group).
         optimizer: any dense torch.optim optimizer over the model's parameters, or several;
             ZeroRedundancyOptimizer too.
         policy: `gaf.GAF(...)`, or any callable from a Gram matrix to a Decision or to weights, the
@@ -76,6 +77,9 @@ def attach(
             while another skips. All of them must run their backward passes side by side. A
             parameter that every shard holds, such as a replicated norm's, counts once for each.
             HSDP's own shards need no mention.
+        unsharded: for a flat FSDP2 model: each rank keeps as much as one unsharded gradient until
+            the end of the backward pass, for one decision about all of it. A rank sends what plain
+            FSDP2 sends, and k k scalars.
 
     Returns:
         A Handle: `.last`, `.stats()`, `.workers()`, `.alarms`, `.gate(scheduler)`,
@@ -89,7 +93,7 @@ def attach(
     optimizers = check_optimizers(optimizer, "attach")
     check_policy(policy, "attach")
     check_scaler(scaler)
-    engine = engine_of(model, policy, process_group(group, "group"))
+    engine = engine_of(model, policy, process_group(group, "group"), bool(unsharded))
     spread = process_group(shards, "shards")
     check_micro_group(micro_group)
     m = int(micro_group)

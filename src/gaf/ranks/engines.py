@@ -17,6 +17,7 @@ from gaf.ranks.model_checks import (
     check_ddp,
     check_fsdp_group,
     check_fsdp_mesh,
+    check_not_unsharded,
     raise_not_parallel,
 )
 from gaf.rules.contract import Policy, scope_of
@@ -39,9 +40,19 @@ class Engine:
     install: Callable[[Any, Any, Any, Any], None]
 
 
-def engine_of(model: nn.Module, policy: Policy, group: "dist.ProcessGroup | None") -> Engine:
-    """The model's engine. group: the ranks to compare, if they were given."""
+def engine_of(
+    model: nn.Module, policy: Policy, group: "dist.ProcessGroup | None", unsharded: bool
+) -> Engine:
+    """The model's engine.
+
+    Args:
+        model: that attach was given.
+        policy: that decides.
+        group: the ranks to compare, if they were given.
+        unsharded: whether a flat FSDP2 model's ranks keep an unsharded gradient.
+    """
     if isinstance(model, DistributedDataParallel):
+        check_not_unsharded(unsharded)
         return ddp_engine(model, group)
     from torch.distributed.fsdp import FSDPModule
 
@@ -50,7 +61,7 @@ def engine_of(model: nn.Module, policy: Policy, group: "dist.ProcessGroup | None
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()  # a root stays whole after an evaluation
-    return fsdp_engine(model, policy, group)
+    return fsdp_engine(model, policy, group, unsharded)
 
 
 def ddp_engine(model: DistributedDataParallel, group: "dist.ProcessGroup | None") -> Engine:
@@ -65,24 +76,26 @@ def ddp_engine(model: DistributedDataParallel, group: "dist.ProcessGroup | None"
     )
 
 
-def fsdp_engine(model: nn.Module, policy: Policy, group: "dist.ProcessGroup | None") -> Engine:
-    from gaf.ranks import fsdp
+def fsdp_engine(
+    model: nn.Module, policy: Policy, group: "dist.ProcessGroup | None", unsharded: bool
+) -> Engine:
+    from gaf.ranks import fsdp, fsdp_unsharded
 
     return Engine(
-        group=fsdp_group(model, policy, group),
+        group=fsdp_group(model, policy, group, unsharded),
         scopes=(scope_of(policy),),
         parameters=fsdp.sharded_parameters,
-        install=fsdp.install_in_fsdp,
+        install=fsdp_unsharded.install_unsharded if unsharded else fsdp.install_in_fsdp,
     )
 
 
 def fsdp_group(
-    model: nn.Module, policy: Policy, group: "dist.ProcessGroup | None"
+    model: nn.Module, policy: Policy, group: "dist.ProcessGroup | None", unsharded: bool
 ) -> "dist.ProcessGroup":
-    """An FSDP2 model's replicas, or with scope="group" the ranks that it is sharded over."""
+    """An FSDP2 model's replicas, or if it is flat the ranks that it is sharded over."""
     mesh: Any = next((p.device_mesh for p in model.parameters() if hasattr(p, "device_mesh")), None)
     check_fsdp_mesh(model, mesh)
-    check_fsdp_group(policy, group)
+    check_fsdp_group(policy, group, unsharded)
     return mesh.get_group() if group is None else group
 
 

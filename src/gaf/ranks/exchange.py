@@ -61,6 +61,7 @@ class Parcel:
     def wait(self) -> None:
         for work in self.works:
             work.wait()
+        self.works = []  # gloo's must not be waited for twice
 
 
 class Exchange:

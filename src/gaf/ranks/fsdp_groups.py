@@ -58,6 +58,14 @@ def grouped_parameters(module: FSDPModule) -> list[list[nn.Parameter]]:
     return [[p.sharded_param for p in group.fsdp_params] for group in groups]
 
 
+def check_reduction(op: Any) -> None:
+    if op not in (dist.ReduceOp.AVG, dist.ReduceOp.SUM):
+        raise TypeError(
+            "attach: FSDP2's gradient divide factor must be the default one; got another. "
+            "Leave set_gradient_divide_factor out: the accepted rows are averaged."
+        )
+
+
 class FilteringReduceScatter(DefaultReduceScatter):
     """In place of the reduce-scatter: the same way in, Gram, decision.
 
@@ -78,11 +86,7 @@ class FilteringReduceScatter(DefaultReduceScatter):
         op: Any,
         async_op: bool = False,
     ) -> Any:
-        if op not in (dist.ReduceOp.AVG, dist.ReduceOp.SUM):
-            raise TypeError(
-                "attach: FSDP2's gradient divide factor must be the default one; got another. "
-                "Leave set_gradient_divide_factor out: the accepted rows are averaged."
-            )
+        check_reduction(op)
         factor = 1.0 if op == dist.ReduceOp.AVG else float(self.exchange.W)
         self.exchange.load(input_tensor, output_tensor, factor)
         self.settle(self.exchange)

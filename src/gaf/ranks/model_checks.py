@@ -64,16 +64,28 @@ def check_fsdp_mesh(model: nn.Module, mesh: Any) -> None:
         )
 
 
-def check_fsdp_group(policy: Policy, group: "dist.ProcessGroup | None") -> None:
-    """Either the replicas are compared, or each parameter group decides for itself."""
+def check_fsdp_group(
+    policy: Policy, group: "dist.ProcessGroup | None", unsharded: bool = False
+) -> None:
+    """Replicas are compared, or each parameter group decides for itself, or gradients are kept."""
     groupwise = scope_of(policy) == "group"
-    if groupwise == (group is not None):
+    chosen = groupwise + (group is not None) + unsharded
+    if chosen != 1:
         raise TypeError(
             "attach: an FSDP2 model needs either the replicas to compare, "
-            'group=mesh["replicate"].get_group(), or GAF(..., scope="group") for one decision per '
-            "parameter group on a flat mesh, which is another algorithm; "
-            f"got {'both' if groupwise else 'neither'}. A flat mesh sums the ranks' gradients away "
-            "before any one decision about all of them could be taken."
+            'group=mesh["replicate"].get_group(); or on a flat mesh unsharded=True, for one '
+            "decision at the memory of an unsharded gradient per rank; or on a flat mesh "
+            'GAF(..., scope="group"), for one decision per parameter group, which is another '
+            f"algorithm; got {('neither', '', 'two', 'all')[chosen]}. Without them a flat mesh "
+            "sums the ranks' gradients away before they could be compared."
+        )
+
+
+def check_not_unsharded(unsharded: bool) -> None:
+    if unsharded:
+        raise TypeError(
+            "attach: unsharded=True is for a flat FSDP2 model; got DistributedDataParallel, whose "
+            "gradients are whole. Leave it out."
         )
 
 

@@ -1,12 +1,12 @@
 """HSDP: one decision over the replicas of a sharded model, on the shards of their gradients."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
+from gaf.ranks.arrival_hooks import ArrivalHooks
 from gaf.ranks.exchange import Exchange
 from gaf.ranks.handle import Handle
 from gaf.ranks.way_in import WayIn
@@ -32,30 +32,15 @@ class Replicas:
         reduced: list[list[nn.Parameter]],
         groups: Sequence[dist.ProcessGroup],
     ) -> None:
-        self.handle, self.exchange, self.params = handle, exchange, params
+        self.handle, self.exchange = handle, exchange
         self.summed_groups = handle.summed_groups = [exchange.group, *groups]
         self.way_in = WayIn(exchange, params, reduced)
-        self.hooks: dict[nn.Parameter, int] = {}  # the numbers of this object's hooks
-        self.place_hooks()
+        self.hooks = ArrivalHooks(handle, params, self.way_in.arrive)
 
     def begin(self) -> None:
         """A backward pass has begun. It may be one that reaches no parameter."""
-        self.place_hooks()
+        self.hooks.place()
         self.way_in.begin()
-
-    def place_hooks(self) -> None:
-        """Waits for the gradients of all trainable parameters, also those thawed after attach.
-
-        The hook is the last one of its parameter: others may change the gradient.
-        """
-        for p in self.params:
-            if p.requires_grad and p not in self.hooks:
-                hook = p.register_post_accumulate_grad_hook(self.way_in.arrive)
-                self.hooks[p] = hook.id
-                self.handle.on_detach(hook.remove)
-            hooks: Any = p._post_accumulate_grad_hooks
-            if p in self.hooks and next(reversed(hooks)) != self.hooks[p]:
-                hooks.move_to_end(self.hooks[p])
 
     @torch.no_grad()
     def end(self) -> None:
