@@ -105,7 +105,7 @@ def hsdp_table(found: list[HSDPCost]) -> Table:
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
     )
-    for column in ("way", "ms", "ratio", "10-90%", "CPU ms", "ratio", "sent", "shards"):
+    for column in ("way", "ms", "ratio", "10-90%", "CPU", "sent", "shards"):
         result.add_column(column, justify="left" if column == "way" else "right", no_wrap=True)
     for line in (cost.line() for cost in found):
         extra = line["extra_shards"]
@@ -114,13 +114,13 @@ def hsdp_table(found: list[HSDPCost]) -> Table:
             f"{line['ms_median']:.0f}",
             f"{line['ratio_median']:.3f}",
             f"{line['ratio_p10']:.2f}-{line['ratio_p90']:.2f}",
-            f"{line['cpu_ms_median']:.0f}",
             f"{line['cpu_ratio_median']:.3f}",
             f"{line['sent_bytes'] / 1e6:.1f}",
             "-" if extra is None else f"{extra:+.2f}",
         )
     result.caption = (
-        "medians; CPU: of a rank; sent: MB per rank and step to the other replicas, counted\n"
+        "medians; CPU: a rank's CPU time, ratio\n"
+        "sent: MB per rank and step to the other replicas, counted\n"
         "shards: gradient shards held beyond plain HSDP at the peak"
     )
     return result

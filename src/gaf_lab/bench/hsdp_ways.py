@@ -20,7 +20,7 @@ from gaf_lab.settings.fields import ModelName
 from gaf_lab.training import models
 
 HSDP, GATHER = "plain HSDP", "gather replicas"
-LATE = "gaf.GAF, sent after the pass"
+LATE = "gaf.GAF, sent late"
 FILTERS: dict[str, Callable[[], Any]] = {
     "gaf.GAF": lambda: gaf.GAF(TAU),
     LATE: lambda: gaf.GAF(TAU),
