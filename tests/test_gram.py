@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 import gaf
 from gaf.rules.blas import gram_by_blas
-from gaf.rules.gram import gram_of, inner_products
-from gaf.rules.slices import CHUNK
+from gaf.rules.gram import gram_of
+from gaf.rules.slices import SLICE
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 MILLIONS = 10_000_000
@@ -22,7 +22,7 @@ def dense(rows: torch.Tensor) -> torch.Tensor:
 
 
 def dense_in_parts(rows: torch.Tensor) -> torch.Tensor:
-    return torch.stack([dense(part) for part in rows.split(1_000_000, dim=1)]).sum(0)
+    return torch.stack([dense(part) for part in rows.split(10_000, dim=1)]).sum(0)
 
 
 def relative_error(found: torch.Tensor, want: torch.Tensor) -> float:
@@ -72,22 +72,19 @@ def test_the_gram_matrix_is_exactly_symmetric(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("kind", ["normal", "all positive"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_ten_million_coordinates_are_accurate_to_1e_5(dtype: torch.dtype, kind: str) -> None:
+def test_ten_million_coordinates_are_accurate_to_1e_12(dtype: torch.dtype, kind: str) -> None:
     """Terms of like sign make a plain float32 sum drift: by 7.5e-4 at half this length."""
     rows = torch.randn(2, MILLIONS)
     rows = (rows.abs_().add_(0.5) if kind == "all positive" else rows).to(dtype)
-    # 1e-5 is what gram's docstring promises; float64 sums of 1e7 like terms differ by some 1e-12
-    assert relative_error(gaf.gram(rows), dense_in_parts(rows)) < (
-        1e-11 if dtype == torch.float64 else 1e-5
-    )
+    # what gram's docstring promises
+    assert relative_error(gaf.gram(rows), dense_in_parts(rows)) < 1e-12
 
 
-def test_ten_million_coordinates_with_a_heavy_head_are_accurate_to_1e_5() -> None:
+def test_ten_million_coordinates_with_a_heavy_head_are_accurate_to_1e_12() -> None:
     """One coordinate in 10,000 is 1, the others 1e-3: a sum of some ones rounds their 1e-6 off."""
     rows = torch.full((2, MILLIONS), 1e-3)
     rows[:, ::10_000] = 1.0
-    # what gram's docstring promises
-    assert relative_error(gaf.gram(rows), dense_in_parts(rows)) < 1e-5
+    assert relative_error(gaf.gram(rows), dense_in_parts(rows)) < 1e-12
 
 
 def test_float16_squares_do_not_overflow() -> None:
@@ -100,12 +97,12 @@ def test_float16_squares_do_not_overflow() -> None:
 @pytest.mark.parametrize("scale", [1e25, 1e-25])
 def test_float32_rows_out_of_the_range_of_float32_squares_are_as_accurate(scale: float) -> None:
     rows = torch.randn(3, 1000) * scale
-    assert relative_error(gaf.gram(rows), dense(rows)) < 1e-13  # the second look is in float64
+    assert relative_error(gaf.gram(rows), dense(rows)) < 1e-13
 
 
 def test_a_huge_a_tiny_and_an_ordinary_row_together_are_accurate() -> None:
     rows = torch.randn(3, 1000) * torch.tensor([[1e25], [1e-25], [1.0]])
-    assert relative_error(gaf.gram(rows), dense(rows)) < 1e-13  # the second look is in float64
+    assert relative_error(gaf.gram(rows), dense(rows)) < 1e-13
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -122,16 +119,15 @@ def test_the_largest_finite_float32_is_not_taken_for_an_infinity() -> None:
     assert gaf.gram(torch.full((2, 3), torch.finfo(torch.float32).max)).isfinite().all()
 
 
-@pytest.mark.parametrize("cuts", [[0], [1], [500, 1], [999, 3, 2000], [CHUNK - 1, 2, CHUNK]])
+@pytest.mark.parametrize("cuts", [[0], [1], [500, 1], [999, 3, 2000], [SLICE - 1, 2, SLICE]])
 def test_gram_adds_up_over_slices_wherever_they_are_cut(cuts: list[int]) -> None:
     rows = torch.randn(4, sum(cuts) + 17)
     pieces = rows.split([*cuts, 17], dim=1)
-    # float32 dot products of up to 2^18 terms, cut in two ways, differ by some 1e-7 of |g_i| |g_j|
     assert (
         relative_error(
             sum(map(gaf.gram, pieces), torch.zeros(4, 4, dtype=torch.float64)), gaf.gram(rows)
         )
-        < 1e-6
+        < 1e-13
     )
 
 
@@ -199,11 +195,6 @@ def test_a_none_beside_any_layout_counts_as_zeros(layout: str) -> None:
 def test_columns_of_a_matrix_can_be_rows() -> None:
     rows = torch.randint(-9, 9, (50, 3)).float()
     assert torch.equal(gaf.gram(rows.T), dense(rows.T))
-
-
-def test_inner_products_gives_the_pairs_in_the_order_asked_for() -> None:
-    rows = [[torch.tensor([1.0, 0.0])], [torch.tensor([2.0, 3.0])]]
-    assert inner_products(rows, [(1, 1), (0, 1), (0, 0)]).tolist() == [13, 2, 1]
 
 
 def test_gram_asks_nothing_of_the_host_off_the_cpu() -> None:

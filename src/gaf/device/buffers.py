@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gaf.rules.gram import inner_products
+from gaf.rules.gram import gram_of
 from gaf.rules.slices import half_to_float32
 
 Buffers = list[Tensor | None]  # one per parameter
@@ -36,4 +36,4 @@ def norm2_of_rest(row: Sequence[Tensor | None], voters: Sequence[bool]) -> Tenso
     rest = [t for t, votes in zip(row, voters, strict=True) if not votes]
     if all(t is None for t in rest):
         return 0.0
-    return 0.0 * inner_products([rest], [(0, 0)])[0]
+    return 0.0 * gram_of([rest])[0, 0]

@@ -7,11 +7,9 @@ from torch import Tensor
 
 from gaf.device.buffers import Buffers, add_in_place, have_same_layout, norm2_of_rest, voting_part
 from gaf.rules.blas import products_by_blas
-from gaf.rules.gram import inner_products
-from gaf.rules.slices import half_to_float32, has_float64
+from gaf.rules.gram import gram_of
+from gaf.rules.slices import float64_device, half_to_float32
 from gaf.shapes import Bool, Float64
-
-PAIR = [(0, 1), (1, 1)]  # of the rows (s, g): <s, g> and |g|^2
 
 
 class SumOnCpu:
@@ -126,7 +124,7 @@ class SumOnDevice:
 
     def __init__(self, voters: Sequence[bool], halving: bool, device: torch.device) -> None:
         self.voters, self.halving = voters, halving
-        self.device = device if has_float64(device) else torch.device("cpu")
+        self.device = float64_device(device)
         # the device's own allocator keeps memory at hand
         self.spare: Buffers = [None] * len(voters)
         self.total: Buffers = [None] * len(voters)
@@ -143,8 +141,8 @@ class SumOnDevice:
 
     def measure(self) -> tuple[Float64[Tensor, ""], Float64[Tensor, ""]]:
         pair = [voting_part(self.total, self.voters), voting_part(self.row, self.voters)]
-        found = inner_products(pair, PAIR).to(self.device)
-        return found[0], found[1] + norm2_of_rest(self.row, self.voters)
+        gram = gram_of(pair).to(self.device)
+        return gram[0, 1], gram[1, 1] + norm2_of_rest(self.row, self.voters)
 
     def absorb(
         self, joins: Bool[Tensor, ""], shrink: Float64[Tensor, ""], counts: bool = False

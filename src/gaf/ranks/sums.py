@@ -20,7 +20,7 @@ from torch import Tensor
 from gaf.ranks.exchange import Exchange, Parcel, Pieces, no_pieces
 from gaf.rules.blas import products_by_blas
 from gaf.rules.contract import Merge
-from gaf.rules.gram import inner_products
+from gaf.rules.gram import gram_of
 from gaf.rules.row_sums import RowSums
 from gaf.rules.slices import CHUNK
 from gaf.shapes import Float64
@@ -102,7 +102,7 @@ class Sums(Exchange):
 def products_with_sum(own: Sequence[Tensor], total: Sequence[Tensor]) -> Float64[Tensor, " 2"]:
     """|g|^2 and <g, S> of one piece, each given as a tensor per parameter."""
     if own[0].device.type != "cpu":
-        return inner_products([own, total], [(0, 0), (0, 1)]).to(own[0].device)
+        return gram_of([own, total])[0].to(own[0].device)
     found = [products_by_blas(s, g, CHUNK) for s, g in zip(total, own, strict=True)]
     norm2, inner = sum(norm2 for _, norm2 in found), sum(inner for inner, _ in found)
     return torch.tensor([norm2, inner], dtype=torch.float64)

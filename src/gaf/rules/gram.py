@@ -1,34 +1,30 @@
 """K = G G^T, the k x k Gram matrix of the micro-gradients: all that a decision needs.
 
 K adds up over slices of coordinates, so it is built slice by slice from whatever holds the
-coordinates: a matrix of rows, or each row as a list of parameter-shaped tensors. Slices are
-multiplied in float32 (float64 rows in float64) and added in float64. There are two ways:
+coordinates: a matrix of rows, or each row as a list of parameter-shaped tensors. There are two
+ways:
 
-    exact: below 1e-5, whatever the rows        (this file)
+    exact: multiplied and added in float64, errors below 1e-12, whatever the rows    (this file)
         gram               a matrix of rows              users, gaf.aggregate
         gram_of            lists of tensors              rows that are kept on one device
-        inner_products     some of the pairs             rows that stream by on an accelerator
 
-    by BLAS: below 1e-6 on ordinary gradients, 1e-4 if few coordinates hold nearly all of the norm,
-    and two to three times as fast on a CPU     (gaf.rules.blas)
+    by BLAS in float32, added in float64: below 1e-6 on ordinary gradients, 2e-4 if few coordinates
+    hold nearly all of the norm, and faster on a CPU                         (gaf.rules.blas)
         gram_by_blas       a matrix of rows              ranks, gaf.probe
         products_by_blas   one row with the sum          rows that stream by on a CPU, two ranks
 
-Errors are relative to |g_i| |g_j|. On an accelerator both ways multiply in float64. On a CPU both
-compute anew, more exactly, what left the range that float32 can add up (`in_range`).
+Errors are relative to |g_i| |g_j|. On an accelerator both ways multiply in float64.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gaf.rules.slices import HALF, Row, Vectors, half_to_float32, has_float64, slices_of
+from gaf.rules.slices import HALF, SLICE, Row, float64_device, slices_of
 from gaf.shapes import Bool, Float, Float64
-
-Pairs = Sequence[tuple[int, int]]  # indices of rows
 
 
 def gram(rows: Float[Tensor, "k n"]) -> Float64[Tensor, "k k"]:
@@ -40,7 +36,7 @@ def gram(rows: Float[Tensor, "k n"]) -> Float64[Tensor, "k k"]:
         rows: (k, n), float16, bfloat16, float32 or float64.
 
     Returns:
-        (k, k) float64 on the rows' device, accurate to 1e-5 relative to |g_i| |g_j| at 10 million
+        (k, k) float64 on the rows' device, accurate to 1e-12 relative to |g_i| |g_j| at 10 million
         coordinates. A row that holds a NaN or an infinity, or whose squared norm leaves float64's
         range, has a diagonal entry that is not finite.
 
@@ -58,69 +54,44 @@ def gram(rows: Float[Tensor, "k n"]) -> Float64[Tensor, "k k"]:
 
 def gram_of(rows: Sequence[Row]) -> Float64[Tensor, "k k"]:
     """The Gram matrix of rows that are lists of tensors, one per parameter, in the same order."""
-    k = len(rows)
-    found = inner_products(rows, [(i, j) for i in range(k) for j in range(i + 1)])
-    # made there: an index from the host would be waited for
-    i, j = torch.tril_indices(k, k, device=found.device)
-    full = found.new_zeros(k, k)
-    full[i, j] = full[j, i] = found
-    return full
+    shares = [lower_products(block) for block in blocks_of(rows)]
+    if not shares:
+        return torch.zeros(len(rows), len(rows), dtype=torch.float64, device="cpu")
+    lower = torch.stack(shares).sum(0)
+    return lower + lower.tril(-1).T
 
 
-def inner_products(
-    rows: Sequence[Row], pairs: Pairs, in_float64: bool = False
-) -> Float64[Tensor, " p"]:
-    """<g_i, g_j> for each pair (i, j).
+def blocks_of(rows: Sequence[Row]) -> Iterator[Float64[Tensor, "k c"]]:
+    """The slices as matrices in float64, which holds products of half and single precision exactly.
 
-    Args:
-        rows: each a tensor per parameter.
-        pairs: which products are wanted.
-        in_float64: multiply in float64. On a CPU this is done anyway, in a second go, if a squared
-            norm among the products turns out to be out of float32's range.
+    On a CPU each block takes the memory of the one before: new memory would cost page faults.
     """
-    found = add_slices([products(vectors, pairs, in_float64) for vectors in slices_of(rows)])
-    if found.device.type == "cpu" and not in_float64 and not in_range(squared_norms(found, pairs)):
-        return inner_products(rows, pairs, in_float64=True)
-    if not found.numel():
-        return torch.zeros(len(pairs), dtype=torch.float64, device="cpu")
-    return found
+    room: Tensor | None = None
+    for vectors in slices_of(rows):
+        vectors = [v.detach() for v in vectors]
+        if float64_device(vectors[0].device).type != "cpu":
+            yield torch.stack(vectors).double()
+            continue
+        if room is None:
+            room = torch.empty(len(rows), SLICE, dtype=torch.float64, device="cpu")
+        block = room[:, : len(vectors[0])]
+        for row, v in zip(block, vectors, strict=True):
+            row.copy_(v)
+        yield block
 
 
-def add_slices(shares: list[list[Tensor]]) -> Float64[Tensor, " p"]:
-    """The inner products from what each slice adds to them; none for no slices."""
-    columns = [torch.stack(column) for column in zip(*shares, strict=True)]
-    if not columns:
-        return torch.zeros(0, dtype=torch.float64, device="cpu")
-    return torch.stack([column.sum(dtype=torch.float64) for column in columns])
+def lower_products(block: Float64[Tensor, "k c"]) -> Float64[Tensor, "k k"]:
+    """block @ block.T with zeros above the diagonal, without waiting for the device.
 
-
-def squared_norms(found: Float64[Tensor, " p"], pairs: Pairs) -> list[float]:
-    """Those of the inner products that are of a row with itself."""
-    return [value for value, (i, j) in zip(found.tolist(), pairs, strict=False) if i == j]
-
-
-def in_range(norms2: Iterable[float]) -> bool:
-    """Whether no squared norm left float32's range, or lost digits at its lower end."""
-    return all(1e-30 < norm2 < 1e38 for norm2 in norms2)
-
-
-def products(vectors: Vectors, pairs: Pairs, in_float64: bool = False) -> list[Tensor]:
-    """One slice's share of the inner products, each ().
-
-    On a CPU pair by pair and by torch's own pairwise sum. The precision of a matrix product is the
-    user's to lower (torch.set_float32_matmul_precision), and how a BLAS adds up, and to how many
-    digits, depends on the make of the CPU. Elsewhere one float64 product: exact for half and single
-    precision, not affected by TF32, and without waiting for the device.
+    On a CPU k products of a matrix and a vector are faster than one of matrices, of which half is
+    not needed.
     """
-    vectors = [v.detach() for v in vectors]
-    device = vectors[0].device
-    if device.type == "cpu":
-        wide = [v.double() if in_float64 else half_to_float32(v) for v in vectors]
-        product = torch.empty_like(wide[0])
-        return [torch.mul(wide[i], wide[j], out=product).sum() for i, j in pairs]
-    block = torch.stack(vectors).to(device if has_float64(device) else "cpu").double()
-    full = block @ block.T
-    return [full[i, j] for i, j in pairs]
+    if block.device.type != "cpu":
+        return (block @ block.T).tril()
+    lower = block.new_zeros(len(block), len(block))
+    for i, row in enumerate(block):
+        torch.mv(block[: i + 1], row, out=lower[i, : i + 1])
+    return lower
 
 
 def is_present(norm2: Float64[Tensor, "*s"]) -> Bool[Tensor, "*s"]:

@@ -1,4 +1,4 @@
-"""Cuts rows into slices: the same coordinates of every row, few enough at a time to add up exactly.
+"""Cuts rows into slices: the same coordinates of every row, few enough at a time to stay in cache.
 
 A row is a tensor, or a list with a tensor for each parameter. Every slice is k vectors (c,) whose
 coordinates stand in the same order. Long tensors are split, and short ones joined to save calls.
@@ -9,8 +9,8 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-# coordinates in a slice on a CPU: few enough for float32's digits, and k rows of them stay in cache
-CHUNK = 2**14
+SLICE = 2**15  # coordinates in a slice on a CPU
+CHUNK = 2**14  # in a partial sum of float32 products: few enough for its digits
 DEVICE_CHUNK = 2**22  # an accelerator does few large products faster than many small ones
 SHORT = 2**12  # vectors below this are joined first
 
@@ -46,12 +46,16 @@ def join(pieces: list[Vectors]) -> Vectors:
 
 
 def pieces_of(rows: Sequence[Row]) -> Iterator[Vectors]:
-    """The rows parameter by parameter, in pieces of at most a chunk."""
+    """The rows parameter by parameter, in pieces of at most a slice."""
     for column in zip(*rows, strict=True):
         some = next((t for t in column if t is not None), None)
         if some is not None and some.numel():
             vectors = flatten([torch.zeros_like(some) if t is None else t for t in column])
-            yield from split(vectors, chunk_on(some.device))
+            yield from split(vectors, slice_on(some.device))
+
+
+def slice_on(device: torch.device) -> int:
+    return SLICE if float64_device(device).type == "cpu" else DEVICE_CHUNK
 
 
 def chunk_on(device: torch.device) -> int:
@@ -77,6 +81,11 @@ def flatten(tensors: list[Tensor]) -> Vectors:
         order = sorted(range(first.ndim), key=first.stride, reverse=True)
         tensors = [t.permute(order) for t in tensors]
     return [t.reshape(-1) for t in tensors]
+
+
+def float64_device(device: torch.device) -> torch.device:
+    """The device, or the CPU for one that has no float64."""
+    return device if has_float64(device) else torch.device("cpu")
 
 
 def has_float64(device: torch.device) -> bool:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
 from gaf.rules.blas import no_autocast
-from gaf.rules.slices import has_float64
+from gaf.rules.slices import float64_device
 from gaf.samples.checks import check_call, check_losses, check_model, check_uses, choose_layers
 from gaf.samples.layers import Call, pieces_of_call, weight_and_bias
 from gaf.samples.loss_graph import LossGraph
@@ -84,7 +84,7 @@ class GhostPass:
                     check_uses(own, module, uses, sum(p is other for other in noted), subject)
                     self.uses[p] = uses
         self.pieces: dict[Tensor, list[Piece]] = {}  # of parameters with uses still to come
-        device = losses.device if has_float64(losses.device) else torch.device("cpu")
+        device = float64_device(losses.device)
         self.K = torch.zeros(self.n, self.n, dtype=torch.float64, device=device)
 
     def run(self) -> Float64[Tensor, "n n"]:
