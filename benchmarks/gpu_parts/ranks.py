@@ -66,7 +66,12 @@ def one_rank(options: Options) -> Iterator[Line]:
 
 def two_ranks(options: Options) -> Iterator[Line]:
     """Two processes on one device, over gloo: NCCL refuses two ranks on one GPU."""
-    yield from spawned(options, ddp)
+    yield from spawned(options, ddp_and_hsdp)
+
+
+def ddp_and_hsdp(options: Options) -> Iterator[Line]:
+    yield from ddp(options)
+    yield from lines("HSDP, world 2", partial(hsdp, options))
 
 
 def ratios_of_ranks(options: Options) -> Iterator[Line]:
@@ -291,19 +296,20 @@ def waiting(options: Options) -> Found:
 
 
 def hsdp(options: Options) -> Found:
-    """One replica of one shard; against FSDP2 without a filter."""
-    mesh = init_device_mesh(options.device.type, (1, 1), mesh_dim_names=("replicate", "shard"))
-    ends = []
+    """Replicas of one shard; against FSDP2's own average. The last steps send during the pass."""
+    shape = (dist.get_world_size(), 1)
+    mesh = init_device_mesh(options.device.type, shape, mesh_dim_names=("replicate", "shard"))
+    ends, steps = [], STEPS + 3
     for policy in (None, gaf.GAF(2.0)):
-        model = sharded(options, mesh["shard"])
+        model = sharded(options, mesh if policy is None else mesh["shard"])
         optimizer = sgd(model)
         if policy is not None:
             handle = gaf.attach(model, optimizer, policy, group=mesh["replicate"].get_group())
-        for batch in own_batches(options, STEPS):
+        for batch in own_batches(options, steps):
             step(model, optimizer, batch)
         ends.append(weights(model))
     yield "weights, relative error", relative(ends[1], ends[0]), 0.0, FLOAT32
-    yield "steps taken", handle.stats()["stepped"], STEPS, EXACT
+    yield "steps taken", handle.stats()["stepped"], steps, EXACT
     before = state_of(model, optimizer)
     handle.policy = gaf.RandomSkip(0.0)
     step(model, optimizer, own_batches(options, 1)[0])
@@ -327,7 +333,8 @@ def sharded(options: Options, mesh: Any) -> nn.Module:
     """Without the scalar, which cannot be sharded."""
     torch.manual_seed(0)
     with torch.device("cpu"):
-        layers = nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(512, 10)
+        last = nn.Linear(512, 64)  # large enough to be cut into slices
+        layers = nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten(), last
     model = nn.Sequential(*layers).to(options.device)
     fully_shard(model[2], mesh=mesh)
     return fully_shard(model, mesh=mesh)

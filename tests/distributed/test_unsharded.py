@@ -155,6 +155,16 @@ def other_uses() -> None:
     close(whole_grad(model), update, rows)
     assert handle.last is not None
     assert handle.last.accepted.tolist() == [r != 1 for r in range(W)]
+    # policies that average
+    policies = gaf.Mean(), gaf.Mean(measure_every=1), gaf.Guard(), gaf.RandomSkip(1.0)
+    for step, policy in enumerate(policies, 5):
+        optimizer.zero_grad()
+        handle.policy = policy
+        rows = rows_at(model, Wide, step)
+        plain_loss(model, step, rank).backward()
+        close(whole_grad(model), rows.mean(0), rows)
+        optimizer.step()
+    assert handle.stats()["stepped"] == 5  # the first of these, on a part of the layers
     handle.detach()
 
 
