@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD
 
@@ -423,3 +423,76 @@ def measure_replicas() -> tuple[Any, ...]:
 def test_replicas_are_measured_and_guarded_with_the_bits_of_the_plain_average(world: World) -> None:
     first, *others = world(4).run(measure_replicas)
     assert all(repr(other) == repr(first) for other in others)
+
+
+# --------------------------------------------------------------------------------------- flat FSDP2
+
+
+def shard_flatly(policy: Any, dtype: torch.dtype, reduce: torch.dtype | None) -> Any:
+    """Model, optimizer and handle; the last linear layer is a parameter group of its own."""
+    torch.manual_seed(3)
+    model = Wide(dtype)
+    mixed = MixedPrecisionPolicy(reduce_dtype=reduce)
+    fully_shard(model.layers[-1], mp_policy=mixed)
+    fully_shard(model, mp_policy=mixed)
+    optimizer = SGD(model.parameters(), 0.05, momentum=0.9)
+    return model, optimizer, None if policy is None else gaf.attach(model, optimizer, policy)
+
+
+def measure_shards(dtype: torch.dtype, reduce: torch.dtype | None) -> Any:
+    rank, W = dist.get_rank(), dist.get_world_size()
+    model, optimizer, handle = shard_flatly(gaf.Mean(measure_every=2), dtype, reduce)
+    plain, other, _ = shard_flatly(None, dtype, reduce)
+    tolerance = 1e-2 if torch.bfloat16 in (dtype, reduce) else 1e-5
+    norms2, signals = [], []
+    for step in range(6):
+        whole = Wide(dtype)
+        full = {name: p.full_tensor() for name, p in plain.named_parameters()}
+        whole.load_state_dict(full)
+        rows = micro_gradients(whole, step, W)
+        for m, o in ((model, optimizer), (plain, other)):
+            o.zero_grad(set_to_none=step % 3 > 0)
+            torch.autograd.grad(plain_loss(m, step, rank), m.layers[0].weight)  # for a log
+            plain_loss(m, step, rank).backward()
+            o.step()
+        pairs = zip(model.parameters(), plain.parameters(), strict=True)
+        assert all(torch.equal(p.to_local(), q.to_local()) for p, q in pairs), step
+        assert handle.outcome.measured == (step % 2 == 0)
+        if handle.outcome.measured:
+            expected = RowSums.of_gram(rows @ rows.T)
+            assert handle.outcome.norms2 == pytest.approx(expected.norms2.tolist(), rel=tolerance)
+            error = handle.outcome.signal - float(expected.signal)
+            assert abs(error) < tolerance * float(expected.norms2.mean())
+            norms2.append(statistics.mean(handle.outcome.norms2))
+            signals.append(handle.outcome.signal)
+    stats, workers = handle.stats(), handle.workers()
+    noise = (sum(norms2) - sum(signals)) / sum(signals) if sum(signals) > 0 else math.inf
+    assert stats["noise_scale"] == pytest.approx(noise)
+    assert 0 < stats["norm_dispersion"] < 1
+    assert math.isnan(stats["cosine_mean"])
+    assert (stats["steps"], stats["absent"], stats["rejected"]) == (6, 0, 0)
+    assert [worker["rank"] for worker in workers] == list(range(W))
+    assert all(worker["finite"] == 1 and worker["norm"] > 0 for worker in workers)
+    return stats, workers
+
+
+@pytest.mark.parametrize("W", [2, 3, 4])
+def test_flat_shards_show_norms_and_noise_and_keep_their_bits(world: World, W: int) -> None:
+    kinds: list[Any] = [(torch.float32, None)]
+    if W == 4:
+        kinds += [(torch.float64, None), (torch.float32, torch.bfloat16)]
+    for dtype, reduce in kinds:
+        first, *others = world(W).run(measure_shards, dtype, reduce)
+        assert all(repr(other) == repr(first) for other in others)
+
+
+def refuse_to_choose() -> None:
+    _, _, handle = shard_flatly(gaf.Mean(), torch.float32, None)
+    handle.policy = gaf.Mean(measure_every=1)
+    for policy in (gaf.GAF(), gaf.Guard(), gaf.RandomSkip(0.5)):
+        with pytest.raises(ValueError, match="a flat FSDP2 model that was attached with gaf.Mean"):
+            handle.policy = policy
+
+
+def test_flat_shards_leave_nothing_to_choose_from(world: World) -> None:
+    world(2).run(refuse_to_choose)

@@ -56,8 +56,9 @@ def attach(
     Args:
         model: a DistributedDataParallel model; or an FSDP2 model: sharded with `fully_shard` on the
             shard dimension of a mesh, with `group` the replicate dimension's (one decision, exact),
-            or flat, with `unsharded=True` (exact too), or with `GAF(scope="group")` (another
-            algorithm: one decision for each parameter group).
+            or flat, with `unsharded=True` (exact too), with `GAF(scope="group")` (another
+            algorithm: one decision for each parameter group), or with `Mean(measure_every=n)`,
+            which then shows norms and noise scale but no cosines.
         optimizer: any dense torch.optim optimizer over the model's parameters, or several;
             ZeroRedundancyOptimizer too.
         policy: `gaf.GAF(...)`, or any callable from a Gram matrix to a Decision or to weights, the
@@ -103,7 +104,7 @@ def attach(
     exchange = Exchange(engine.group, m)
     check_shards(spread, engine.group, policy)
     check_attached_model(model, optimizers, exchange)
-    check = partial(check_usable, engine.scopes, exchange.k, m)
+    check = partial(check_usable, engine, exchange)
     check(policy)
     params = engine.parameters(model)
     claim(model, params)

@@ -8,8 +8,8 @@ import torch.distributed as dist
 from torch.amp import GradScaler
 
 from gaf.record.hints import frames_inside
-from gaf.rules.averaging import measures
-from gaf.rules.contract import Policy, min_accepted_of, scope_of
+from gaf.rules.averaging import averages, measures
+from gaf.rules.contract import Policy, is_planned, min_accepted_of, scope_of
 
 
 def check_scaler(scaler: Any) -> None:
@@ -20,20 +20,25 @@ def check_scaler(scaler: Any) -> None:
         )
 
 
-def check_usable(scopes: tuple[str, ...], k: int, micro_group: int, policy: Policy) -> None:
+def check_usable(engine: Any, exchange: Any, policy: Policy) -> None:
     """What a policy of this model must be, at attach and later.
 
     Args:
-        scopes: that the engine allows.
-        k: rows.
-        micro_group: ranks to a row.
+        engine: the model's, for the scopes that it allows.
+        exchange: for its rows.
         policy: the user's.
     """
-    if micro_group > 1 and measures(policy):
+    if exchange.micro_group > 1 and measures(policy):
         raise ValueError(
             "attach: with micro_group above 1 measure_every must be 0, because an all-reduce shows "
-            f"ranks and not their averages; got {policy!r} and micro_group={micro_group}. "
+            f"ranks and not their averages; got {policy!r} and micro_group={exchange.micro_group}. "
             "Leave micro_group out: the ranks are measured."
+        )
+    if engine.averages_only and (not averages(policy) or is_planned(policy)):
+        raise ValueError(
+            "handle.policy: a flat FSDP2 model that was attached with gaf.Mean must keep it, "
+            f"because its gradients are reduced before a decision; got {policy!r}. "
+            "Call detach() and attach again."
         )
     scope = scope_of(policy)
     if scope == "layer":
@@ -42,13 +47,13 @@ def check_usable(scopes: tuple[str, ...], k: int, micro_group: int, policy: Poli
             "gaf.Accumulator has on one device. Use 'group' for a decision per bucket or parameter "
             "group, or leave scope out."
         )
-    if scope not in scopes:
+    if scope not in engine.scopes:
         raise ValueError(
-            f"handle.policy: an FSDP2 model's policy must keep the scope {scopes[0]!r} that it was "
-            f"attached with; got {scope!r}. "
+            "handle.policy: an FSDP2 model's policy must keep the scope "
+            f"{engine.scopes[0]!r} that it was attached with; got {scope!r}. "
             "Call detach() and attach again with the other scope."
         )
-    check_row_count(k, policy)
+    check_row_count(exchange.k, policy)
 
 
 def check_row_count(k: int, policy: Policy) -> None:

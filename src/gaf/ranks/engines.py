@@ -30,6 +30,7 @@ class Engine:
     Attributes:
         group: the ranks whose rows are compared.
         scopes: that an attached policy may change between.
+        averages_only: whether the rows are reduced before a policy could choose among them.
         parameters: (model) -> those that take part in the decision.
         install: (model, handle, exchange, shards) has the handle decide, until it is detached.
     """
@@ -38,6 +39,7 @@ class Engine:
     scopes: tuple[str, ...]
     parameters: Callable[[Any], Any]
     install: Callable[[Any, Any, Any, Any], None]
+    averages_only: bool = False
 
 
 def engine_of(
@@ -86,6 +88,7 @@ def fsdp_engine(
         scopes=(scope_of(policy),),
         parameters=fsdp.sharded_parameters,
         install=fsdp_unsharded.install_unsharded if unsharded else fsdp.install_in_fsdp,
+        averages_only=group is None and not unsharded and scope_of(policy) != "group",
     )
 
 

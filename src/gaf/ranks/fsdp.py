@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from gaf.ranks.exchange import Exchange
+from gaf.ranks.fsdp_average import FlatAverage
 from gaf.ranks.fsdp_groups import GroupwiseShards, fsdp_modules, grouped_parameters
 from gaf.ranks.handle import Handle
 from gaf.ranks.replicas import Replicas
@@ -45,8 +46,13 @@ def install_in_fsdp(
         watch_passes(model, handle)
         return
     params = sharded_parameters(model)
+    mesh_group = params[0].device_mesh.get_group()  # type: ignore[attr-defined]
+    if exchange.group == mesh_group:
+        average = FlatAverage(handle, fsdp_modules(model), exchange)
+        watch_passes(model, handle, average.begin, average.end)
+        return
     check_same_weights(params, exchange.group)
-    groups = [params[0].device_mesh.get_group(), *shards]  # type: ignore[attr-defined]
+    groups = [mesh_group, *shards]
     reduced = [group for module in fsdp_modules(model) for group in grouped_parameters(module)]
     replicas = Replicas(handle, exchange, params, reduced, groups)
     watch_passes(model, handle, replicas.begin, replicas.end)

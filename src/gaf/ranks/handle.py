@@ -116,8 +116,9 @@ class Handle(Decider):
         of the others'; `finite`, the share of the steps in which it was finite. Since attach:
         `left_out`, the steps that were taken without it.
 
-        A single step's cosine scatters by about 1 / sqrt(d_eff); a worker whose data or arithmetic
-        are wrong shows in the means, beside the others'.
+        On a flat FSDP2 model under `Mean` the cosines stay unknown. A single step's cosine scatters
+        by about 1 / sqrt(d_eff); a worker whose data or arithmetic are wrong shows in the means,
+        beside the others'.
         """
         return self.pending.known_ledger().workers.table(self.ledger.alarms.workers or [])
 

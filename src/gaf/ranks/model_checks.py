@@ -9,7 +9,8 @@ from torch.optim import Optimizer
 
 from gaf.ranks.exchange import Exchange
 from gaf.ranks.optimizer_steps import parameters_of
-from gaf.rules.contract import Policy, scope_of
+from gaf.rules.averaging import averages
+from gaf.rules.contract import Policy, is_planned, scope_of
 
 
 def check_ddp(
@@ -67,7 +68,9 @@ def check_fsdp_mesh(model: nn.Module, mesh: Any) -> None:
 def check_fsdp_group(
     policy: Policy, group: "dist.ProcessGroup | None", unsharded: bool = False
 ) -> None:
-    """Replicas are compared, or each parameter group decides for itself, or gradients are kept."""
+    """Rows are replicas, or kept unsharded, or decided on by parameter groups, or averaged."""
+    if group is None and averages(policy) and not is_planned(policy):
+        return
     groupwise = scope_of(policy) == "group"
     chosen = groupwise + (group is not None) + unsharded
     if chosen != 1:
@@ -76,7 +79,8 @@ def check_fsdp_group(
             'group=mesh["replicate"].get_group(); or on a flat mesh unsharded=True, for one '
             "decision at the memory of an unsharded gradient per rank; or on a flat mesh "
             'GAF(..., scope="group"), for one decision per parameter group, which is another '
-            f"algorithm; got {('neither', '', 'two', 'all')[chosen]}. Without them a flat mesh "
+            "algorithm; or on a flat mesh gaf.Mean; "
+            f"got {('neither', '', 'two', 'all')[chosen]}. Without them a flat mesh "
             "sums the ranks' gradients away before they could be compared."
         )
 

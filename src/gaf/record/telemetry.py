@@ -70,8 +70,8 @@ class Telemetry:
         }
 
     def _noise_scale(self, b: float) -> float:
-        """B = tr(Sigma) / |g|^2; NaN if nothing was compared, infinite for no common direction."""
-        if not any(r.compared for r in self.recent):
+        """B = tr(Sigma) / |g|^2; NaN if nothing was measured, infinite for no common direction."""
+        if not any(math.isfinite(r.signal) for r in self.recent):
             return math.nan
         signal = finite_sum(r.signal for r in self.recent)
         noise = max(finite_sum(r.norm2 for r in self.recent) - signal, 0.0)

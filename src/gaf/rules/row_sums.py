@@ -47,7 +47,7 @@ class RowSums:
         """
         present = is_present(self.norms2).sum()
         pairs = present * (present - 1)
-        return torch.where(pairs > 0, (self.inner - self.norms2).sum() / pairs, math.nan)
+        return torch.where(pairs > 0, (self.total2 - self.norms2.sum()) / pairs, math.nan)
 
     @property
     def cosines(self) -> Float64[Tensor, " k"]:
@@ -61,3 +61,19 @@ class RowSums:
         known = is_present(self.norms2) & is_present(others2)
         cosines = (self.inner - self.norms2) / (self.norms2.sqrt() * others2.sqrt())
         return torch.where(known, cosines.clamp(-1, 1), math.nan)
+
+
+@dataclass(frozen=True, eq=False)
+class NormSums(RowSums):
+    """Sums of rows of which only the norms are known, and that of their sum.
+
+    Attributes:
+        inner: NaN.
+        known_total2: () float64, |S|^2.
+    """
+
+    known_total2: Float64[Tensor, ""]
+
+    @property
+    def total2(self) -> Float64[Tensor, ""]:
+        return self.known_total2
