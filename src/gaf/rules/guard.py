@@ -25,9 +25,8 @@ class Guard:
 
     - if it is not finite;
     - if its norm is more than `norm_ratio` times the median of the others', and as many times the
-      largest norm of any row of late (which fades by half in 350 steps). In the first 20 steps
-      nothing is usual yet: there it is `norm_ratio` squared times the others' median. With k = 2
-      the past shows which of the two has changed;
+      largest norm of any row of late (which fades by half in 350 steps); in the first 20 steps,
+      `norm_ratio` squared times both. With k = 2 the past shows which of the two has changed;
     - with `cosine_z`, if its cosine to the sum of the others lies that many standard deviations
       below its usual one, relative to the others'.
 

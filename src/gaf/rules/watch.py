@@ -21,6 +21,8 @@ class NormWatch:
     Args:
         ratio: to the median of the others' norms, and to the largest norm of late.
 
+    In the first 20 steps it is the ratio squared.
+
     Attributes:
         largest: of late; it falls by half in 350 steps.
         seen: steps that were learned from.
@@ -40,9 +42,8 @@ class NormWatch:
         ]
 
     def _is_far(self, norm: float, other: float) -> bool:
-        if self.seen < WARM_UP:
-            return norm - other > 2 * self.limit
-        return norm - other > self.limit and norm - self.largest > self.limit
+        limit = self.limit if self.seen >= WARM_UP else 2 * self.limit
+        return min(norm - other, norm - self.largest) > limit
 
     def learn(self, norms: Sequence[float]) -> None:
         """Adds one step; NaN for rows that are broken."""
