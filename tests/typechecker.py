@@ -1,6 +1,7 @@
 """How annotations are checked under test: by beartype, an int being as good as a float."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import jaxtyping
 from beartype import BeartypeConf, beartype
@@ -8,9 +9,11 @@ from beartype import BeartypeConf, beartype
 check = beartype(conf=BeartypeConf(is_pep484_tower=True))
 
 
+@contextmanager
 def without_type_checks() -> Iterator[None]:
-    """For a fixture to yield from."""
     before = jaxtyping.config.jaxtyping_disable
     jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", before)
+    try:
+        yield
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", before)

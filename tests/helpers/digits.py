@@ -4,11 +4,11 @@ import copy
 from collections.abc import Sequence
 
 import torch
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import gaf
+from typechecker import without_type_checks
 
 BATCH = 12
 Batch = tuple[Tensor, Tensor]
@@ -16,6 +16,8 @@ Batch = tuple[Tensor, Tensor]
 
 def noisy_digits() -> Batch:
     """The digits, 40% of the labels replaced."""
+    from sklearn.datasets import load_digits  # imports much
+
     data = load_digits()
     rng = torch.Generator().manual_seed(1)
     x, y = torch.tensor(data.images, dtype=torch.float32)[:, None] / 16, torch.tensor(data.target)
@@ -63,16 +65,20 @@ def mixed_tau(rows: Tensor) -> float:
 
     No row is near enough for rounding to decide.
     """
-    found = []
-    for tau in torch.linspace(0.02, 1.5, 75).tolist():
-        decision = gaf.GAF(tau)(gaf.gram(rows))
-        margin = (decision.distances[1:] - tau).abs().min().item()
-        mixed = bool(2 <= decision.accepted.sum() < len(rows))
-        found.append((mixed, decision.stepped.item(), margin, tau))
-    _, stepped, margin, tau = max(found)
+    products, taus = gaf.gram(rows), torch.linspace(0.02, 1.5, 75).tolist()
+    with without_type_checks():  # they would take most of the time
+        _, stepped, margin, tau = max(judge_tau(tau, products) for tau in taus)
     assert stepped
     assert margin > 1e-4  # float32 inner products are good to 1e-5
     return tau
+
+
+def judge_tau(tau: float, products: Tensor) -> tuple[bool, bool, float, float]:
+    """Whether it accepts some rows but not all, and steps; how clearly; then the tau."""
+    decision = gaf.GAF(tau)(products)
+    margin = (decision.distances[1:] - tau).abs().min().item()
+    mixed = bool(2 <= decision.accepted.sum() < len(products))
+    return mixed, bool(decision.stepped), margin, tau
 
 
 def close_to_sum(actual: Tensor, expected: Tensor, rows: Tensor, eps: float = 2**-24) -> None:

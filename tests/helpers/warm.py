@@ -18,7 +18,8 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 # torch imports torch._dynamo at an optimizer's first step
-BEFORE, AFTER = ("jaxtyping", "torch", "torch._dynamo", "torch.distributed.fsdp"), ("gaf", "pytest")
+BEFORE = ("jaxtyping", "torch", "torch._dynamo", "torch.distributed.fsdp")
+AFTER = ("gaf", "gaf.ranks.ddp", "gaf.ranks.fsdp", "pytest")
 START = "import sys; sys.path[:] = sys.argv[2:]; from helpers.warm import main; main()"
 
 Target = Callable[..., None]  # called with the child's end of the pipe, then the arguments

@@ -14,7 +14,8 @@ HUMAN = sources.HUMAN_LABELS.file
 
 @pytest.fixture(autouse=True, scope="module")
 def _fast() -> Iterator[None]:
-    yield from without_type_checks()
+    with without_type_checks():
+        yield
 
 
 @pytest.fixture(scope="session")
