@@ -472,6 +472,7 @@ def test_random_skip_averages_as_mean_or_does_nothing() -> None:
         assert torch.equal(d.distances, gaf.Mean()(gram).distances)
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_random_skip_steps_with_its_probability() -> None:
     steps = 1000
     for p in (0.1, 0.5, 0.9):

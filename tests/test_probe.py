@@ -139,6 +139,7 @@ def test_the_cosine_of_pure_noise_scatters_by_the_root_of_the_dimension():
 @pytest.mark.parametrize(
     ("rho", "tau", "k"), [(1.0, 0.5, 2), (3.0, 0.7, 8), (10.0, 0.85, 8), (100.0, 0.95, 4)]
 )
+@pytest.mark.usefixtures("unchecked")
 def test_predicted_acceptance_is_what_gaf_accepts_of_normal_rows(name, rho, tau, k):
     eigenvalues = spectrum(name)
     rows = gaussian(1500, rho, eigenvalues)

@@ -46,6 +46,7 @@ def now(threshold: Threshold) -> float:
     return float(threshold.tau_on(torch.device("cpu")))
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_the_signals_tau_is_one_minus_kappa_times_the_expected_cosine():
     """All rows are accepted, so no selection biases <s, g> / c: |g|^2 / E|g_i|^2 is known."""
     thresholds = [gaf.SignalTau(kappa, window=1e9) for kappa in (0.0, 0.5, 1.0, 2.0)]
@@ -63,6 +64,7 @@ def test_the_signals_tau_is_one_minus_kappa_times_the_expected_cosine():
 
 
 @pytest.mark.parametrize("k", [4, 8, 10])
+@pytest.mark.usefixtures("unchecked")
 def test_quadruples_of_rows_give_the_trace_of_the_squared_covariance_whatever_the_gradient(k: int):
     scales = torch.linspace(0.2, 2.0, 30, dtype=torch.float64)
     g = torch.full((30,), 5.0, dtype=torch.float64)
@@ -89,6 +91,7 @@ def bare(gram: Tensor) -> Seen:
 @pytest.mark.parametrize(
     ("k", "z", "steps"), [(8, 1.0, 500), (4, 2.0, 1500), (2, 2.0, 3000), (3, 0.5, 3000)]
 )
+@pytest.mark.usefixtures("unchecked")
 def test_the_noise_floor_is_that_of_the_effective_dimension(k: int, z: float, steps: int):
     """Pure noise of unit covariance in n coordinates: d_eff = n.
 
@@ -100,6 +103,7 @@ def test_the_noise_floor_is_that_of_the_effective_dimension(k: int, z: float, st
     assert now(threshold) == pytest.approx(1 - z / 8, abs=0.007 * max(z, 1))
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_at_two_standard_deviations_a_fortieth_of_pure_noise_passes():
     """The share of a normal distribution above 2, with the threshold learned from the noise."""
     threshold, generator = gaf.NoiseFloorTau(2.0), torch.Generator().manual_seed(0)
@@ -113,6 +117,7 @@ def test_at_two_standard_deviations_a_fortieth_of_pure_noise_passes():
     assert abs(passed - 0.0228) < 4 * (0.0228 / 2900) ** 0.5
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_the_quantiles_tau_comes_to_accept_the_share_that_was_asked_for():
     for p in (0.1, 0.7):
         threshold, shares = gaf.QuantileTau(p, cap=2.0, rate=0.02), []
@@ -207,6 +212,7 @@ def test_rows_that_stream_teach_what_their_gram_matrix_does(make: Callable[[], T
 
 @pytest.mark.parametrize("make", KINDS)
 @pytest.mark.parametrize("start", ["first", "best", "worst"])
+@pytest.mark.usefixtures("unchecked")
 def test_a_restored_run_goes_on_bit_for_bit(make: Callable[[], Threshold], start: Any):
     whole, weights = train(gaf.GAF(make(), start=start), 10, 4)
     taus, others = train(
@@ -295,6 +301,7 @@ def taus_and_scales(
 
 @pytest.mark.parametrize("make", ALL)
 @pytest.mark.parametrize("stack", [False, True], ids=["streamed", "stacked"])
+@pytest.mark.usefixtures("unchecked")
 def test_a_gradscaler_whose_scale_grows_and_falls_changes_no_tau(
     make: Callable[[], Any], stack: bool
 ):
@@ -338,6 +345,7 @@ def test_absent_rows_teach_nothing_and_hinder_nothing(make: Callable[[], Any], b
         assert float(among.tau_on(torch.device("cpu"))) == pytest.approx(tau, abs=1e-9)
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_steps_with_few_rows_do_not_thin_out_what_quadruples_have_shown():
     """Pure noise of 64 coordinates, d_eff = 64; five and three rows in turn are present."""
     threshold, generator = gaf.NoiseFloorTau(2.0, window=1e9), torch.Generator().manual_seed(0)

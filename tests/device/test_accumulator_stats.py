@@ -92,12 +92,14 @@ def noisy_run(policy: Any, steps: int = 100, k: int = 4, **kwargs: Any) -> gaf.A
 @pytest.mark.parametrize(
     "policy", [gaf.GAF(2.0), gaf.Mean(), gaf.GAF(2.0, average="halving")], ids=repr
 )
+@pytest.mark.usefixtures("unchecked")
 def test_the_noise_scale_is_found_within_sampling_error(policy: Any, wrap: Callable) -> None:
     acc = noisy_run(wrap(policy))
     assert acc.stats()["noise_scale"] == pytest.approx(5.0, rel=0.1)
     assert acc.stats(b=32)["noise_scale"] == pytest.approx(160.0, rel=0.1)
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_the_noise_scale_does_not_see_a_gradscaler() -> None:
     acc = noisy_run(gaf.GAF(2.0), scaler=cpu_scaler(growth_interval=7))
     assert acc.stats()["noise_scale"] == pytest.approx(5.0, rel=0.1)  # as above
@@ -150,6 +152,7 @@ def warned(acc: gaf.Accumulator, p: nn.Parameter, rows: list, steps: int) -> lis
         (AGREE, "Every micro-gradient was accepted in 100 steps"),
     ],
 )
+@pytest.mark.usefixtures("unchecked")
 def test_a_tau_that_never_or_always_accepts_is_reported_once_after_100_steps(
     rows: list, message: str, start: str
 ) -> None:
@@ -162,6 +165,7 @@ def test_a_tau_that_never_or_always_accepts_is_reported_once_after_100_steps(
     assert warned(acc, p, rows, 150) == []
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_one_row_accepted_and_one_rejected_in_100_steps_is_no_cause_for_a_warning() -> None:
     p = vector()
     acc = gaf.Accumulator(SGD([p], 0.0), gaf.GAF(0.5))
@@ -175,11 +179,13 @@ def test_one_row_accepted_and_one_rejected_in_100_steps_is_no_cause_for_a_warnin
     "policy", [gaf.Mean(), gaf.GAF(2.0), gaf.RandomSkip(0.0), gaf.RandomSkip(1.0)], ids=repr
 )
 @pytest.mark.parametrize("rows", [AGREE, DISAGREE], ids=["agree", "disagree"])
+@pytest.mark.usefixtures("unchecked")
 def test_policies_without_a_threshold_to_set_do_not_warn(policy: Any, rows: list) -> None:
     p = vector()
     assert warned(gaf.Accumulator(SGD([p], 0.0), policy), p, rows, 120) == []
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_a_leftover_micro_batch_in_every_epoch_does_not_silence_the_warning() -> None:
     p = vector()
     acc = gaf.Accumulator(SGD([p], 0.0), gaf.GAF(0.5))
@@ -189,6 +195,7 @@ def test_a_leftover_micro_batch_in_every_epoch_does_not_silence_the_warning() ->
     assert any("No micro-gradient was accepted" in message for message in found)
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_a_warning_given_before_a_checkpoint_is_not_given_again_after_it() -> None:
     p = vector()
     acc = gaf.Accumulator(SGD([p], 0.0), gaf.GAF(0.5))
@@ -216,12 +223,14 @@ def test_one_micro_gradient_is_warned_of_whatever_the_threshold(tau: Any) -> Non
     assert "One micro-gradient has nothing to agree with" in warnings_of(gaf.GAF(tau), 1, steps=1)
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_more_accepted_rows_asked_for_than_there_are_is_named_as_the_cause() -> None:
     text = warnings_of(gaf.GAF(1.9, min_accepted=5), 4)
     assert "min_accepted = 5 of 4 is more than ever agreed. Lower min_accepted" in text
     assert "raise tau" not in text
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_rows_that_are_all_absent_are_warned_of() -> None:
     assert "Every micro-gradient was zero, NaN or infinite in 100 steps" in warnings_of(
         gaf.GAF(), 2, factor=float("nan")
