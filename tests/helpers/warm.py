@@ -1,11 +1,13 @@
-"""A process that has imported torch and gaf, and forks others.
+"""A process that has imported torch and gaf, and forks others: ranks and commands.
 
-In a fresh interpreter the imports are seconds of work, for each of dozens of ranks and commands.
+In a fresh interpreter the imports are seconds of work.
 """
 
+import atexit
 import contextlib
 import importlib
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -15,6 +17,7 @@ import traceback
 from collections.abc import Callable, Iterable
 from multiprocessing import Pipe, current_process, reduction
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 # torch imports torch._dynamo at an optimizer's first step
@@ -77,6 +80,25 @@ def fork(pipe: Connection) -> int:
         os._exit(code)  # a thread of torch's process groups could abort an orderly exit
 
 
+def run_program(pipe: Connection, words: list[str], out: Path, environment: dict) -> None:
+    """As `python WORDS > out 2>&1` in a process group of its own, which takes Ctrl-C."""
+    os.setpgid(0, 0)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.environ |= environment
+    for stream in (1, 2):
+        os.dup2(os.open(out, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+    sys.modules["jaxtyping"].config.update("jaxtyping_disable", True)
+    try:
+        if words[0] == "-m":
+            sys.argv = words[1:]
+            runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+        else:
+            sys.argv = words
+            runpy.run_path(words[0], run_name="__main__")
+    finally:
+        atexit._run_exitfuncs()
+
+
 class Child:
     """A forked process."""
 
@@ -95,9 +117,28 @@ class Child:
         assert self.returncode is not None
         return self.returncode
 
-    def kill(self) -> None:
+    def send_signal(self, which: int, group: bool = False) -> None:
+        """group: to all processes of its process group."""
         if self.poll() is None:
-            os.kill(self.pid, signal.SIGKILL)
+            (os.killpg if group else os.kill)(self.pid, which)
+
+    def kill(self, group: bool = False) -> None:
+        self.send_signal(signal.SIGKILL, group)
+
+
+class Program(Child):
+    """A command. out: where all that it prints goes."""
+
+    out: Path
+
+    def text(self) -> str:
+        """What it has printed."""
+        return self.out.read_text()
+
+    def finish(self) -> str:
+        """Waits for its end; returns what it has printed."""
+        self.wait()
+        return self.text()
 
 
 class Warm:
@@ -133,6 +174,14 @@ class Warm:
             pid = to.recv()
         here.send((target, args))
         return Child(self, pid, here)
+
+    def start_program(self, *words: Any, out: Path, **environment: str) -> Program:
+        """`python WORDS` without the imports; the tests' type checks are off, as for users."""
+        child = self.start(run_program, [str(word) for word in words], out, environment)
+        program = Program(self, child.pid, child.pipe)
+        program.out = out
+        out.touch()
+        return program
 
 
 WARM = Warm()

@@ -1,8 +1,12 @@
-"""The examples, as a person starts them; the worker of the Ray Train page."""
+"""The examples, of which most run for fewer epochs; the worker of the Ray Train page.
+
+As a person starts them they are slow.
+"""
 
 import ast
 import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,37 +16,81 @@ import pytest
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
+from helpers.warm import WARM
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
 RAY = Path(__file__).parents[2] / "docs" / "frameworks" / "ray-train.md"
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 
 
+EPOCHS = {"40": 8, "15": 8}
+RANKS = {"plain_pytorch_ddp": 2, "diloco": 4}
 NEEDS = {
     "lightning_module": "lightning",
     "accelerate_loop": "accelerate",
     "huggingface_trainer": "transformers",
 }
+NAMES = ("plain_pytorch", "plain_pytorch_ddp", *NEEDS)
 
 
-def start(name, *launcher):
-    """What an example prints."""
+def start(name):
+    """What an example prints, as a person starts it."""
+    ranks = RANKS.get(name)
+    launcher = [*TORCHRUN, str(ranks)] if ranks else []
     command = [sys.executable, *launcher, str(EXAMPLES / f"{name}.py")]
-    done = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        check=False,
-    )
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
-@pytest.mark.parametrize("name", ["plain_pytorch", "plain_pytorch_ddp", *NEEDS])
-def test_an_example_prints_accuracy_and_acceptance(name):
+def fork(program, folder):
+    """What a program prints, without the seconds of imports of each process."""
+    ranks = RANKS.get(program.stem, 1)
+    group = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
+    started = [
+        WARM.start_program(
+            program,
+            out=folder / f"out-{rank}",
+            **(group | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}),
+        )
+        for rank in range(ranks)
+    ]
+    said = [each.finish() for each in started]
+    assert [each.returncode for each in started] == [0] * ranks, said
+    return "".join(said)
+
+
+def free_port():
+    with socket.socket() as server:
+        server.bind(("localhost", 0))
+        return server.getsockname()[1]
+
+
+def shorten(name, folder):
+    """The example for fewer epochs."""
+    text = (EXAMPLES / f"{name}.py").read_text()
+    short = re.sub("(?m)^(EPOCHS.* = )(40|15),", lambda m: f"{m[1]}{EPOCHS[m[2]]},", text)
+    assert short != text
+    program = folder / f"{name}.py"
+    program.write_text(short)
+    return program
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_example_prints_accuracy_and_acceptance(name, tmp_path):
     pytest.importorskip(NEEDS.get(name, "torch"))
-    printed = start(name, *([*TORCHRUN, "2"] if name.endswith("_ddp") else []))
+    check_accuracies(name, fork(shorten(name, tmp_path), tmp_path))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_an_example_prints_accuracy_and_acceptance_as_a_person_starts_it(name):
+    pytest.importorskip(NEEDS.get(name, "torch"))
+    check_accuracies(name, start(name))
+
+
+def check_accuracies(name, printed):
     found = re.findall(r"^(\w+): accuracy (0\.\d+) (\{.*\})$", printed, re.MULTILINE)
     assert [policy for policy, _, _ in found] == ["averaging" if name in NEEDS else "Mean", "GAF"]
     # of ten digits, 40% of the labels wrong
@@ -53,8 +101,16 @@ def test_an_example_prints_accuracy_and_acceptance(name):
     assert metrics["gaf/tau"] == 0.8
 
 
-def test_an_outer_step_withstands_a_bad_process():
-    printed = start("diloco", *TORCHRUN, "4")
+def test_an_outer_step_withstands_a_bad_process(tmp_path):
+    check_outer_steps(fork(EXAMPLES / "diloco.py", tmp_path))
+
+
+@pytest.mark.slow
+def test_an_outer_step_withstands_a_bad_process_as_a_person_starts_it():
+    check_outer_steps(start("diloco"))
+
+
+def check_outer_steps(printed):
     found = re.findall(r"^(\w+): accuracy (0\.\d+), accepted (\[.*\])$", printed, re.MULTILINE)
     accuracy = {policy: float(value) for policy, value, _ in found}
     assert accuracy.keys() == {"Mean", "Guard", "Median", "GAF"}

@@ -22,6 +22,7 @@ from gaf_lab.bench.ddp import measure_ddp
 from gaf_lab.bench.ddp_rank import DDPSetup
 from gaf_lab.bench.ways import GAF, GUARD, MEASURED, MEASURED_EVERY, NAIVE, PLAIN, WAYS, filter_rows
 from gaf_lab.commands import main as cli
+from helpers.warm import WARM
 
 SLOW_NETWORK = Path(__file__).parents[3] / "benchmarks" / "slow_network.py"
 FIELDS = {
@@ -106,27 +107,11 @@ def test_the_naive_way_averages_what_it_accepts():
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     out = tmp_path_factory.mktemp("bench") / "new" / "ddp.jsonl"
-    words = [
-        "-m",
-        "gaf_lab",
-        "bench",
-        "ddp",
-        "--model",
-        "mlp",
-        "--b",
-        "4",
-        "--k",
-        "2",
-        "--rounds",
-        "2",
-        "--out",
-        str(out),
-    ]
-    done = subprocess.run(
-        [sys.executable, *words], capture_output=True, text=True, timeout=1200, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return out, done.stdout
+    words = ("-m", "gaf_lab", "bench", "ddp", "--model", "mlp", "--b", 4, "--k", 2, "--rounds", 2)
+    program = WARM.start_program(*words, "--out", out, out=out.parents[1] / "said")
+    said = program.finish()
+    assert program.returncode == 0, said
+    return out, said
 
 
 def test_a_run_writes_a_whole_line_per_way(measured):

@@ -3,8 +3,6 @@
 import dataclasses
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -24,6 +22,7 @@ from gaf_lab.training.run import train
 from helpers.fakes import Silent
 from helpers.pictures import CPU, SMALL, random_pixels, save
 from helpers.runs import Stop, assert_same, final_state, wait_until
+from helpers.warm import WARM
 
 
 @pytest.mark.parametrize("place", ["", "imagenet", "ILSVRC/Data/CLS-LOC"])
@@ -167,23 +166,17 @@ def endless(pictures, tmp_path):
         "--device",
         "cpu",
         "--out",
-        tmp_path,
+        tmp_path / "run",
     ]
-    pipes = {
-        "stdout": subprocess.DEVNULL,
-        "stderr": subprocess.PIPE,
-        "text": True,
-        "env": os.environ | {"OMP_NUM_THREADS": "1"},
-    }
-    process = subprocess.Popen([sys.executable, "-m", "gaf_lab", *map(str, words)], **pipes)
+    process = WARM.start_program("-m", "gaf_lab", *words, out=tmp_path / "said")
     workers: list[int] = []
     while len(workers) < reader_count() and process.poll() is None:
         time.sleep(0.05)
         # by then git, which the header needs, has exited
-        workers = read_by(process.pid) if (tmp_path / records.FILE).exists() else []
+        workers = read_by(process.pid) if (tmp_path / "run" / records.FILE).exists() else []
     yield process, workers
     process.kill()
-    process.communicate()
+    process.wait()
 
 
 def read_by(pid):
@@ -193,14 +186,14 @@ def read_by(pid):
 def test_a_worker_that_is_killed_ends_the_run_with_one_message(endless, tmp_path):
     process, workers = endless
     os.kill(workers[0], signal.SIGKILL)
-    _, errors = process.communicate(timeout=900)
+    errors = process.finish()
     assert process.returncode == 2
     assert (
         "gaf train: imagenet: every process that reads pictures must live as long as the run; "
         "one did not (DataLoader worker" in errors
     )
     assert "Traceback" not in errors
-    assert records.read(tmp_path).end["status"] == "interrupted"
+    assert records.read(tmp_path / "run").end["status"] == "interrupted"
 
 
 def test_a_run_that_is_killed_leaves_no_worker_behind(endless):

@@ -2,11 +2,7 @@
 
 import dataclasses
 import io
-import os
 import signal
-import subprocess
-import sys
-import time
 
 import pytest
 from rich.console import Console
@@ -19,7 +15,9 @@ from gaf_lab.report.table import results_table
 from gaf_lab.settings.checks import ConfigError
 from gaf_lab.settings.presets import DEMO
 from gaf_lab.training.run import train
-from helpers.fakes import Silent, hear_ctrl_c
+from helpers.fakes import Silent
+from helpers.runs import wait_until
+from helpers.warm import WARM
 
 TINY = dataclasses.replace(DEMO, passes=2.0, eval_every=1.0)
 
@@ -45,20 +43,12 @@ def test_arms_of_one_seed_differ_in_the_policy_alone():
 
 
 def test_ctrl_c_leaves_what_is_finished_and_reports_it(tmp_path):
-    command = [sys.executable, "-m", "gaf_lab", "demo", "--passes", "6", "--out", str(tmp_path)]
-    process = subprocess.Popen(
-        command,
-        start_new_session=True,
-        preexec_fn=hear_ctrl_c,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
-    deadline = time.monotonic() + 300
-    while time.monotonic() < deadline and process.poll() is None and not any(finished(tmp_path)):
-        time.sleep(0.1)
+    words = ["-m", "gaf_lab", "demo", "--passes", "6", "--out", tmp_path / "demo"]
+    process, tmp_path = WARM.start_program(*words, out=tmp_path / "said"), tmp_path / "demo"
+    wait_until(lambda: process.poll() is not None or any(finished(tmp_path)))
     assert process.poll() is None
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers as well
-    out = process.communicate(timeout=60)[0].decode()
+    process.send_signal(signal.SIGINT, group=True)  # as a terminal does: to the workers as well
+    out = process.finish()
     assert "Stopped. The next demo in this folder starts anew." in out
     assert 0 < len(list(finished(tmp_path))) < 9
     assert (tmp_path / "report.html").is_file()

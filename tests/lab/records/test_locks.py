@@ -3,9 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
-import time
 
 import pytest
 
@@ -16,7 +13,9 @@ from gaf_lab.records import run as records
 from gaf_lab.records.locks import LOCK, FolderBusy, check_free, own_folder
 from gaf_lab.settings.config import TrainConfig
 from gaf_lab.training.run import train
-from helpers.fakes import Silent, hear_ctrl_c
+from helpers.fakes import Silent
+from helpers.runs import wait_until
+from helpers.warm import WARM
 
 SMALL = TrainConfig(dataset="digits", k=4, b=16, passes=1.0, eval_every=0.5)
 WORDS = ("--dataset", "digits", "--k", "4", "--b", "16")
@@ -93,45 +92,47 @@ def test_while_a_run_goes_on_its_folder_is_its_own(tmp_path):
     assert (len(run.evals), run.end["status"]) == (1, "stopped")
 
 
-def begun(*words):
+@pytest.fixture
+def begun(tmp_path_factory):
     """`gaf train WORDS` in a process of its own, which takes Ctrl-C."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "gaf_lab", "train", *words],
-        preexec_fn=hear_ctrl_c,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
+    out = tmp_path_factory.mktemp("said") / "out"
+    started = []
+
+    def start(*words):
+        started.append(WARM.start_program("-m", "gaf_lab", "train", *words, out=out))
+        return started[0]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
 
 
 def wait_for(path, process):
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None and not path.exists():
-        time.sleep(0.05)
-    assert process.poll() is None
+    wait_until(lambda: process.poll() is not None or path.exists())
+    assert process.poll() is None, process.text()
 
 
-def test_a_killed_run_leaves_no_lock_and_goes_on_from_its_first_checkpoint(tmp_path):
+def test_a_killed_run_leaves_no_lock_and_goes_on_from_its_first_checkpoint(tmp_path, begun):
     """Before the first evaluation, a run resumes from a checkpoint before the first step."""
     words = (*WORDS, "--passes", "4000", "--eval-every", "4000", "--out", str(tmp_path))
     process = begun(*words)
     wait_for(tmp_path / checkpoint.CHECKPOINT_FILE, process)
     assert cli.main(["train", *words, "--resume"]) == 2
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    process.kill()
+    process.wait()
     assert f"process {process.pid}" in (tmp_path / LOCK).read_text()  # nobody wiped it out
     assert cli.main(["train", *words, "--resume", "--steps", "3"]) == 0
     run = records.read(tmp_path)
     assert ([line["step"] for line in run.evals], run.end["status"]) == ([3], "stopped")
 
 
-def test_what_ctrl_c_proposes_before_the_first_evaluation_goes_on(tmp_path):
+def test_what_ctrl_c_proposes_before_the_first_evaluation_goes_on(tmp_path, begun):
     words = (*WORDS, "--passes", "4000", "--eval-every", "4000", "--out", str(tmp_path))
     process = begun(*words)
     wait_for(tmp_path / checkpoint.CHECKPOINT_FILE, process)
     process.send_signal(signal.SIGINT)
-    out = process.communicate(timeout=60)[0]
+    out = process.finish()
     assert process.returncode == 130
     (proposed,) = [
         line.partition("Go on with: gaf ")[2] for line in out.splitlines() if "Go on" in line

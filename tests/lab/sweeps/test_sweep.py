@@ -7,7 +7,6 @@ import multiprocessing
 import os
 import random
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -32,8 +31,9 @@ from gaf_lab.sweeps.jobs import JobEnd, JobProgress, jobs
 from gaf_lab.sweeps.sweep import Dispatcher, sweep
 from gaf_lab.sweeps.worker import INDEX, add_to_index, work
 from gaf_lab.training.run import train
-from helpers.fakes import Silent, hear_ctrl_c
-from helpers.runs import assert_same, final_state
+from helpers.fakes import Silent
+from helpers.runs import assert_same, final_state, wait_until
+from helpers.warm import WARM
 
 FILE = """
 seeds = [0, 1]
@@ -85,23 +85,19 @@ def whole(plan, tmp_path_factory):
 
 
 @pytest.fixture
-def start():
+def start(tmp_path_factory):
     """Starts `gaf sweep WORDS` in a process group of its own; nothing of it outlives the test."""
     started = []
 
     def launch(*words):
-        command = [sys.executable, "-m", "gaf_lab", "sweep", *map(str, words)]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        started.append(
-            subprocess.Popen(command, start_new_session=True, preexec_fn=hear_ctrl_c, **pipes)
-        )
+        out = tmp_path_factory.mktemp("said") / "out"
+        started.append(WARM.start_program("-m", "gaf_lab", "sweep", *words, out=out))
         return started[-1]
 
     yield launch
     for process in started:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
+        process.kill(group=True)
+        process.wait()
 
 
 class Here:
@@ -200,14 +196,6 @@ def finished_folders(out):
     return [run.folder for run in found if run.end is not None and run.end["status"] == "finished"]
 
 
-def wait_until(holds, seconds=1200):
-    """Generous: other programs may use the machine."""
-    end = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < end
-        time.sleep(0.01)
-
-
 def is_running(pid):
     try:
         os.kill(pid, 0)
@@ -276,8 +264,8 @@ def test_killed_at_any_moment_and_started_again_a_sweep_ends_as_an_undisturbed_o
         if how == "kill the sweep alone":  # its workers find out by themselves
             process.kill()
         else:
-            os.killpg(process.pid, signal.SIGINT if how == "ctrl-c" else signal.SIGKILL)
-        out = process.communicate()[0]
+            process.send_signal(signal.SIGINT if how == "ctrl-c" else signal.SIGKILL, group=True)
+        out = process.finish()
         if how == "ctrl-c":
             assert process.returncode == 130, out
             assert (
@@ -287,7 +275,7 @@ def test_killed_at_any_moment_and_started_again_a_sweep_ends_as_an_undisturbed_o
             assert "Traceback" not in out
         assert state_of({path.parent for path in before}) == before
     assert len(cut) >= 3
-    out, _ = start(plan, "--workers", 2, "--out", tmp_path).communicate()
+    out = start(plan, "--workers", 2, "--out", tmp_path).finish()
     assert "6 of 6 runs are finished, in" in out
     assert_same_runs(whole, tmp_path)
     assert_index_is_whole(tmp_path)
@@ -297,7 +285,7 @@ def test_killed_at_any_moment_and_started_again_a_sweep_ends_as_an_undisturbed_o
 def test_two_sweeps_at_the_same_time_share_the_runs(plan, whole, start, tmp_path):
     both = [start(plan, "--workers", 2, "--out", tmp_path) for _ in range(2)]
     for process in both:
-        out, _ = process.communicate()
+        out = process.finish()
         assert process.returncode == 0, out
         assert "6 of 6 runs are finished, in" in out
     assert_same_runs(whole, tmp_path)

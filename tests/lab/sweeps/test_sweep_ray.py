@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
-from test_sweep import BASE, assert_index_is_whole, assert_same_runs, subset, wait_until
+from test_sweep import BASE, assert_index_is_whole, assert_same_runs, subset
 
 from gaf_lab.records import checkpoint
 from gaf_lab.records import run as records
@@ -20,6 +20,7 @@ from gaf_lab.settings.plan import folder_name
 from gaf_lab.sweeps.sweep import sweep
 from gaf_lab.training.run import train
 from helpers.fakes import Silent
+from helpers.runs import wait_until
 
 ray = pytest.importorskip("ray")
 pytestmark = pytest.mark.distributed

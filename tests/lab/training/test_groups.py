@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
@@ -27,6 +26,7 @@ from gaf_lab.training.loop import Training
 from gaf_lab.training.run import train
 from helpers.fakes import Silent
 from helpers.runs import assert_same
+from helpers.warm import WARM
 
 SMALL = TrainConfig(
     dataset="digits", limit=240, model="mlp", k=3, b=12, passes=1.0, tau=0.9, scope="group"
@@ -42,7 +42,7 @@ NETS = [
 # ---------------------------------------------------------------------------------- the buckets
 
 
-def seen_by_ddp(rank, folder):
+def seen_by_ddp(pipe, rank, folder):
     """Sets of parameter names in each bucket, in DDP's final order."""
     torch.set_num_threads(1)
     os.environ["LOCAL_RANK"] = str(rank)
@@ -73,7 +73,7 @@ def buckets_of(name, stem, size):
 @pytest.fixture(scope="module")
 def from_ddp():
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(seen_by_ddp, (folder,), 1)
+        assert WARM.start(seen_by_ddp, 0, folder).wait() == 0
         return torch.load(Path(folder) / "found", weights_only=True)
 
 

@@ -16,10 +16,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jaxtyping
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from gaf_lab.commands.train import under_torchrun
 from gaf_lab.records import checkpoint
@@ -34,6 +34,7 @@ from gaf_lab.training.resume import prepare_restart
 from gaf_lab.training.run import train
 from helpers.fakes import Silent
 from helpers.runs import assert_same, wait_until
+from helpers.warm import WARM
 
 pytestmark = pytest.mark.distributed
 
@@ -165,8 +166,8 @@ def jobs(folder):
     }
 
 
-def work(rank, store, folder):
-    torch.set_num_threads(1)
+def work(pipe, rank, store, folder):
+    jaxtyping.config.update("jaxtyping_disable", True)
     os.environ["LOCAL_RANK"] = str(rank)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD)
     group, told = here(), {}
@@ -199,8 +200,6 @@ def work(rank, store, folder):
     attempt("there", lambda: train(SMALL, folder / "gaf", Silent(), group=group))
     (folder / f"told-{rank}.json").write_text(json.dumps(told))
     dist.destroy_process_group()
-    # after dozens of data-parallel models a process sometimes aborts in torch's destructors
-    os._exit(0)
 
 
 @pytest.fixture(scope="module")
@@ -209,7 +208,9 @@ def ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     train(SMALL, folder / "recorded", Silent())
     train(SMALL, folder / "one-gaf", Silent(), steps=11)
-    mp.spawn(work, (str(folder / "store"), folder), WORLD)
+    store = str(folder / "store")
+    processes = [WARM.start(work, rank, store, folder) for rank in range(WORLD)]
+    assert [process.wait() for process in processes] == [0] * WORLD
     return folder, [json.loads((folder / f"told-{rank}.json").read_text()) for rank in range(WORLD)]
 
 

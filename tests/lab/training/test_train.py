@@ -6,11 +6,7 @@ A run that cannot go on reports why, and loses nothing.
 import dataclasses
 import errno
 import json
-import os
 import resource
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -27,6 +23,7 @@ from gaf_lab.training.loop import Diverged
 from gaf_lab.training.run import train
 from helpers.fakes import Silent
 from helpers.runs import Stop, assert_same, final_state
+from helpers.warm import WARM
 
 SMALL = TrainConfig(
     dataset="digits",
@@ -113,22 +110,26 @@ def test_kill_minus_9_at_any_moment_and_resume_gives_the_same_final_weights(tmp_
         "--eval-every",
         "0.5",
     ]
-    command = [sys.executable, "-m", "gaf_lab", *words, "--out"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "env": environment}
-    subprocess.run([*command, str(tmp_path / "whole")], check=True, **quiet)
-    cut, kills = tmp_path / "cut", 0
+
+    def start(folder, *options):
+        said = tmp_path / f"said-{folder.name}"
+        return WARM.start_program("-m", "gaf_lab", *words, "--out", folder, *options, out=said)
+
+    whole, cut, kills = start(tmp_path / "whole"), tmp_path / "cut", 0
+    assert whole.finish()
+    assert whole.returncode == 0, whole.text()
     for size in (600, 6000):  # bytes of records: after the header, and after some evaluations
         resume = ["--resume"] if (cut / checkpoint.CHECKPOINT_FILE).exists() else []
-        process = subprocess.Popen([*command, str(cut), *resume], **quiet)
+        process = start(cut, *resume)
         while process.poll() is None and not far_enough(cut, size):
             time.sleep(0.01)
         kills += process.poll() is None
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
+        process.kill()
+        process.wait()
     assert kills == 2
     assert records.read(cut).end is None
-    subprocess.run([*command, str(cut), "--resume"], check=True, **quiet)
+    process = start(cut, "--resume")
+    assert process.wait() == 0, process.text()
     assert_same(final_state(tmp_path / "whole"), final_state(cut))
 
 
