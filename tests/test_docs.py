@@ -299,7 +299,6 @@ def test_ray_trains_as_its_page_says(tmp_path: Path):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     shown = re.findall(r"'gaf/acceptance': ([\d.]+)", done.stdout)

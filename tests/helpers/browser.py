@@ -15,7 +15,7 @@ import pytest
 WIDTHS = (1280, 390)  # pixels: a laptop, a phone
 PAPER = 673  # pixels between the margins of 16 mm on A4, at 96 to the inch
 SHRUNK = 1.05  # printing shrinks what is wider than the paper; more than this shows
-PATIENCE = 5.0  # seconds for a page to come to rest
+PATIENCE = 600.0  # seconds for a page to come to rest: the machine may be busy
 FLAGS = (
     "--headless=new",
     "--no-sandbox",

@@ -139,7 +139,7 @@ def from_tensorboard(folder: Path) -> Logged:
     return found
 
 
-def from_wandb(folder: Path, seconds: float = 60) -> Logged:
+def from_wandb(folder: Path, seconds: float = 600) -> Logged:
     """What a finished run has logged. Its service may write the file only after finish()."""
     end = time.monotonic() + seconds
     while not (found := history(folder)) and time.monotonic() < end:

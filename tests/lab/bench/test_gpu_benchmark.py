@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from helpers.warm import WARM
+
 BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
 CONDITIONS = {"device", "torch", "python", "date", "commit", "cuda", "nccl", "driver"}
 
@@ -59,9 +61,32 @@ def hide(monkeypatch, folder, *needed):
     monkeypatch.setenv("PYTHONPATH", str(folder))
 
 
+@pytest.mark.slow
 def test_a_rehearsal_runs_every_part_with_torch_and_numpy_alone(gpu, tmp_path, monkeypatch):
     hide(monkeypatch, tmp_path, "numpy")
-    status, lines = lines_of(gpu, tmp_path / "lines")
+    check_every_part(gpu, tmp_path / "lines")
+
+
+def test_a_rehearsal_runs_every_part(gpu, tmp_path, monkeypatch):
+    def lines_of_fork(part, device, rounds):
+        """The lines, without the seconds of imports of a new process."""
+        words = (BENCHMARKS / "gpu.py", "--part", part, "--rounds", rounds, "--device", "cpu")
+        program = WARM.start_program(*words, out=tmp_path / part)
+        said = program.finish()
+        assert program.returncode == 0, said
+        yield from (
+            {"part": part, **json.loads(line)}
+            for line in said.splitlines()
+            if line.startswith('{"kind":')
+        )
+        yield {"kind": "part", "part": part, "name": f"{part} ended", "seconds": 0.0}
+
+    monkeypatch.setattr(gpu, "lines_of", lines_of_fork)
+    check_every_part(gpu, tmp_path / "lines")
+
+
+def check_every_part(gpu, path):
+    status, lines = lines_of(gpu, path)
     failed = [line for line in lines if line.get("ok", True) is False]
     assert failed == [] and status == 0
     assert [line["part"] for line in lines if line["kind"] == "part"] == list(gpu.PARTS)

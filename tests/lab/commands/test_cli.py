@@ -9,6 +9,7 @@ import pytest
 from rich.console import Console
 
 import gaf
+from gaf_lab.bench import accumulate
 from gaf_lab.commands import main as cli
 from gaf_lab.records import run as records
 from gaf_lab.settings.presets import PRESETS
@@ -469,6 +470,13 @@ def test_a_file_is_replaced_as_a_whole_or_not_at_all(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["samples.csv"]
 
 
+@pytest.fixture
+def short_turns(monkeypatch):
+    """Turns of a step or two: what is looked at is not the time."""
+    monkeypatch.setattr(accumulate, "TURN", 1e-4)
+
+
+@pytest.mark.usefixtures("short_turns")
 def test_bench_compares_all_ways_and_writes_its_figures(run, tmp_path):
     out = tmp_path / "bench.jsonl"
     code, shown, _ = run(
@@ -485,6 +493,7 @@ def test_bench_compares_all_ways_and_writes_its_figures(run, tmp_path):
     assert held["gaf.GAF()"] < 2 < held["gaf.GAF(start='best')"]
 
 
+@pytest.mark.usefixtures("short_turns")
 def test_bench_accumulate_compares_in_every_size_of_the_mlp(run, tmp_path):
     out = tmp_path / "bench.jsonl"
     sizes = ("--hidden", 8, 4, "--b", 3, 2, "--k", 2, "--rounds", 2)

@@ -109,6 +109,8 @@ def test_kill_minus_9_at_any_moment_and_resume_gives_the_same_final_weights(tmp_
         "8",
         "--eval-every",
         "0.5",
+        "--limit",
+        "600",
     ]
 
     def start(folder, *options):
