@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from helpers.warm import WARM
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
+OUTER = Path(__file__).parents[2] / "docs" / "outer-steps.md"
 RAY = Path(__file__).parents[2] / "docs" / "frameworks" / "ray-train.md"
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 
@@ -114,6 +115,11 @@ def check_outer_steps(printed):
     found = re.findall(r"^(\w+): accuracy (0\.\d+), accepted (\[.*\])$", printed, re.MULTILINE)
     accuracy = {policy: float(value) for policy, value, _ in found}
     assert accuracy.keys() == {"Mean", "Guard", "Median", "GAF"}
+    for policy, value, rows in re.findall(
+        r"^\| `gaf\.(\w+)\(.*\)` \| (0\.\d+) \| (.*) \|$", OUTER.read_text(), re.MULTILINE
+    ):
+        assert (policy, f"[{rows}]") in [(name, accepted) for name, _, accepted in found]
+        assert abs(accuracy[policy] - float(value)) < 0.02  # the last digits of a sum differ
     assert accuracy.pop("Mean") < 0.2  # of ten digits: the weights are NaN
     assert min(accuracy.values()) > 0.85
     accepted = {policy: ast.literal_eval(rows) for policy, _, rows in found}
