@@ -4,7 +4,6 @@ import math
 import socket
 import statistics
 import warnings
-from functools import partial
 from typing import Any
 
 import pytest
@@ -33,13 +32,10 @@ from helpers.attached import (
     values,
 )
 from helpers.plain_ddp import (
-    SMALL_BUCKETS,
-    Step,
-    accumulated,
+    MODES,
+    compare_in_all_modes,
     compare_in_many_modes,
     compare_with_plain_ddp,
-    one_pass,
-    without_a_side,
 )
 from helpers.problems import Odd, Wide, flat_grad, micro_gradients, plain_loss, same_everywhere
 from helpers.ranks import World
@@ -165,25 +161,9 @@ def test_several_passes_of_a_step_are_plain_ddps_too(world: World, W: int) -> No
 
 @pytest.mark.slow
 @pytest.mark.parametrize("W", [2, 3, 4])
-@pytest.mark.parametrize("make", [Odd, Wide])
-@pytest.mark.parametrize("run", [one_pass, accumulated, without_a_side])
-@pytest.mark.parametrize(
-    "mode",
-    ["gradient_as_bucket_view", "static_graph", "find_unused_parameters", "broadcast_buffers"],
-)
-@pytest.mark.parametrize("buckets", [25, SMALL_BUCKETS])
-def test_every_mode_is_plain_ddps_bit_for_bit(
-    world: World, W: int, make: type, run: Step, mode: str, buckets: float
-) -> None:
-    modes = {mode: True}
-    if run is without_a_side:
-        modes["find_unused_parameters"] = True
-    if mode == "static_graph" and run is not one_pass:
-        pytest.skip("DDP's graph must be the same in every pass")
-    if make is Wide and run is without_a_side:
-        pytest.skip("a model without a side")
-    options = {"bucket_cap_mb": buckets, **modes}
-    world(W).run(partial(compare_with_plain_ddp, EACH, 50, make, run, **options))
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_is_plain_ddps_bit_for_bit(world: World, W: int, mode: str) -> None:
+    world(W).run(compare_in_all_modes, EACH, mode)
 
 
 def run_out_of_data(initial: bool) -> None:

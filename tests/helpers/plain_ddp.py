@@ -15,6 +15,10 @@ from helpers.attached import attach_model, equal, values
 from helpers.problems import Odd, Wide, batch, plain_loss
 
 SMALL_BUCKETS = 0.002  # MiB: several of them
+MODES = (
+    *("gradient_as_bucket_view", "static_graph"),
+    *("find_unused_parameters", "broadcast_buffers"),
+)
 Step = Callable[[nn.Module, int], None]  # backward passes of one step
 
 
@@ -62,3 +66,16 @@ def compare_in_many_modes(policy: Any) -> None:
     compare_with_plain_ddp(policy, 6, run=accumulated)
     compare_with_plain_ddp(policy, 6, run=without_a_side, find_unused_parameters=True)
     compare_with_plain_ddp(policy, 6, partial(Wide, torch.bfloat16), bucket_cap_mb=SMALL_BUCKETS)
+
+
+def compare_in_all_modes(policy: Any, mode: str) -> None:
+    """A mode of DDP with several models, loops and sizes of buckets."""
+    for buckets in (25, SMALL_BUCKETS):
+        options: dict[str, Any] = {"bucket_cap_mb": buckets, mode: True}
+        for make in (Odd, Wide):
+            compare_with_plain_ddp(policy, 50, make, **options)
+            if mode != "static_graph":  # its graph must be the same in every pass
+                compare_with_plain_ddp(policy, 12, make, accumulated, **options)
+        if mode != "static_graph":
+            options["find_unused_parameters"] = True
+            compare_with_plain_ddp(policy, 12, run=without_a_side, **options)
