@@ -7,7 +7,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import GradBucket
 from torch.nn.parallel import DistributedDataParallel
 
-from gaf.ranks.exchange import Pieces
+from gaf.ranks.exchange import Piece, Pieces
 from gaf.ranks.stale import StaleGradients
 
 Future = torch.futures.Future[Tensor]  # of the bucket, updated
@@ -41,22 +41,61 @@ class SentBucket:
         self.future.set_result(self.flat)
 
 
-def kept_gradients(bucket: GradBucket, stale: StaleGradients) -> Pieces:
-    """This rank's gradients in p.grad, and their places in the bucket.
+class BucketPiece(Piece):
+    """A bucket that is sent.
 
-    DDP leaves p.grad alone until the pass is over. Empty if p.grad is a view of the bucket, and on
-    a rank that has joined, which runs no backward pass.
+    Args:
+        pointers: where each parameter's gradient lay when the pass reached it; 0 for none.
     """
-    if not in_backward():
-        return [], []
-    own, places = [], []
-    for p, flat in zip(bucket.parameters(), bucket.gradients(), strict=True):
-        if p.grad is not None and not stale.holds_old_update(p):
-            own.append(p.grad.detach())
-            places.append(place_of(p, flat))
-    if any(a.data_ptr() == b.data_ptr() for a, b in zip(own, places, strict=True)):
-        return [], []
-    return own, places
+
+    def __init__(
+        self, bucket: GradBucket, stale: StaleGradients | None, pointers: dict[Tensor, int]
+    ) -> None:
+        super().__init__(bucket.buffer())
+        self.bucket, self.stale, self.pointers = bucket, stale, pointers
+
+    def find_kept(self) -> Pieces:
+        """This rank's gradients in p.grad, and their places in the bucket.
+
+        DDP leaves p.grad alone until the pass is over. Empty if p.grad is a view of the bucket, and
+        on a rank that has joined, which runs no backward pass.
+        """
+        if not in_backward():
+            return [], []
+        own, places = [], []
+        for p, flat in zip(self.bucket.parameters(), self.bucket.gradients(), strict=True):
+            stale = self.stale is not None and self.stale.holds_old_update(p)
+            if p.grad is not None and not stale:
+                own.append(p.grad.detach())
+                places.append(place_of(p, flat))
+        if any(a.data_ptr() == b.data_ptr() for a, b in zip(own, places, strict=True)):
+            return [], []
+        return own, places
+
+    def divide(self, ranks: int) -> None:
+        """To the bit as DDP does without a hook.
+
+        It multiplies by 1 / ranks what it copies into the bucket, and divides what was accumulated
+        there (gradient_as_bucket_view).
+        """
+        pairs = zip(self.bucket.parameters(), self.bucket.gradients(), strict=True)
+        there = [place for p, place in pairs if self._pointer(p) == place.data_ptr()]
+        if not there:
+            super().divide(ranks)
+        elif len(there) == len(self.bucket.parameters()):
+            self.flat.div_(ranks)
+        else:
+            self._divide_each(ranks, {place.data_ptr() for place in there})
+
+    def _divide_each(self, ranks: int, there: set[int]) -> None:
+        for place in self.bucket.gradients():
+            if place.data_ptr() in there:
+                place.div_(ranks)
+            else:
+                place.mul_(1 / ranks)
+
+    def _pointer(self, p: Tensor) -> int:
+        return self.pointers.get(p, 0 if p.grad is None else p.grad.data_ptr())
 
 
 def place_of(p: Tensor, place: Tensor) -> Tensor:

@@ -30,6 +30,8 @@ class BucketHook:
         self.params = bucket_parameters(model)
         self.seen: set[Tensor] = set()  # parameters of this pass's buckets so far
         self.unwatched = list(self.params)
+        # where gradients lay when this pass reached them
+        self.pointers: dict[Tensor, int] = {}
         self.handle: Handle | None = None
         self.exchange: Exchange | None = None
         self.policy: Policy | None = None
@@ -49,7 +51,10 @@ class BucketHook:
             assert self.way is not None
             self.way.begin(ranks)
         assert self.way is not None
-        return self.way.take(bucket, last)
+        future = self.way.take(bucket, last)
+        if last:
+            self.pointers.clear()
+        return future
 
     def position(self, bucket: GradBucket) -> tuple[bool, bool]:
         """Whether a bucket is the first and the last of its pass.
@@ -87,7 +92,7 @@ class BucketHook:
         return count_active_ranks(self.params[0], self.group) if by_active else world
 
     def choose_way(self, policy: Policy | None) -> Way:
-        plain = PlainAverage(self.handle, self.group, self.params)
+        plain = PlainAverage(self.handle, self.group, self.params, self.pointers)
         if self.handle is None or self.exchange is None or policy is None:
             return plain
         return choose_way(self.handle, self.exchange, policy, plain)
@@ -103,7 +108,7 @@ class BucketHook:
         self.unwatched = [p for p in self.unwatched if not p.requires_grad]
         for p in trainable:
             node = torch.autograd.graph.get_gradient_edge(p).node
-            hook = node.register_prehook(partial(report_arrival, self.handle, p))
+            hook = node.register_prehook(partial(report_arrival, self.handle, self.pointers, p))
             self.handle.on_detach(hook.remove)
 
     def release(self) -> None:
@@ -111,8 +116,10 @@ class BucketHook:
         self.handle = self.exchange = self.way = None
 
 
-def report_arrival(handle: Handle, p: Tensor, grads: Any) -> None:
+def report_arrival(handle: Handle, pointers: dict[Tensor, int], p: Tensor, grads: Any) -> None:
+    """Before a backward pass adds to a parameter's gradient."""
     handle.arrive(p)
+    pointers[p] = 0 if p.grad is None else p.grad.data_ptr()
 
 
 def count_active_ranks(like: Tensor, group: dist.ProcessGroup) -> int:

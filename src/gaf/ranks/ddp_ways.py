@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import GradBucket
 
-from gaf.ranks.buckets import Future, SentBucket, future_on, kept_gradients
+from gaf.ranks.buckets import BucketPiece, Future, SentBucket, future_on
 from gaf.ranks.exchange import Exchange
 from gaf.ranks.handle import Handle
 from gaf.ranks.pair import Pair
@@ -22,12 +22,20 @@ class OneDecision:
     """One decision for all buckets: each is sent during the backward pass; the last one decides.
 
     Args:
+        pointers: see `BucketPiece`.
         sets_aside: whether updates of an earlier pass of the same step stay out of the rows. DDP
             itself averages them again.
     """
 
-    def __init__(self, handle: Handle, exchange: Exchange, sets_aside: bool = True) -> None:
-        self.handle, self.exchange, self.sets_aside = handle, exchange, sets_aside
+    def __init__(
+        self,
+        handle: Handle,
+        exchange: Exchange,
+        pointers: dict[Tensor, int],
+        sets_aside: bool = True,
+    ) -> None:
+        self.handle, self.exchange, self.pointers = handle, exchange, pointers
+        self.sets_aside = sets_aside
         self.sent: list[SentBucket] = []
 
     def begin(self, ranks: int) -> None:
@@ -37,7 +45,7 @@ class OneDecision:
 
     def take(self, bucket: GradBucket, last: bool) -> Future:
         sent = SentBucket(bucket, self.handle.stale if self.sets_aside else None)
-        self.exchange.send(sent.flat, partial(kept_gradients, bucket, self.handle.stale))
+        self.exchange.send(sent.flat, BucketPiece(bucket, self.handle.stale, self.pointers))
         self.sent.append(sent)
         if last:
             self._settle()
@@ -84,19 +92,24 @@ class DecisionPerBucket:
 
 
 class PlainAverage:
-    """DDP's own average, bit for bit: multiplied by 1/W, then added up. A skip sends nothing.
+    """DDP's own average, bit for bit: divided, then added up. A skip sends nothing.
 
     Args:
         params: all that the model's buckets hold.
+        pointers: see `BucketPiece`.
 
     Attributes:
         ranks: to divide by.
     """
 
     def __init__(
-        self, handle: Handle | None, group: dist.ProcessGroup, params: list[Tensor]
+        self,
+        handle: Handle | None,
+        group: dist.ProcessGroup,
+        params: list[Tensor],
+        pointers: dict[Tensor, int],
     ) -> None:
-        self.handle, self.group, self.params = handle, group, params
+        self.handle, self.group, self.params, self.pointers = handle, group, params, pointers
         self.ranks = dist.get_world_size(group)
         self.steps = True
 
@@ -114,7 +127,8 @@ class PlainAverage:
             future = future_on(flat)
             future.set_result(flat.zero_())
             return future
-        work = dist.all_reduce(flat.mul_(1 / self.ranks), group=self.group, async_op=True)
+        BucketPiece(bucket, None, self.pointers).divide(self.ranks)
+        work = dist.all_reduce(flat, group=self.group, async_op=True)
         return work.get_future().then(lambda future: future.value()[0])
 
 
@@ -145,14 +159,14 @@ def choose_way(handle: Handle, exchange: Exchange, policy: Policy, plain: PlainA
     """The cheapest way that a policy allows."""
     apart = exchange.k == exchange.W  # each rank is a row
     if averages(policy):
-        measured = OneDecision(handle, Sums(exchange.group), sets_aside=False)
+        measured = OneDecision(handle, Sums(exchange.group), plain.pointers, sets_aside=False)
         return MeasuredAverage(policy, plain, measured) if measures(policy) else plain
     if scope_of(policy) == "group":
         return DecisionPerBucket(handle, exchange)
     if apart and judges_sums(policy):
-        return OneDecision(handle, Sums(exchange.group))
+        return OneDecision(handle, Sums(exchange.group), plain.pointers)
     mean_or_skip = type(policy) is GAF and policy.min_accepted == 2
     wide = all(p.dtype in (torch.float32, torch.float64) for p in plain.params)
     if apart and exchange.W == 2 and mean_or_skip and wide:
-        return OneDecision(handle, Pair(exchange.group))
-    return OneDecision(handle, exchange)
+        return OneDecision(handle, Pair(exchange.group), plain.pointers)
+    return OneDecision(handle, exchange, plain.pointers)

@@ -22,7 +22,7 @@ A piece is cut into W equal slices. Its remainder is joined with those of the ot
 last small piece.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,8 +45,18 @@ SMALL = 2**14
 Pieces = tuple[Sequence[Tensor], Sequence[Tensor]]  # tensors, and where their coordinates are sent
 
 
-def no_pieces() -> Pieces:
-    return (), ()
+class Piece:
+    """A flat piece of the gradient that is sent."""
+
+    def __init__(self, flat: Tensor) -> None:
+        self.flat = flat
+
+    def find_kept(self) -> Pieces:
+        """Tensors outside of `flat` that keep its values during the pass; none here."""
+        return (), ()
+
+    def divide(self, ranks: int) -> None:
+        self.flat.mul_(1 / ranks)
 
 
 @dataclass(eq=False)
@@ -93,14 +103,13 @@ class Exchange:
         self.parcels, self.rests, self.returns = [], [], []
         self._posted = 0
 
-    def send(self, flat: Tensor, find_kept: Callable[[], Pieces] = no_pieces) -> None:
+    def send(self, flat: Tensor, piece: Piece | None = None) -> None:
         """Starts the way in of one piece.
 
         Args:
             flat: this rank's values; in the end it holds its part of the update.
-            find_kept: finds tensors outside of `flat` that keep these values during the pass, and
-                the places in `flat` of their coordinates. Only `Sums` calls it: without such
-                tensors it makes a copy.
+            piece: knows what else keeps these values during the pass, and how the engine itself
+                would divide them. Only `Sums` asks.
         """
         self.device = flat.device
         c, rest = divmod(flat.numel(), self.W)

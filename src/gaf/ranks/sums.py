@@ -11,13 +11,13 @@ S is the sum of all rows. From these 2 k numbers follow the rows' cosines to the
                     all-reduce     2 n (W-1)/W    only if rows are left out: the others, added up
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gaf.ranks.exchange import Exchange, Parcel, Pieces, no_pieces
+from gaf.ranks.exchange import Exchange, Parcel, Piece, Pieces
 from gaf.rules.blas import products_by_blas
 from gaf.rules.contract import Merge
 from gaf.rules.gram import gram_of
@@ -47,14 +47,15 @@ class Sums(Exchange):
         super().begin()
         self.kept = []
 
-    def send(self, flat: Tensor, find_kept: Callable[[], Pieces] = no_pieces) -> None:
-        own, places = find_kept()
+    def send(self, flat: Tensor, piece: Piece | None = None) -> None:
+        piece = piece or Piece(flat)
+        own, places = piece.find_kept()
         slices = flat.new_empty(0)
         if not own:
             slices = self._spare.take_like(flat).copy_(flat)
             own, places = [slices], [flat]
         if self.factor != 1:
-            flat.mul_(self.factor)
+            piece.divide(self.active)
         work = dist.all_reduce(flat, group=self.group, async_op=True)
         self.parcels.append(Parcel(flat, slices, slices, [work]))
         self.kept.append((own, places))
