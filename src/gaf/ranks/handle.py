@@ -91,7 +91,7 @@ class Handle(Decider):
         return scheduler
 
     def stats(self, b: float = 1) -> dict[str, Any]:
-        """Plain numbers, the same on every rank: those of `gaf.Accumulator.stats`, and two lists.
+        """Plain numbers, the same on every rank: those of `gaf.Accumulator.stats`, and others.
 
         `rejected_per_row`, `absent_per_row`: for each rank (or micro-group), how often since
         attach. `cosine_mean`, `cosine_min`: the rows' cosines to the sum of the others. Under

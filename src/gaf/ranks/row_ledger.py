@@ -37,7 +37,7 @@ class RowLedger(Ledger):
     def stats(self, b: float = 1) -> dict[str, Any]:
         """See `gaf.Handle.stats`."""
         rows = {"rejected_per_row": list(self.rejected), "absent_per_row": list(self.absent)}
-        return super().stats(b) | rows
+        return super().stats(b) | self.telemetry.cosines() | rows
 
     def state_dict(self) -> dict[str, Any]:
         rows = {"rejected": list(self.rejected), "absent": list(self.absent)}

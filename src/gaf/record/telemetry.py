@@ -57,16 +57,21 @@ class Telemetry:
         recent = self.recent
         compared = sum(r.compared for r in recent)
         known_norms = sum(math.isfinite(r.dispersion) for r in recent)
-        cosines = sum(r.cosines for r in recent)
         return self.totals | {
             "acceptance": ratio(sum(r.accepted for r in recent), compared),
             "distance_mean": ratio(finite_sum(r.distance_sum for r in recent), compared),
             "distance_min": min((r.distance_min for r in recent if r.compared), default=math.nan),
-            "cosine_mean": ratio(sum(r.cosine_sum for r in recent), cosines),
-            "cosine_min": min((r.cosine_min for r in recent if r.cosines), default=math.nan),
             "norm_dispersion": ratio(finite_sum(r.dispersion for r in recent), known_norms),
             "tau": recent[-1].tau if recent else math.nan,
             "noise_scale": self._noise_scale(b),
+        }
+
+    def cosines(self) -> dict[str, float]:
+        """Of the rows to the sum of the others: mean and minimum."""
+        known = [r for r in self.recent if r.cosines]
+        return {
+            "cosine_mean": ratio(sum(r.cosine_sum for r in known), sum(r.cosines for r in known)),
+            "cosine_min": min((r.cosine_min for r in known), default=math.nan),
         }
 
     def _noise_scale(self, b: float) -> float:
