@@ -7,7 +7,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import GradBucket
 from torch.nn.parallel import DistributedDataParallel
 
-from gaf.ranks.exchange import Piece, Pieces
+from gaf.ranks.exchange import Pieces, SentPiece
 from gaf.ranks.stale import StaleGradients
 
 Future = torch.futures.Future[Tensor]  # of the bucket, updated
@@ -41,7 +41,7 @@ class SentBucket:
         self.future.set_result(self.flat)
 
 
-class BucketPiece(Piece):
+class BucketPiece(SentPiece):
     """A bucket that is sent.
 
     Args:

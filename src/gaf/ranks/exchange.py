@@ -45,7 +45,7 @@ SMALL = 2**14
 Pieces = tuple[Sequence[Tensor], Sequence[Tensor]]  # tensors, and where their coordinates are sent
 
 
-class Piece:
+class SentPiece:
     """A flat piece of the gradient that is sent."""
 
     def __init__(self, flat: Tensor) -> None:
@@ -103,7 +103,7 @@ class Exchange:
         self.parcels, self.rests, self.returns = [], [], []
         self._posted = 0
 
-    def send(self, flat: Tensor, piece: Piece | None = None) -> None:
+    def send(self, flat: Tensor, piece: SentPiece | None = None) -> None:
         """Starts the way in of one piece.
 
         Args:

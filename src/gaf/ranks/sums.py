@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gaf.ranks.exchange import Exchange, Parcel, Piece, Pieces
+from gaf.ranks.exchange import Exchange, Parcel, Pieces, SentPiece
 from gaf.rules.blas import products_by_blas
 from gaf.rules.contract import Merge
 from gaf.rules.gram import gram_of
@@ -47,8 +47,8 @@ class Sums(Exchange):
         super().begin()
         self.kept = []
 
-    def send(self, flat: Tensor, piece: Piece | None = None) -> None:
-        piece = piece or Piece(flat)
+    def send(self, flat: Tensor, piece: SentPiece | None = None) -> None:
+        piece = piece or SentPiece(flat)
         own, places = piece.find_kept()
         slices = flat.new_empty(0)
         if not own:
