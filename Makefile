@@ -34,6 +34,7 @@ bench: .venv/installed-lab
 		--rounds 100 --out benchmarks/accumulate-mlp.jsonl
 	$(BIN)/gaf bench ddp --b 100 --k 2 4 --out benchmarks/ddp.jsonl
 	$(BIN)/gaf bench ddp --b 32 --k 2 4 8 --rounds 12 --out benchmarks/ddp-b32.jsonl
+	$(BIN)/gaf bench hsdp --rounds 20 --out benchmarks/hsdp.jsonl
 	$(BIN)/gaf bench train $(if $(DATA),--data $(DATA)) --workers 0 2 --out benchmarks/train.jsonl
 	$(BIN)/gaf bench samples --out benchmarks/samples.jsonl
 	$(BIN)/gaf bench cpu --out benchmarks/cpu.jsonl

@@ -82,6 +82,20 @@ def ddp_table(name: str) -> str:
     return table(head, rows)
 
 
+def hsdp_table(name: str) -> str:
+    """Of a file that `gaf bench hsdp` or benchmarks/slow_network.py wrote."""
+    rows = []
+    for line in read_lines(name):
+        extra = "" if line["extra_shards"] is None else f"{line['extra_shards']:.2f}"
+        cpu, sent = f"{line['cpu_ratio_median']:.2f}", f"{line['sent_bytes'] / 1e6:.1f}"
+        rows.append([line["way"], ratio(line), cpu, sent, extra])
+    head = (
+        "way | step, ratio (10% to 90%) | CPU time, ratio | MB sent to other replicas"
+        " | extra memory, shards"
+    )
+    return table(head, rows)
+
+
 def messages_table() -> str:
     text = (ROOT / "benchmarks" / "messages.jsonl").read_text()
     lines = [json.loads(line) for line in text.splitlines()]
@@ -138,6 +152,7 @@ def claims() -> Iterator[str]:
             yield f"made steps about {100 * (line['ratio_median'] - 1):.0f}% slower on a CPU"
 
 
+HSDP = ("hsdp.jsonl", "hsdp-slow.jsonl")
 DDP = ("ddp.jsonl", "ddp-b32.jsonl", "slow_network.jsonl")
 
 
@@ -173,6 +188,7 @@ def test_the_figures_of_the_page_on_the_demo_are_the_records():
 def test_the_figures_of_the_page_on_cost_are_the_records():
     text = (ROOT / "docs" / "cost.md").read_text()
     tables = [bench_table(), messages_table(), predicted_table(), *map(ddp_table, DDP)]
+    tables += map(hsdp_table, HSDP)
     assert [table for table in tables if table not in text] == []
 
 
@@ -216,5 +232,6 @@ if __name__ == "__main__":
         *map(ddp_table, DDP),
         messages_table(),
         predicted_table(),
+        *map(hsdp_table, HSDP),
         sep="\n\n",
     )

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from gaf_lab.bench import launch
 from gaf_lab.bench.hsdp_rank import hsdp_rank_main
-from gaf_lab.bench.hsdp_ways import HSDP, HSDP_WAYS, HSDPSetup
+from gaf_lab.bench.hsdp_ways import HSDP, HSDP_WAYS, LATE, HSDPSetup
 from gaf_lab.bench.timing import StepTime, compare_steps
 from gaf_lab.bench.ways import build_model
 from gaf_lab.progress import Tell, silent
@@ -28,6 +28,7 @@ class HSDPCost:
     shard_bytes: int
     times: list[StepTime]
     plain_times: list[StepTime]
+    late_times: list[StepTime]  # of gaf.attach that sends nothing during the pass
     sent: dict[str, float]
     peak_bytes: int | None
     plain_peak_bytes: int | None
@@ -41,6 +42,7 @@ class HSDPCost:
             "rounds": len(self.times),
             "shard_bytes": self.shard_bytes,
             **compare_steps("ratio", self.times, self.plain_times),
+            **compare_steps("of_late", self.times, self.late_times),
             "sent_bytes": sum(self.sent.values()),
             "sent": self.sent,
             "peak_mib": None if self.peak_bytes is None else self.peak_bytes / 2**20,
@@ -84,6 +86,7 @@ def hsdp_costs(
             times["shard_bytes"],
             [StepTime(*pair) for pair in times["times"][way]],
             [StepTime(*pair) for pair in times["times"][HSDP]],
+            [StepTime(*pair) for pair in times["times"][LATE]],
             times["sent"][way],
             peaks.get(way),
             peaks.get(HSDP),

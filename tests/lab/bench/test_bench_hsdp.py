@@ -32,8 +32,13 @@ def test_gaf_sends_what_plain_hsdp_sends_and_the_scalars() -> None:
 def test_a_table_shows_the_memory() -> None:
     times = [StepTime(3.0, 1.0), StepTime(4.0, 2.0)]
     plain = [StepTime(2.0, 1.0), StepTime(2.0, 1.0)]
-    cost = HSDPCost(HSDP, HSDPSetup(), 100, times, plain, {"isend": 10.0}, 350, 200)
-    assert (cost.line()["ratio_median"], cost.line()["cpu_ratio_median"]) == (1.75, 1.5)
+    cost = HSDPCost(HSDP, HSDPSetup(), 100, times, plain, plain, {"isend": 10.0}, 350, 200)
+    line = cost.line()
+    assert (line["ratio_median"], line["cpu_ratio_median"], line["of_late_median"]) == (
+        1.75,
+        1.5,
+        1.75,
+    )
     assert cost.line()["extra_shards"] == 1.5
     assert hsdp_table([cost]).row_count == 1
 
