@@ -275,6 +275,24 @@ def test_what_cannot_work_is_refused(world: World) -> None:
     world(2).run(refusals)
 
 
+def skip_with_one_replica() -> None:
+    mesh = init_device_mesh("cpu", (1, 1), mesh_dim_names=("replicate", "shard"))
+    model = shard_model(Odd, mesh["shard"])
+    optimizer = SGD(model.parameters(), 0.1)
+    before = local_state(model)
+    with pytest.warns(UserWarning, match="one row only"):
+        handle = gaf.attach(model, optimizer, gaf.GAF(2.0), group=mesh["replicate"].get_group())
+    handle.policy = gaf.RandomSkip(0.0)
+    plain_loss(model, 0, 0).backward()
+    optimizer.step()
+    assert (handle.stats()["steps"], handle.stats()["stepped"]) == (1, 0)
+    assert all(map(torch.equal, before, local_state(model)))
+
+
+def test_one_replica_is_decided_on_though_its_ranks_are_those_of_the_shards(world: World) -> None:
+    world(1).run(skip_with_one_replica)
+
+
 def first_version() -> None:
     from torch.distributed.fsdp import FullyShardedDataParallel
 

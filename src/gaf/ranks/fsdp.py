@@ -14,6 +14,7 @@ from gaf.ranks.fsdp_average import FlatAverage
 from gaf.ranks.fsdp_groups import GroupwiseShards, fsdp_modules, grouped_parameters
 from gaf.ranks.handle import Handle
 from gaf.ranks.replicas import Replicas
+from gaf.rules.averaging import averages
 from gaf.rules.contract import scope_of
 
 
@@ -47,7 +48,7 @@ def install_in_fsdp(
         return
     params = sharded_parameters(model)
     mesh_group = params[0].device_mesh.get_group()  # type: ignore[attr-defined]
-    if exchange.group == mesh_group:
+    if averages(handle.policy) and exchange.group == mesh_group:
         average = FlatAverage(handle, fsdp_modules(model), exchange)
         watch_passes(model, handle, average.begin, average.end)
         return
