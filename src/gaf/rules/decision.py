@@ -19,7 +19,8 @@ class Decision:
     synchronisation.
 
     Attributes:
-        weights: (k,) float64; the update is `weights @ rows`. Zeros where not stepped.
+        weights: (k,) float64; the update is `weights @ rows`, but for a coordinate-wise rule, whose
+            weights are 1 over the number of accepted rows. Zeros where not stepped.
         accepted: (k,) bool; the rows that make up the update. All False where not stepped.
         stepped: () bool; whether the optimizer is to step.
         distances: (k,) float64 in [0, 2]; cosine distance of each row to the running sum that it
