@@ -22,6 +22,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import gaf
+from gaf.rules.row_sums import RowSums
 from gpu_parts.common import (
     EXACT,
     FLOAT32,
@@ -134,6 +135,7 @@ def ddp(options: Options) -> Iterator[Line]:
             yield from lines(f"{name}, {way}, {layout}{', bucket view' * view}", look)
     yield from lines(f"{name}, bfloat16", partial(half, options))
     yield from lines(f"{name}, plain DDP", partial(same_as_plain, options))
+    yield from lines(f"{name}, sums", partial(sums, options))
     yield from lines(f"{name}, skip", partial(skip, options))
     yield from lines(f"{name}, GradScaler", partial(scaled, options))
     yield from lines(f"{name}, default device", partial(default_device, options))
@@ -213,13 +215,10 @@ def trained(options: Options, policy: Any) -> nn.Module:
 
 def same_as_plain(options: Options) -> Found:
     plain = trained(options, None)
-    mean = trained(options, gaf.Mean())
-    yield (
-        "Mean, parameters of other bits",
-        changes(list(plain.parameters()), list(mean.parameters())),
-        0,
-        EXACT,
-    )
+    for policy in (gaf.Mean(), gaf.Mean(measure_every=2), gaf.Guard()):
+        ours = trained(options, policy)
+        changed = changes(list(plain.parameters()), list(ours.parameters()))
+        yield f"{policy}, parameters of other bits", changed, 0, EXACT
     everything = trained(options, gaf.GAF(2.0))
     yield "tau = 2, relative error", relative(weights(everything), weights(plain)), 0.0, FLOAT32
 
@@ -235,6 +234,20 @@ def step(
     else:
         scaler.step(optimizer)
         scaler.update()
+
+
+def sums(options: Options) -> Found:
+    """What an all-reduce shows of the rows, against all of them."""
+    model, optimizer = wrapped(options)
+    handle = gaf.attach(model, optimizer, gaf.Mean(measure_every=1))
+    (batch,) = own_batches(options, 1)
+    expected = RowSums.of_gram(gaf.gram(all_rows(model.module, batch)))
+    step(model, optimizer, batch)
+    assert handle.outcome is not None
+    found = torch.tensor(handle.outcome.norms2, dtype=torch.float64, device="cpu")
+    yield "norms, relative error", relative(found, expected.norms2.cpu()), 0.0, FLOAT32
+    cosine, known = handle.stats()["cosine_mean"], float(expected.cosines.mean())
+    yield "cosines, mean", cosine if known == known else 0.0, known if known == known else 0.0, 1e-5
 
 
 def skip(options: Options) -> Found:
@@ -318,7 +331,7 @@ def hsdp(options: Options) -> Found:
 
 def flat_fsdp(options: Options) -> Found:
     mesh, ends = init_device_mesh(options.device.type, (1,)), []
-    for policy in (None, gaf.GAF(2.0, scope="group")):
+    for policy in (None, gaf.GAF(2.0, scope="group"), gaf.Mean(measure_every=1)):
         model = sharded(options, mesh)
         optimizer = sgd(model)
         if policy is not None:
@@ -327,6 +340,7 @@ def flat_fsdp(options: Options) -> Found:
             step(model, optimizer, batch)
         ends.append(weights(model))
     yield "weights, relative error", relative(ends[1], ends[0]), 0.0, FLOAT32
+    yield "Mean, weights of other bits", int((ends[2] != ends[0]).sum()), 0, EXACT
 
 
 def sharded(options: Options, mesh: Any) -> nn.Module:
@@ -355,6 +369,7 @@ def ddp_ratios(options: Options) -> Iterator[Line]:
         "plain DDP": None,
         "gaf.attach(GAF(2.0))": gaf.GAF(2.0),
         "gaf.attach(Mean())": gaf.Mean(),
+        "gaf.attach(Guard())": gaf.Guard(),
     }
     for way, policy in makers.items():
         model = DistributedDataParallel(copy.deepcopy(bare).to(options.device))

@@ -83,12 +83,16 @@ def fsdp_engine(
 ) -> Engine:
     from gaf.ranks import fsdp, fsdp_unsharded
 
+    averages_only = group is None and not unsharded and scope_of(policy) != "group"
+    install = fsdp.install_average if averages_only else fsdp.install_in_fsdp
+    if unsharded:
+        install = fsdp_unsharded.install_unsharded
     return Engine(
         group=fsdp_group(model, policy, group, unsharded),
         scopes=(scope_of(policy),),
         parameters=fsdp.sharded_parameters,
-        install=fsdp_unsharded.install_unsharded if unsharded else fsdp.install_in_fsdp,
-        averages_only=group is None and not unsharded and scope_of(policy) != "group",
+        install=install,
+        averages_only=averages_only,
     )
 
 

@@ -14,7 +14,6 @@ from gaf.ranks.fsdp_average import FlatAverage
 from gaf.ranks.fsdp_groups import GroupwiseShards, fsdp_modules, grouped_parameters
 from gaf.ranks.handle import Handle
 from gaf.ranks.replicas import Replicas
-from gaf.rules.averaging import averages
 from gaf.rules.contract import scope_of
 
 
@@ -47,16 +46,20 @@ def install_in_fsdp(
         watch_passes(model, handle)
         return
     params = sharded_parameters(model)
-    mesh_group = params[0].device_mesh.get_group()  # type: ignore[attr-defined]
-    if averages(handle.policy) and exchange.group == mesh_group:
-        average = FlatAverage(handle, fsdp_modules(model), exchange)
-        watch_passes(model, handle, average.begin, average.end)
-        return
     check_same_weights(params, exchange.group)
-    groups = [mesh_group, *shards]
+    groups = [params[0].device_mesh.get_group(), *shards]  # type: ignore[attr-defined]
     reduced = [group for module in fsdp_modules(model) for group in grouped_parameters(module)]
     replicas = Replicas(handle, exchange, params, reduced, groups)
     watch_passes(model, handle, replicas.begin, replicas.end)
+
+
+def install_average(
+    model: nn.Module, handle: Handle, exchange: Exchange, shards: Sequence[dist.ProcessGroup]
+) -> None:
+    """Has the handle follow a flat model's gradients, which FSDP2 averages by itself."""
+    sharded_parameters(model)
+    average = FlatAverage(handle, fsdp_modules(model), exchange)
+    watch_passes(model, handle, average.begin, average.end)
 
 
 def check_same_weights(params: list[nn.Parameter], group: dist.ProcessGroup) -> None:
