@@ -9,7 +9,7 @@ takes the rows, rules decide, record counts. In import order, each importing onl
     measure     micro-gradients looked at without a step (`probe`)
     device      micro-gradients one after the other in time, on one device (`Accumulator`)
     ranks       micro-gradients of data-parallel processes (`attach`, `Handle`, `all_reduce`)
-    samples     rows that are single samples, from one backward pass (`ghost_gram`, `Samples`)
+    samples     rows that are single samples, from one backward pass (`Samples`, `SampleAgreement`)
     integrations    the two engines in Lightning, Accelerate and transformers
 
 Read rules/combine.py first: `aggregate` is the whole algorithm on a matrix. Then rules/gram.py (K),
@@ -41,6 +41,7 @@ from gaf.rules.thresholds import (
     ScheduleTau,
     SignalTau,
 )
+from gaf.samples.agreement import SampleAgreement
 from gaf.samples.ghost import ghost_gram
 from gaf.samples.recording import recording
 from gaf.samples.samples import Samples
@@ -62,6 +63,7 @@ __all__ = [
     "QuantileTau",
     "RandomMask",
     "RandomSkip",
+    "SampleAgreement",
     "Samples",
     "ScheduleTau",
     "SignAgreement",

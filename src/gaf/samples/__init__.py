@@ -8,5 +8,13 @@ The files in the order of the data:
     pieces, ways   those gradients, kept as factors; their K, the cheaper of two ways
     ghost          `ghost_gram`: K of all samples
     samples        `Samples`: a policy over single samples, as `gaf.Accumulator` over micro-batches
-    checks         what is refused
+    checks         what these refuse
+
+A loss function that needs none of the above:
+
+    agreement         `SampleAgreement`: weighs samples, keeps what it saw of them, reports
+    judge, scores     how far each label of a batch is trusted, and the weights
+    class_statistics  means by class over the last steps; summing, over the ranks
+    history, report   what was seen of each sample, and the table of its label's quality
+    agreement_checks  what it refuses
 """

@@ -1,55 +1,62 @@
 """What K of single samples costs: `gaf.ghost_gram` and others, in turn, with the forward pass.
 
-Every time is also given as a ratio to a plain forward and backward pass of the same round. The
+The ratio is of CPU time, to that of a plain forward and backward pass of the same round. The
 peak is of what tensors hold at once, without the model. A way that would not fit into the memory
 that is free is left out; how much per-sample gradients take is known beforehand.
 """
 
 import statistics
-import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich import box
 from rich.table import Table
 
 from gaf_lab.bench.memory import tensor_peak
 from gaf_lab.bench.samples_models import sample_problem
 from gaf_lab.bench.samples_ways import PER_SAMPLE, PLAIN_BACKWARD, TORCHJD, ways_to_gram
-from gaf_lab.bench.timing import rotate
+from gaf_lab.bench.timing import StepTime, now, rotate
 from gaf_lab.progress import Tell, silent
 
 NEEDS = {PER_SAMPLE: 1.3, TORCHJD: 0.8}  # memory, as a multiple of all per-sample gradients
 SLOW = 5.0  # seconds of a pass
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
 class SampleCost:
-    """One way to K. seconds: of each round, and of the plain passes; peak: bytes."""
+    """One way to K. times: of each round, and of the plain passes; peak: bytes."""
 
     model: str
     n: int
     way: str
-    seconds: list[float]
-    plain_seconds: list[float]
+    times: list[StepTime]
+    plain_times: list[StepTime]
     peak: int
     gradient: int  # bytes of one gradient
 
+    @property
+    def fastest(self) -> float:
+        """Seconds of the fastest pass."""
+        return min(time.wall for time in self.times) / 1000
+
     def line(self) -> dict[str, Any]:
-        ratios = [a / b for a, b in zip(self.seconds, self.plain_seconds, strict=True)]
+        ratios = [a.cpu / b.cpu for a, b in zip(self.times, self.plain_times, strict=True)]
         return {
             "kind": "bench-samples",
             "model": self.model,
             "n": self.n,
             "way": self.way,
             "rounds": len(ratios),
-            "ms_median": 1000 * statistics.median(self.seconds),
-            "ratio_median": statistics.median(ratios),
-            "ratio_min": min(ratios),
-            "ratio_max": max(ratios),
+            "ms_median": statistics.median(time.wall for time in self.times),
+            "cpu_ms_median": statistics.median(time.cpu for time in self.times),
+            "cpu_ratio_median": statistics.median(ratios),
+            "cpu_ratio_min": min(ratios),
+            "cpu_ratio_max": max(ratios),
             "peak_mib": self.peak / 2**20,
             "per_sample_gradients_mib": self.n * self.gradient / 2**20,
         }
@@ -78,7 +85,7 @@ def measure_samples(
         for n in sorted(ns):
             tell(f"{name}, n = {n}", len(found), 4 * len(names) * len(ns))
             costs = measure_batch(name, n, rounds, slow)
-            slow |= {cost.way for cost in costs if min(cost.seconds) > longest} - {PLAIN_BACKWARD}
+            slow |= {cost.way for cost in costs if cost.fastest > longest} - {PLAIN_BACKWARD}
             found += costs
     return found
 
@@ -92,26 +99,27 @@ def measure_batch(name: str, n: int, rounds: int, slow: Collection[str]) -> list
         for way, work in ways_to_gram(model).items()
         if way not in slow and NEEDS.get(way, 0) * n * gradient < free_memory() / 2
     }
-    seconds = time_works(works, rounds)
+    times = time_works(works, rounds)
     peaks = {way: peak_of(work) for way, work in works.items()}
-    plain = seconds[PLAIN_BACKWARD]
+    plain = times[PLAIN_BACKWARD]
     return [
         SampleCost(name, n, way, took, plain[-len(took) :], peaks[way], gradient)
-        for way, took in seconds.items()
+        for way, took in times.items()
     ]
 
 
-def time_works(works: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each round but the first; of the first alone, if it is slow."""
-    seconds: dict[str, list[float]] = {way: [] for way in works}
+def time_works(works: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[StepTime]]:
+    """The time of each round but the first; of the first alone, if it is slow."""
+    times: dict[str, list[StepTime]] = {way: [] for way in works}
     for number in range(rounds + 1):
         for way in rotate(list(works), number):
-            if number and seconds[way][0] > SLOW:
+            if number and times[way][0].wall > 1000 * SLOW:
                 continue
-            started = time.perf_counter()
+            wall, cpu = now(CPU)
             works[way]()
-            seconds[way].append(time.perf_counter() - started)
-    return {way: took[1:] or took for way, took in seconds.items()}
+            later = now(CPU)
+            times[way].append(StepTime(1000 * (later[0] - wall), 1000 * (later[1] - cpu)))
+    return {way: took[1:] or took for way, took in times.items()}
 
 
 def peak_of(work: Callable[[], object]) -> int:
@@ -130,7 +138,7 @@ def free_memory() -> float:
 
 def sample_table(found: list[SampleCost]) -> Table:
     result = Table(title="K of n samples, with the forward pass", box=box.SIMPLE_HEAD)
-    for column in ("model", "n", "way", "ms", "ratio", "MiB"):
+    for column in ("model", "n", "way", "ms", "CPU ms", "ratio", "MiB"):
         result.add_column(column, justify="left" if column == "way" else "right", no_wrap=True)
     for line in (cost.line() for cost in found):
         result.add_row(
@@ -138,8 +146,9 @@ def sample_table(found: list[SampleCost]) -> Table:
             str(line["n"]),
             line["way"],
             f"{line['ms_median']:.0f}",
-            f"{line['ratio_median']:.2f}",
+            f"{line['cpu_ms_median']:.0f}",
+            f"{line['cpu_ratio_median']:.2f}",
             f"{line['peak_mib']:.0f}",
         )
-    result.caption = "medians; ratio to a forward and backward pass; MiB at the peak"
+    result.caption = "medians; ratio of CPU times to a forward and backward pass; MiB at the peak"
     return result

@@ -1,0 +1,182 @@
+"""A loss function that weighs each sample by how far its label is trusted, and reports it."""
+
+from collections.abc import Callable
+from typing import Any, Literal
+from weakref import finalize
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from gaf.samples.agreement_checks import (
+    check_arguments,
+    check_index,
+    check_losses_of,
+    check_report,
+    warn_of_part,
+)
+from gaf.samples.class_statistics import ClassStatistics
+from gaf.samples.history import History
+from gaf.samples.judge import Batch, Caught, judge, soft_weights
+from gaf.samples.report import report_columns
+from gaf.samples.summing import Summing, finish_sum, ranks_of
+from gaf.shapes import Float
+
+VISITS_BEFORE = 2  # of a sample, until it is weighed
+STEPS_BEFORE = 500  # the same where samples are not told apart
+
+
+class SampleAgreement(nn.Module):
+    """A loss function around another: weighs samples whose label looks wrong less, and lists them.
+
+        criterion = gaf.SampleAgreement(nn.CrossEntropyLoss(reduction="none"), head=model.fc)
+        loss = criterion(model(x), y, index=i)        # i: which samples of the data set these are
+        ...
+        table = pandas.DataFrame(criterion.report())
+
+    Each sample gets a score, from the batch and from what was seen of its class before:
+
+    - "prototype": how much nearer its features (the head's input, at unit length) are to the mean
+      features of the samples with its label than to those of any other class. It needs no second
+      backward pass, and holds classes x features numbers.
+    - "vote": the mean cosine of its gradient in the head with those of the other samples in the
+      batch that have its label.
+    - "loss": minus its loss, at least -6; for any loss function, and the control.
+
+    Its weight is 1 - a (1 - sigmoid(4 (s - m) / d)): m and d are the running mean and deviation of
+    the scores with its label, and a in [0, 1] the running share of samples with its label that
+    seemed to be of another class, over 0.3. So where nearly all labels look right, all weights are
+    near 1. The loss is sum w_i loss_i / sum w_i. A run that the weights steer judges less well: to
+    find wrong labels, train with weigh=False, and look at `report` before they are memorised.
+
+    The mean features and the scores' statistics are buffers. In a distributed job they are summed
+    over the ranks, one small all-reduce that each step starts and the next one waits for, and so
+    are the same on all ranks. What was seen of single samples stays on the rank that saw it.
+
+    Args:
+        criterion: with reduction="none": called with (outputs, targets), gives a loss for each
+            sample, or several, of which the mean is taken.
+        head: the model's last Linear layer. Its input is caught by a hook: register it before a
+            compiled model runs. None only for the score "loss".
+        score: "prototype", "vote" or "loss".
+        num_classes: C; None for the head's outputs. With neither the targets are no classes.
+        num_samples: of the data set, if known: `index` is then not waited for on an accelerator.
+        weigh: whether to weigh; otherwise the loss is the plain mean.
+        warmup: steps in which all weights are 1. None: until a sample's third visit, or 500 steps
+            without `index`.
+        leave_own_rank_out: judge a rank's samples by the mean features of the other ranks', so that
+            a shard of wrong labels cannot vouch for itself.
+        group: of the ranks; None for the default group, if there is one.
+
+    Attributes:
+        weights: (n,), of the last batch.
+
+    Raises:
+        TypeError, ValueError: where an argument cannot be used.
+    """
+
+    steps: Tensor
+
+    def __init__(
+        self,
+        criterion: Callable[..., Tensor],
+        head: nn.Module | None = None,
+        score: Literal["prototype", "vote", "loss"] = "prototype",
+        *,
+        num_classes: int | None = None,
+        num_samples: int | None = None,
+        weigh: bool = True,
+        warmup: int | None = None,
+        leave_own_rank_out: bool = False,
+        group: dist.ProcessGroup | None = None,
+    ) -> None:
+        super().__init__()
+        check_arguments(criterion, head, score, num_classes, num_samples, warmup)
+        self.criterion, self.score, self.weigh, self.warmup = criterion, score, weigh, warmup
+        self.classes = num_classes or getattr(head, "out_features", None)
+        device = torch.device("cpu") if head is None else next(head.parameters()).device
+        width = getattr(head, "in_features", 0) if score == "prototype" else 0
+        self._summing = Summing(group, leave_own_rank_out)
+        parts = ranks_of(group) if leave_own_rank_out else 1
+        self.statistics = ClassStatistics(self.classes or 1, width, parts, device)
+        self.history = History(num_samples, device)
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64, device=device))
+        self.weights: Tensor | None = None
+        self.register_state_dict_pre_hook(finish_sum)
+        self._caught = Caught()
+        if head is not None:
+            finalize(self, head.register_forward_pre_hook(self._caught).remove)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def forward(self, outputs: Tensor, targets: Tensor, index: Any = None) -> Float[Tensor, ""]:
+        """The loss of a batch, a scalar to call backward on.
+
+        Args:
+            outputs: of the model, (n, ...).
+            targets: classes (n,), probabilities of classes (n, C), or what the criterion takes.
+            index: (n,), which samples of the data set these are, counted from 0.
+
+        Returns:
+            The weighted mean; in evaluation mode and without gradients the plain mean.
+        """
+        losses = check_losses_of(self.criterion(outputs, targets), outputs)
+        losses = losses.flatten(1).mean(1) if losses.ndim > 1 else losses
+        batch = Batch(outputs.detach(), targets, losses.detach(), self.classes, self.criterion)
+        weights = batch.counted
+        if self.training and torch.is_grad_enabled():
+            with torch.no_grad():
+                weights = weights * self._judge(batch, index)
+            self.weights = weights
+        return (weights * losses).sum() / weights.sum()
+
+    def _judge(self, batch: Batch, index: Any) -> Float[Tensor, " n"]:
+        """Scores a batch and keeps the scores. Returns the weights."""
+        if self.steps.device != batch.losses.device:
+            self.to(batch.losses.device)
+        finish_sum(self)
+        left_out = self._summing.left_out
+        scores, guesses, unit = judge(batch, self.score, self._caught, self.statistics, left_out)
+        weights = soft_weights(scores, batch.labels, self.statistics, self.classes is not None)
+        if index is not None:
+            index = check_index(index, len(scores), self.history.limit).to(scores.device)
+            visits = self.history.visits(index)
+            self.history.add(index, scores, batch.losses, batch.labels, guesses)
+        self.steps += 1
+        if index is not None and self.warmup is None:
+            ready = visits >= VISITS_BEFORE
+        else:
+            ready = self.steps > (STEPS_BEFORE if self.warmup is None else self.warmup)
+        seen = unit, scores, batch.labels, guesses, batch.counted
+        self._summing.start(self.statistics.sums_of(*seen, part=left_out or 0))
+        return torch.where(ready & self.weigh, weights, 1.0)
+
+    def report(self, *, gather: bool = False) -> dict[str, list[Any]]:
+        """What was seen of each sample, as columns of equal length, in the order of the index.
+
+        `index`; `given_label`, the last one; `predicted_label`, the class that the sample was
+        nearest to on most visits (for the score "prototype"; otherwise the network's own answer);
+        `label_quality` in [0, 1], low for a suspect label: (1 + the mean score) / 2, or
+        exp(-mean loss); `is_label_issue`, whether predicted and given label differ; means over the
+        visits of the score, of `loss`, and of whether the visit's answer differed from the label
+        (`disagreement`); `visits`, those that were judged. For targets that are no classes an issue
+        is a mean loss that is far out by Tukey's rule, and there are no labels.
+
+        Samples that were never judged are left out. Of several ranks each has seen its own.
+
+        Args:
+            gather: add up what all ranks have seen: to be called on all of them.
+
+        Raises:
+            RuntimeError: where no call had `index`.
+        """
+        ranks = ranks_of(self._summing.group)
+        if ranks > 1 and not gather:
+            warn_of_part(ranks)
+        gather = gather and ranks > 1
+        table = self.history.gathered(self._summing.group) if gather else self.history.table
+        check_report(bool((table[:, 0] > 0).any()))
+        return report_columns(table.cpu(), self.score, self.classes is not None)
+
+    def count_issues(self, *, gather: bool = False) -> int:
+        """How many labels look wrong: an estimate, the issues of `report`."""
+        return sum(self.report(gather=gather)["is_label_issue"])

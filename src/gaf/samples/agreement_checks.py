@@ -1,0 +1,117 @@
+"""What `gaf.SampleAgreement` refuses; each message names a way that works."""
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gaf.arguments import one_of, whole_number
+
+KINDS = ("prototype", "vote", "loss")
+
+
+def check_arguments(
+    criterion: Any, head: Any, score: Any, num_classes: Any, num_samples: Any, warmup: Any
+) -> None:
+    subject = "SampleAgreement"
+    if isinstance(criterion, type) or not callable(criterion):
+        raise TypeError(
+            f"{subject}: criterion must be a loss function of (outputs, targets); got "
+            f"{criterion!r}. Use torch.nn.CrossEntropyLoss(reduction='none')."
+        )
+    if getattr(criterion, "reduction", "none") != "none":
+        raise ValueError(
+            f"{subject}: criterion must give a loss for each sample; it is a "
+            f"{type(criterion).__name__} with reduction={criterion.reduction!r}. "
+            "Make it with reduction='none'."
+        )
+    one_of(f"{subject}: score", score, KINDS)
+    if head is None and score != "loss":
+        raise ValueError(
+            f"{subject}: the score {score!r} needs the head, the model's last Linear layer; got "
+            "None. Pass such as model.fc, or use score='loss'."
+        )
+    if head is not None and not isinstance(head, nn.Linear):
+        raise TypeError(
+            f"{subject}: head must be the model's last layer, a torch.nn.Linear; got "
+            f"{type(head).__name__}. Pass such as model.fc."
+        )
+    for name, value, least in (("num_classes", num_classes, 1), ("num_samples", num_samples, 1)):
+        if value is not None:
+            whole_number(f"{subject}: {name}", value, least, "None where it is not known.")
+    if warmup is not None:
+        whole_number(f"{subject}: warmup", warmup, 0, "It is a number of steps.")
+
+
+def check_losses_of(losses: Any, outputs: Tensor) -> Tensor:
+    """ValueError for what is not a loss for each sample."""
+    if not isinstance(losses, Tensor) or losses.ndim == 0 or len(losses) != len(outputs):
+        got = f"shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else repr(losses)
+        raise ValueError(
+            f"SampleAgreement: criterion must give a loss for each of the {len(outputs)} samples; "
+            f"got {got}. Use reduction='none'."
+        )
+    return losses
+
+
+def check_targets(targets: Tensor, n: int, classes: int) -> None:
+    indices = targets.shape == (n,) and not targets.is_floating_point()
+    if not indices and targets.shape != (n, classes):
+        raise ValueError(
+            f"SampleAgreement: targets must be classes ({n},) or probabilities ({n}, {classes}); "
+            f"got shape {tuple(targets.shape)} of {targets.dtype}. For other targets use "
+            "score='loss' with neither head nor num_classes."
+        )
+
+
+def check_features(features: Tensor | None, n: int) -> Tensor:
+    """RuntimeError where the head did not run for this batch; ValueError for other features."""
+    if features is None:
+        raise RuntimeError(
+            "SampleAgreement: the head must run before each loss, to show its input; it did not "
+            "since the last one. Pass the layer that the model calls, make this object before a "
+            "compiled model's first run, and let the model compute its outputs anew for each loss."
+        )
+    if features.ndim != 2 or len(features) != n:
+        raise ValueError(
+            f"SampleAgreement: the head's input must be features of the {n} samples, (n, p); got "
+            f"shape {tuple(features.shape)}. Pass the layer that gives one output for each sample."
+        )
+    return features
+
+
+def check_index(given: Any, n: int, limit: int | None) -> Tensor:
+    """The index as a tensor on its device."""
+    index: Tensor = torch.as_tensor(given)
+    if index.shape != (n,) or index.is_floating_point() or index.dtype == torch.bool:
+        raise ValueError(
+            f"SampleAgreement: index must be {n} whole numbers, one for each sample; got shape "
+            f"{tuple(index.shape)} of {index.dtype}. Let the data set return each sample's place."
+        )
+    if index.device.type == "cpu" and n:
+        low, high = int(index.min()), int(index.max())
+        if low < 0 or (limit is not None and high >= limit):
+            bound = "at least 0" if limit is None else f"in [0, num_samples = {limit})"
+            raise ValueError(
+                f"SampleAgreement: index must be {bound}; got {low} to {high}. "
+                "Count the samples from 0."
+            )
+    return index.long()
+
+
+def check_report(seen: bool) -> None:
+    if not seen:
+        raise RuntimeError(
+            "SampleAgreement: report() needs to know which samples were seen; no call had index= "
+            "and gradients in training mode. Call criterion(outputs, targets, index=i), with i the "
+            "places of the samples in the data set."
+        )
+
+
+def warn_of_part(ranks: int) -> None:
+    warnings.warn(
+        f"gaf: report() covers what this one of {ranks} ranks has seen. For all samples call "
+        "report(gather=True) on every rank.",
+        stacklevel=3,
+    )

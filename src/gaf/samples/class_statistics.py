@@ -1,0 +1,105 @@
+"""Prototypes of the classes, and mean and spread of their samples' scores, over the last steps.
+
+Everything is a ratio of sums that decay: so a rare class keeps its values, sums of several ranks
+add up, and a rank's own part can be taken out again.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from gaf.shapes import Float, Int
+
+DECAY = 0.9  # a step in which the class occurs
+
+
+class ClassStatistics(nn.Module):
+    """Sums by class, as buffers.
+
+    Args:
+        classes: C.
+        width: p, of the features; 0 for no prototypes.
+        parts: of the prototypes' sums: one for each rank, if a rank's own is to be left out.
+        device: of the buffers.
+
+    Attributes:
+        features: (parts, C, p + 1), the sum of unit-length features, and their number.
+        scores: (C, 4), the number of scores, their sum, that of their squares, and how many
+            samples seemed to be of another class.
+    """
+
+    features: Tensor
+    scores: Tensor
+
+    def __init__(self, classes: int, width: int, parts: int, device: torch.device) -> None:
+        super().__init__()
+        self.register_buffer("features", torch.zeros(parts, classes, width + 1, device=device))
+        self.register_buffer("scores", torch.zeros(classes, 4, device=device))
+
+    def prototypes(self, without: int | None = None) -> Float[Tensor, "C p"]:
+        """The mean features of each class; NaN for a class without.
+
+        without: the part to leave out.
+        """
+        total = self.features.sum(0)
+        if without is not None:
+            total = total - self.features[without]
+        return total[:, :-1] / torch.where(total[:, -1:] > 0.01, total[:, -1:], torch.nan)
+
+    @property
+    def mean(self) -> Float[Tensor, " C"]:
+        """Of the scores; NaN for a class without."""
+        return self.scores[:, 1] / self.scores[:, 0]
+
+    @property
+    def deviation(self) -> Float[Tensor, " C"]:
+        """Of the scores."""
+        square = self.scores[:, 2] / self.scores[:, 0]
+        return (square - self.mean.square()).clamp_min(0).sqrt()
+
+    @property
+    def doubt(self) -> Float[Tensor, " C"]:
+        """The share of the class's samples that seemed to be of another class."""
+        return self.scores[:, 3] / self.scores[:, 0]
+
+    def sums_of(
+        self,
+        unit: Float[Tensor, "n p"],
+        scores: Float[Tensor, " n"],
+        labels: Int[Tensor, " n"],
+        guesses: Int[Tensor, " n"],
+        counted: Float[Tensor, " n"],
+        part: int,
+    ) -> Float[Tensor, " s"]:
+        """A batch's contribution, one vector that adds up over ranks.
+
+        Args:
+            unit: features of unit length.
+            scores: NaN for samples that were not judged, which are left out.
+            labels: their classes.
+            guesses: the classes that they seem to be of.
+            counted: 1, or 0 for a sample that is left out of the prototypes too.
+            part: this rank's.
+        """
+        features, known = torch.zeros_like(self.features), ~scores.isnan()
+        rows = nn.functional.pad(unit, (0, 1), value=1.0) * counted[:, None]
+        features[part].index_add_(0, labels, rows.to(features))
+        doubtful = (guesses != labels).to(scores)
+        powers = torch.stack([known.to(scores), scores, scores.square(), doubtful], 1)
+        moments = torch.zeros_like(self.scores)
+        moments.index_add_(0, labels, torch.where(known[:, None], powers, 0).to(moments))
+        return torch.cat([features.flatten(), moments.flatten()])
+
+    def absorb(self, sums: Float[Tensor, " s"]) -> None:
+        """Adds a step's contributions, of all ranks."""
+        features, scores = sums.split([self.features.numel(), self.scores.numel()])
+        decay_into(self.features, features.view_as(self.features))
+        decay_into(self.scores, scores.view_as(self.scores))
+
+
+def decay_into(total: Tensor, new: Tensor) -> None:
+    """total <- DECAY total + new, for the classes that are in `new`.
+
+    A class is in it if its count is not zero: the last of features, the first of scores.
+    """
+    count = new[..., -1:].sum(0) if total.ndim == 3 else new[:, :1]
+    total.copy_(torch.where(count > 0, DECAY * total + new, total))

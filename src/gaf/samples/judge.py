@@ -1,0 +1,124 @@
+"""One batch: its labels, its scores, and the weights that follow from them."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from gaf.samples.agreement_checks import check_features, check_targets
+from gaf.samples.class_statistics import ClassStatistics
+from gaf.samples.scores import class_votes, prototype_margins
+from gaf.shapes import Float, Int
+
+SHARPNESS = 4.0  # of the weights, per standard deviation
+LARGEST_LOSS = 6.0
+DOUBTFUL = 0.3  # share of a class from which on its weights differ as far as they can
+
+
+class Caught:
+    """Hook that keeps the head's last input, for one batch."""
+
+    def __init__(self) -> None:
+        self.features: Tensor | None = None
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        self.features = args[0].detach()
+
+    def take(self, n: int) -> Float[Tensor, "n p"]:
+        features, self.features = self.features, None
+        return check_features(features, n)
+
+
+class Batch:
+    """What a loss function is given.
+
+    Args:
+        outputs: (n, ...), outside of the graph.
+        targets: classes (n,), probabilities (n, C), or others if there are no classes.
+        losses: (n,), outside of the graph.
+        classes: C; None for targets that are no classes.
+        criterion: that made the losses.
+
+    Attributes:
+        labels: (n,) int64 in [0, C): the observed class, 0 for a sample that does not count.
+        counted: (n,), 1 for a sample that counts, 0 for one whose target is the ignored index.
+    """
+
+    def __init__(
+        self,
+        outputs: Tensor,
+        targets: Tensor,
+        losses: Float[Tensor, " n"],
+        classes: int | None,
+        criterion: Callable[..., Tensor],
+    ) -> None:
+        self.outputs, self.targets, self.losses, self.criterion = (
+            outputs,
+            targets,
+            losses,
+            criterion,
+        )
+        self.labels = torch.zeros(len(losses), dtype=torch.int64, device=losses.device)
+        self.counted = torch.ones_like(losses)
+        if classes is not None:
+            check_targets(targets, len(losses), classes)
+            labels = targets.argmax(1) if targets.ndim == 2 else targets.long()
+            counted = labels != getattr(criterion, "ignore_index", -100)
+            self.labels, self.counted = labels * counted, counted.to(losses)
+
+    @property
+    def guesses(self) -> Int[Tensor, " n"]:
+        """The network's own answers; the labels where the outputs are no scores of classes."""
+        return self.outputs.argmax(1) if self.outputs.ndim == 2 else self.labels
+
+    @torch.enable_grad()
+    def errors(self) -> Float[Tensor, "n C"]:
+        """The gradient of each loss by its sample's outputs."""
+        outputs = self.outputs.clone().requires_grad_()
+        losses = self.criterion(outputs, self.targets)
+        return torch.autograd.grad(losses.sum(), outputs)[0].float()
+
+
+def judge(
+    batch: Batch, kind: str, caught: Caught, statistics: ClassStatistics, left_out: int | None
+) -> tuple[Float[Tensor, " n"], Int[Tensor, " n"], Float[Tensor, "n p"]]:
+    """Scores, the classes that the samples seem to have, and features of unit length (or none).
+
+    A sample that cannot be judged has the score NaN.
+    """
+    n, guesses = len(batch.labels), batch.guesses
+    unit = batch.losses.new_zeros(n, 0)
+    if kind == "prototype":
+        unit = normalize(caught.take(n).float(), dim=1)
+        similarity = unit @ statistics.prototypes(left_out).T
+        scores = prototype_margins(similarity, batch.labels)
+        guesses = similarity.nan_to_num(nan=-torch.inf).argmax(1)
+    elif kind == "vote":
+        scores = class_votes(caught.take(n).float(), batch.errors(), batch.labels, batch.counted)
+    else:
+        scores = -batch.losses.float().clamp(max=LARGEST_LOSS)
+    known = (batch.counted > 0) & scores.isfinite()
+    return torch.where(known, scores, torch.nan), guesses, unit
+
+
+def soft_weights(
+    scores: Float[Tensor, " n"],
+    labels: Int[Tensor, " n"],
+    statistics: ClassStatistics,
+    has_classes: bool,
+) -> Float[Tensor, " n"]:
+    """1 - a (1 - sigmoid(4 (s - m) / d)): the more labels of the class are doubtful, the softer.
+
+    m and d are mean and deviation of the class's scores, and a in [0, 1] the share of its samples
+    that seem to be of another class, over `DOUBTFUL`. Without classes a is 1, and m lower by 3 d.
+    1 where there is no score or deviation yet.
+    """
+    distance = (scores - statistics.mean[labels]) / statistics.deviation[labels]
+    if has_classes:
+        doubt = (statistics.doubt[labels] / DOUBTFUL).clamp(max=1)
+        weights = 1 - doubt * (1 - (SHARPNESS * distance).sigmoid())
+    else:
+        weights = (SHARPNESS * (distance + 3)).sigmoid()
+    return torch.where(weights.isfinite(), weights, 1.0)

@@ -1,0 +1,54 @@
+"""How far each sample's label is trusted, from one batch: higher is better.
+
+    prototype   <h_i, P_y> - the largest other <h_i, P_c>: h_i the unit-length input of the last
+                layer, P_c the running mean of h over the samples labelled c
+    vote        the mean cosine of the sample's gradient with those of the others that have its
+                label, in the last layer
+    loss        minus the loss
+
+The prototype margin is the agreement of last-layer gradients for a head that has learned nothing:
+there (p = 1 / C) the inner product of two samples' gradients is <h_i, h_j> (1[y_i = y_j] - 1 / C).
+A head that has memorised a wrong label cannot hide it.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize, pad
+
+from gaf.shapes import Float, Int
+
+
+def prototype_margins(
+    similarity: Float[Tensor, "n C"], labels: Int[Tensor, " n"]
+) -> Float[Tensor, " n"]:
+    """The margin of the label's prototype, in [-2, 2].
+
+    similarity: to each class's prototype; NaN where a class has none. Then the margin of the
+    class's own samples is NaN.
+    """
+    own = similarity.gather(1, labels[:, None])[:, 0]
+    others = similarity.scatter(1, labels[:, None], math.nan).nan_to_num(nan=-math.inf).amax(1)
+    return torch.where(others.isfinite(), own - others, math.nan)
+
+
+def class_votes(
+    features: Float[Tensor, "n p"],
+    errors: Float[Tensor, "n C"],
+    labels: Int[Tensor, " n"],
+    counted: Float[Tensor, " n"],
+) -> Float[Tensor, " n"]:
+    """The mean cosine with the last-layer gradients of the label's other samples, in [-1, 1].
+
+    Such a gradient is errors_i x (features_i, 1), and a cosine the product of two. NaN for the
+    only sample of its label, and for one without a gradient.
+    """
+    inputs = normalize(pad(features, (0, 1), value=1.0), dim=1)
+    directions = normalize(errors, dim=1)
+    cosines = (inputs @ inputs.T) * (directions @ directions.T)
+    votes = (directions.norm(dim=1) > 0) & (counted > 0)
+    others = (labels == labels[:, None]) & votes
+    others = others.fill_diagonal_(False).to(cosines)
+    found = (cosines * others).sum(1) / others.sum(1)  # 0 / 0 is NaN
+    return torch.where(votes, found, math.nan)

@@ -1,0 +1,52 @@
+"""Sums over the ranks, of which each step starts one and the next step takes the result."""
+
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+from gaf.shapes import Float
+
+
+class Summing:
+    """A sum in progress.
+
+    Args:
+        group: of the ranks; None for the default one, if there is one.
+        apart: whether each rank is a part of its own.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None, apart: bool) -> None:
+        self.group, self.apart = group, apart
+        self.sums: Tensor | None = None
+        self.work: Any = None
+
+    @property
+    def left_out(self) -> int | None:
+        """The part of this rank, if its samples are judged by the other ranks."""
+        return dist.get_rank(self.group) if self.apart and ranks_of(self.group) > 1 else None
+
+    def start(self, sums: Float[Tensor, " s"]) -> None:
+        self.sums, self.work = sums, None
+        if ranks_of(self.group) > 1:
+            self.work = dist.all_reduce(sums, group=self.group, async_op=True)
+
+    def take(self) -> Float[Tensor, " s"] | None:
+        """Waits for the sum; None if there is none."""
+        if self.work is not None:
+            self.work.wait()
+        sums, self.sums, self.work = self.sums, None, None
+        return sums
+
+
+def ranks_of(group: dist.ProcessGroup | None) -> int:
+    """How many ranks there are; 1 without a process group."""
+    there = dist.is_available() and dist.is_initialized()
+    return dist.get_world_size(group) if there else 1
+
+
+def finish_sum(module: Any, *_: Any) -> None:
+    """Adds the sum in progress to the module's statistics: before a step, and before a save."""
+    sums = module._summing.take()
+    if sums is not None:
+        module.statistics.absorb(sums)

@@ -1,0 +1,129 @@
+"""gaf.SampleAgreement across ranks: the same buffers everywhere, those of one process."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.functional import normalize
+from torch.nn.parallel import DistributedDataParallel
+
+import gaf
+from helpers.problems import same_everywhere
+from helpers.ranks import World
+from helpers.samples import C, Net, clusters
+
+B = 12  # samples of a rank
+
+
+def criterion_for(model: nn.Module, **options: Any) -> gaf.SampleAgreement:
+    options = {"warmup": 0} | options
+    return gaf.SampleAgreement(nn.CrossEntropyLoss(reduction="none"), model.head, **options)
+
+
+def fresh() -> Net:
+    torch.manual_seed(0)
+    return Net()
+
+
+def step(model: nn.Module, criterion: nn.Module, x: Tensor, y: Tensor, index: Any = None) -> None:
+    model.zero_grad()
+    criterion(model(x), y, index=index).backward()
+    with torch.no_grad():
+        for p in model.parameters():
+            p -= 0.1 * p.grad
+
+
+def the_ranks_agree_with_one_process(wrapped: str) -> None:
+    """Each has its own samples; and then, where all see the same, so do the weights."""
+    rank, W = dist.get_rank(), dist.get_world_size()
+    x, y, _ = clusters(3 * B * W, wrong=0.4)
+    model = fresh()
+    criterion = criterion_for(model)
+    if wrapped == "ddp":
+        outer: nn.Module = DistributedDataParallel(model)
+    else:
+        outer = fully_shard(model)
+    twin, own = fresh(), dist.new_group([rank], use_local_synchronization=True)
+    alone = criterion_for(twin, group=own)
+    for i in torch.arange(len(x)).split(B * W):
+        criterion(outer(x[i][rank::W]), y[i][rank::W]).backward()
+        alone(twin(x[i]), y[i])
+    state, want = criterion.state_dict(), alone.state_dict()
+    same_everywhere(*state.values())
+    for name in ("statistics.features", "statistics.scores"):
+        torch.testing.assert_close(state[name], want[name])
+
+
+def the_same_samples_give_the_same_weights_as_one_process() -> None:
+    rank = dist.get_rank()
+    x, y, _ = clusters(4 * B, wrong=0.4)
+    model, twin = fresh(), fresh()
+    criterion = criterion_for(model)
+    alone = criterion_for(twin, group=dist.new_group([rank], use_local_synchronization=True))
+    outer = DistributedDataParallel(model)
+    for i in torch.arange(len(x)).split(B):
+        step(outer, criterion, x[i], y[i])
+        step(twin, alone, x[i], y[i])
+    assert criterion.weights.min() < 0.9
+    torch.testing.assert_close(criterion.weights, alone.weights, rtol=1e-5, atol=1e-5)
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+def a_rank_can_be_judged_by_the_others() -> None:
+    """The last rank's labels are all wrong: they vouch for each other, unless it is left out."""
+    rank, W = dist.get_rank(), dist.get_world_size()
+    x, y, _ = clusters(40 * W)
+    x, y = x[rank::W], y[rank::W]
+    y = (y + 1) % C if rank == W - 1 else y
+    model = fresh()
+    criterion = criterion_for(model, leave_own_rank_out=True, weigh=False)
+    for _ in range(2):
+        criterion(model(x), y, index=torch.arange(40))
+    same_everywhere(*[v for k, v in criterion.state_dict().items() if "history" not in k])
+    unit = normalize(model.body(x).detach(), dim=1)
+    members = torch.nn.functional.one_hot(y, C).float()
+    sums = torch.stack([members.T @ unit, members.sum(0)[:, None].expand(C, 8)])
+    others = sums.clone()
+    dist.all_reduce(others)
+    others -= sums
+    # the second step was scored by the first: its prototypes are ratios of these sums
+    torch.testing.assert_close(criterion.statistics.prototypes(rank), others[0] / others[1])
+    similarity = unit @ (others[0] / others[1]).T
+    own = similarity.gather(1, y[:, None])[:, 0]
+    want = own - similarity.scatter(1, y[:, None], -9).amax(1)
+    torch.testing.assert_close(torch.tensor(criterion.report()["prototype"]), want)
+
+
+def the_report_covers_all_ranks_if_it_gathers() -> None:
+    rank, W = dist.get_rank(), dist.get_world_size()
+    x, y, _ = clusters(200, wrong=0.3)
+    mine = torch.arange(200)[rank::W]
+    model = fresh()
+    criterion = criterion_for(model, weigh=False)
+    for _ in range(3):
+        step(DistributedDataParallel(model), criterion, x[mine], y[mine], mine)
+    with pytest.warns(UserWarning, match="of 2 ranks.*gather=True"):
+        own = criterion.report()
+    assert own["index"] == mine.tolist()
+    report = criterion.report(gather=True)
+    assert report["index"] == list(range(200)) and report["given_label"] == y.tolist()
+    assert [report["label_quality"][i] for i in mine] == own["label_quality"]
+    assert [report["predicted_label"][i] for i in mine] == own["predicted_label"]
+    same_everywhere(torch.tensor(report["label_quality"]))
+
+
+def all_of_it() -> None:
+    the_ranks_agree_with_one_process("ddp")
+    the_ranks_agree_with_one_process("fsdp")
+    the_same_samples_give_the_same_weights_as_one_process()
+    a_rank_can_be_judged_by_the_others()
+    the_report_covers_all_ranks_if_it_gathers()
+
+
+@pytest.mark.distributed
+def test_two_ranks(world: World) -> None:
+    world(2).run(all_of_it)

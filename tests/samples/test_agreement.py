@@ -1,0 +1,304 @@
+"""gaf.SampleAgreement: its numbers by hand, the samples that it finds, and where it can stand."""
+
+import copy
+import gc
+import weakref
+from typing import Any
+
+import pandas
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, mse_loss, normalize, one_hot
+from torch.optim import SGD
+
+import gaf
+from helpers.comparing import same
+from helpers.samples import C, Net, auroc, clusters, train
+
+
+def criterion_for(model: Net, score: Any = "prototype", **options: Any) -> gaf.SampleAgreement:
+    options = {"warmup": 0} | options
+    return gaf.SampleAgreement(nn.CrossEntropyLoss(reduction="none"), model.head, score, **options)
+
+
+# --- numbers
+
+
+def test_prototypes_and_statistics_are_decayed_means_of_the_steps_before() -> None:
+    model, (x, y, _) = Net(), clusters(60)
+    criterion = criterion_for(model)
+    labels = [y[:20].clamp(max=1), y[20:40], y[40:]]  # class 2 is not in the first batch
+    sums, counts = torch.zeros(C, 8), torch.zeros(C)
+    seen: list[tuple[Tensor, Tensor]] = []
+    for x_, y_ in zip(x.split(20), labels, strict=True):
+        unit = normalize(model.body(x_), dim=1).detach()
+        similarity = unit @ (sums / counts[:, None]).T  # NaN for a class without
+        criterion(model(x_), y_)
+        scores = torch.full((20,), torch.nan)
+        for i in range(20 if counts.any() else 0):
+            others = [v for k, v in enumerate(similarity[i].tolist()) if k != y_[i] and v == v]
+            scores[i] = similarity[i, y_[i]] - max(others)
+        seen.append((scores, y_))
+        members = one_hot(y_, C).float()
+        there = members.any(0)
+        sums = torch.where(there[:, None], 0.9 * sums + members.T @ unit, sums)
+        counts = torch.where(there, 0.9 * counts + members.sum(0), counts)
+    criterion.state_dict()  # adds the last step
+    torch.testing.assert_close(criterion.statistics.prototypes(), sums / counts[:, None])
+    (before, their), (scores, y_) = seen[1:]
+    for c in range(C):
+        first, second = before[(their == c) & ~before.isnan()], scores[y_ == c]
+        w = torch.cat([torch.full_like(first, 0.9), torch.ones_like(second)])
+        both = torch.cat([first, second])
+        mean = (w * both).sum() / w.sum()
+        torch.testing.assert_close(criterion.statistics.mean[c], mean)
+        deviation = ((w * (both - mean) ** 2).sum() / w.sum()).sqrt()
+        torch.testing.assert_close(
+            criterion.statistics.deviation[c], deviation, rtol=1e-4, atol=1e-5
+        )
+
+
+def test_the_loss_is_the_weighted_mean_by_the_formula() -> None:
+    model, (x, y, _) = Net(), clusters(90, wrong=0.4)
+    criterion = criterion_for(model)
+    for x_, y_ in zip(x[:60].split(30), y[:60].split(30), strict=True):
+        criterion(model(x_), y_)
+    criterion.state_dict()
+    twin = copy.deepcopy(criterion.statistics)
+    x_, y_ = x[60:], y[60:]
+    outputs = model(x_)
+    losses = cross_entropy(outputs, y_, reduction="none")
+    loss = criterion(outputs, y_)
+    similarity = normalize(model.body(x_), dim=1) @ twin.prototypes().T
+    own = similarity.gather(1, y_[:, None])[:, 0]
+    s = own - similarity.masked_fill(one_hot(y_, C).bool(), -9).amax(1)
+    a = (twin.doubt[y_] / 0.3).clamp(max=1)
+    w = 1 - a * (1 - torch.sigmoid(4 * (s - twin.mean[y_]) / twin.deviation[y_]))
+    assert w.min() < 0.9 < w.max()
+    torch.testing.assert_close(criterion.weights, w.detach())
+    torch.testing.assert_close(loss, (w.detach() * losses).sum() / w.detach().sum())
+    (grad,) = torch.autograd.grad(loss, [model.head.weight], retain_graph=True)
+    direct = torch.autograd.grad((w.detach() * losses).sum() / w.detach().sum(), model.head.weight)
+    torch.testing.assert_close(grad, direct[0])
+
+
+def test_votes_are_cosines_of_the_heads_gradients() -> None:
+    model, (x, y, _) = Net(), clusters(12)
+    criterion = criterion_for(model, "vote")
+    y[:4] = torch.tensor([0, 0, 0, 1])
+    y[4:] = 2
+    criterion(model(x), y, index=range(12))
+    rows = []
+    for x_, y_ in zip(x, y, strict=True):
+        loss = cross_entropy(model(x_[None]), y_[None])
+        grads = torch.autograd.grad(loss, [*model.head.parameters()])
+        rows.append(torch.cat([g.flatten() for g in grads]))
+    unit = normalize(torch.stack(rows), dim=1)
+    K = unit @ unit.T
+    report = criterion.report()
+    assert report["index"] == [0, 1, 2, *range(4, 12)]  # the only one of its class has no vote
+    want = [(K[i, :3].sum() - K[i, i]) / 2 for i in range(3)]
+    want += [(K[i, 4:].sum() - K[i, i]) / 7 for i in range(4, 12)]
+    torch.testing.assert_close(torch.tensor(report["vote"]), torch.stack(want))
+
+
+WARMUPS: dict[str, Any] = {
+    "weigh=False": {"weigh": False},
+    "warm-up": {"warmup": 2},
+    "visits": {"warmup": None},
+}
+
+
+@pytest.mark.parametrize("where", ["evaluation", "no gradients", *WARMUPS])
+def test_the_plain_mean_where_nothing_is_weighed(where: str) -> None:
+    model, (x, y, _) = Net(), clusters(40, wrong=0.4)
+    criterion = criterion_for(model, **WARMUPS.get(where, {}))
+    index = range(40) if where == "visits" else None
+    criterion.train(where != "evaluation")
+    with torch.set_grad_enabled(where != "no gradients"):
+        for _ in range(2):
+            want = cross_entropy(model(x), y)
+            torch.testing.assert_close(criterion(model(x), y, index=index), want)
+    assert (criterion.steps == 0) == (where in ("evaluation", "no gradients"))
+    criterion.train()
+    if where == "visits":  # of which the first was not judged
+        criterion(model(x), y, index=index)
+    loss, plain = criterion(model(x), y, index=index), cross_entropy(model(x), y)
+    assert torch.isclose(loss, plain) == (where in ("evaluation", "no gradients", "weigh=False"))
+
+
+def test_ignored_samples_count_nowhere() -> None:
+    model, (x, y, _) = Net(), clusters(40, wrong=0.3)
+    twin = copy.deepcopy(model)
+    one, other = criterion_for(model), criterion_for(twin)
+    more = torch.cat([y, torch.full((5,), -100)])
+    for _ in range(3):
+        loss = one(model(torch.cat([x, x[:5] + 9])), more, index=range(45))
+        torch.testing.assert_close(loss, other(twin(x), y, index=range(40)))
+    torch.testing.assert_close(
+        one.state_dict()["statistics.scores"], other.state_dict()["statistics.scores"]
+    )
+    assert one.report()["index"] == other.report()["index"] == list(range(40))
+
+
+def test_probabilities_are_like_their_classes() -> None:
+    model, (x, y, _) = Net(), clusters(40, wrong=0.3)
+    one, other = criterion_for(model), criterion_for(model)
+    for _ in range(3):
+        loss = one(model(x), y)
+        torch.testing.assert_close(other(model(x), one_hot(y, C).float()), loss)
+    assert same(one.state_dict(), other.state_dict())
+
+
+# --- what it finds
+
+
+@pytest.mark.parametrize("score", ["prototype", "vote", "loss"])
+def test_wrong_labels_are_found_and_counted(score: str) -> None:
+    model, (x, y, wrong) = Net(), clusters(600, wrong=0.3)
+    criterion = criterion_for(model, score, weigh=False)
+    train(model, criterion, x, y, passes=4)
+    report = criterion.report()
+    assert report["index"] == list(range(600)) and report["given_label"] == y.tolist()
+    assert auroc(torch.tensor(report["label_quality"]), wrong) > 0.95
+    assert abs(criterion.count_issues() - wrong.sum()) < 40
+    assert all(0 <= q <= 1 for q in report["label_quality"])
+    frame = pandas.DataFrame(report)
+    assert len(frame) == 600 and frame["is_label_issue"].dtype == bool
+    assert {score, "loss", "disagreement", "visits", "predicted_label"} < set(frame.columns)
+    # the clusters lie apart: what a suspect is taken for is what it is
+    _, truth, _ = clusters(600)
+    assert (torch.tensor(report["predicted_label"]) == truth).double().mean() > 0.93
+
+
+def test_weighing_resists_memorising_and_leaves_clean_labels_alone() -> None:
+    found = {}
+    for share in (0.0, 0.4):
+        model, (x, y, wrong) = Net(), clusters(600, wrong=share)
+        criterion = criterion_for(model)
+        train(model, criterion, x, y, passes=6)
+        criterion(model(x), y)
+        assert criterion.weights is not None
+        found[share] = criterion.weights
+    assert found[0.0].min() > 0.8 and found[0.0].mean() > 0.98
+    assert found[0.4][wrong].mean() < 0.5 * found[0.4][~wrong].mean()
+
+
+def test_losses_that_are_of_no_classes() -> None:
+    torch.manual_seed(1)
+    x = torch.randn(200, 4)
+    y = x.sum(1, keepdim=True)
+    y[::20] += 12
+    model = nn.Linear(4, 1)
+    criterion = gaf.SampleAgreement(nn.MSELoss(reduction="none"), score="loss", warmup=5)
+    for _ in range(60):
+        loss = criterion(model(x), y, index=torch.arange(200))
+        model.zero_grad()
+        loss.backward()
+        SGD(model.parameters(), 0.1).step()
+    report = criterion.report()
+    assert "given_label" not in report
+    bad = {i for i, issue in enumerate(report["is_label_issue"]) if issue}
+    assert bad >= set(range(0, 200, 20)) and len(bad) < 25
+    assert mse_loss(model(x[1:20]), y[1:20]) < 0.2  # the wrong ones pull less
+    pandas.DataFrame(report)
+
+
+# --- where it can stand
+
+
+def test_a_saved_state_goes_on_as_if_nothing_had_happened() -> None:
+    (x, y, _) = clusters(120, wrong=0.3)
+    model = Net()
+    criterion = criterion_for(model)
+    train(model, criterion, x, y, passes=1)
+    twin = copy.deepcopy(model)
+    again = criterion_for(twin)
+    again.load_state_dict(copy.deepcopy(criterion.state_dict()))
+    for one, other in ((model, criterion), (twin, again)):
+        torch.manual_seed(3)
+        train(one, other, x, y, passes=2)
+    assert same(criterion.state_dict(), again.state_dict())
+    assert same(model.state_dict(), twin.state_dict())
+    assert not [*criterion.parameters()]  # the head's are the model's
+
+
+def test_compiled_models_and_autocast() -> None:
+    (x, y, _) = clusters(40, wrong=0.3)
+    model = Net()
+    plain, other = criterion_for(model), criterion_for(model)
+    compiled = torch.compile(model, backend="aot_eager")
+    for _ in range(3):
+        loss = other(compiled(x), y)
+        torch.testing.assert_close(loss, plain(model(x), y))
+        loss.backward()
+    half = criterion_for(model)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for _ in range(3):
+            loss = half(model(x), y, index=range(40))
+    assert loss.dtype == torch.float32 and half.statistics.features.dtype == torch.float32
+    torch.testing.assert_close(half.statistics.mean, plain.statistics.mean, rtol=0.1, atol=0.05)
+
+
+def test_the_table_grows_or_has_the_size_that_was_given() -> None:
+    model, (x, y, _) = Net(), clusters(30)
+    for options in ({}, {"num_samples": 100}):
+        criterion = criterion_for(model, **options)
+        for _ in range(2):
+            criterion(model(x[:10]), y[:10], index=range(10))
+        criterion(model(x[10:]), y[10:], index=torch.arange(70, 90))
+        report = criterion.report()
+        assert report["index"] == [*range(10), *range(70, 90)]
+        assert report["visits"] == [1] * 30  # nothing was known at the first step
+        again = criterion_for(model, **options)
+        again.load_state_dict(criterion.state_dict())
+        assert again.report() == report
+
+
+def test_its_hook_goes_with_it() -> None:
+    model = Net()
+    criterion = criterion_for(model)
+    there = weakref.ref(criterion)
+    assert model.head._forward_pre_hooks
+    del criterion
+    gc.collect()
+    assert there() is None and not model.head._forward_pre_hooks
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_what_cannot_be_used_is_refused() -> None:
+    model, (x, y, _) = Net(), clusters(10)
+    ce = nn.CrossEntropyLoss(reduction="none")
+    for args, error, text in (
+        ((nn.CrossEntropyLoss(), model.head), ValueError, "Make it with reduction='none'"),
+        ((3, model.head), TypeError, "criterion must be a loss function"),
+        ((ce, model.head, "gram"), ValueError, "must be one of 'prototype', 'vote', 'loss'"),
+        ((ce,), ValueError, "'prototype' needs the head"),
+        ((ce, model), TypeError, "head must be .* a torch.nn.Linear; got Net"),
+    ):
+        with pytest.raises(error, match=text):
+            gaf.SampleAgreement(*args)
+    with pytest.raises(ValueError, match="warmup must be a whole number of at least 0; got -1"):
+        criterion_for(model, warmup=-1)
+    criterion = criterion_for(model, num_samples=10)
+    with pytest.raises(RuntimeError, match="report.. needs to know which samples.*index=i"):
+        criterion.report()
+    out = model(x)
+    criterion(out, y)
+    with pytest.raises(RuntimeError, match="the head must run before each loss"):
+        criterion(out, y)
+    for targets in (y.float(), y[:, None], torch.rand(10, C + 1)):
+        with pytest.raises((ValueError, RuntimeError)):
+            criterion(model(x), targets)
+    for index, text in (
+        (range(9), "must be 10 whole numbers"),
+        (torch.arange(10) + 1, r"in \[0, num_samples = 10\); got 1 to 10"),
+        (torch.arange(10) - 1, "got -1 to 8"),
+        (torch.rand(10), "of torch.float32"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            criterion(model(x), y, index=index)
+    scalar = gaf.SampleAgreement(cross_entropy, model.head)
+    with pytest.raises(ValueError, match=r"a loss for each of the 10 samples; got shape \(\)"):
+        scalar(model(x), y)
