@@ -21,15 +21,16 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("gaf")
 
 
-# files that take a minute
+# files that take half a minute
 LONG = (
     "test_paper_smoke",
     "test_sweep_ray",
     "test_sweep",
     "test_parallel",
-    "test_demo",
-    "test_train",
     "test_gpu_benchmark",
+    "test_demo",
+    "test_examples",
+    "test_train",
 )
 
 
