@@ -79,9 +79,7 @@ def decisions(make: Callable[[], Any]) -> Any:
 def kept_rows(make: Callable[[], Any]) -> Any:
     rows = StackedRows(make(), [True, False])
     for row in ROWS:
-        rows.take(0, row[:15])
-        rows.take(1, row[15:])
-        rows.add()
+        rows.add([row[:15], row[15:]])
     decision, evidence = rows.decide()
     return decision, evidence, rows.update(decision.weights.tolist()), pack(decision, evidence)
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 import gaf
-from gaf.device.sums import SumOnDevice
+from gaf.device.rows import rows_without_waiting
 from gaf.record.outcome import Outcome
 from gaf.record.telemetry import Telemetry
 
@@ -29,10 +29,7 @@ def accumulator(
     engine: str, policy: Any, p: list[nn.Parameter], patch: pytest.MonkeyPatch
 ) -> gaf.Accumulator:
     if engine == "on a device":
-        patch.setattr(
-            "gaf.device.rows.SumOnCpu",
-            lambda voters, spare: SumOnDevice(voters, False, torch.device("cpu")),
-        )
+        patch.setattr("gaf.device.accumulate.rows_for", rows_without_waiting)
     return gaf.Accumulator(SGD(p, 0.0), stacked(policy) if engine == "stacked" else policy)
 
 

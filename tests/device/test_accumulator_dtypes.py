@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 from torch.optim import SGD
 
 import gaf
-from gaf.device.sums import SumOnDevice
+from gaf.device.rows import rows_without_waiting
 from helpers.accumulating import ENGINES, POLICIES, ROWS_OF_4, feed, stacked, vector
 from helpers.digits import (
     Batch,
@@ -153,7 +153,7 @@ def test_a_skip_under_a_scaler_gives_it_a_gradient_of_the_right_dtype(bad: bool)
         [torch.bfloat16, torch.float16],
         [True, False],
         ["mean", "halving"],
-        ["SumOnCpu", "SumOnDevice"],
+        ["on the CPU", "without waiting"],
     ),
 )
 @pytest.mark.usefixtures("unchecked")
@@ -167,11 +167,8 @@ def test_half_precision_distances_of_many_rows_are_those_of_the_gram_matrix(
     k, n = 384, 1024  # a sum of equal rows in bfloat16 stands still from 256 on
     g = torch.randn(n)
     rows = torch.stack([(g if equal else g + torch.randn(n)).to(dtype) for _ in range(k)])
-    if engine == "SumOnDevice":
-        monkeypatch.setattr(
-            "gaf.device.rows.SumOnCpu",
-            lambda voters, spare: SumOnDevice(voters, average == "halving", torch.device("cpu")),
-        )
+    if engine == "without waiting":
+        monkeypatch.setattr("gaf.device.accumulate.rows_for", rows_without_waiting)
     policy = gaf.GAF(2.0, average=average)
     p = vector(n, dtype)
     acc = gaf.Accumulator(SGD([p], 0.0), policy)
@@ -241,8 +238,8 @@ def test_a_default_device_changes_nothing(policy: Any, options: dict[str, Any]) 
     assert str(found) == str(expected)  # NaN is NaN
 
 
-def test_a_spare_buffer_of_another_layout_is_not_used() -> None:
-    """The parameter turns channels-last between two macro-batches."""
+def test_a_parameter_may_change_its_layout_between_macro_batches() -> None:
+    """It turns channels-last."""
     torch.manual_seed(0)
     model = nn.Conv2d(3, 4, 3)
     twin, x = copy.deepcopy(model), torch.randn(8, 2, 3, 8, 8)

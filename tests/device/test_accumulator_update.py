@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 from torch.optim import SGD
 
 import gaf
-from gaf.device.sums import SumOnDevice
+from gaf.device.rows import rows_without_waiting
 from helpers.accumulating import ENGINES, feed, stacked, vector
 from helpers.comparing import same
 from helpers.digits import (
@@ -294,12 +294,7 @@ def test_the_sum_for_accelerators_decides_and_updates_as_the_one_for_cpus(
     for device in (False, True):
         with monkeypatch.context() as patch:
             if device:
-                patch.setattr(
-                    "gaf.device.rows.SumOnCpu",
-                    lambda voters, spare: SumOnDevice(
-                        voters, average == "halving", torch.device("cpu")
-                    ),
-                )
+                patch.setattr("gaf.device.accumulate.rows_for", rows_without_waiting)
             p, q = vector(5), vector(3)
             acc = gaf.Accumulator(SGD([p, q], 0.1), made)
             for _ in range(3):

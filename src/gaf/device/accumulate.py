@@ -12,7 +12,6 @@ from torch.optim.lr_scheduler import LRScheduler
 from gaf.checks import check_optimizers
 from gaf.device.backward import BackwardPass
 from gaf.device.batchnorm import BatchNormStatistics
-from gaf.device.buffers import Buffers
 from gaf.device.checks import (
     check_accumulator_state,
     check_bn,
@@ -99,7 +98,6 @@ class Accumulator:
         self._params = Parameters(self.optimizers, model, leave_out)
         self.layers: dict[str, Decision] = {}
         self._rows: Rows | None = None  # of the macro-batch in progress
-        self._spare: Buffers = []  # buffers of the last macro-batch
         self._decided: Decision | None = None
         self._backward = BackwardPass()
         self._scaling = LossScaling(scaler, self.optimizers)
@@ -163,9 +161,9 @@ class Accumulator:
         rows = self._rows_in_progress()
         try:
             scaled = self._scaling.scale(loss)
-            self._backward.run(scaled, self._params, rows.take, retain_graph)
+            row = self._backward.run(scaled, self._params, retain_graph)
             with torch.no_grad():
-                rows.add()
+                rows.add(row)
         except BaseException:
             self._forget(rows)
             raise
@@ -175,19 +173,18 @@ class Accumulator:
 
     def _rows_in_progress(self) -> Rows:
         """The holder of the macro-batch's rows; a new one where a macro-batch begins."""
-        if self._rows is None and self._params.refresh():
-            self._spare = [None] * len(self._params)
+        if self._rows is None:
+            self._params.refresh()
         self._params.check_clean()
         if self._rows is None:
             self._rows = self._make_rows()
-            self._spare = [None] * len(self._params)  # the rows own these buffers now
         return self._rows
 
     def _make_rows(self) -> Rows:
         params, voters = self._params.current, self._params.voters()
         if scope_of(self.policy) != "layer":
-            return rows_for(self.policy, voters, self._spare, params[0].device)
-        return layered_rows_for(self.policy, self._layers(), voters, self._spare, params[0].device)
+            return rows_for(self.policy, voters, params[0].device)
+        return layered_rows_for(self.policy, self._layers(), voters, params[0].device)
 
     def _layers(self) -> dict[str, list[int]]:
         """What scope="layer" decides on by itself: parameters' indices, by name."""
@@ -195,7 +192,6 @@ class Accumulator:
 
     def _forget(self, rows: Rows) -> None:
         """Leaves no trace of a micro-batch whose backward pass failed."""
-        rows.drop()
         self._bn.settle([])
         if len(rows) == 0:
             self._rows = None
@@ -235,7 +231,7 @@ class Accumulator:
             self._skip_layers()
         if outcome.stepped:
             self._params.place(rows.update(outcome.weights))
-        self._rows, self._spare = None, rows.spare
+        self._rows = None
         self._scaling.unscale(overflow)
         self._placed.note()
         self.ledger.record(outcome, scale)

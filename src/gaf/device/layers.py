@@ -1,10 +1,9 @@
 """Filters each layer by itself (scope="layer"), in one backward pass."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from gaf.device.buffers import Buffers
 from gaf.device.checks import Names
@@ -30,36 +29,17 @@ class LayeredRows:
     ) -> None:
         self.layers, self.holders = layers, holders
         self.decisions: dict[str, Decision] = {}
-        self._place: dict[int, tuple[StreamedRows | StackedRows, int]] = {}
-        for indices, holder in zip(layers.values(), holders, strict=True):
-            self._place |= {j: (holder, i) for i, j in enumerate(indices)}
 
     def __len__(self) -> int:
         return len(self.holders[0])
 
-    def _join(self, parts: Sequence[Sequence[Any]]) -> list[Any]:
-        """The layers' lists as one, in the order of the parameters."""
-        joined: list[Any] = [None] * len(self._place)
-        for indices, part in zip(self.layers.values(), parts, strict=True):
-            for j, one in zip(indices, part, strict=True):
-                joined[j] = one
-        return joined
-
-    @property
-    def spare(self) -> Buffers:
-        return self._join([holder.spare for holder in self.holders])
-
-    def take(self, j: int, grad: Tensor) -> None:
-        holder, i = self._place[j]
-        holder.take(i, grad)
-
-    def drop(self) -> None:
-        for holder in self.holders:
-            holder.drop()
-
-    def add(self) -> None:
-        for holder in self.holders:
-            holder.add()
+    def add(self, row: Buffers) -> None:
+        """Gives each layer its part of a row, which is used up."""
+        for indices, holder in zip(self.layers.values(), self.holders, strict=True):
+            part = [row[j] for j in indices]
+            for j in indices:
+                row[j] = None
+            holder.add(part)
 
     def decide(self) -> tuple[Decision, Evidence]:
         """The layers' decisions joined to one; each is kept in `decisions`."""
@@ -71,24 +51,23 @@ class LayeredRows:
     def update(self, weights: list[float]) -> Buffers:
         """w^T G with each layer's own weights; None for the parameters of a layer that skips."""
         own = torch.stack([decision.weights for decision in self.decisions.values()]).tolist()
-        parts: list[Buffers] = []
+        joined: Buffers = [None] * sum(map(len, self.layers.values()))
         for holder, w, indices in zip(self.holders, own, self.layers.values(), strict=True):
-            parts.append(holder.update(w) if any(w) else [None] * len(indices))
-        return self._join(parts)
+            for j, part in zip(indices, holder.update(w) if any(w) else (), strict=False):
+                joined[j] = part
+        return joined
 
 
 def layered_rows_for(
     policy: Policy,
     layers: Mapping[str, list[int]],
     voters: Sequence[bool],
-    spare: Buffers,
     device: torch.device,
 ) -> LayeredRows:
     """A holder for each layer; arguments as for `rows_for`."""
     holders = []
     for indices in layers.values():
-        own_voters, own_spare = [voters[j] for j in indices], [spare[j] for j in indices]
-        holders.append(rows_for(policy, own_voters, own_spare, device))
+        holders.append(rows_for(policy, [voters[j] for j in indices], device))
     return LayeredRows(layers, holders)
 
 

@@ -8,6 +8,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
+from gaf.device.buffers import Buffers
 from gaf.device.checks import Names, check_accumulator_model, check_parameters
 
 LeaveOut = Callable[[str, nn.Parameter], bool]
@@ -53,15 +54,13 @@ class Parameters:
     def name(self, j: int) -> str:
         return self.names[self.current[j]]
 
-    def refresh(self) -> bool:
-        """Looks the parameters up. Returns whether they differ from the last macro-batch's."""
+    def refresh(self) -> None:
+        """Looks the parameters up."""
         params = all_parameters(self.optimizers)
-        changed = list(map(id, params)) != list(map(id, self.current))
-        if changed:
+        if list(map(id, params)) != list(map(id, self.current)):
             self.names = names_of(self.optimizers, self.model)
             check_parameters(self.names, params)
         self.current = params
-        return changed
 
     def voters(self) -> list[bool]:
         """Which parameters decide.
@@ -103,6 +102,12 @@ class Parameters:
         """Puts the update into p.grad."""
         for p, grad in zip(self.current, update, strict=True):
             p.grad = None if grad is None else grad.to(grad_dtype(p) or grad.dtype)
+
+    def take_gradients(self) -> Buffers:
+        """The gradients, taken out of p.grad."""
+        row = [p.grad for p in self.current]
+        self.clear()
+        return row
 
     def clear(self) -> None:
         for p in self.current:

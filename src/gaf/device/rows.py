@@ -4,11 +4,12 @@ They are added up as they come (`StreamedRows`) or kept apart (`StackedRows`).
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from gaf.device.buffers import Buffers, norm2_of_rest, voting_part
+from gaf.device.buffers import Buffers, norm2_of_rest, unshare_all, voting_part
 from gaf.device.sums import SumOnCpu, SumOnDevice
 from gaf.rules.combine import combine, weighted_sum
 from gaf.rules.contract import Policy, merge_of
@@ -16,24 +17,24 @@ from gaf.rules.decision import Decision, Evidence, check_decision
 from gaf.rules.gram import gram_of
 from gaf.rules.judging import decide_with_evidence, streams, tau_of
 from gaf.rules.merging import merged_parameters
-from gaf.rules.sequential import Seen, Sequential, norm2_after, signal_of
+from gaf.rules.sequential import Seen, Sequential
+from gaf.rules.visits import PlainVisits, Visits, visits_for
 from gaf.shapes import Float64
 
 
 def rows_for(
-    policy: Policy, voters: Sequence[bool], spare: Buffers, device: torch.device
+    policy: Policy, voters: Sequence[bool], device: torch.device
 ) -> "StreamedRows | StackedRows":
     """The holder that a policy needs.
 
     Args:
         policy: what will decide.
         voters: which parameters take part in the decision.
-        spare: buffers of an earlier macro-batch, which may be written over.
         device: of the parameters.
     """
     if device.type != "cpu" or not streams(policy):
         return rows_without_waiting(policy, voters, device)
-    return StreamedRows(policy, SumOnCpu(voters, spare))
+    return StreamedRows(policy, SumOnCpu(voters), visits_for(policy, device))
 
 
 def rows_without_waiting(
@@ -42,73 +43,47 @@ def rows_without_waiting(
     """The holder that a policy needs and that never waits for its device, on the CPU too."""
     if not streams(policy):
         return StackedRows(policy, voters)
-    return StreamedRows(policy, SumOnDevice(voters, policy.average == "halving", device))
+    sum = SumOnDevice(voters, policy.average == "halving", device)
+    return StreamedRows(policy, sum, Visits(policy, sum.device))
 
 
 class StreamedRows:
-    """The running sum and the current row.
+    """The running sum, to which rows are added as they come.
 
     One gradient-sized buffer beyond plain accumulation, whatever k.
 
     Args:
-        policy: gives the accept rule (`visit`) and the decision (`conclude`).
-        sum: holds s, and takes the rows.
+        policy: gives the decision (`conclude`).
+        sum: holds s.
+        visits: applies the accept rule.
     """
 
-    def __init__(self, policy: Sequential, sum: SumOnCpu | SumOnDevice) -> None:
-        self.policy, self.sum = policy, sum
-        # whether the current row has a gradient for each parameter
-        self.has_gradient: list[bool] = [False] * len(sum.voters)
-        self.had_gradient: list[list[bool]] = []  # the same for every row before
-        self.count = torch.zeros((), dtype=torch.int64, device=sum.device)
-        self.norm2 = torch.zeros((), dtype=torch.float64, device=sum.device)  # |s|^2
-        self.accepted: list[Tensor] = []
-        self.distances: list[Tensor] = []
-        self.norms2: list[Tensor] = []
-        # <s, g_i> / c, an estimate of |g|^2 for each row but the start
-        self.signals: list[Tensor] = []
+    def __init__(
+        self, policy: Sequential, sum: SumOnCpu | SumOnDevice, visits: Visits | PlainVisits
+    ) -> None:
+        self.policy = policy
+        # either both in plain numbers or both in tensors, or visits makes tensors of numbers
+        self.sum: Any = sum
+        self.visits: Any = visits
+        self.had_gradient: list[list[bool]] = []  # whether each row has one for each parameter
 
     def __len__(self) -> int:
         return len(self.had_gradient)
 
-    @property
-    def spare(self) -> Buffers:
-        return self.sum.spare
-
-    def take(self, j: int, grad: Tensor) -> None:
-        """Adds parameter j's gradient to the row, as it arrives in the backward pass."""
-        self.has_gradient[j] = True
-        self.sum.take(j, grad)
-
-    def drop(self) -> None:
-        """Drops the row whose backward pass failed."""
-        self.has_gradient = [False] * len(self.has_gradient)
-        self.sum.drop()
-
-    def add(self) -> None:
-        """Visits the row, which is complete now."""
-        inner, own = self.sum.measure()
-        count, norm2 = self.count, self.norm2
-        joins, distance = self.policy.visit(count, inner, norm2, own)
-        shrink = self.policy.shrink(count)
-        self.sum.absorb(joins, shrink, counts=self.policy.adds_absent)
-        self.accepted.append(joins)
-        self.distances.append(distance)
-        self.norms2.append(own)
-        self.signals.append(signal_of(self.policy, count, inner, own))
-        self.norm2 = torch.where(joins, norm2_after(norm2, inner, own, shrink), norm2)
-        self.count = count + joins
-        self.had_gradient.append(self.has_gradient)
-        self.has_gradient = [False] * len(self.has_gradient)
+    def add(self, row: Buffers) -> None:
+        """Visits a row, which is used up."""
+        had_gradient = [grad is not None for grad in row]
+        joins, shrink = self.visits.visit(*self.sum.measure(row))
+        self.sum.absorb(row, joins, shrink, counts=self.policy.adds_absent)
+        self.had_gradient.append(had_gradient)
 
     def decide(self) -> tuple[Decision, Evidence]:
-        accepted, distances = torch.stack(self.accepted), torch.stack(self.distances)
-        norms2, signals = torch.stack(self.norms2), torch.stack(self.signals)
-        tau = tau_of(self.policy, self.norm2)
-        decision = self.policy.conclude(accepted, distances)
-        check_decision(decision, self.policy, len(self), accepted.device)
-        self.policy.learn(Seen(accepted, distances, norms2, signals, gram=None))
-        return decision, Evidence(norms2, signals.nanmean(), tau)
+        seen: Seen = self.visits.seen()
+        tau = tau_of(self.policy, seen.norms2)
+        decision = self.policy.conclude(seen.accepted, seen.distances)
+        check_decision(decision, self.policy, len(self), seen.accepted.device)
+        self.policy.learn(seen)
+        return decision, Evidence(seen.norms2, seen.signals.nanmean(), tau)
 
     def update(self, weights: list[float]) -> Buffers:
         """w^T G; None for a parameter that no accepted row has a gradient for."""
@@ -141,22 +116,15 @@ class StackedRows:
 
     def __init__(self, policy: Policy, voters: Sequence[bool]) -> None:
         self.policy, self.voters = policy, voters
-        self.spare: Buffers = [None] * len(voters)
-        self.row: Buffers = [None] * len(voters)
         self.rows: list[Buffers] = []
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def take(self, j: int, grad: Tensor) -> None:
-        self.row[j] = grad
-
-    def drop(self) -> None:
-        self.row = [None] * len(self.voters)
-
-    def add(self) -> None:
-        self.rows.append(self.row)
-        self.drop()
+    def add(self, row: Buffers) -> None:
+        """Keeps a row."""
+        unshare_all(row)
+        self.rows.append(row)
 
     def decide(self) -> tuple[Decision, Evidence]:
         gram = gram_of([voting_part(row, self.voters) for row in self.rows])

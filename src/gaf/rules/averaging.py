@@ -11,7 +11,7 @@ from torch import Tensor
 from gaf.arguments import is_number, plain_number, whole_number
 from gaf.rules.contract import describe_state
 from gaf.rules.decision import Decision, as_skip
-from gaf.rules.sequential import Sequential, visit
+from gaf.rules.sequential import Sequential
 from gaf.shapes import Bool, Float64
 
 
@@ -50,10 +50,8 @@ class Mean(Sequential):
         subject, fix = "Mean: measure_every", "0 measures nothing."
         self.measure_every = whole_number(subject, measure_every, 0, fix)
 
-    def visit(
-        self, count: Tensor, inner: Tensor, norm2: Tensor, own: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        return visit(count, inner, norm2, own, tau=2.0)
+    def tau_at(self, device: torch.device) -> float:
+        return 2.0  # every present row
 
     def conclude(self, accepted: Bool[Tensor, " k"], distances: Float64[Tensor, " k"]) -> Decision:
         self.step += self.measure_every > 0

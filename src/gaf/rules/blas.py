@@ -83,12 +83,11 @@ def products_by_blas(
     No s counts as zeros. Recomputes in float64 if a result leaves float32's range, or if g is zero
     or not finite.
     """
-    flat = flatten([g] if s is None else [s, g])
-    flat = [half_to_float32(v) for v in flat]
+    flat = [half_to_float32(v) for v in flatten([g] if s is None else [s, g])]
     inner, own = dot_products(flat, chunk)
     # s may be smaller still, and the product too small
-    small = s is not None and own < 1e-15 and abs(inner) < 1e-30
-    if small or not in_range([own]) or not abs(inner) < 1e38:
+    small = own < 1e-15 and abs(inner) < 1e-30 and s is not None
+    if small or not 1e-30 < own < 1e38 or not abs(inner) < 1e38:
         inner, own = dot_products([v.double() for v in flat], chunk)
     return inner, own
 

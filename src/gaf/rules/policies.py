@@ -18,7 +18,7 @@ from gaf.rules.decision import Decision
 from gaf.rules.gaf_arguments import as_norm_ratio, as_tau
 from gaf.rules.gram import check_gram, without_giants
 from gaf.rules.ring import choose_start, ring_orders
-from gaf.rules.sequential import Seen, Sequential, halving_weights, mean_weights, visit, walk
+from gaf.rules.sequential import Seen, Sequential, halving_weights, mean_weights, walk
 from gaf.rules.thresholds import Threshold
 from gaf.shapes import Bool, Float64, Int
 
@@ -107,12 +107,12 @@ class GAF(Sequential):
 
     def tau_on(self, device: torch.device) -> Float64[Tensor, ""]:
         """The largest distance that the step at hand accepts, () on the device."""
-        tau = self._current_tau(device)
+        tau = self.tau_at(device)
         if isinstance(tau, Tensor):
             return tau
         return torch.full((), tau, dtype=torch.float64, device=device)
 
-    def _current_tau(self, device: torch.device) -> float | Tensor:
+    def tau_at(self, device: torch.device) -> float | Tensor:
         if isinstance(self.tau, Threshold):
             return self.tau.tau_on(device)
         return cast(float, self.tau)
@@ -122,11 +122,6 @@ class GAF(Sequential):
         twin = copy.copy(self)
         object.__setattr__(twin, "tau", copy.deepcopy(self.tau))
         return twin
-
-    def visit(
-        self, count: Tensor, inner: Tensor, norm2: Tensor, own: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        return visit(count, inner, norm2, own, self._current_tau(inner.device))
 
     def learn(self, seen: Seen) -> None:
         if isinstance(self.tau, Threshold):

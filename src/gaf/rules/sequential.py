@@ -2,7 +2,7 @@
 
 The sum is that of the rows accepted before. `visit` needs three numbers of a row: its inner product
 with the sum, and both norms. They are read off the Gram matrix (`walk`), or measured while the rows
-stream by (`gaf.device.rows`). The rule is the same.
+stream by (`gaf.rules.visits`). The rule is the same.
 """
 
 import math
@@ -89,6 +89,10 @@ class Sequential:
         own: Float64[Tensor, "*s"],
     ) -> tuple[Bool[Tensor, "*s"], Float64[Tensor, "*s"]]:
         """Whether a row joins the running sum, and its distance; see `visit` of this module."""
+        return visit(count, inner, norm2, own, self.tau_at(inner.device))
+
+    def tau_at(self, device: torch.device) -> float | Tensor:
+        """The largest distance that `visit` accepts; a tensor is on the device."""
         raise NotImplementedError
 
     def shrink(self, count: Int[Tensor, "*s"]) -> Float64[Tensor, "*s"]:

@@ -72,8 +72,6 @@ def split(vectors: Vectors, chunk: int) -> Iterable[Vectors]:
 def flatten(tensors: list[Tensor]) -> Vectors:
     """Vectors of the same coordinates in the same order; views of tensors that lie alike."""
     first = tensors[0]
-    if first.ndim == 1 and all(t.stride() == (1,) for t in tensors):
-        return tensors
     if all(t.is_contiguous() for t in tensors):
         return [t.view(-1) for t in tensors]
     if all(t.stride() == first.stride() for t in tensors):

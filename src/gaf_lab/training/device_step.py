@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import gaf
-from gaf.device.backward import unshare
 from gaf.device.rows import StackedRows, StreamedRows, rows_without_waiting
 from gaf.record.outcome import pack
 from gaf.rules.contract import Policy, given_tau, is_planned
@@ -102,12 +101,10 @@ class DeviceStep:
             scores = self.model(self.problem.inputs(x)).float()
             loss = self.objective.of(scores, self.problem.train.observed[index], index)
         torch.autograd.backward(loss, inputs=self.params)
-        for j, p in enumerate(self.params):
-            grad, p.grad = p.grad, None
-            assert grad is not None
-            rows.take(j, unshare(grad))
+        row = [p.grad for p in self.params]
+        self.optimizer.zero_grad()
         with torch.no_grad():
-            rows.add()
+            rows.add(row)
         return loss.detach()
 
     def pictures(self, i: int) -> tuple[Tensor, Tensor]:

@@ -429,16 +429,15 @@ def test_weights_on_the_device_give_the_update_that_weights_on_the_host_give(pol
                 # absent: its weight is zero, and zero times it is not looked at
                 row[1][0, 0] = torch.nan
             for holder in (rows, other):
-                for j, grad in enumerate(row):
-                    holder.take(j, grad.clone())
-                holder.add()
+                holder.add([grad.clone() for grad in row])
         weights = rows.decide()[0].weights
         if not weights.any():
             continue
         for ours, theirs in zip(
             rows.update_on_device(weights), other.update(weights.tolist()), strict=True
         ):
-            assert torch.equal(ours, theirs)
+            # on the host a weighted row is added with one rounding
+            torch.testing.assert_close(ours, theirs)
             assert ours.isfinite().all()
         assert isinstance(rows, StackedRows) == (policy == gaf.GAF(1.0, start="best"))
 
