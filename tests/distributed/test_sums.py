@@ -476,21 +476,3 @@ def refuse_to_choose() -> None:
 
 def test_flat_shards_leave_nothing_to_choose_from(world: World) -> None:
     world(2).run(refuse_to_choose)
-
-
-def filter_one_replica() -> None:
-    """Both dimensions of the mesh may then have one process group."""
-    mesh = init_device_mesh("cpu", (1, 1), mesh_dim_names=("replicate", "shard"))
-    model = fully_shard(Wide(), mesh=mesh["shard"])
-    optimizer = SGD(model.parameters(), 0.05)
-    handle = gaf.attach(model, optimizer, gaf.GAF(2.0), group=mesh["replicate"])
-    plain_loss(model, 0, 0).backward()
-    optimizer.step()
-    assert handle.outcome is not None
-    assert handle.outcome.measured
-    assert handle.stats()["stepped"] == 1
-
-
-@pytest.mark.filterwarnings("ignore:gaf:UserWarning")
-def test_a_single_replica_of_a_single_shard_is_hsdp(world: World) -> None:
-    world(1).run(filter_one_replica)

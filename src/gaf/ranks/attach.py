@@ -51,7 +51,10 @@ def attach(
     Costs per rank and step: 2 n (W-1)/W coordinates sent, what a ring all-reduce sends, and k k
     scalars; one gradient-sized buffer. Between two ranks DDP needs no buffer under a `gaf.GAF` with
     min_accepted=2 on gradients of float32 or wider, unless gradient_as_bucket_view is set. The way
-    in runs during the backward pass, the way out after it; a skip saves the way out.
+    in runs during the backward pass, the way out after it; a skip saves the way out. Under
+    `gaf.Mean` and `gaf.Guard` DDP's own average is made during the backward pass; a step that is
+    measured adds 2 k scalars and one pass over the gradient, a rank that Guard leaves out a second
+    all-reduce. They need no buffer, unless gradient_as_bucket_view is set.
 
     Args:
         model: a DistributedDataParallel model; or an FSDP2 model: sharded with `fully_shard` on the
