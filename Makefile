@@ -37,6 +37,8 @@ bench: .venv/installed-lab
 	$(BIN)/gaf bench hsdp --rounds 20 --out benchmarks/hsdp.jsonl
 	$(BIN)/gaf bench train $(if $(DATA),--data $(DATA)) --workers 0 2 --out benchmarks/train.jsonl
 	$(BIN)/gaf bench samples --out benchmarks/samples.jsonl
+	$(BIN)/gaf bench guard --clean 2000 --out benchmarks/guard.jsonl
+	$(BIN)/gaf bench guard --b 8 --after 400 --out benchmarks/guard-b8.jsonl
 	$(BIN)/gaf bench cpu --out benchmarks/cpu.jsonl
 	$(BIN)/python benchmarks/threads.py --rounds 3 --out benchmarks/threads.jsonl
 

@@ -27,7 +27,7 @@ class GuardLengths(NamedTuple):
     """Steps before a fault, steps with it, and steps without any, in all clean runs together."""
 
     before: int = 200
-    after: int = 400
+    after: int = 200
     clean: int = 10_000
 
 

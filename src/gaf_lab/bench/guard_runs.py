@@ -18,7 +18,6 @@ from gaf_lab.bench.guard_faults import CLEAN
 GUARDED_WAYS: dict[str, Callable[[], Policy]] = {
     "Mean": gaf.Mean,
     "Guard": gaf.Guard,
-    "Guard(cosine_z=6)": lambda: gaf.Guard(cosine_z=6),
     "GAF": lambda: gaf.GAF(0.97),
 }
 

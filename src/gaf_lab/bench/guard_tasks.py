@@ -28,16 +28,16 @@ class GuardTask(NamedTuple):
     train: Examples
     test: Examples
     classes: int
-    b: int = 8
-    rate: float = 0.02
+    rate: float
+    b: int
 
 
-def load_guard_tasks() -> list[GuardTask]:
+def load_guard_tasks(b: int) -> list[GuardTask]:
     sequences = make_sequences(5000), make_sequences(1000)
     return [
-        GuardTask("digits", lambda: small_mlp(64), *load_pictures("digits", 1), 10),
-        GuardTask("mnist5k", lambda: small_mlp(196), *load_pictures("mnist5k", 2), 10),
-        GuardTask("transformer", TinyTransformer, *sequences, TOKENS, rate=0.03),
+        GuardTask("digits", lambda: small_mlp(64), *load_pictures("digits", 1), 10, 0.02, b),
+        GuardTask("mnist5k", lambda: small_mlp(196), *load_pictures("mnist5k", 2), 10, 0.02, b),
+        GuardTask("transformer", TinyTransformer, *sequences, TOKENS, 0.03, b),
     ]
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import tyro
 from rich.console import Console
 
-from gaf_lab.commands.bench_checks import check_counts
+from gaf_lab.commands.bench_checks import MOST_BATCH, check_counts
 from gaf_lab.commands.common import Words, say
 from gaf_lab.records import run as records
 from gaf_lab.settings.checks import check_count
@@ -21,11 +21,13 @@ class BenchGuardOptions:
 
     k: tuple[int, ...] = (2, 4, 8)
     """Workers."""
+    b: int = 32
+    """Samples per micro-batch."""
     seeds: int = 3
     """Runs of each kind."""
     before: int = 200
     """Steps before the fault."""
-    after: int = 400
+    after: int = 200
     """Steps with it."""
     clean: int = 10_000
     """Steps without any fault, to count false alarms, for each task and k."""
@@ -36,6 +38,7 @@ class BenchGuardOptions:
 def run_bench_guard(words: Words, console: Console) -> int:
     options: Any = tyro.cli(BenchGuardOptions, prog="gaf bench guard", args=words)
     check_counts("k", options.k, 2, MOST_WORKERS)
+    check_count("b", options.b, 1, MOST_BATCH)
     check_count("seeds", options.seeds, 1, MOST_SEEDS)
     for name in ("before", "after", "clean"):
         check_count(name, getattr(options, name), 1, MOST_STEPS)
@@ -50,7 +53,7 @@ def run_bench_guard(words: Words, console: Console) -> int:
     lengths = GuardLengths(options.before, options.after, options.clean)
     found, clean = [], []
     with Progress(console, "step") as progress:
-        for task in load_guard_tasks():
+        for task in load_guard_tasks(options.b):
             for k in options.k:
                 found += measure_faults(task, k, options.seeds, lengths, progress)
                 clean.append(measure_false_alarms(task, k, lengths, progress))
@@ -58,7 +61,9 @@ def run_bench_guard(words: Words, console: Console) -> int:
         console.print(each)
     if options.out is not None:
         write_measurements(
-            [*found, *clean], options.out, {"seeds": options.seeds, **lengths._asdict()}
+            [*found, *clean],
+            options.out,
+            {"b": options.b, "seeds": options.seeds, **lengths._asdict()},
         )
         say(console, f"Figures: {options.out}")
     return 0

@@ -22,7 +22,7 @@ RNG = torch.Generator().manual_seed(0)
 
 @pytest.fixture(scope="module")
 def tasks() -> dict[str, GuardTask]:
-    return {task.name: task for task in load_guard_tasks()}
+    return {task.name: task for task in load_guard_tasks(8)}
 
 
 @pytest.mark.parametrize("name", ["digits", "mnist5k", "transformer"])
