@@ -48,7 +48,7 @@ def auroc(suspicion: Tensor, wrong: Tensor) -> float:
     ranks = torch.empty(len(order), dtype=torch.float64)
     ranks[order] = torch.arange(len(order), dtype=torch.float64)
     n, m = int(wrong.sum()), int((~wrong).sum())
-    return float((ranks[wrong].sum() - n * (n - 1) / 2) / (n * m)) if n and m else float("nan")
+    return float((ranks[wrong].sum() - n * (n - 1) / 2) / (n * m))
 
 
 def judged(report: dict[str, list[Any]], wrong: Tensor) -> dict[str, Any]:
@@ -59,6 +59,8 @@ def judged(report: dict[str, list[Any]], wrong: Tensor) -> dict[str, Any]:
         "wrong": int(wrong.sum()),
         "issues_wrong": int((issue & wrong).sum()),
     }
+    if not wrong.any():
+        return found
     for name, sign in (("prototype", -1), ("loss", 1), ("disagreement", 1)):
         suspicion = sign * torch.tensor(report[name])
         first = suspicion.argsort(descending=True, stable=True)[:100]
