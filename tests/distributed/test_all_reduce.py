@@ -2,7 +2,6 @@
 
 import datetime
 import math
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -140,7 +139,7 @@ def refuse() -> None:
 
 
 def refuse_unchecked() -> None:
-    with contextmanager(without_type_checks)():
+    with without_type_checks():
         refuse()
     learn()
 
