@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import gaf
-from gaf.rules.sequential import Sequential
-from gaf.rules.visits import PlainVisits, Visits, visits_for
+from gaf.rules.ring import ring_orders
+from gaf.rules.sequential import Sequential, walk
+from gaf.rules.visits import PlainVisits, Visits, visits_for, walk_all
 
 CPU = torch.device("cpu")
 POLICIES = [gaf.Mean(), *(gaf.GAF(t, average=a) for t in (0.3, 1.0) for a in ("mean", "halving"))]
@@ -55,6 +56,21 @@ def test_rows_that_stream_by_are_judged_as_by_the_gram_matrix(policy: Sequential
     assert torch.equal(found.accepted, want.accepted)
     torch.testing.assert_close(found.distances, want.distances, equal_nan=True)
     assert visits.norm2 == pytest.approx(float(total @ total))
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=repr)
+@pytest.mark.parametrize("bad", [0.0, math.nan, math.inf])
+def test_every_start_is_walked_in_plain_numbers_as_in_tensors(
+    policy: Sequential, bad: float
+) -> None:
+    for _ in range(20):
+        rows = torch.randn(6, 3).double() + 0.3
+        rows[2] *= bad
+        gram, orders = gaf.gram(rows), ring_orders(6, CPU)
+        for found, want in zip(
+            walk_all(policy, gram, orders), walk(policy, gram, orders), strict=True
+        ):
+            torch.testing.assert_close(found, want, rtol=0, atol=1e-14, equal_nan=True)
 
 
 def test_a_rule_of_its_own_is_asked_with_tensors() -> None:

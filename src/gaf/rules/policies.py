@@ -18,8 +18,9 @@ from gaf.rules.decision import Decision
 from gaf.rules.gaf_arguments import as_norm_ratio, as_tau
 from gaf.rules.gram import check_gram, without_giants
 from gaf.rules.ring import choose_start, ring_orders
-from gaf.rules.sequential import Seen, Sequential, halving_weights, mean_weights, walk
+from gaf.rules.sequential import Seen, Sequential, halving_weights, mean_weights
 from gaf.rules.thresholds import Threshold
+from gaf.rules.visits import walk_all
 from gaf.shapes import Bool, Float64, Int
 
 
@@ -161,7 +162,7 @@ class GAF(Sequential):
     def _try_all_starts(self, gram: Float64[Tensor, "k k"]) -> Decision:
         k, fewest = len(gram), self.start == "worst"
         orders = ring_orders(k, gram.device)
-        visited = walk(self, gram, orders)
+        visited = walk_all(self, gram, orders)
         start = choose_start(gram, visited[0], self._least(k) if fewest else 1, fewest)
         # an index of its own dimension: a scalar one would be fetched
         accepted, distances, signals = (by_start[start[None]][0] for by_start in visited)

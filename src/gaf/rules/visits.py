@@ -6,18 +6,48 @@ square root can differ, by one unit in the last place.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from gaf.rules.sequential import TIE, Seen, Sequential, norm2_after, signal_of
-from gaf.shapes import Bool, Float64
+from gaf.rules.gram import is_present
+from gaf.rules.sequential import TIE, Seen, Sequential, norm2_after, signal_of, walk
+from gaf.shapes import Bool, Float64, Int
+
+FEW_NUMBERS = 2**12  # numbers that Python adds up faster than torch calls add up vectors of them
 
 
 def visits_for(policy: Sequential, device: torch.device) -> "Visits | PlainVisits":
     """The faster one that follows the policy's rule; `device` is that of the rows' products."""
+    return PlainVisits(policy) if is_plain(policy, device) else Visits(policy, device)
+
+
+def is_plain(policy: Sequential, device: torch.device) -> bool:
+    """Whether the policy follows the common rule, on a CPU."""
     common = type(policy).visit is Sequential.visit and type(policy).shrink is Sequential.shrink
-    return PlainVisits(policy) if device.type == "cpu" and common else Visits(policy, device)
+    return device.type == "cpu" and common
+
+
+def walk_all(
+    policy: Sequential, gram: Float64[Tensor, "k k"], orders: Int[Tensor, "s k"]
+) -> Sequence[Tensor]:
+    """As `gaf.rules.sequential.walk`, in plain numbers if they are few."""
+    if orders.numel() * len(gram) > FEW_NUMBERS or not is_plain(policy, gram.device):
+        return walk(policy, gram, orders)
+    sound = is_present(gram.diagonal())
+    rows = torch.where(sound & sound[:, None], gram, 0.0).tolist()
+    norms2, visited = gram.diagonal().tolist(), []
+    for order in orders.tolist():
+        visits, inner = PlainVisits(policy), [0.0] * len(rows)
+        for i in order:
+            joins, shrink = visits.visit(inner[i], norms2[i])
+            if joins:
+                inner = [(a + b) * shrink for a, b in zip(inner, rows[i], strict=True)]
+        by_row = sorted(zip(order, visits.rows, strict=True))
+        visited.append([(joins, distance, signal) for _, (joins, distance, _, signal) in by_row])
+    accepted, distances, signals = gram.new_tensor(visited).unbind(2)
+    return accepted.bool(), distances, signals
 
 
 class Visits:
