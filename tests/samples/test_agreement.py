@@ -256,6 +256,17 @@ def test_the_table_grows_or_has_the_size_that_was_given() -> None:
         assert again.report() == report
 
 
+def test_under_another_default_device() -> None:
+    model, (x, y, _) = Net(), clusters(40, wrong=0.3)
+    plain, other = criterion_for(model), criterion_for(model)
+    for _ in range(3):
+        want = plain(model(x), y, index=range(40))
+        with torch.device("meta"):
+            assert torch.equal(other(model(x), y, index=range(40)), want)
+    with torch.device("meta"):
+        assert other.report() == plain.report()
+
+
 def test_its_hook_goes_with_it() -> None:
     model = Net()
     criterion = criterion_for(model)

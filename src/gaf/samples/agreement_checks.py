@@ -83,7 +83,8 @@ def check_features(features: Tensor | None, n: int) -> Tensor:
 
 def check_index(given: Any, n: int, limit: int | None) -> Tensor:
     """The index as a tensor on its device."""
-    index: Tensor = torch.as_tensor(given)
+    on_cpu = torch.device("cpu")
+    index = given if isinstance(given, Tensor) else torch.as_tensor(given, device=on_cpu)
     if index.shape != (n,) or index.is_floating_point() or index.dtype == torch.bool:
         raise ValueError(
             f"SampleAgreement: index must be {n} whole numbers, one for each sample; got shape "

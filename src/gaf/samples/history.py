@@ -80,5 +80,9 @@ class History(nn.Module):
         seen = tables[:, :, VISITS] > 0
         best = torch.where(seen, tables[:, :, LEAD], -1).argmax(0)
         return torch.cat(
-            [tables[:, :, :LABEL].sum(0), tables[best, torch.arange(int(n)), LABEL:]], 1
+            [
+                tables[:, :, :LABEL].sum(0),
+                tables[best, torch.arange(int(n), device=best.device), LABEL:],
+            ],
+            1,
         )
