@@ -133,7 +133,7 @@ def steps_of_a_turn(step: StepFunction) -> int:
 
 def table(found: list[AccumulationCost]) -> Table:
     title = "A step against plain accumulation in the same round"
-    result = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    result = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     lines = [cost.line() for cost in found]
     sizes = list(found[0].size.columns())
     columns = ("k", *sizes, "way", "ms", "plain", "ratio", "10-90%", "CPU", "extra")
