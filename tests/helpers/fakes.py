@@ -4,7 +4,6 @@ import dataclasses
 import hashlib
 import io
 import pickle
-import signal
 import tarfile
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -175,8 +174,3 @@ class Silent:
 
     def evaluated(self, line: dict[str, Any]) -> None:
         pass
-
-
-def hear_ctrl_c() -> None:
-    """Makes a child process take Ctrl-C, which processes in the background ignore."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
