@@ -107,7 +107,6 @@ class SampleAgreement(nn.Module):
         if head is not None:
             finalize(self, head.register_forward_pre_hook(self._caught).remove)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, outputs: Tensor, targets: Tensor, index: Any = None) -> Float[Tensor, ""]:
         """The loss of a batch, a scalar to call backward on.
 
@@ -119,6 +118,11 @@ class SampleAgreement(nn.Module):
         Returns:
             The weighted mean; in evaluation mode and without gradients the plain mean.
         """
+        if torch.compiler.is_compiling():  # a decorator would import the compiler with gaf
+            return torch.compiler.disable(self._weighed_mean)(outputs, targets, index)
+        return self._weighed_mean(outputs, targets, index)
+
+    def _weighed_mean(self, outputs: Tensor, targets: Tensor, index: Any) -> Float[Tensor, ""]:
         losses = check_losses_of(self.criterion(outputs, targets), outputs)
         losses = losses.flatten(1).mean(1) if losses.ndim > 1 else losses
         batch = Batch(outputs.detach(), targets, losses.detach(), self.classes, self.criterion)
