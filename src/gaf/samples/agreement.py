@@ -119,7 +119,8 @@ class SampleAgreement(nn.Module):
             The weighted mean; in evaluation mode and without gradients the plain mean.
         """
         if torch.compiler.is_compiling():  # a decorator would import the compiler with gaf
-            return torch.compiler.disable(self._weighed_mean)(outputs, targets, index)
+            mean: Tensor = torch.compiler.disable(self._weighed_mean)(outputs, targets, index)
+            return mean
         return self._weighed_mean(outputs, targets, index)
 
     def _weighed_mean(self, outputs: Tensor, targets: Tensor, index: Any) -> Float[Tensor, ""]:
