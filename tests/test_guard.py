@@ -256,10 +256,10 @@ def cusum(values: list[list[float]], limit: float) -> list[tuple[int, int]]:
         if t >= 20:
             offsets = [max(-3 * deviation, min(3 * deviation, d)) for d in offsets]
             for i, side in sums:
-                step = side * offsets[i] / deviation - 0.5
+                step = side * offsets[i] / deviation - 0.25
                 sums[i, side] = max(0.0, sums[i, side] + step)
         variance += max(1 / (t + 1), 1 / 100) * (statistics.mean(d * d for d in offsets) - variance)
-        baselines = [m + d / 200 for m, d in zip(baselines, offsets, strict=True)]
+        baselines = [m + d / 500 for m, d in zip(baselines, offsets, strict=True)]
         over = [i for (i, _), total in sums.items() if total > limit]
         if over:
             found.append((t, over[0]))
@@ -272,10 +272,10 @@ def test_drifts_are_those_of_the_formulas(shift: float) -> None:
     values = list(alike(5, 300))
     for row in values[100:]:
         row[3] += shift
-    drift, found = Drift(20), []
+    drift, found = Drift(30), []
     for t, row in enumerate(values):
         found += [(t, one.row) for one in drift.learn(row)]
-    assert found[:1] == cusum(values, 20)
+    assert found[:1] == cusum(values, 30)
     assert [row for _, row in found[:1]] == ([3] if shift else [])
 
 
@@ -293,12 +293,12 @@ def test_a_worker_that_is_off_is_named_and_not_left_out(k: int, first: int, kind
     assert {finding.row for _, finding in seen} == {1}
     step, finding = seen[0]
     assert step - first < 60
-    assert finding.steps <= 60
+    assert finding.steps <= 100
     if kind == "cosine drift":
         assert abs(finding.value) < 0.03 < 0.05 < finding.expected
     else:
         # the run may have begun before the shift
-        assert 1.2 < finding.value / finding.expected < 1.6
+        assert 1.05 < finding.value / finding.expected < 1.6
 
 
 def test_two_workers_that_are_off_are_both_named() -> None:
@@ -322,12 +322,12 @@ def test_of_two_rows_no_drift_is_attributed() -> None:
 
 def test_a_small_steady_offset_is_absorbed() -> None:
     """As of data that differ a little by worker."""
-    drift = Drift(20)
+    drift = Drift(30)
     for row in alike(8, 2000):
-        row[3] += 0.5
+        row[3] += 0.2
         assert drift.learn(row) == []
     # d: an eighth of its own is in the others' mean
-    assert drift.baselines[3] == pytest.approx(0.5, abs=0.2)
+    assert drift.baselines[3] == pytest.approx(0.2, abs=0.1)
 
 
 def test_without_drift_there_are_no_reports() -> None:
@@ -415,7 +415,7 @@ def test_half_of_the_rows_not_finite_is_an_overflow(k: int, bad: int, overflow: 
 
 
 def test_the_repr_says_all_but_the_callback() -> None:
-    text = "Guard(norm_ratio=10.0, cosine_z=None, spike=None, spike_z=6.0, drift=20.0)"
+    text = "Guard(norm_ratio=10.0, cosine_z=None, spike=None, spike_z=6.0, drift=30.0)"
     assert repr(gaf.Guard(on_alarm=print)) == text
 
 

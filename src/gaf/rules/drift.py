@@ -4,11 +4,11 @@ Each row has a cumulative sum on either side (CUSUM; Page, Biometrika 41, 1954):
 
     d = value - mean of the others' values in the same step     about 0 for workers that are alike
     r = (d - baseline) / deviation, within [-3, 3]
-    sum <- max(0, sum + r - 0.5)        and the same for -r: a drift once a sum exceeds the limit
+    sum <- max(0, sum + r - 0.25)        and the same for -r: a drift once a sum exceeds the limit
 
 The deviation is shared by all rows. A baseline starts at 0, so that a worker that is off from the
-first step is found, and follows at 1/200 a step, so that a steady offset below about 0.9 deviations
-never is.
+first step is found, and follows at 1/500 a step, so that a steady offset below about 0.45
+deviations never is.
 """
 
 import math
@@ -19,8 +19,8 @@ from typing import Any
 from gaf.rules.watch import WARM_UP
 
 CLIP = 3.0  # a single value counts for no more deviations than that
-REFERENCE = 0.5  # deviations of a row that is off; half of the shift that is found fastest
-FOLLOW = 200  # steps in which a baseline follows
+REFERENCE = 0.25  # deviations: half of the shift that is found fastest
+FOLLOW = 500  # steps in which a baseline follows
 MEMORY = 100  # steps that the deviation looks back
 TINY = 1e-6  # the deviation of rows that are equal
 

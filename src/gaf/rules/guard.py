@@ -68,13 +68,13 @@ class Guard:
         cosine_z: float | None = None,
         spike: Spike | None = None,
         spike_z: float = 6.0,
-        drift: float | None = 20.0,
+        drift: float | None = 30.0,
         on_alarm: OnAlarm | None = None,
     ) -> None:
         self.norm_ratio = as_ratio(norm_ratio)
         self.cosine_z = None if cosine_z is None else as_deviations("cosine_z", cosine_z, 6)
         self.spike, self.spike_z = as_spike(spike), as_deviations("spike_z", spike_z, 6)
-        self.drift = None if drift is None else as_deviations("drift", drift, 20)
+        self.drift = None if drift is None else as_deviations("drift", drift, 30)
         self.on_alarm = as_on_alarm(on_alarm)
         self.findings: list[Finding] = []
         self.loss_scale = 1.0
