@@ -98,7 +98,10 @@ def test_the_state_goes_through_torchs_distributed_checkpoint_into_a_new_run(
     state = {"gaf": fresh.state_dict()}
     dcp.load(state, checkpoint_id=tmp_path, no_dist=True)
     fresh.load_state_dict(state["gaf"])
-    assert fresh.state_dict() == acc.state_dict()
+    # as text, where NaN equals NaN
+    assert json.dumps(fresh.state_dict(), default=repr) == json.dumps(
+        acc.state_dict(), default=repr
+    )
     assert fresh.stats()["steps"] == 3
 
 
