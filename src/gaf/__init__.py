@@ -17,8 +17,6 @@ rules/sequential.py (the rule), rules/policies.py (`GAF`), and device/accumulate
 ranks/attach.py for where the rows come from and where the update goes.
 """
 
-from typing import TYPE_CHECKING, Any
-
 from gaf.device.accumulate import Accumulator
 from gaf.measure.probe import probe
 from gaf.measure.result import Probe
@@ -43,12 +41,10 @@ from gaf.rules.thresholds import (
     ScheduleTau,
     SignalTau,
 )
+from gaf.samples.agreement import SampleAgreement
 from gaf.samples.ghost import ghost_gram
 from gaf.samples.recording import recording
 from gaf.samples.samples import Samples
-
-if TYPE_CHECKING:
-    from gaf.samples.agreement import SampleAgreement
 
 __version__ = "0.1.0"
 __all__ = [
@@ -82,12 +78,3 @@ __all__ = [
     "recording",
     "reference",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    """SampleAgreement is imported when it is used: it loads torch's compiler."""
-    if name != "SampleAgreement":
-        raise AttributeError(f"module 'gaf' has no attribute {name!r}")
-    from gaf.samples.agreement import SampleAgreement
-
-    return SampleAgreement
