@@ -55,10 +55,14 @@ def claims() -> Iterator[str]:
     for name in FILES:
         clean = read_lines(name, "bench-guard-clean")
         steps, alarms = sum(one["steps"] for one in clean), sum(len(one["alarms"]) for one in clean)
-        yield f"{alarms} alarms in {steps:,} clean steps"
+        yield f"{number_of(alarms)} in {steps:,} clean steps"
         faults = read_lines(name, "bench-guard")
         wrong, runs = sum(one["wrong"] for one in faults), sum(len(one["delays"]) for one in faults)
-        yield f"{wrong} alarms of another worker in {runs} runs"
+        yield f"{number_of(wrong)} of another worker in {runs} runs"
+
+
+def number_of(alarms: int) -> str:
+    return f"{alarms} alarm{'s' * (alarms != 1)}"
 
 
 def test_the_tables_are_the_records() -> None:
