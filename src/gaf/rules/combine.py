@@ -83,7 +83,7 @@ def combine_into(out: Tensor, rows: Tensor, weights: Sequence[float]) -> None:
         torch.mul(first, weight, out=out) if out.dtype == exact else first.to(exact).mul_(weight)
     )
     for row, weight in others:
-        total.add_(row, alpha=weight)
+        total.add_(row, alpha=weight)  # rounds once where weighted_sum rounds twice
     if total is not out:
         out.copy_(total)
 
@@ -94,10 +94,9 @@ def weighted_sum(terms: Sequence[tuple[Tensor | None, float]]) -> Tensor | None:
     for grad, weight in terms:
         if grad is not None:
             dtype = grad.dtype
-            if total is None:
-                total = grad.to(sum_dtype(dtype)) * weight
-            else:
-                total.add_(grad, alpha=weight)
+            # rounds twice, as combine does: both engines take the same step to the bit
+            term = grad.to(sum_dtype(dtype)) * weight
+            total = term if total is None else total.add_(term)
     return None if total is None else total.to(dtype)
 
 
