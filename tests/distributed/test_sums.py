@@ -283,7 +283,7 @@ def test_every_policy_that_measures_tells_of_its_workers(world: World) -> None:
 
 
 def save_and_restore() -> None:
-    """Steps 0, 3 and 6 are measured, also if the run was broken off after step 4."""
+    """Steps 0, 3 and 6 are measured, also if the run stops after step 4 and is resumed."""
     whole, _, handle = broken_off(None)
     again, measured, restored = broken_off(5)
     assert measured == [True, False, False, True, False, False, True, False]

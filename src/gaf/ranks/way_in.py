@@ -129,11 +129,11 @@ class WayIn:
         """Sends the rest of the order, then asks what the others have reached.
 
         Args:
-            whole: whether this rank's pass was not broken off.
+            whole: whether this rank finished its pass.
 
         Returns:
             For each parameter that was reached, in the model's order, the latest place on any rank;
-            None if a rank's pass was broken off.
+            None if some rank did not finish its pass.
         """
         for p in self.order[len(self._sent) :]:
             self._send(p)

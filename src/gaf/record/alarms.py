@@ -11,7 +11,7 @@ from gaf.rules.finding import Finding
 
 EPISODE = 100  # steps within which the same finding belongs to the same alarm
 
-# what a warning says of a finding, by its kind: of a row, or of the step
+# the text of a warning, by the kind of finding about a row or about the step
 TEXTS = {
     "not finite": "its gradient is not finite",
     "norm": "its gradient's norm is {value:.3g} where {expected:.3g} is usual",

@@ -11,7 +11,7 @@ from gaf.record.outcome import Outcome
 from gaf.record.telemetry import Telemetry
 from gaf.rules.contract import Policy, learned_state, load_learned_state, private_copy
 from gaf.rules.decision import Decision, as_skip
-from gaf.rules.finding import Finding, findings_of
+from gaf.rules.finding import Finding, findings_of, on_alarm_of
 from gaf.rules.judging import has_overflow
 
 
@@ -64,7 +64,7 @@ class Ledger:
             self.findings,
             self.telemetry.totals["steps"] + waiting,
             self.outcome.stepped,
-            getattr(self.policy, "on_alarm", None),
+            on_alarm_of(self.policy),
         )
 
     def take_back(self) -> None:

@@ -17,6 +17,7 @@ them:
     loss_scale       what the rows were multiplied by; the engine sets it   tell_loss_scale
     merge            rows of a slice -> its update: a coordinate-wise rule              merge_of
     findings         what it noticed in its last decision       gaf.rules.finding.findings_of
+    on_alarm         is called with each new alarm              gaf.rules.finding.on_alarm_of
     private_copy     () -> a copy that learns by itself                          private_copy
     state_dict       () -> what it has learned                                  learned_state
     load_state_dict  takes back what state_dict gave                            load_learned_state

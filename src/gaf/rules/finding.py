@@ -1,7 +1,10 @@
 """What a policy has noticed about a row beside its decision."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+
+OnAlarm = Callable[[dict[str, Any]], None]
 
 
 @dataclass(frozen=True)
@@ -26,3 +29,8 @@ class Finding:
 def findings_of(policy: Any) -> "list[Finding]":
     """What the policy noticed in its last decision: its attribute `findings`, if it has one."""
     return list(getattr(policy, "findings", ()))
+
+
+def on_alarm_of(policy: Any) -> OnAlarm | None:
+    """What the policy's user wants called with each new alarm, a dict; None for nothing."""
+    return getattr(policy, "on_alarm", None)

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from gaf.rules.decision import Decision
-from gaf.rules.finding import Finding
+from gaf.rules.finding import Finding, OnAlarm
 from gaf.rules.gram import check_gram
-from gaf.rules.guard_arguments import OnAlarm, Spike, as_deviations, as_on_alarm, as_ratio, as_spike
+from gaf.rules.guard_arguments import Spike, as_deviations, as_on_alarm, as_ratio, as_spike
 from gaf.rules.past import Past
 from gaf.rules.row_sums import RowSums
 from gaf.shapes import Float64

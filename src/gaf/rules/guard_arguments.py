@@ -1,13 +1,12 @@
 """What `Guard` takes as its arguments."""
 
 import math
-from collections.abc import Callable
 from typing import Any, Literal
 
 from gaf.arguments import ABOVE_0, one_of, real_number
+from gaf.rules.finding import OnAlarm
 
 Spike = Literal["skip", "clip"]
-OnAlarm = Callable[[dict[str, Any]], None]
 
 
 def as_ratio(value: Any) -> float:

@@ -1,5 +1,7 @@
 """What was seen of each sample over its visits: a few numbers for each."""
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -62,7 +64,7 @@ class History(nn.Module):
             more[: len(self.table)] = self.table
             self.table = more
 
-    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: object) -> None:  # type: ignore[type-arg]
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: object) -> None:
         saved = state_dict.get(prefix + "table")
         if isinstance(saved, Tensor) and self.limit is None and saved.ndim == 2:
             self.table = self.table.new_zeros(saved.shape)

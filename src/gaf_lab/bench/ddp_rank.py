@@ -8,7 +8,6 @@ import gc
 import json
 import sys
 import time
-import warnings
 from collections import Counter
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +19,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from gaf_lab.bench.bytes_sent import counting, interface_bytes, ring_all_reduce
+from gaf_lab.bench.launch import measure_on_rank
 from gaf_lab.bench.memory import give_back_freed_memory, process_bytes
 from gaf_lab.bench.timing import rotate
 from gaf_lab.bench.ways import (
@@ -55,18 +55,8 @@ class DDPSetup:
 
 
 def rank_main(setup: DDPSetup, result: Path) -> None:
-    """One rank's part; rank 0 writes what was measured to `result` as JSON."""
-    torch.set_num_threads(1)
-    # GAF warns that tau accepts everything, which is meant here.
-    warnings.filterwarnings("ignore", message="gaf:")
-    dist.init_process_group("gloo")
-    try:
-        found = measure_times(setup) if setup.peak is None else measure_peak(setup)
-        if dist.get_rank() == 0:
-            result.write_text(json.dumps(found))
-        dist.barrier()
-    finally:
-        dist.destroy_process_group()
+    """One rank's part of `gaf bench ddp`."""
+    measure_on_rank(partial(measure_times if setup.peak is None else measure_peak, setup), result)
 
 
 def measure_times(setup: DDPSetup) -> dict[str, Any]:

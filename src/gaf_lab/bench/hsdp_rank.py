@@ -8,7 +8,7 @@ import gc
 import json
 import sys
 import time
-import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch.distributed as dist
 from gaf_lab.bench.bytes_sent import counting
 from gaf_lab.bench.ddp_rank import PEAK_STEPS, UNCOUNTED_STEPS
 from gaf_lab.bench.hsdp_ways import HSDP_WAYS, HSDPSetup, make_mesh, make_sharded_step
+from gaf_lab.bench.launch import measure_on_rank
 from gaf_lab.bench.memory import give_back_freed_memory, process_bytes
 from gaf_lab.bench.timing import StepFunction, StepTime, rotate
 
@@ -25,18 +26,8 @@ HSDP_ROUNDS = 10  # with the same models, as in ddp_rank
 
 
 def hsdp_rank_main(setup: HSDPSetup, result: Path) -> None:
-    """One rank's part; rank 0 writes what was measured to `result` as JSON."""
-    torch.set_num_threads(1)
-    # GAF warns that tau accepts everything, which is meant here.
-    warnings.filterwarnings("ignore", message="gaf:")
-    dist.init_process_group("gloo")
-    try:
-        found = sharded_times(setup) if setup.peak is None else sharded_peak(setup)
-        if dist.get_rank() == 0:
-            result.write_text(json.dumps(found))
-        dist.barrier()
-    finally:
-        dist.destroy_process_group()
+    """One rank's part of `gaf bench hsdp`."""
+    measure_on_rank(partial(sharded_times if setup.peak is None else sharded_peak, setup), result)
 
 
 def sharded_times(setup: HSDPSetup) -> dict[str, Any]:

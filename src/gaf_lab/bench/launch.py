@@ -1,13 +1,16 @@
-"""Starts the ranks of a benchmark as processes of this machine."""
+"""The ranks of a benchmark: starts them on this machine, and frames what each measures."""
 
 import json
 import os
 import socket
 import tempfile
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed as dist
 import torch.multiprocessing
 from torch.multiprocessing.spawn import start_processes
 
@@ -34,6 +37,21 @@ def run_rank(rank: int, k: int, port: int, main: RankMain, options: Any, result:
     if Path("/sys/class/net/lo").exists():
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     main(options, result)
+
+
+def measure_on_rank(measure: Callable[[], dict[str, Any]], result: Path) -> None:
+    """Measures in a process group; rank 0 writes what was measured to `result` as JSON."""
+    torch.set_num_threads(1)
+    # GAF warns that tau accepts everything, which is meant here.
+    warnings.filterwarnings("ignore", message="gaf:")
+    dist.init_process_group("gloo")
+    try:
+        found = measure()
+        if dist.get_rank() == 0:
+            result.write_text(json.dumps(found))
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
 
 
 def rank_environment(rank: int, k: int, address: str, port: int, local: int) -> dict[str, str]:

@@ -13,6 +13,10 @@ MOST_ROUNDS, MOST_BATCH = 100_000, 100_000
 def check_sizes(options: Any, least_k: int, most_k: int) -> None:
     """Refuses sizes that cannot be measured, or that take too long."""
     check_counts("k", options.k, least_k, most_k)
+    check_batches_and_rounds(options)
+
+
+def check_batches_and_rounds(options: Any) -> None:
     batches = options.b if isinstance(options.b, tuple) else (options.b,)
     check_counts("b", batches, 2, MOST_BATCH, "BatchNorm needs two samples.")
     check_rounds(options)

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import tyro
 from rich.console import Console
 
-from gaf_lab.commands.bench_checks import check_counts, check_sizes
+from gaf_lab.commands.bench_checks import check_batches_and_rounds, check_counts
 from gaf_lab.commands.common import Words, say
 from gaf_lab.settings.fields import ModelName
 
@@ -41,8 +41,7 @@ def run_bench_hsdp(words: Words, console: Console) -> int:
     options: Any = tyro.cli(BenchHSDPOptions, prog="gaf bench hsdp", args=words)
     check_counts("replicas", (options.replicas,), 2, MOST_SIDE)
     check_counts("shards", (options.shards,), 1, MOST_SIDE)
-    options.k = (options.replicas,)
-    check_sizes(options, 2, MOST_SIDE)
+    check_batches_and_rounds(options)
     from gaf_lab.bench.hsdp import hsdp_conditions, hsdp_table, measure_hsdp
     from gaf_lab.bench.hsdp_ways import HSDPSetup
     from gaf_lab.records.measurements import write_measurements
