@@ -146,10 +146,10 @@ def claims() -> Iterator[str]:
     for rival in ("early stopping", "GCE"):
         yield f"With 60% wrong labels both end {points(most, rival, 'GAF'):.0f} points ahead"
     yield f"On clean labels GAF ends {points(clean, 'averaging', 'GAF'):.0f} point behind averaging"
-    for line in read_lines("accumulate.jsonl"):
-        if line["way"] == "gaf.GAF()":
-            assert round(line["extra_gradients"]) == 1
-            yield f"made steps about {100 * (line['ratio_median'] - 1):.0f}% slower on a CPU"
+    own = [line for line in read_lines("accumulate.jsonl") if line["way"] == "gaf.GAF()"]
+    assert max(line["extra_gradients"] for line in own) <= 1
+    slower = sorted(100 * (line["ratio_median"] - 1) for line in own)
+    yield f"made steps {slower[0]:.1f} to {slower[-1]:.1f}% slower on a CPU"
 
 
 HSDP = ("hsdp.jsonl", "hsdp-slow.jsonl")
