@@ -106,7 +106,7 @@ def the_report_covers_all_ranks_if_it_gathers() -> None:
     criterion = criterion_for(model, weigh=False)
     for _ in range(3):
         step(DistributedDataParallel(model), criterion, x[mine], y[mine], mine)
-    with pytest.warns(UserWarning, match="of 2 ranks.*gather=True"):
+    with pytest.warns(UserWarning, match=f"of {W} ranks.*gather=True"):
         own = criterion.report()
     assert own["index"] == mine.tolist()
     report = criterion.report(gather=True)
@@ -125,5 +125,6 @@ def all_of_it() -> None:
 
 
 @pytest.mark.distributed
-def test_two_ranks(world: World) -> None:
-    world(2).run(all_of_it)
+@pytest.mark.parametrize("W", [2, 4])
+def test_on_several_ranks(world: World, W: int) -> None:
+    world(W).run(all_of_it)

@@ -193,3 +193,114 @@ def test_what_cannot_be_used_is_refused() -> None:
     losses_of(model).sum().backward()
     with pytest.raises(RuntimeError, match="must have no gradient before"):
         samples.backward(losses_of(model))
+
+
+def waiting(**options: Any) -> tuple[nn.Module, SGD, gaf.Samples]:
+    """A model, its optimizer, and Samples with a batch that waits for its step."""
+    model = make_net().float()
+    optimizer = SGD(model.parameters(), 0.1)
+    samples = gaf.Samples(model, optimizer, gaf.GAF(0.9), **options)
+    x, y = batch()
+    samples.backward(cross_entropy(model(x.float()), y, reduction="none"))
+    return model, optimizer, samples
+
+
+def made(parameters: Any, model: Any = None, policy: Any = None, **options: Any) -> gaf.Samples:
+    net = make_net() if model is None else model
+    return gaf.Samples(net, SGD(parameters, 0.1), policy or gaf.GAF(0.9), **options)
+
+
+def step_after_zeroing() -> None:
+    _, optimizer, samples = waiting()
+    samples.decide()
+    optimizer.zero_grad()
+    samples.step()
+
+
+def step_elsewhere() -> None:
+    _, optimizer, samples = waiting()
+    optimizer.step()
+    assert samples
+
+
+def stray_gradient() -> None:
+    model = make_net()
+    samples = made(model.parameters(), model)
+    losses_of(model).sum().backward()
+    samples.backward(losses_of(model))
+
+
+def discard_after_decide() -> None:
+    samples = waiting()[2]
+    samples.decide()
+    samples.discard()
+
+
+def two_under_a_scaler() -> None:
+    scaler = GradScaler("cpu")
+    first = waiting(scaler=scaler)  # held while the second begins
+    waiting(scaler=scaler)
+    assert first
+
+
+def losses_of_another_model() -> None:
+    model = make_net()
+    made(model.parameters(), model).backward(losses_of(make_net()))
+
+
+INHERITED: dict[str, tuple[Any, Any]] = {
+    "no optimizer": (
+        lambda: gaf.Samples(make_net(), None, gaf.GAF(0.9)),  # type: ignore[arg-type]
+        "optimizer must be a torch.optim.Optimizer",
+    ),
+    "no policy": (lambda: made(make_net().parameters(), policy=3), "policy must be a callable"),
+    "no scaler": (
+        lambda: made(make_net().parameters(), scaler=3),
+        "scaler must be a torch.amp.GradScaler",
+    ),
+    "another model's": (
+        lambda: made(make_net().parameters()),
+        "model must hold the optimizer's parameters",
+    ),
+    "complex": (
+        lambda: made((m := nn.Linear(2, 2, dtype=torch.cfloat)).parameters(), m),
+        "parameters must be real",
+    ),
+    "two devices": (
+        lambda: made(
+            (m := nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2, device="meta"))).parameters(), m
+        ),
+        "on one device; they are on cpu, meta.",
+    ),
+    "nothing waits": (
+        lambda: made((m := make_net()).parameters(), m).step(),
+        r"needs at least one backward\(\).*Call samples.backward\(\)",
+    ),
+    "a step elsewhere": (
+        step_elsewhere,
+        r"must not be called.*Call samples.step\(\)",
+    ),
+    "an update that is gone": (
+        step_after_zeroing,
+        "the update .* must still be there; it was gone",
+    ),
+    "a stray gradient": (stray_gradient, r"must have no gradient.*to samples.backward\(\)"),
+    "discard": (discard_after_decide, r"discard\(\) came after decide\(\)"),
+    "state": (lambda: waiting()[2].state_dict(), r"state_dict\(\) must come between"),
+    "load": (lambda: waiting()[2].load_state_dict({}), r"load_state_dict\(\) must come between"),
+    "no state": (
+        lambda: made((m := make_net()).parameters(), m).load_state_dict({}),
+        r"takes what state_dict\(\) gave.*Save samples.state_dict\(\)",
+    ),
+    "a scaler twice": (two_under_a_scaler, "scaler must serve one macro-batch at a time"),
+    "losses of another model": (losses_of_another_model, "the losses must depend on trainable"),
+}
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("fault", INHERITED)
+def test_what_the_accumulator_refuses_names_samples(fault: str) -> None:
+    provoke, text = INHERITED[fault]
+    with pytest.raises((TypeError, ValueError, RuntimeError), match=f"^Samples: .*{text}") as found:
+        provoke()
+    assert "Accumulator" not in str(found.value)

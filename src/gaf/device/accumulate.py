@@ -20,6 +20,7 @@ from gaf.device.checks import (
     check_scope,
     check_types,
     check_undecided,
+    raise_nothing_waits,
 )
 from gaf.device.claims import claim_optimizer
 from gaf.device.layers import LayeredRows, layered_rows_for, layers_of
@@ -80,6 +81,8 @@ class Accumulator:
             instead.
     """
 
+    subject = "Accumulator"  # of messages
+
     def __init__(
         self,
         optimizer: Optimizer | Sequence[Optimizer],
@@ -90,12 +93,12 @@ class Accumulator:
         bn: Literal["all", "accepted"] = "all",
         leave_out: LeaveOut | None = None,
     ) -> None:
-        self.optimizers = check_optimizers(optimizer, "Accumulator")
-        self.ledger = Ledger(check_policy(policy, "Accumulator"))
-        check_types(model, scaler, leave_out)
+        self.optimizers = check_optimizers(optimizer, self.subject)
+        self.ledger = Ledger(check_policy(policy, self.subject))
+        check_types(model, scaler, leave_out, self.subject)
         check_scope(scope_of(policy), model, bn, leave_out)
         check_bn(bn, model)
-        self._params = Parameters(self.optimizers, model, leave_out)
+        self._params = Parameters(self.optimizers, model, leave_out, self.subject)
         self.layers: dict[str, Decision] = {}
         self._rows: Rows | None = None  # of the macro-batch in progress
         self._decided: Decision | None = None
@@ -154,7 +157,7 @@ class Accumulator:
                 checkpointing; with bn="accepted" for a loss that is not of the last forward pass.
             TypeError, ValueError: for what is no loss of one number; for a sparse gradient.
         """
-        check_undecided(self._decided, "backward()")
+        check_undecided(self._decided, "backward()", self.subject)
         check_loss(loss)
         self._scaling.claim(self)
         self._bn.check(loss)
@@ -206,11 +209,7 @@ class Accumulator:
         """
         if self._decided is None:
             if self._rows is None:
-                raise RuntimeError(
-                    "Accumulator: a decision needs at least one backward() before it; got none "
-                    "since the last step. Call acc.backward(loss) for each micro-batch in place of "
-                    "loss.backward()."
-                )
+                raise_nothing_waits(self.subject)
             self._decided = self._decide(self._rows)
             if self.ledger.findings:
                 self.ledger.note_findings(self._scaling.factor)
@@ -257,7 +256,7 @@ class Accumulator:
         decision = self.ledger.last = self.decide()
         try:
             if self.outcome is not None and self.outcome.stepped:
-                self._placed.check(self._params.names)
+                self._placed.check(self._params.names, self.subject)
                 self._step()
         except BaseException:
             self._take_back()
@@ -292,7 +291,7 @@ class Accumulator:
         Raises:
             RuntimeError: between `decide()` and `step()`: the decision is counted.
         """
-        check_undecided(self._decided, "discard()")
+        check_undecided(self._decided, "discard()", self.subject)
         if self._rows is not None:
             self._bn.settle([])
             self._bn.begin()
@@ -353,7 +352,7 @@ class Accumulator:
         Raises:
             RuntimeError: where micro-gradients wait for their step().
         """
-        check_idle(self.waiting, "state_dict()")
+        check_idle(self.waiting, "state_dict()", self.subject)
         return self.ledger.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -363,6 +362,6 @@ class Accumulator:
             RuntimeError: where micro-gradients wait for their step().
             ValueError: for what is no such state, or that of another policy; nothing is taken then.
         """
-        check_idle(self.waiting, "load_state_dict()")
-        check_accumulator_state(state)
+        check_idle(self.waiting, "load_state_dict()", self.subject)
+        check_accumulator_state(state, self.subject)
         self.ledger.load_state_dict(state)

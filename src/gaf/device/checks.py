@@ -12,26 +12,26 @@ from gaf.rules.decision import Decision
 
 Names = dict[nn.Parameter, str]
 
-ACROSS_RANKS = (
-    "Accumulator works on one device, where micro-batches follow each other in time, "
-    "and would filter each rank on its own"
-)
+
+def variable(subject: str) -> str:
+    """What examples in messages call the object."""
+    return {"Accumulator": "acc"}.get(subject, subject.lower())
 
 
-def check_types(model: Any, scaler: Any, leave_out: Any) -> None:
+def check_types(model: Any, scaler: Any, leave_out: Any, subject: str) -> None:
     if model is not None and not isinstance(model, nn.Module):
         raise TypeError(
-            f"Accumulator: model must be a torch.nn.Module or None; got {text_of(model)}. "
+            f"{subject}: model must be a torch.nn.Module or None; got {text_of(model)}. "
             "Pass the model that is trained."
         )
     if scaler is not None and not isinstance(scaler, GradScaler):
         raise TypeError(
-            "Accumulator: scaler must be a torch.amp.GradScaler or None; got "
+            f"{subject}: scaler must be a torch.amp.GradScaler or None; got "
             f"{text_of(scaler)}. Use torch.amp.GradScaler(device)."
         )
     if leave_out is not None and (isinstance(leave_out, type) or not callable(leave_out)):
         raise TypeError(
-            "Accumulator: leave_out must be a function of a parameter's name and the parameter, or "
+            f"{subject}: leave_out must be a function of a parameter's name and the parameter, or "
             f"None; got {text_of(leave_out)}. "
             "Use such as lambda name, p: name.startswith('embed')."
         )
@@ -73,12 +73,12 @@ def check_bn(bn: str, model: nn.Module | None) -> None:
         )
 
 
-def check_accumulator_model(model: nn.Module, names: Names) -> None:
+def check_accumulator_model(model: nn.Module, names: Names, subject: str) -> None:
     if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
-        raise_distributed("model is a DistributedDataParallel, or holds one")
+        raise_distributed("model is a DistributedDataParallel, or holds one", subject)
     if not any(p in names for p in model.parameters()):
         raise ValueError(
-            "Accumulator: model must hold the optimizer's parameters; this "
+            f"{subject}: model must hold the optimizer's parameters; this "
             f"{type(model).__name__} holds none of them. Pass the model that is trained."
         )
 
@@ -99,36 +99,38 @@ def check_scope(scope: str, model: nn.Module | None, bn: str, leave_out: Any) ->
         )
 
 
-def check_parameters(names: Names, params: list[nn.Parameter]) -> None:
+def check_parameters(names: Names, params: list[nn.Parameter], subject: str) -> None:
     for p in params:
-        check_parameter(names[p], p)
+        check_parameter(names[p], p, subject)
     devices = sorted({str(p.device) for p in params})
     if len(devices) > 1:
         raise ValueError(
-            f"Accumulator: parameters must be on one device; they are on {', '.join(devices)}. "
-            "Give each device's optimizer an Accumulator of its own."
+            f"{subject}: parameters must be on one device; they are on {', '.join(devices)}. "
+            "Give each device an optimizer and such an object of its own."
         )
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        check_engines(params)
+        check_engines(params, subject)
 
 
-def check_parameter(name: str, p: nn.Parameter) -> None:
+def check_parameter(name: str, p: nn.Parameter, subject: str) -> None:
     if p.is_complex():
         raise TypeError(
-            f"Accumulator: parameters must be real; {name!r} is {p.dtype}. Use torch.view_as_real."
+            f"{subject}: parameters must be real; {name!r} is {p.dtype}. Use torch.view_as_real."
         )
     if hasattr(p, "device_mesh"):
-        raise_distributed(f"parameter {name!r} is a DTensor (FSDP2 or tensor parallel)")
+        raise_distributed(f"parameter {name!r} is a DTensor (FSDP2 or tensor parallel)", subject)
     if getattr(p, "_is_flat_param", False):
-        raise_distributed(f"parameter {name!r} belongs to a FullyShardedDataParallel (FSDP1) model")
+        raise_distributed(
+            f"parameter {name!r} belongs to a FullyShardedDataParallel (FSDP1) model", subject
+        )
     if hasattr(p, "_in_backward_optimizers"):
         raise TypeError(
-            f"Accumulator: the optimizer must step after the backward pass; that of {name!r} was "
+            f"{subject}: the optimizer must step after the backward pass; that of {name!r} was "
             "applied in it (apply_optimizer_in_backward). Use an ordinary optimizer."
         )
 
 
-def check_engines(params: list[nn.Parameter]) -> None:
+def check_engines(params: list[nn.Parameter], subject: str) -> None:
     """Refuses parameters of a data-parallel model, which show no public sign of it."""
     from torch.distributed.fsdp import FullyShardedDataParallel
 
@@ -137,40 +139,48 @@ def check_engines(params: list[nn.Parameter]) -> None:
         engine = issubclass(type(thing), DistributedDataParallel | FullyShardedDataParallel)
         if engine and any(id(p) in mine for p in thing.parameters()):
             raise_distributed(
-                f"the optimizer's parameters belong to a {type(thing).__name__} model"
+                f"the optimizer's parameters belong to a {type(thing).__name__} model", subject
             )
 
 
-def raise_distributed(what: str) -> NoReturn:
+def raise_distributed(what: str, subject: str) -> NoReturn:
     raise TypeError(
-        f"Accumulator: {what}. {ACROSS_RANKS}. Filter across ranks with "
+        f"{subject}: {what}. {subject} works on one device, where micro-batches follow each other "
+        "in time, and would filter each rank on its own. Filter across ranks with "
         "gaf.attach(model, optimizer, policy) (DistributedDataParallel, FSDP2), or unwrap the "
         "model (ddp.module) and train on one device."
     )
 
 
-def check_accumulator_state(state: Any) -> None:
+def check_accumulator_state(state: Any, subject: str) -> None:
     if not isinstance(state, dict) or not state.keys() >= {"telemetry", "policy"}:
         found = sorted(state) if isinstance(state, dict) else text_of(state)
         raise ValueError(
-            "Accumulator: load_state_dict() takes what an Accumulator's state_dict() gave, with "
-            f"'telemetry' and 'policy'; got {found}. Save acc.state_dict() under a key of its own."
+            f"{subject}: load_state_dict() takes what state_dict() gave, with 'telemetry' and "
+            f"'policy'; got {found}. Save {variable(subject)}.state_dict() under a key of its own."
         )
 
 
-def check_idle(waiting: bool, call: str) -> None:
+def check_idle(waiting: bool, call: str, subject: str) -> None:
     """RuntimeError if micro-gradients wait for their step."""
     if waiting:
         raise RuntimeError(
-            f"Accumulator: {call} must come between macro-batches; micro-gradients wait and "
+            f"{subject}: {call} must come between macro-batches; micro-gradients wait and "
             "would be lost. Call step() first, or discard() to drop them."
         )
 
 
-def check_undecided(decided: Decision | None, call: str) -> None:
+def check_undecided(decided: Decision | None, call: str, subject: str) -> None:
     """RuntimeError if the macro-batch is decided, and waits for its step."""
     if decided is not None:
         raise RuntimeError(
-            f"Accumulator: {call} came after decide(); call step() first, it ends the "
+            f"{subject}: {call} came after decide(); call step() first, it ends the "
             "macro-batch, whose decision is counted."
         )
+
+
+def raise_nothing_waits(subject: str) -> NoReturn:
+    raise RuntimeError(
+        f"{subject}: a decision needs at least one backward() before it; got none since the last "
+        f"step. Call {variable(subject)}.backward() in place of loss.backward()."
+    )

@@ -7,11 +7,14 @@ from weakref import WeakKeyDictionary, WeakSet, finalize, ref
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
+from gaf.device.checks import variable
+
 
 @runtime_checkable
 class Claimant(Protocol):
     """An Accumulator, as far as this file needs it."""
 
+    subject: str  # of messages
     _stepping: bool  # whether an optimizer's step is the Accumulator's own
 
     @property
@@ -40,9 +43,9 @@ def refuse_step(user: "ref[Claimant]", optimizer: Optimizer, args: Any, kwargs: 
     acc = user()
     if acc is not None and acc.waiting and not acc._stepping:
         raise RuntimeError(
-            f"Accumulator: {type(optimizer).__name__}.step() must not be called while "
-            "micro-gradients wait; it was. Call acc.step() in its place: it decides, steps the "
-            "optimizer or leaves it, and clears the gradients."
+            f"{acc.subject}: {type(optimizer).__name__}.step() must not be called while "
+            f"micro-gradients wait; it was. Call {variable(acc.subject)}.step() in its place: it "
+            "decides, steps the optimizer or leaves it, and clears the gradients."
         )
 
 
@@ -54,8 +57,8 @@ def claim_scaler(scaler: GradScaler, user: Claimant) -> None:
     other = _scaler_users.get(scaler, lambda: None)()
     if other is not None and other is not user and other.waiting:
         raise ValueError(
-            "Accumulator: scaler must serve one macro-batch at a time, because step() updates its "
-            "scale; another Accumulator has micro-gradients waiting under it. Call its step() "
+            f"{user.subject}: scaler must serve one macro-batch at a time, because step() updates "
+            "its scale; another object has micro-gradients waiting under it. Call its step() "
             "first, or make a GradScaler for each."
         )
     _scaler_users[scaler] = ref(user)

@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from gaf.device.buffers import Buffers
-from gaf.device.checks import Names, check_accumulator_model, check_parameters
+from gaf.device.checks import Names, check_accumulator_model, check_parameters, variable
 
 LeaveOut = Callable[[str, nn.Parameter], bool]
 
@@ -28,6 +28,7 @@ class Parameters:
         optimizers: that share one decision.
         model: gives the parameters their names; None for names by place.
         leave_out: true for the parameters that do not decide; None where all decide.
+        subject: of messages.
 
     Attributes:
         names: of every parameter.
@@ -39,14 +40,16 @@ class Parameters:
         optimizers: Sequence[Optimizer],
         model: nn.Module | None,
         leave_out: LeaveOut | None,
+        subject: str = "Accumulator",
     ) -> None:
         self.optimizers, self.model, self.leave_out = optimizers, model, leave_out
+        self.subject = subject
         self.names = names_of(optimizers, model)
         self.current: list[nn.Parameter] = []
         self._ever_left_out = leave_out is None
         if model is not None:
-            check_accumulator_model(model, self.names)
-        check_parameters(self.names, all_parameters(optimizers))
+            check_accumulator_model(model, self.names, subject)
+        check_parameters(self.names, all_parameters(optimizers), subject)
 
     def __len__(self) -> int:
         return len(self.current)
@@ -59,7 +62,7 @@ class Parameters:
         params = all_parameters(self.optimizers)
         if list(map(id, params)) != list(map(id, self.current)):
             self.names = names_of(self.optimizers, self.model)
-            check_parameters(self.names, params)
+            check_parameters(self.names, params, self.subject)
         self.current = params
 
     def voters(self) -> list[bool]:
@@ -92,10 +95,11 @@ class Parameters:
         for p in self.current:
             if p.grad is not None:
                 raise RuntimeError(
-                    f"Accumulator: parameter {self.names[p]!r} must have no gradient before "
+                    f"{self.subject}: parameter {self.names[p]!r} must have no gradient before "
                     "backward(); it has one, from a loss.backward() elsewhere or a "
                     "zero_grad(set_to_none=False). Give every loss of this optimizer to "
-                    "acc.backward(), and clear strays with optimizer.zero_grad()."
+                    f"{variable(self.subject)}.backward(), and clear strays with "
+                    "optimizer.zero_grad()."
                 )
 
     def place(self, update: Sequence[Tensor | None]) -> None:

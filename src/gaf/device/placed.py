@@ -30,15 +30,16 @@ class PlacedUpdate:
         self.parts = [part for part in map(Part, self.optimizers) if part.params]
 
     @torch.no_grad()
-    def check(self, names: dict[nn.Parameter, str]) -> None:
+    def check(self, names: dict[nn.Parameter, str], subject: str) -> None:
         """RuntimeError where the update, or a part of it, is no longer there."""
         gone = [p for part in self.parts for p in part.params if p.grad is None]
         if gone:
             whole = len(gone) == sum(len(part.params) for part in self.parts)
-            raise_lost("it was gone" if whole else f"that of {names[gone[0]]!r} was gone")
+            raise_lost("it was gone" if whole else f"that of {names[gone[0]]!r} was gone", subject)
         for part in self.parts:
             if part.is_written() and self._may_look(part) and part.is_zeros():
-                raise_lost(f"all of its optimizer's with {names[part.params[0]]!r} was zeros")
+                what = f"all of its optimizer's with {names[part.params[0]]!r} was zeros"
+                raise_lost(what, subject)
 
     def _may_look(self, part: "Part") -> bool:
         if part.before.device.type == "cpu":
@@ -80,9 +81,9 @@ def sample(params: Sequence[nn.Parameter]) -> Tensor:
     return torch.cat(spread) if spread else torch.zeros(0, device="cpu")
 
 
-def raise_lost(what: str) -> NoReturn:
+def raise_lost(what: str, subject: str) -> NoReturn:
     raise RuntimeError(
-        f"Accumulator: the update that decide() put into p.grad must still be there; {what}, and "
+        f"{subject}: the update that decide() put into p.grad must still be there; {what}, and "
         "no step was taken. Leave out zero_grad(): step() clears the gradients itself. To hold a "
         "parameter still, freeze it with requires_grad_(False) before the macro-batch."
     )

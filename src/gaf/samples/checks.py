@@ -85,6 +85,18 @@ def check_uses(name: str, module: nn.Module, uses: int, noted: int, subject: str
     )
 
 
+def check_any_use(uses: Collection[Tensor], layers: Collection[str] | None, subject: str) -> None:
+    """RuntimeError where K would be zero because nothing that counts acts on the losses."""
+    if uses:
+        return
+    which = "the model" if layers is None else f"the layers {sorted(layers)}"
+    raise RuntimeError(
+        f"{subject}: the losses must depend on trainable parameters of {which}; they depend on "
+        "none. Pass the model that made them, with plain parameters (fully_shard puts others in "
+        "their place during the forward pass), and layers that are trained."
+    )
+
+
 def check_call(name: str, call: Call, delta: Tensor, n: int, subject: str) -> None:
     """Refuses a call of which it is not clear what belongs to which sample."""
     module: Any = call.module

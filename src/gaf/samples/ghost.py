@@ -9,7 +9,14 @@ from torch.autograd.graph import GradientEdge
 
 from gaf.rules.blas import no_autocast
 from gaf.rules.slices import float64_device
-from gaf.samples.checks import check_call, check_losses, check_model, check_uses, choose_layers
+from gaf.samples.checks import (
+    check_any_use,
+    check_call,
+    check_losses,
+    check_model,
+    check_uses,
+    choose_layers,
+)
 from gaf.samples.layers import Call, pieces_of_call, weight_and_bias
 from gaf.samples.loss_graph import LossGraph
 from gaf.samples.pieces import Piece
@@ -52,7 +59,8 @@ def ghost_gram(
         TypeError, ValueError: for what are no losses of single samples, or names of no modules;
             for a layer whose input does not have the samples in its first dimension.
         RuntimeError: for a trainable parameter that is used by something else than a recorded call
-            of a known layer; where what a layer was given has been written over.
+            of a known layer; where the losses use none of the parameters; where what a layer was
+            given has been written over.
     """
     subject = "ghost_gram"
     check_model(model, subject)
@@ -83,6 +91,7 @@ class GhostPass:
                 if p.requires_grad and (uses := self.graph.uses(p)):
                     check_uses(own, module, uses, sum(p is other for other in noted), subject)
                     self.uses[p] = uses
+        check_any_use(self.uses, layers, subject)
         self.pieces: dict[Tensor, list[Piece]] = {}  # of parameters with uses still to come
         device = float64_device(losses.device)
         self.K = torch.zeros(self.n, self.n, dtype=torch.float64, device=device)

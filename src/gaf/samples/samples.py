@@ -15,7 +15,7 @@ from gaf.rules.contract import Policy, merge_of, scope_of
 from gaf.rules.decision import Decision, Evidence, as_skip
 from gaf.rules.judging import decide_with_evidence
 from gaf.samples.checks import check_losses, check_model, check_sample_policy, choose_layers
-from gaf.samples.ghost import ghost_gram
+from gaf.samples.ghost import GhostPass
 from gaf.samples.recording import record_calls
 from gaf.shapes import Float, Float64
 
@@ -48,6 +48,8 @@ class Samples(Accumulator):
         TypeError, ValueError: where an argument cannot be used.
     """
 
+    subject = "Samples"
+
     def __init__(
         self,
         model: nn.Module,
@@ -57,9 +59,9 @@ class Samples(Accumulator):
         scaler: GradScaler | None = None,
         layers: Collection[str] | None = None,
     ) -> None:
-        check_model(model, "Samples")
+        check_model(model, self.subject)
         check_sample_policy(policy, scope_of(policy), merge_of(policy) is not None)
-        choose_layers(model, layers, "Samples")
+        choose_layers(model, layers, self.subject)
         super().__init__(optimizer, policy, model=model, scaler=scaler)
         self.model, self._chosen = model, layers
         for hook in record_calls(model):
@@ -77,7 +79,7 @@ class Samples(Accumulator):
                 holds a gradient; as `gaf.ghost_gram` has it.
             TypeError, ValueError: as `gaf.ghost_gram` has it.
         """
-        check_losses(losses, "Samples")
+        check_losses(losses, self.subject)
         if self.waiting:
             raise RuntimeError(
                 "Samples: each backward() must be followed by step(), because the samples of one "
@@ -87,7 +89,7 @@ class Samples(Accumulator):
         self._params.refresh()
         self._params.check_clean()
         scaled = self._scaling.scale(losses)
-        K = ghost_gram(self.model, scaled, layers=self._chosen)
+        K = GhostPass(self.model, scaled, self._chosen, self.subject).run()
         self._rows = SampleRows(self.policy, K, scaled, self._params.current)
 
 
