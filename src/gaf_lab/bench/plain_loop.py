@@ -18,7 +18,7 @@ from gaf_lab.data.problem import Problem
 from gaf_lab.data.sampling import derive_seed
 from gaf_lab.settings.config import TrainConfig
 from gaf_lab.training import models
-from gaf_lab.training.make import make_optimizer
+from gaf_lab.training.optimizers import make_optimizer
 
 PADDING = 4
 

@@ -12,7 +12,18 @@ POLICY_NAMES = {
     "random-subset": "random subset",
     "scaled-lr": "averaging, scaled rate",
 }
-OPTIMIZER_NAMES = {"sgd": "SGD", "adam": "Adam", "adamw": "AdamW", "rmsprop": "RMSprop"}
+OPTIMIZER_NAMES = {
+    "sgd": "SGD",
+    "adam": "Adam",
+    "adamw": "AdamW",
+    "rmsprop": "RMSprop",
+    "muon": "Muon",
+    "lamb": "LAMB",
+    "lion": "Lion",
+    "soap": "SOAP",
+    "shampoo": "Shampoo",
+    "schedule-free": "ScheduleFree",
+}
 
 
 def name_arm(config: TrainFields) -> str:

@@ -18,8 +18,10 @@ DataName = Literal[
 NoiseName = Literal["none", "symmetric", "asymmetric", "human"]
 SamplerName = Literal["iid", "stratified-observed", "stratified-clean"]
 ModelName = Literal[
-    "mlp", "convnet", "resnet18", "resnet34", "preact-resnet34", "vit-l16", "vit-tiny"
+    "mlp", "mlp-small", "convnet", "resnet18", "resnet34", "preact-resnet34", "vit-l16", "vit-tiny"
 ]
+PackagedName = Literal["lamb", "lion", "soap", "shampoo", "schedule-free"]
+OptimizerName = Literal["sgd", "adam", "adamw", "rmsprop", "muon", PackagedName]
 ThresholdName = Literal["fixed", "auto", "signal", "noise-floor", "quantile", "moving-average"]
 PolicyName = Literal["mean", "gaf", "random-skip", "replay-skip", "random-subset", "scaled-lr"]
 
@@ -55,7 +57,7 @@ class TrainFields:
     Higher costs time and memory."""
 
     model: ModelName = "mlp"
-    """Network. mlp: pixels-512-512-classes."""
+    """Network. mlp: pixels-512-512-classes; mlp-small: pixels-128-128-classes."""
     stem: Literal["imagenet", "cifar"] = "cifar"
     """First layers of a ResNet: 7x7 with stride 2 and max-pool, or 3x3.
     "imagenet" is faster and less accurate on small pictures."""
@@ -76,14 +78,15 @@ class TrainFields:
     """Training samples, a fixed draw, on which memorisation is measured.
     Higher is more exact and costs time."""
 
-    optimizer: Literal["sgd", "adam", "adamw", "rmsprop"] = "sgd"
-    """Optimizer of torch.optim."""
+    optimizer: OptimizerName = "sgd"
+    """Optimizer. muon: torch's, for matrices, and adamw for the rest.
+    lamb, lion, soap, shampoo and schedule-free (AdamW's) are of the package pytorch-optimizer."""
     lr: float = 0.05
     """Learning rate, above 0. Higher learns and memorises faster."""
     momentum: float = 0.9
-    """Momentum of sgd and rmsprop, in [0, 1)."""
+    """Momentum of sgd, rmsprop and muon, in [0, 1)."""
     nesterov: bool = False
-    """Nesterov momentum, for sgd."""
+    """Nesterov momentum, for sgd and muon."""
     weight_decay: float = 0.0
     """Weight decay, at least 0. Higher keeps weights smaller."""
     schedule: Literal["constant", "cosine", "multi-step", "plateau"] = "constant"

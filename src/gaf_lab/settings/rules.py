@@ -83,6 +83,14 @@ def check_optimizer(c: TrainFields) -> None:
     decay = "must be at least 0 and finite"
     require(c, "weight_decay", 0 <= c.weight_decay < math.inf, decay, "5e-4 is usual.")
     require(c, "gamma", 0 < c.gamma < 1, "must lie in (0, 1)", "0.1 is usual.")
+    averaging = c.optimizer == "schedule-free" and bool(c.ema or c.early_stopping)
+    require(
+        c,
+        "optimizer",
+        not averaging,
+        "averages weights itself, and goes neither with ema nor with early_stopping",
+        "Set both to 0.",
+    )
     inside = all(0 < m < 1 for m in c.milestones)
     require(c, "milestones", inside, "must lie in (0, 1)", "They are shares of the run.")
     require(c, "patience", c.patience >= 0, "must be at least 0", "It counts looks at the loss.")

@@ -4,6 +4,7 @@ import torch
 
 from gaf_lab.settings.checks import ConfigError
 from gaf_lab.settings.config import TrainConfig
+from gaf_lab.training.optimizers import PACKAGED
 
 
 def obstacle(config: TrainConfig, world: int = 1) -> str | None:
@@ -14,7 +15,7 @@ def obstacle(config: TrainConfig, world: int = 1) -> str | None:
     needs = {
         "dataset": (config.dataset != "imagenet", "must fit into the device's memory"),
         "optimizer": (
-            config.optimizer != "rmsprop",
+            config.optimizer in ("sgd", "adam", "adamw"),
             "must have a fused form, which skips without the host",
         ),
         "mixup": (not config.mixup, "must be 0"),
@@ -65,6 +66,11 @@ def check_ranks(config: TrainConfig, world: int) -> None:
         raise ConfigError(
             f"compile must be off on several ranks; got it on {world}. "
             "Set --no-compile, or run one process."
+        )
+    if config.optimizer in PACKAGED:
+        raise ConfigError(
+            "optimizer must be one of torch's on several ranks, because the others count skipped "
+            f"steps too; got {config.optimizer!r} on {world} ranks. Run one process."
         )
     if config.loss == "elr":
         raise ConfigError(

@@ -23,12 +23,12 @@ from gaf_lab.training.listener import Listener
 from gaf_lab.training.make import (
     check_rows,
     learning_rate,
-    make_optimizer,
     make_policy,
     make_training_engine,
     pick_device,
 )
 from gaf_lab.training.models import make_model
+from gaf_lab.training.optimizers import evaluated_weights, make_optimizer
 from gaf_lab.training.ranks import ALONE, Group
 from gaf_lab.training.schedule import Schedule
 from gaf_lab.training.techniques import EarlyStopping, Objective, ema_model
@@ -133,8 +133,8 @@ class Training:
     def evaluation(self) -> dict[str, Any]:
         """The line of records that closes an interval; moves a plateau schedule on."""
         started = time.perf_counter()
-        measured = self._measure()
-        loss = self.group.total(float(self.interval.losses))
+        with evaluated_weights(self.optimizer):
+            measured = self._measure()
         stats = self.accumulator.stats(self.config.b)
         self.schedule.after_evaluation(self.problem.evaluation(self.step), measured)
         self.seconds += self.interval.seconds + time.perf_counter() - started
@@ -147,7 +147,7 @@ class Training:
             "passes": samples / len(self.problem.train),
             "seconds": self.seconds,
             "lr": self.optimizer.param_groups[0]["lr"],
-            **self.interval.line(self.config.b, loss),
+            **self.interval.line(self.config.b, self.group.total(float(self.interval.losses))),
             "noise_scale": stats["noise_scale"],
             "norm_dispersion": stats["norm_dispersion"],
             **measured,

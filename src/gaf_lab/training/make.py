@@ -75,21 +75,6 @@ def learning_rate(config: TrainConfig) -> float:
     return config.lr * share
 
 
-def make_optimizer(
-    config: TrainConfig, rate: float, params: list[nn.Parameter], fused: bool | None = None
-) -> Optimizer:
-    shared: dict[str, Any] = {"lr": rate, "weight_decay": config.weight_decay}
-    if config.optimizer != "rmsprop":
-        shared["fused"] = fused
-    if config.optimizer == "sgd":
-        return torch.optim.SGD(params, momentum=config.momentum, nesterov=config.nesterov, **shared)
-    if config.optimizer == "rmsprop":
-        return torch.optim.RMSprop(params, momentum=config.momentum, **shared)
-    if config.optimizer == "adam":
-        return torch.optim.Adam(params, **shared)
-    return torch.optim.AdamW(params, **shared)
-
-
 def make_policy(config: TrainConfig) -> Any:
     if config.policy == "gaf":
         rule: dict[str, Any] = {

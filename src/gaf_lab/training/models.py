@@ -185,8 +185,8 @@ def make_model(name: str, shape: tuple[int, int, int], classes: int, stem: Stem)
     """The model called `name` for pictures of `shape` (channels, height, width)."""
     channels, height, width = shape
     depths = (2, 2, 2, 2) if name == "resnet18" else (3, 4, 6, 3)
-    if name == "mlp":
-        return mlp(channels * height * width, classes)
+    if name.startswith("mlp"):
+        return mlp(channels * height * width, classes, 512 if name == "mlp" else 128)
     if name == "convnet":
         return convnet(channels, classes)
     if name.startswith("vit"):

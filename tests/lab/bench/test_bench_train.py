@@ -52,7 +52,7 @@ from gaf_lab.data.augment import normalise
 from gaf_lab.data.problem import make_problem
 from gaf_lab.settings.config import TrainConfig
 from gaf_lab.training.loop import Training
-from gaf_lab.training.make import make_optimizer
+from gaf_lab.training.optimizers import make_optimizer
 from gaf_lab.training.turns import run_to_end
 from helpers.fakes import Silent
 

@@ -23,6 +23,11 @@ def test_the_mlp_is_784_512_512_10():
     assert parameters("mlp", (1, 28, 28), 10) == 784 * 512 + 512 + 512 * 512 + 512 + 512 * 10 + 10
 
 
+def test_the_small_mlp_is_784_128_128_10():
+    expected = 784 * 128 + 128 + 128 * 128 + 128 + 128 * 10 + 10
+    assert parameters("mlp-small", (1, 28, 28), 10) == expected
+
+
 @pytest.mark.parametrize("stem", ["imagenet", "cifar"])
 @pytest.mark.parametrize("name", ["resnet18", "preact-resnet34", "convnet", "mlp"])
 def test_every_network_maps_pictures_to_scores(name, stem):
