@@ -22,7 +22,7 @@ FACES = {"gaf", "gaf_lab", "gaf_lab.__main__"}  # hand on what the rooms hold
 LONGEST = 200  # lines of a file
 LONGER = {  # may only shrink
     # the public class: its documentation takes 130 of them
-    "gaf/device/accumulate.py": 372,
+    "gaf/device/accumulate.py": 330,
 }
 TWICE = {  # names that several files define
     "gaf": {

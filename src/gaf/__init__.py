@@ -29,6 +29,7 @@ from gaf.rules.averaging import Mean, RandomSkip
 from gaf.rules.combine import aggregate
 from gaf.rules.coordinatewise import Median, SignAgreement, TrimmedMean
 from gaf.rules.decision import Decision
+from gaf.rules.enough import Agreement
 from gaf.rules.gram import gram
 from gaf.rules.guard import Guard
 from gaf.rules.policies import GAF
@@ -50,6 +51,7 @@ __version__ = "0.1.0"
 __all__ = [
     "GAF",
     "Accumulator",
+    "Agreement",
     "Audit",
     "Decision",
     "Guard",

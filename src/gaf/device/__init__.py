@@ -10,6 +10,8 @@ The files, in the order of the data:
     placed         the update in p.grad, until it is stepped on
     scaler         a GradScaler's part
     batchnorm      running statistics that only accepted micro-batches move (running_statistics)
+    growing        when a macro-batch is large enough, if it is to end by itself (`gaf.Agreement`)
+    recorded       what came of the steps, as the Accumulator shows it
     claims         whose micro-gradients may wait
     checks, graph  what is refused, and what a loss's graph holds
 """

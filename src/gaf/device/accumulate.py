@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
 from gaf.checks import check_optimizers
 from gaf.device.backward import BackwardPass
@@ -23,20 +22,23 @@ from gaf.device.checks import (
     raise_nothing_waits,
 )
 from gaf.device.claims import claim_optimizer
+from gaf.device.growing import GrowingBatch, check_until
 from gaf.device.layers import LayeredRows, layered_rows_for, layers_of
 from gaf.device.parameters import LeaveOut, Parameters
 from gaf.device.placed import PlacedUpdate
+from gaf.device.recorded import Recorded
 from gaf.device.rows import StackedRows, StreamedRows, rows_for
 from gaf.device.scaler import LossScaling
 from gaf.record.ledger import Ledger
 from gaf.record.outcome import Outcome
 from gaf.rules.contract import Policy, check_policy, scope_of, tell_loss_scale
 from gaf.rules.decision import Decision, as_skip, check_weights
+from gaf.rules.enough import Agreement
 
 Rows = StreamedRows | StackedRows | LayeredRows
 
 
-class Accumulator:
+class Accumulator(Recorded):
     """Gradient accumulation that filters: k micro-gradients, one decision, a step or none.
 
         acc = gaf.Accumulator(optimizer, gaf.GAF(tau=0.97))
@@ -71,9 +73,10 @@ class Accumulator:
             in the decision. It is still updated, with the same weights. Names are the model's
             without those of wrappers (torch.compile, nn.DataParallel). It must be true for some
             parameter, and not for all.
+        until: ends macro-batches, by `enough`, once they agree (`gaf.Agreement`). The policy is
+            then one that drops nothing: `gaf.Mean()`.
 
     Attributes:
-        ledger: what came of the steps.
         layers: with scope="layer", the last step's Decision of each layer, by its module's name.
 
     Raises:
@@ -92,9 +95,12 @@ class Accumulator:
         scaler: GradScaler | None = None,
         bn: Literal["all", "accepted"] = "all",
         leave_out: LeaveOut | None = None,
+        until: Agreement | None = None,
     ) -> None:
         self.optimizers = check_optimizers(optimizer, self.subject)
-        self.ledger = Ledger(check_policy(policy, self.subject))
+        check_until(until)
+        ledger = Ledger(check_policy(policy, self.subject))
+        super().__init__(ledger, GrowingBatch(until, self.optimizers))
         check_types(model, scaler, leave_out, self.subject)
         check_scope(scope_of(policy), model, bn, leave_out)
         check_bn(bn, model)
@@ -111,38 +117,18 @@ class Accumulator:
             claim_optimizer(one, self)
 
     @property
-    def policy(self) -> Policy:
-        """What decides. A new one may be assigned between steps."""
-        return self.ledger.policy
-
-    @policy.setter
-    def policy(self, policy: Policy) -> None:
-        self.ledger.policy = policy
-
-    @property
-    def last(self) -> Decision | None:
-        """The decision of the last step."""
-        return self.ledger.last
-
-    @property
-    def outcome(self) -> Outcome | None:
-        """The last decision with its evidence, as plain numbers."""
-        return self.ledger.outcome
-
-    @property
     def scaler(self) -> GradScaler | None:
         """The scaler, if it is enabled."""
         return self._scaling.scaler
 
     @property
-    def alarms(self) -> list[dict[str, Any]]:
-        """What the policy found wrong (`gaf.Guard`), a dict of plain numbers for each, in order.
+    def enough(self) -> bool:
+        """Whether a step is due: by `until`, or because the macro-batch is decided.
 
-        `step`, counted from 1; `row`, None for the whole step; `kind`; `value` and `expected`, None
-        if not finite, over `steps` steps. The same within 100 steps of `last_step` only raises
-        `count`. They are not part of the state.
+        Raises:
+            RuntimeError: without `until`.
         """
-        return self.ledger.alarms.alarms
+        return self._batch.is_enough(self._rows) or self._decided is not None
 
     def backward(self, loss: Tensor, *, retain_graph: bool = False) -> None:
         """Computes one micro-gradient: the loss's backward pass for this optimizer's parameters.
@@ -230,6 +216,7 @@ class Accumulator:
             self._skip_layers()
         if outcome.stepped:
             self._params.place(rows.update(outcome.weights))
+        self._batch.learn(rows, scale)
         self._rows = None
         self._scaling.unscale(overflow)
         self._placed.note()
@@ -268,7 +255,8 @@ class Accumulator:
     def _step(self) -> None:
         self._stepping = True
         try:
-            self._scaling.step()
+            with self._batch.scaled_rates():
+                self._scaling.step()
         finally:
             self._stepping = False
 
@@ -315,37 +303,6 @@ class Accumulator:
         """Whether a macro-batch is in progress: micro-gradients wait for their step()."""
         return self._rows is not None or self._decided is not None
 
-    def gate(self, scheduler: LRScheduler) -> LRScheduler:
-        """Pauses a scheduler on skips. In place; returns it.
-
-        The scheduler must be stepped once after every `step()`.
-
-        Raises:
-            TypeError: for ReduceLROnPlateau, and if it is not a torch scheduler.
-            RuntimeError: from the scheduler's step(), where it turns out to be stepped less often
-                (per epoch).
-        """
-        return self.ledger.gate(scheduler)
-
-    def stats(self, b: float = 1) -> dict[str, float]:
-        """Plain numbers.
-
-        Totals since the start: `steps` decided, `stepped` of them, `micro_gradients` seen, and of
-        these `accepted`, `rejected` and `absent` (zero, NaN or infinite; on a skipped step nothing
-        counts as accepted).
-
-        Over the last 100 steps: `acceptance`, share of the compared rows that were accepted;
-        `distance_mean` and `distance_min`, cosine distances of the rows that were compared;
-        `norm_dispersion`, standard deviation over mean of the micro-gradients' norms;
-        `noise_scale`, the gradient noise scale B = tr(Sigma) / |g|^2 (McCandlish et al., arXiv
-        1812.06162), in units of b. NaN where nothing was compared, infinite where no common
-        direction can be made out. `tau`: the last step's, NaN for a policy without one.
-
-        Args:
-            b: samples per micro-batch. With 1, `noise_scale` counts micro-batches.
-        """
-        return self.ledger.stats(b)
-
     def state_dict(self) -> dict[str, Any]:
         """Counts, averages and the policy's own state. Between macro-batches only: no rows in it.
 
@@ -353,7 +310,7 @@ class Accumulator:
             RuntimeError: where micro-gradients wait for their step().
         """
         check_idle(self.waiting, "state_dict()", self.subject)
-        return self.ledger.state_dict()
+        return self.ledger.state_dict() | self._batch.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes back what `state_dict` gave.
@@ -364,4 +321,6 @@ class Accumulator:
         """
         check_idle(self.waiting, "load_state_dict()", self.subject)
         check_accumulator_state(state, self.subject)
+        self._batch.check_state(state)
         self.ledger.load_state_dict(state)
+        self._batch.load_state_dict(state)

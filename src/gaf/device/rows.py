@@ -3,6 +3,7 @@
 They are added up as they come (`StreamedRows`) or kept apart (`StackedRows`).
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from gaf.device.sums import SumOnCpu, SumOnDevice
 from gaf.rules.combine import combine, weighted_sum
 from gaf.rules.contract import Policy, merge_of
 from gaf.rules.decision import Decision, Evidence, check_decision
+from gaf.rules.enough import PairMeans
 from gaf.rules.gram import gram_of
 from gaf.rules.judging import decide_with_evidence, streams, tau_of
 from gaf.rules.merging import merged_parameters
@@ -84,6 +86,18 @@ class StreamedRows:
         check_decision(decision, self.policy, len(self), seen.accepted.device)
         self.policy.learn(seen)
         return decision, Evidence(seen.norms2, seen.signals.nanmean(), tau)
+
+    def pair_means(self) -> PairMeans:
+        """K's mean off the diagonal and on it, over accepted rows, from |s|^2 and sum |g_i|^2.
+
+        NaN for fewer than two. Waits for the device.
+        """
+        seen: Seen = self.visits.seen()
+        own = seen.norms2[seen.accepted].sum().item()
+        c = int(seen.accepted.sum())
+        if c < 2:
+            return PairMeans(math.nan, math.nan)
+        return PairMeans((float(self.visits.norm2) - own) / (c * (c - 1)), own / c)
 
     def update(self, weights: list[float]) -> Buffers:
         """w^T G; None for a parameter that no accepted row has a gradient for."""

@@ -9,8 +9,8 @@ from typing import Any
 from gaf.device.accumulate import Accumulator
 from gaf.ranks.attach import attach
 
-# what an adapter fills in itself
-GIVEN = ("optimizer", "policy", "model", "scaler")
+# what an adapter fills in itself, and what a framework decides: when a macro-batch ends
+GIVEN = ("optimizer", "policy", "model", "scaler", "until")
 
 
 def option_names(call: Callable[..., Any]) -> list[str]:
@@ -26,6 +26,12 @@ def check_names(options: Mapping[str, Any], subject: str) -> None:
         raise TypeError(
             f"{subject}: options must be a dictionary of names and values; got {options!r}. "
             'Use {"bn": "accepted"}, say.'
+        )
+    if "until" in options:
+        raise TypeError(
+            f"{subject}: until must be left out, because the framework fixes how many "
+            f"micro-batches make a step; got {options['until']!r}. "
+            "Use gaf.Accumulator(..., until=...) in a loop of your own."
         )
     for name in options:
         if name not in (*ONE_PROCESS, *SEVERAL):

@@ -6,7 +6,7 @@ from typing import Any, Protocol, runtime_checkable
 
 NAMES = (
     *("acceptance", "distance_mean", "distance_min", "cosine_mean", "cosine_min"),
-    *("noise_scale", "tau"),
+    *("noise_scale", "tau", "rows_mean", "agreement", "signal_share"),
 )
 SHOWN = ("cosine", "norm")  # of each worker
 FEW_WORKERS = 16  # so many curves a person can tell apart
@@ -30,8 +30,10 @@ def metrics(source: Source, b: float = 1) -> dict[str, float]:
     Over the last 100 steps: `gaf/acceptance`, share in [0, 1] of the compared micro-gradients that
     were accepted; `gaf/distance_mean` and `gaf/distance_min`, cosine distances in [0, 2];
     `gaf/noise_scale`, in units of b. Of the last step: `gaf/tau`, the largest distance that is
-    accepted. Since the start: `gaf/stepped`, share in [0, 1] of the steps that were taken, and
-    `gaf/skipped`, the number of those that were not.
+    accepted. With `until`: `gaf/rows_mean`, micro-gradients per step over the last 100;
+    `gaf/agreement` and `gaf/signal_share`, see `gaf.Accumulator.stats`. Since the start:
+    `gaf/stepped`, share in [0, 1] of the steps that were taken, and `gaf/skipped`, the number of
+    those that were not.
 
     Over ranks also, where they are measured: `gaf/cosine_mean` and `gaf/cosine_min`, the ranks'
     cosines to the sum of the others; of each worker, by its rank, `gaf/worker/3/cosine` and
