@@ -18,9 +18,9 @@ from helpers.samples import C, Net, clusters
 B = 12  # samples of a rank
 
 
-def criterion_for(model: nn.Module, **options: Any) -> gaf.SampleAgreement:
+def criterion_for(net: nn.Module, **options: Any) -> gaf.SampleAgreement:
     options = {"warmup": 0} | options
-    return gaf.SampleAgreement(nn.CrossEntropyLoss(reduction="none"), model.head, **options)
+    return gaf.SampleAgreement(nn.CrossEntropyLoss(reduction="none"), net.head, **options)
 
 
 def fresh() -> Net:
@@ -57,12 +57,14 @@ def the_ranks_agree_with_one_process(wrapped: str) -> None:
         torch.testing.assert_close(state[name], want[name])
 
 
-def the_same_samples_give_the_same_weights_as_one_process() -> None:
+def the_same_samples_give_the_same_weights_as_one_process(score: str) -> None:
     rank = dist.get_rank()
     x, y, _ = clusters(4 * B, wrong=0.4)
     model, twin = fresh(), fresh()
-    criterion = criterion_for(model)
-    alone = criterion_for(twin, group=dist.new_group([rank], use_local_synchronization=True))
+    own = dist.new_group([rank], use_local_synchronization=True)
+    votes: Any = [{"model": net} if score == "vote" else {} for net in (model, twin)]
+    criterion = criterion_for(model, score=score, **votes[0])
+    alone = criterion_for(twin, score=score, group=own, **votes[1])
     outer = DistributedDataParallel(model)
     for i in torch.arange(len(x)).split(B):
         step(outer, criterion, x[i], y[i])
@@ -119,7 +121,8 @@ def the_report_covers_all_ranks_if_it_gathers() -> None:
 def all_of_it() -> None:
     the_ranks_agree_with_one_process("ddp")
     the_ranks_agree_with_one_process("fsdp")
-    the_same_samples_give_the_same_weights_as_one_process()
+    the_same_samples_give_the_same_weights_as_one_process("prototype")
+    the_same_samples_give_the_same_weights_as_one_process("vote")
     a_rank_can_be_judged_by_the_others()
     the_report_covers_all_ranks_if_it_gathers()
 

@@ -14,12 +14,12 @@ from torch.optim import SGD
 
 import gaf
 from helpers.comparing import same
-from helpers.samples import C, Net, auroc, clusters, train
+from helpers.samples import C, Net, auroc, clusters, per_sample_rows, train
 
 
-def criterion_for(model: Net, score: Any = "prototype", **options: Any) -> gaf.SampleAgreement:
+def criterion_for(net: Net, score: Any = "prototype", **options: Any) -> gaf.SampleAgreement:
     options = {"warmup": 0} | options
-    return gaf.SampleAgreement(nn.CrossEntropyLoss(reduction="none"), model.head, score, **options)
+    return gaf.SampleAgreement(nn.CrossEntropyLoss(reduction="none"), net.head, score, **options)
 
 
 # --- numbers
@@ -83,24 +83,47 @@ def test_the_loss_is_the_weighted_mean_by_the_formula() -> None:
     torch.testing.assert_close(grad, direct[0])
 
 
-def test_votes_are_cosines_of_the_heads_gradients() -> None:
+@pytest.mark.parametrize("layers", ["head", "all"])
+def test_votes_are_cosines_of_gradients(layers: str) -> None:
     model, (x, y, _) = Net(), clusters(12)
-    criterion = criterion_for(model, "vote")
+    options = {"model": model} if layers == "all" else {}
+    criterion = criterion_for(model, "vote", **options)
     y[:4] = torch.tensor([0, 0, 0, 1])
     y[4:] = 2
-    criterion(model(x), y, index=range(12))
-    rows = []
-    for x_, y_ in zip(x, y, strict=True):
-        loss = cross_entropy(model(x_[None]), y_[None])
-        grads = torch.autograd.grad(loss, [*model.head.parameters()])
-        rows.append(torch.cat([g.flatten() for g in grads]))
-    unit = normalize(torch.stack(rows), dim=1)
+    loss = criterion(model(x), y, index=range(12))
+    unit = normalize(per_sample_rows(model, x, y, "head" if layers == "head" else ""), dim=1)
     K = unit @ unit.T
     report = criterion.report()
     assert report["index"] == [0, 1, 2, *range(4, 12)]  # the only one of its class has no vote
     want = [(K[i, :3].sum() - K[i, i]) / 2 for i in range(3)]
     want += [(K[i, 4:].sum() - K[i, i]) / 7 for i in range(4, 12)]
     torch.testing.assert_close(torch.tensor(report["vote"]), torch.stack(want))
+    loss.backward()  # the graph is kept
+    direct = torch.autograd.grad(cross_entropy(model(x), y), [*model.parameters()])
+    torch.testing.assert_close([p.grad for p in model.parameters()], [*direct])
+
+
+def test_all_layers_vote_in_the_weights_too() -> None:
+    """Over steps, with an ignored sample and one without a gradient; against rows one by one."""
+    model, (x, y, _) = Net(), clusters(40, wrong=0.3)
+    criterion = criterion_for(model, "vote", model=model)
+    statistics = copy.deepcopy(criterion.statistics)
+    for number in range(3):
+        y[number] = -100
+        loss = criterion(model(x), y)
+        known, c = y >= 0, y.clamp(min=0)
+        unit = normalize(per_sample_rows(model, x, c), dim=1)
+        same_label = (y == y[:, None]) & known & ~torch.eye(40, dtype=torch.bool)
+        s = torch.where(same_label, unit @ unit.T, 0).sum(1) / same_label.sum(1)
+        a = (statistics.doubt[c] / 0.3).clamp(max=1)
+        w = 1 - a * (1 - torch.sigmoid(4 * (s - statistics.mean[c]) / statistics.deviation[c]))
+        w = torch.where(w.isfinite(), w, 1) * known
+        torch.testing.assert_close(criterion.weights, w)
+        losses = cross_entropy(model(x), y, reduction="none")
+        torch.testing.assert_close(loss, (w * losses).sum() / w.sum())
+        criterion.state_dict()
+        statistics = copy.deepcopy(criterion.statistics)
+    assert w[known].min() < 0.9
 
 
 WARMUPS: dict[str, Any] = {
@@ -241,6 +264,15 @@ def test_compiled_models_and_autocast() -> None:
     torch.testing.assert_close(half.statistics.mean, plain.statistics.mean, rtol=0.1, atol=0.05)
 
 
+def test_a_compiled_model_that_calls_no_hooks_is_refused_for_votes() -> None:
+    (x, y, _), model = clusters(40), Net()
+    compiled = torch.compile(model, backend="aot_eager")
+    compiled(x)
+    votes = criterion_for(model, "vote", model=model)
+    with pytest.raises(RuntimeError, match="SampleAgreement: each use of a trainable parameter"):
+        votes(compiled(x), y)
+
+
 def test_the_table_grows_or_has_the_size_that_was_given() -> None:
     model, (x, y, _) = Net(), clusters(30)
     for options in ({}, {"num_samples": 100}):
@@ -286,10 +318,17 @@ def test_what_cannot_be_used_is_refused() -> None:
         ((3, model.head), TypeError, "criterion must be a loss function"),
         ((ce, model.head, "gram"), ValueError, "must be one of 'prototype', 'vote', 'loss'"),
         ((ce,), ValueError, "'prototype' needs the head"),
+        ((ce, None, "vote"), ValueError, "'vote' needs the head"),
         ((ce, model), TypeError, "head must be .* a torch.nn.Linear; got Net"),
     ):
         with pytest.raises(error, match=text):
             gaf.SampleAgreement(*args)
+    for kind, given in (("prototype", model), ("vote", 3)):
+        with pytest.raises(ValueError, match=f"model is a .* for the score 'vote'.*{kind}"):
+            criterion_for(model, kind, model=given)
+    frozen = criterion_for(model, "vote", model=Net())
+    with pytest.raises(RuntimeError, match="SampleAgreement: the losses must depend on"):
+        frozen(model(x), y)
     with pytest.raises(ValueError, match="warmup must be a whole number of at least 0; got -1"):
         criterion_for(model, warmup=-1)
     criterion = criterion_for(model, num_samples=10)

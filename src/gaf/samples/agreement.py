@@ -1,6 +1,7 @@
 """A loss function that weighs each sample by how far its label is trusted, and reports it."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 from weakref import finalize
 
@@ -17,7 +18,8 @@ from gaf.samples.agreement_checks import (
 )
 from gaf.samples.class_statistics import ClassStatistics
 from gaf.samples.history import History
-from gaf.samples.judge import Batch, Caught, judge, soft_weights
+from gaf.samples.judge import Batch, Caught, gram_of_losses, judge, soft_weights
+from gaf.samples.recording import record_calls
 from gaf.samples.report import report_columns
 from gaf.samples.summing import Summing, finish_sum, ranks_of
 from gaf.shapes import Float
@@ -39,8 +41,8 @@ class SampleAgreement(nn.Module):
     - "prototype": how much nearer its features (the head's input, at unit length) are to the mean
       features of the samples with its label than to those of any other class. It needs no second
       backward pass, and holds classes x features numbers.
-    - "vote": the mean cosine of its gradient in the head with those of the other samples in the
-      batch that have its label.
+    - "vote": the mean cosine of its gradient with those of the other samples in the batch that have
+      its label: in the head, or with `model` in all layers.
     - "loss": minus its loss, at least -6; for any loss function, and the control.
 
     Its weight is 1 - a (1 - sigmoid(4 (s - m) / d)): m and d are the running mean and deviation of
@@ -59,6 +61,9 @@ class SampleAgreement(nn.Module):
         head: the model's last Linear layer. Its input is caught by a hook: register it before a
             compiled model runs. None only for the score "loss".
         score: "prototype", "vote" or "loss".
+        model: for the score "vote": all of its layers vote, which takes a second backward pass
+            (`gaf.ghost_gram`, with the same layers and limits). It is called eagerly, and its
+            parameters are plain or DDP's. None: the head alone votes.
         num_classes: C; None for the head's outputs. With neither the targets are no classes.
         num_samples: of the data set, if known: `index` is then not waited for on an accelerator.
         weigh: whether to weigh; otherwise the loss is the plain mean.
@@ -83,6 +88,7 @@ class SampleAgreement(nn.Module):
         head: nn.Module | None = None,
         score: Literal["prototype", "vote", "loss"] = "prototype",
         *,
+        model: nn.Module | None = None,
         num_classes: int | None = None,
         num_samples: int | None = None,
         weigh: bool = True,
@@ -91,7 +97,7 @@ class SampleAgreement(nn.Module):
         group: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__()
-        check_arguments(criterion, head, score, num_classes, num_samples, warmup)
+        check_arguments(criterion, head, score, model, num_classes, num_samples, warmup)
         self.criterion, self.score, self.weigh, self.warmup = criterion, score, weigh, warmup
         self.classes = num_classes or getattr(head, "out_features", None)
         device = torch.device("cpu") if head is None else next(head.parameters()).device
@@ -106,6 +112,9 @@ class SampleAgreement(nn.Module):
         self._caught = Caught()
         if head is not None:
             finalize(self, head.register_forward_pre_hook(self._caught).remove)
+        self._gram = None if model is None else partial(gram_of_losses, model)
+        for hook in [] if model is None else record_calls(model):
+            finalize(self, hook.remove)
 
     def forward(self, outputs: Tensor, targets: Tensor, index: Any = None) -> Float[Tensor, ""]:
         """The loss of a batch, a scalar to call backward on.
@@ -129,6 +138,7 @@ class SampleAgreement(nn.Module):
         batch = Batch(outputs.detach(), targets, losses.detach(), self.classes, self.criterion)
         weights = batch.counted
         if self.training and torch.is_grad_enabled():
+            batch.gram = None if self._gram is None else self._gram(losses)
             with torch.no_grad():
                 weights = weights * self._judge(batch, index)
             self.weights = weights

@@ -12,7 +12,13 @@ KINDS = ("prototype", "vote", "loss")
 
 
 def check_arguments(
-    criterion: Any, head: Any, score: Any, num_classes: Any, num_samples: Any, warmup: Any
+    criterion: Any,
+    head: Any,
+    score: Any,
+    model: Any,
+    num_classes: Any,
+    num_samples: Any,
+    warmup: Any,
 ) -> None:
     subject = "SampleAgreement"
     if isinstance(criterion, type) or not callable(criterion):
@@ -36,6 +42,11 @@ def check_arguments(
         raise TypeError(
             f"{subject}: head must be the model's last layer, a torch.nn.Linear; got "
             f"{type(head).__name__}. Pass such as model.fc."
+        )
+    if model is not None and (score != "vote" or not isinstance(model, nn.Module)):
+        raise ValueError(
+            f"{subject}: model is a torch.nn.Module for the score 'vote', whose layers all vote; "
+            f"got {type(model).__name__} and score={score!r}. Leave it out, or use score='vote'."
         )
     for name, value, least in (("num_classes", num_classes, 1), ("num_samples", num_samples, 1)):
         if value is not None:

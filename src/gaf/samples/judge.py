@@ -9,8 +9,9 @@ from torch.nn.functional import normalize
 
 from gaf.samples.agreement_checks import check_features, check_targets
 from gaf.samples.class_statistics import ClassStatistics
-from gaf.samples.scores import class_votes, prototype_margins
-from gaf.shapes import Float, Int
+from gaf.samples.ghost import GhostPass
+from gaf.samples.scores import class_votes, gram_cosines, head_cosines, prototype_margins
+from gaf.shapes import Float, Float64, Int
 
 SHARPNESS = 4.0  # of the weights, per standard deviation
 LARGEST_LOSS = 6.0
@@ -31,6 +32,11 @@ class Caught:
         return check_features(features, n)
 
 
+def gram_of_losses(model: nn.Module, losses: Float[Tensor, " n"]) -> Float64[Tensor, "n n"]:
+    """K of the samples' gradients in all layers, by a backward pass of its own."""
+    return GhostPass(model, losses, None, "SampleAgreement").run()
+
+
 class Batch:
     """What a loss function is given.
 
@@ -42,6 +48,7 @@ class Batch:
         criterion: that made the losses.
 
     Attributes:
+        gram: (n, n), K of the samples' gradients in all layers, if these vote.
         labels: (n,) int64 in [0, C): the observed class, 0 for a sample that does not count.
         counted: (n,), 1 for a sample that counts, 0 for one whose target is the ignored index.
     """
@@ -60,6 +67,7 @@ class Batch:
             losses,
             criterion,
         )
+        self.gram: Tensor | None = None
         self.labels = torch.zeros(len(losses), dtype=torch.int64, device=losses.device)
         self.counted = torch.ones_like(losses)
         if classes is not None:
@@ -72,6 +80,12 @@ class Batch:
     def guesses(self) -> Int[Tensor, " n"]:
         """The network's own answers; the labels where the outputs are no scores of classes."""
         return self.outputs.argmax(1) if self.outputs.ndim == 2 else self.labels
+
+    def cosines(self, features: Float[Tensor, "n p"]) -> Float[Tensor, "n n"]:
+        """Of the samples' gradients, in all layers or in the head, whose input the features are."""
+        if self.gram is None:
+            return head_cosines(features.float(), self.errors())
+        return gram_cosines(self.gram).to(self.losses.device, torch.float32)
 
     @torch.enable_grad()
     def errors(self) -> Float[Tensor, "n C"]:
@@ -96,7 +110,7 @@ def judge(
         scores = prototype_margins(similarity, batch.labels)
         guesses = similarity.nan_to_num(nan=-torch.inf).argmax(1)
     elif kind == "vote":
-        scores = class_votes(caught.take(n).float(), batch.errors(), batch.labels, batch.counted)
+        scores = class_votes(batch.cosines(caught.take(n)), batch.labels, batch.counted)
     else:
         scores = -batch.losses.float().clamp(max=LARGEST_LOSS)
     known = (batch.counted > 0) & scores.isfinite()

@@ -3,7 +3,7 @@
     prototype   <h_i, P_y> - the largest other <h_i, P_c>: h_i the unit-length input of the last
                 layer, P_c the running mean of h over the samples labelled c
     vote        the mean cosine of the sample's gradient with those of the others that have its
-                label, in the last layer
+                label, in the last layer or in all layers
     loss        minus the loss
 
 The prototype margin is the agreement of last-layer gradients for a head that has learned nothing:
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize, pad
 
-from gaf.shapes import Float, Int
+from gaf.shapes import Float, Float64, Int
 
 
 def prototype_margins(
@@ -33,22 +33,38 @@ def prototype_margins(
     return torch.where(others.isfinite(), own - others, math.nan)
 
 
-def class_votes(
-    features: Float[Tensor, "n p"],
-    errors: Float[Tensor, "n C"],
-    labels: Int[Tensor, " n"],
-    counted: Float[Tensor, " n"],
-) -> Float[Tensor, " n"]:
-    """The mean cosine with the last-layer gradients of the label's other samples, in [-1, 1].
+def head_cosines(
+    features: Float[Tensor, "n p"], errors: Float[Tensor, "n C"]
+) -> Float[Tensor, "n n"]:
+    """Of the gradients of the head, errors_i x (features_i, 1): the product of two cosines.
 
-    Such a gradient is errors_i x (features_i, 1), and a cosine the product of two. NaN for the
-    only sample of its label, and for one without a gradient.
+    NaN for a sample without a gradient.
     """
-    inputs = normalize(pad(features, (0, 1), value=1.0), dim=1)
-    directions = normalize(errors, dim=1)
-    cosines = (inputs @ inputs.T) * (directions @ directions.T)
-    votes = (directions.norm(dim=1) > 0) & (counted > 0)
+    inputs = unit_rows(pad(features, (0, 1), value=1.0))
+    directions = unit_rows(errors)
+    return (inputs @ inputs.T) * (directions @ directions.T)
+
+
+def unit_rows(x: Float[Tensor, "n p"]) -> Float[Tensor, "n p"]:
+    """NaN for a row of zeros."""
+    return normalize(x, dim=1) / (x != 0).any(1, keepdim=True)
+
+
+def gram_cosines(K: Float64[Tensor, "n n"]) -> Float64[Tensor, "n n"]:
+    """K_ij / sqrt(K_ii K_jj); NaN for a sample without a gradient."""
+    norms = K.diagonal().sqrt()
+    return K / norms / norms[:, None]
+
+
+def class_votes(
+    cosines: Float[Tensor, "n n"], labels: Int[Tensor, " n"], counted: Float[Tensor, " n"]
+) -> Float[Tensor, " n"]:
+    """The mean cosine with the gradients of the label's other samples, in [-1, 1].
+
+    NaN for the only sample of its label, and for one without a gradient.
+    """
+    votes = cosines.diagonal().isfinite() & (counted > 0)
     others = (labels == labels[:, None]) & votes
-    others = others.fill_diagonal_(False).to(cosines)
-    found = (cosines * others).sum(1) / others.sum(1)  # 0 / 0 is NaN
+    others = others.fill_diagonal_(False)
+    found = torch.where(others, cosines, 0).sum(1) / others.sum(1)  # 0 / 0 is NaN
     return torch.where(votes, found, math.nan)
