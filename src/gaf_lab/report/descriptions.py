@@ -22,6 +22,8 @@ CONTROL_TEXTS = {
         "averages all micro-gradients at every step, with a learning rate multiplied by the share "
         "that GAF accepted in a recorded run."
     ),
+    "guard": "averages all micro-gradients, without those that are broken (`gaf.Guard`).",
+    "median": "takes the median of the micro-gradients at each coordinate (`gaf.Median`).",
 }
 STARTS = {
     "best": ", starting from the one that most agree with",
@@ -38,6 +40,7 @@ TECHNIQUES: dict[str, tuple[Any, str]] = {
         0,
         "ends after {} evaluations without a better held-out accuracy, at its best weights",
     ),
+    "clip": (0.0, "updates clipped to a norm of {:g}"),
 }
 
 

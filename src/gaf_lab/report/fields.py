@@ -17,7 +17,7 @@ FILTER_FIELDS = (
 )
 TECHNIQUE_FIELDS = (
     *("loss", "label_smoothing", "gce_q", "elr_beta", "elr_lambda"),
-    *("mixup", "sam", "ema", "early_stopping"),
+    *("mixup", "sam", "ema", "early_stopping", "clip"),
 )
 METHOD_FIELDS = (*FILTER_FIELDS, *TECHNIQUE_FIELDS, "policy", "step_probability")
 DATA_FIELDS = ("dataset", "noise", "noise_rate", "limit")
@@ -46,7 +46,7 @@ def has_effect(field: str, config: Settings) -> bool:
     """Whether a field has an effect on a run: averaging has no tau, clean labels have no rate."""
     policy, replays = config.get("policy"), bool(config.get("replay"))
     if field in FILTER_FIELDS:
-        return policy != "mean" and (policy != "random-skip" or replays)
+        return policy not in ("mean", "guard", "median") and (policy != "random-skip" or replays)
     if field == "step_probability":
         return policy == "random-skip" and not replays
     return field != "noise_rate" or config.get("noise") not in ("none", "human")

@@ -11,6 +11,8 @@ POLICY_NAMES = {
     "replay-skip": "replay skip",
     "random-subset": "random subset",
     "scaled-lr": "averaging, scaled rate",
+    "guard": "Guard",
+    "median": "median",
 }
 OPTIMIZER_NAMES = {
     "sgd": "SGD",
@@ -46,6 +48,7 @@ def techniques(config: TrainFields) -> list[str]:
         "SAM": config.sam,
         "EMA of weights": config.ema,
         "early stopping": config.early_stopping,
+        "gradient clipping": config.clip,
     }
     return [name for name, used in uses.items() if used]
 

@@ -25,6 +25,7 @@ LATER = {
     "sam": 0.0,
     "ema": 0.0,
     "early_stopping": 0,
+    "clip": 0.0,
     "scope": "all",
     "threshold": "fixed",
     "threshold_by": None,

@@ -4,17 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-DataName = Literal[
-    "digits",
-    "mnist5k",
-    "fashion-mnist",
-    "cifar10",
-    "cifar100",
-    "cifar100n",
-    "cifar100n-coarse",
-    "noise",
-    "imagenet",
-]
+CifarName = Literal["cifar10", "cifar100", "cifar100n", "cifar100n-coarse"]
+DataName = Literal["digits", "mnist5k", "fashion-mnist", CifarName, "noise", "imagenet"]
 NoiseName = Literal["none", "symmetric", "asymmetric", "human"]
 SamplerName = Literal["iid", "stratified-observed", "stratified-clean"]
 ModelName = Literal[
@@ -23,7 +14,8 @@ ModelName = Literal[
 PackagedName = Literal["lamb", "lion", "soap", "shampoo", "schedule-free"]
 OptimizerName = Literal["sgd", "adam", "adamw", "rmsprop", "muon", PackagedName]
 ThresholdName = Literal["fixed", "auto", "signal", "noise-floor", "quantile", "moving-average"]
-PolicyName = Literal["mean", "gaf", "random-skip", "replay-skip", "random-subset", "scaled-lr"]
+ControlName = Literal["random-skip", "replay-skip", "random-subset", "scaled-lr"]
+PolicyName = Literal["mean", "gaf", ControlName, "guard", "median"]
 
 
 @dataclass(frozen=True)
@@ -89,6 +81,8 @@ class TrainFields:
     """Nesterov momentum, for sgd and muon."""
     weight_decay: float = 0.0
     """Weight decay, at least 0. Higher keeps weights smaller."""
+    clip: float = 0.0
+    """Largest norm of the update, over all parameters. 0: no clipping; lower clips more."""
     schedule: Literal["constant", "cosine", "multi-step", "plateau"] = "constant"
     """Learning rate over the run. cosine: falls to 0 along a cosine.
     multi-step: times gamma at milestones. plateau: times gamma at a plateau of the loss."""
@@ -136,7 +130,7 @@ class TrainFields:
     0: none."""
 
     policy: PolicyName = "gaf"
-    """What is done with the k micro-gradients.
+    """What is done with the k micro-gradients; guard and median: gaf.Guard and gaf.Median.
     replay-skip, random-subset and scaled-lr need `replay`."""
     tau: float = 0.8
     """For gaf: largest accepted cosine distance to the running sum, in [0, 2].

@@ -91,6 +91,14 @@ def check_optimizer(c: TrainFields) -> None:
         "averages weights itself, and goes neither with ema nor with early_stopping",
         "Set both to 0.",
     )
+    whole = not c.clip or c.policy != "gaf" or c.scope == "all"
+    require(
+        c,
+        "clip",
+        0 <= c.clip < math.inf and whole,
+        "must be at least 0 and finite, and goes with scope 'all' alone",
+        "1 is usual, 0 is none.",
+    )
     inside = all(0 < m < 1 for m in c.milestones)
     require(c, "milestones", inside, "must lie in (0, 1)", "They are shares of the run.")
     require(c, "patience", c.patience >= 0, "must be at least 0", "It counts looks at the loss.")

@@ -18,6 +18,11 @@ def obstacle(config: TrainConfig, world: int = 1) -> str | None:
             config.optimizer in ("sgd", "adam", "adamw"),
             "must have a fused form, which skips without the host",
         ),
+        "policy": (
+            config.policy not in ("guard", "median"),
+            "must need neither its own past nor all rows",
+        ),
+        "clip": (not config.clip, "must be 0"),
         "mixup": (not config.mixup, "must be 0"),
         "sam": (not config.sam, "must be 0"),
         "ema": (not config.ema, "must be 0"),
@@ -66,6 +71,11 @@ def check_ranks(config: TrainConfig, world: int) -> None:
         raise ConfigError(
             f"compile must be off on several ranks; got it on {world}. "
             "Set --no-compile, or run one process."
+        )
+    if config.clip:
+        raise ConfigError(
+            f"clip must be 0 on several ranks; got {config.clip:g} on {world}. "
+            "Set it to 0, or run one process."
         )
     if config.optimizer in PACKAGED:
         raise ConfigError(

@@ -16,6 +16,7 @@ from gaf_lab.records import run as records
 from gaf_lab.settings.checks import ConfigError
 from gaf_lab.settings.config import TrainConfig
 from gaf_lab.training.buckets import PerBucket
+from gaf_lab.training.clipping import Clipped
 from gaf_lab.training.controls import RandomSubset, ReplaySkip
 from gaf_lab.training.device_engine import OnDevice
 from gaf_lab.training.engines import uses_device_engine
@@ -89,6 +90,10 @@ def make_policy(config: TrainConfig) -> Any:
         return ReplaySkip(recorded_rows(config))
     if config.policy == "random-subset":
         return RandomSubset(recorded_rows(config), config.seed)
+    if config.policy == "guard":
+        return gaf.Guard()
+    if config.policy == "median":
+        return gaf.Median()
     return gaf.Mean()
 
 
@@ -176,4 +181,7 @@ def make_accumulator(
 ) -> gaf.Accumulator:
     if config.policy == "gaf" and config.scope == "group":
         return PerBucket(optimizer, policy, model)
-    return gaf.Accumulator(optimizer, policy, model=model, bn=config.bn)
+    options: dict[str, Any] = {"model": model, "bn": config.bn}
+    if config.clip:
+        return Clipped(optimizer, policy, config.clip, **options)
+    return gaf.Accumulator(optimizer, policy, **options)

@@ -21,7 +21,7 @@ PACKAGED: dict[
     "lion": ("Lion", {"weight_decouple": True}),
     "soap": ("SOAP", {}),
     # its inverse roots cost more than the rest of a step of a small network
-    "shampoo": ("Shampoo", {"preconditioning_compute_steps": 10}),
+    "shampoo": ("Shampoo", {"preconditioning_compute_steps": 20}),
     "schedule-free": ("ScheduleFreeAdamW", {}),
 }
 
