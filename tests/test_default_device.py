@@ -15,6 +15,7 @@ from torch.nn.functional import cross_entropy
 from torch.optim import SGD
 
 import gaf
+from gaf.device.packs import Apart
 from gaf.device.rows import StackedRows
 from gaf.measure.acceptance import measure_acceptance
 from gaf.measure.result import Probe
@@ -77,7 +78,7 @@ def decisions(make: Callable[[], Any]) -> Any:
 
 
 def kept_rows(make: Callable[[], Any]) -> Any:
-    rows = StackedRows(make(), [True, False])
+    rows = StackedRows(make(), Apart([True, False]))
     for row in ROWS:
         rows.add([row[:15], row[15:]])
     decision, evidence = rows.decide()

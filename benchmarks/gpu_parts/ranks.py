@@ -136,6 +136,11 @@ def ddp(options: Options) -> Iterator[Line]:
     yield from lines(f"{name}, bfloat16", partial(half, options))
     yield from lines(f"{name}, plain DDP", partial(same_as_plain, options))
     yield from lines(f"{name}, sums", partial(sums, options))
+    for policy in (gaf.Median(), gaf.SignAgreement(world)):
+        look = partial(by_coordinates, options, policy)
+        yield from lines(f"{name}, {policy}", look)
+    yield from lines(f"{name}, all_reduce", partial(reduced, options))
+    yield from lines(f"{name}, NaN under Guard", partial(guarded, options))
     yield from lines(f"{name}, skip", partial(skip, options))
     yield from lines(f"{name}, GradScaler", partial(scaled, options))
     yield from lines(f"{name}, default device", partial(default_device, options))
@@ -248,6 +253,55 @@ def sums(options: Options) -> Found:
     yield "norms, relative error", relative(found, expected.norms2.cpu()), 0.0, FLOAT32
     cosine, known = handle.stats()["cosine_mean"], float(expected.cosines.mean())
     yield "cosines, mean", cosine if known == known else 0.0, known if known == known else 0.0, 1e-5
+
+
+def by_coordinates(options: Options, policy: Any) -> Found:
+    """A rule that is no weighted sum."""
+    model, optimizer = wrapped(options)
+    gaf.attach(model, optimizer, policy)
+    (batch,) = own_batches(options, 1)
+    update, _ = gaf.aggregate(all_rows(model.module, batch), policy)
+    mean_loss(model, batch).backward()
+    error = relative(flat([p.grad for p in model.parameters()]), update)
+    yield "update, relative error", error, 0.0, FLOAT32
+
+
+def reduced(options: Options) -> Found:
+    """Tensors of one's own, then a call that one rank gets wrong."""
+    model, _ = wrapped(options)
+    (batch,) = own_batches(options, 1)
+    policy = gaf.GAF(2.0, min_accepted=1)
+    update, expected = gaf.aggregate(all_rows(model.module, batch), policy)
+    params = list(model.module.parameters())
+    tensors = list(torch.autograd.grad(mean_loss(model.module, batch), params))
+    decision = gaf.all_reduce(tensors, policy)
+    yield "accepted", decision.accepted.tolist(), expected.accepted.tolist(), EXACT
+    yield "update, relative error", relative(flat(tensors), update), 0.0, FLOAT32
+    last = dist.get_rank() == dist.get_world_size() - 1
+    try:
+        gaf.all_reduce("no tensors" if last else tensors, policy)  # type: ignore[arg-type]
+        refused = False
+    except (TypeError, RuntimeError):
+        refused = True
+    yield "a wrong call is refused", refused, True, EXACT
+
+
+def guarded(options: Options) -> Found:
+    """A row that is not finite is left out; a single one leads to a skip."""
+    model, optimizer = wrapped(options)
+    handle = gaf.attach(model, optimizer, gaf.Guard())
+    first, second = own_batches(options, 2)
+    step(model, optimizer, first)
+    before = state_of(model, optimizer)
+    last = dist.get_rank() == dist.get_world_size() - 1
+    x, y = second
+    step(model, optimizer, (x * float("nan") if last else x, y))
+    held = [t.isfinite().all() for t in state_of(model, optimizer)]
+    yield "weights are finite", all(map(bool, held)), True, EXACT
+    alone = dist.get_world_size() == 1
+    moved = changes(before, state_of(model, optimizer)) > 0
+    yield "a step was taken", moved, handle.stats()["stepped"] == 2, EXACT
+    yield "alarms", [one["rank"] for one in handle.alarms][:1], [0 if alone else 1], EXACT
 
 
 def skip(options: Options) -> Found:

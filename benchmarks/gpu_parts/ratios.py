@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -21,35 +21,49 @@ WAYS: dict[str, Any] = {
 }
 
 
+class Setting(NamedTuple):
+    """What is trained: four micro-batches of 100 pictures a step."""
+
+    name: str
+    pixels: int = 32
+    dtype: torch.dtype = torch.float32
+    autocast: bool = False
+
+
+SETTINGS = (
+    Setting("float32"),
+    Setting("autocast bfloat16", autocast=True),
+    Setting("bfloat16 parameters", dtype=torch.bfloat16),
+    Setting("float32, 224 pixels", pixels=224),
+    Setting("autocast bfloat16, 224 pixels", pixels=224, autocast=True),
+)
+
+
 def ratios_of_accumulator(options: Options) -> Iterator[Line]:
-    """ResNet18 on 32x32 pictures, four micro-batches of 100.
-
-    In float32, under bfloat16 autocast, and with bfloat16 parameters.
-    """
+    """ResNet18. On 32x32 pictures a step is mostly calls, on 224x224 mostly arithmetic."""
     silence()
-    share = Options(options.device, options.seconds / 3, options.rounds, options.small)
-    for name, dtype, autocast in (
-        ("float32", torch.float32, False),
-        ("autocast bfloat16", torch.float32, True),
-        ("bfloat16 parameters", torch.bfloat16, False),
-    ):
-        steps = {way: make_step(share, make, dtype, autocast) for way, make in WAYS.items()}
-        yield from ratios(share, f"Accumulator, {name}", PLAIN, steps)
+    seconds = options.seconds / len(SETTINGS)
+    share = Options(options.device, seconds, options.rounds, options.small)
+    for setting in SETTINGS:
+        steps = {way: make_step(share, make, setting) for way, make in WAYS.items()}
+        yield from ratios(share, f"Accumulator, {setting.name}", PLAIN, steps)
 
 
-def make_step(options: Options, make: Any, dtype: torch.dtype, autocast: bool) -> Step:
+def make_step(options: Options, make: Any, setting: Setting) -> Step:
     """Of a fresh model, warm."""
     torch.manual_seed(0)
     name, size, k = ("convnet", 8, 2) if options.small else ("resnet18", 100, 4)
-    model = models.make_model(name, (3, 32, 32), 100, "imagenet")  # type: ignore[arg-type]
-    model = model.to(options.device, dtype)
+    pixels = 32 if options.small else setting.pixels
+    shape = 3, pixels, pixels
+    model = models.make_model(name, shape, 100, "imagenet")  # type: ignore[arg-type]
+    model = model.to(options.device, setting.dtype)
     batch = (
-        torch.randn(size, 3, 32, 32, device=options.device, dtype=dtype),
+        torch.randn(size, *shape, device=options.device, dtype=setting.dtype),
         torch.randint(100, (size,), device=options.device),
     )
     optimizer = sgd(model)
     acc = None if make is None else gaf.Accumulator(optimizer, make())
-    loss = partial(loss_of, options, autocast, model, batch)
+    loss = partial(loss_of, options, setting.autocast, model, batch)
 
     def step() -> None:
         for _ in range(k):

@@ -172,8 +172,8 @@ class Accumulator(Recorded):
     def _make_rows(self) -> Rows:
         params, voters = self._params.current, self._params.voters()
         if scope_of(self.policy) != "layer":
-            return rows_for(self.policy, voters, params[0].device)
-        return layered_rows_for(self.policy, self._layers(), voters, params[0].device)
+            return rows_for(self.policy, voters, params)
+        return layered_rows_for(self.policy, self._layers(), voters, params)
 
     def _layers(self) -> dict[str, list[int]]:
         """What scope="layer" decides on by itself: parameters' indices, by name."""

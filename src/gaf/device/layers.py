@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gaf.device.buffers import Buffers
 from gaf.device.checks import Names
@@ -62,12 +62,13 @@ def layered_rows_for(
     policy: Policy,
     layers: Mapping[str, list[int]],
     voters: Sequence[bool],
-    device: torch.device,
+    params: Sequence[Tensor],
 ) -> LayeredRows:
     """A holder for each layer; arguments as for `rows_for`."""
     holders = []
     for indices in layers.values():
-        holders.append(rows_for(policy, [voters[j] for j in indices], device))
+        own = [params[j] for j in indices]
+        holders.append(rows_for(policy, [voters[j] for j in indices], own))
     return LayeredRows(layers, holders)
 
 

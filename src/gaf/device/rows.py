@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from gaf.device.buffers import Buffers, norm2_of_rest, unshare_all, voting_part
+from gaf.device.packs import Apart, Packs
 from gaf.device.sums import SumOnCpu, SumOnDevice
 from gaf.rules.combine import combine, weighted_sum
 from gaf.rules.contract import Policy, merge_of
@@ -25,28 +26,32 @@ from gaf.shapes import Float64
 
 
 def rows_for(
-    policy: Policy, voters: Sequence[bool], device: torch.device
+    policy: Policy, voters: Sequence[bool], params: Sequence[Tensor]
 ) -> "StreamedRows | StackedRows":
     """The holder that a policy needs.
 
     Args:
         policy: what will decide.
         voters: which parameters take part in the decision.
-        device: of the parameters.
+        params: that the rows are gradients of.
     """
-    if device.type != "cpu" or not streams(policy):
-        return rows_without_waiting(policy, voters, device)
-    return StreamedRows(policy, SumOnCpu(voters), visits_for(policy, device))
+    device = params[0].device
+    if device.type != "cpu":
+        return rows_without_waiting(policy, voters, params)
+    if not streams(policy):
+        return StackedRows(policy, Apart(voters))
+    return StreamedRows(policy, SumOnCpu(voters), visits_for(policy, device), Apart(voters))
 
 
 def rows_without_waiting(
-    policy: Policy, voters: Sequence[bool], device: torch.device
+    policy: Policy, voters: Sequence[bool], params: Sequence[Tensor]
 ) -> "StreamedRows | StackedRows":
     """The holder that a policy needs and that never waits for its device, on the CPU too."""
+    packs = Packs(params, voters)
     if not streams(policy):
-        return StackedRows(policy, voters)
-    sum = SumOnDevice(voters, policy.average == "halving", device)
-    return StreamedRows(policy, sum, Visits(policy, sum.device))
+        return StackedRows(policy, packs)
+    sum = SumOnDevice(packs.votes, policy.average == "halving", params[0].device)
+    return StreamedRows(policy, sum, Visits(policy, sum.device), packs)
 
 
 class StreamedRows:
@@ -58,12 +63,17 @@ class StreamedRows:
         policy: gives the decision (`conclude`).
         sum: holds s.
         visits: applies the accept rule.
+        packs: which vectors a row is made of.
     """
 
     def __init__(
-        self, policy: Sequential, sum: SumOnCpu | SumOnDevice, visits: Visits | PlainVisits
+        self,
+        policy: Sequential,
+        sum: SumOnCpu | SumOnDevice,
+        visits: Visits | PlainVisits,
+        packs: Apart | Packs,
     ) -> None:
-        self.policy = policy
+        self.policy, self.packs = policy, packs
         # either both in plain numbers or both in tensors, or visits makes tensors of numbers
         self.sum: Any = sum
         self.visits: Any = visits
@@ -75,6 +85,7 @@ class StreamedRows:
     def add(self, row: Buffers) -> None:
         """Visits a row, which is used up."""
         had_gradient = [grad is not None for grad in row]
+        row = self.packs.pack(row)
         joins, shrink = self.visits.visit(*self.sum.measure(row))
         self.sum.absorb(row, joins, shrink, counts=self.policy.adds_absent)
         self.had_gradient.append(had_gradient)
@@ -107,12 +118,10 @@ class StreamedRows:
                 f"policy {self.policy!r}: a policy whose rows stream must weigh them alike; got "
                 f"weights {weights}. Override __call__, not conclude: then the rows are kept."
             )
-        columns = zip(*used, strict=True)
-        pairs = zip(self.sum.update, columns, strict=True)
-        total = [s if any(column) else None for s, column in pairs]
+        total = self.sum.update
         if self.policy.average == "mean":
             torch._foreach_mul_([t for t in total if t is not None], max(weights))
-        return total
+        return where_any(used, self.packs.unpack(total))
 
     def update_on_device(self, weights: Float64[Tensor, " k"]) -> list[Tensor]:
         """w^T G for weights that stay on the device.
@@ -122,28 +131,30 @@ class StreamedRows:
         total = [s for s in self.sum.update if s is not None]
         if self.policy.average == "mean":
             torch._foreach_mul_(total, weights.max().to(total[0].dtype))
-        return total
+        return [g for g in self.packs.unpack(total) if g is not None]
 
 
 class StackedRows:
     """All k rows, for policies that need them apart."""
 
-    def __init__(self, policy: Policy, voters: Sequence[bool]) -> None:
-        self.policy, self.voters = policy, voters
+    def __init__(self, policy: Policy, packs: Apart | Packs) -> None:
+        self.policy, self.packs = policy, packs
         self.rows: list[Buffers] = []
+        self.had_gradient: list[list[bool]] = []  # as in StreamedRows
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def add(self, row: Buffers) -> None:
         """Keeps a row."""
+        self.had_gradient.append([grad is not None for grad in row])
         unshare_all(row)
-        self.rows.append(row)
+        self.rows.append(self.packs.pack(row))
 
     def decide(self) -> tuple[Decision, Evidence]:
-        gram = gram_of([voting_part(row, self.voters) for row in self.rows])
+        gram = gram_of([voting_part(row, self.packs.votes) for row in self.rows])
         for own, row in zip(gram.diagonal(), self.rows, strict=True):
-            own += norm2_of_rest(row, self.voters)
+            own += norm2_of_rest(row, self.packs.votes)
         return decide_with_evidence(self.policy, gram)
 
     def update(self, weights: list[float]) -> Buffers:
@@ -151,11 +162,21 @@ class StackedRows:
         used = [(row, w) for row, w in zip(self.rows, weights, strict=True) if w]
         merge = merge_of(self.policy)
         if merge is not None:
-            return merged_parameters([row for row, _ in used], merge)
-        return [weighted_sum([(row[j], w) for row, w in used]) for j in range(len(self.voters))]
+            total = merged_parameters([row for row, _ in used], merge)
+        else:
+            total = [weighted_sum([(row[j], w) for row, w in used]) for j in range(len(used[0][0]))]
+        had = [had for had, w in zip(self.had_gradient, weights, strict=True) if w]
+        return where_any(had, self.packs.unpack(total))
 
     def update_on_device(self, weights: Float64[Tensor, " k"]) -> list[Tensor]:
         """w^T G for weights that stay on the device, as `StreamedRows.update_on_device`."""
         assert merge_of(self.policy) is None
         columns = zip(*self.rows, strict=True)
-        return [combine(weights, [g for g in column if g is not None]) for column in columns]
+        total: Buffers = [combine(weights, [g for g in one if g is not None]) for one in columns]
+        return [g for g in self.packs.unpack(total) if g is not None]
+
+
+def where_any(had_gradient: Sequence[Sequence[bool]], update: Buffers) -> Buffers:
+    """The update, without the parameters that none of these rows has a gradient for."""
+    columns = zip(*had_gradient, strict=True)
+    return [g if any(column) else None for g, column in zip(update, columns, strict=True)]

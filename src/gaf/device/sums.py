@@ -73,7 +73,7 @@ class SumOnDevice:
     """s on an accelerator. A row is added without waiting for the host.
 
     Args:
-        voters: which parameters take part in the decision.
+        voters: which vectors of a row take part in the decision.
         halving: whether `shrink` is ever other than 1.
         device: of the parameters.
     """
@@ -115,6 +115,7 @@ class SumOnDevice:
 
 def clear_unless(joins: Bool[Tensor, ""], row: Buffers) -> None:
     """Fills the row with zeros if it does not join."""
+    stays_out = ~joins
     for g in row:
         if g is not None:
-            g.masked_fill_(~joins.to(g.device), 0)
+            g.masked_fill_(stays_out.to(g.device), 0)

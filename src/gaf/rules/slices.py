@@ -13,6 +13,7 @@ SLICE = 2**15  # coordinates in a slice on a CPU
 CHUNK = 2**14  # in a partial sum of float32 products: few enough for its digits
 DEVICE_CHUNK = 2**22  # an accelerator does few large products faster than many small ones
 SHORT = 2**12  # vectors below this are joined first
+DEVICE_SHORT = 2**20
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -24,7 +25,7 @@ def slices_of(rows: Sequence[Row]) -> Iterator[Vectors]:
     """The rows slice by slice; long vectors as they lie in memory, short ones joined."""
     waiting: list[Vectors] = []
     for piece in pieces_of(rows):
-        if piece[0].numel() >= SHORT:
+        if piece[0].numel() >= short_on(piece[0].device):
             yield piece
             continue
         if waiting and not fits(piece, waiting):
@@ -37,8 +38,9 @@ def slices_of(rows: Sequence[Row]) -> Iterator[Vectors]:
 
 def fits(piece: Vectors, waiting: list[Vectors]) -> bool:
     """Whether a short piece may be joined to those that wait: same device, still short."""
-    same_device = waiting[0][0].device == piece[0].device
-    return same_device and sum(vectors[0].numel() for vectors in waiting) < SHORT
+    device = piece[0].device
+    total = sum(vectors[0].numel() for vectors in waiting)
+    return waiting[0][0].device == device and total < short_on(device)
 
 
 def join(pieces: list[Vectors]) -> Vectors:
@@ -56,6 +58,11 @@ def pieces_of(rows: Sequence[Row]) -> Iterator[Vectors]:
 
 def slice_on(device: torch.device) -> int:
     return SLICE if float64_device(device).type == "cpu" else DEVICE_CHUNK
+
+
+def short_on(device: torch.device) -> int:
+    """An accelerator needs as long for the call as for some hundred thousand coordinates."""
+    return SHORT if float64_device(device).type == "cpu" else DEVICE_SHORT
 
 
 def chunk_on(device: torch.device) -> int:

@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from gaf.device.accumulate import Accumulator
 from gaf.device.buffers import Buffers
+from gaf.device.packs import Apart
 from gaf.device.rows import StackedRows
 from gaf.rules.contract import Policy, merge_of, scope_of
 from gaf.rules.decision import Decision, Evidence, as_skip
@@ -110,7 +111,7 @@ class SampleRows(StackedRows):
         losses: Float[Tensor, " n"],
         params: Sequence[nn.Parameter],
     ) -> None:
-        super().__init__(policy, [True] * len(params))
+        super().__init__(policy, Apart([True] * len(params)))
         self.gram, self.losses, self.params = gram, losses, params
 
     def __len__(self) -> int:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import gaf
+from gaf.device.packs import Packs
 from gaf.device.rows import StackedRows, StreamedRows, rows_without_waiting
 from gaf.record.outcome import pack
 from gaf.rules.contract import Policy, given_tau, is_planned
@@ -90,8 +91,8 @@ class DeviceStep:
     def _rows(self) -> StreamedRows | StackedRows:
         voters = [True] * len(self.params)
         if self.streams:
-            return rows_without_waiting(self.policy, voters, self.device)
-        return StackedRows(self.policy, voters)
+            return rows_without_waiting(self.policy, voters, self.params)
+        return StackedRows(self.policy, Packs(self.params, voters))
 
     def micro_gradient(self, i: int, rows: StreamedRows | StackedRows) -> Tensor:
         """Passes the gradient of micro-batch i to the rows; returns its loss ()."""

@@ -424,10 +424,11 @@ def test_a_step_that_is_noted_once_and_repeated_is_a_step(changes, monkeypatch):
 def test_weights_on_the_device_give_the_update_that_weights_on_the_host_give(policy):
     for trial in range(10):
         rng = torch.Generator().manual_seed(trial)
-        rows = rows_without_waiting(policy, [True] * 3, torch.device("cpu"))
-        other = rows_without_waiting(policy, [True] * 3, torch.device("cpu"))
+        shapes = (3,), (4, 2), (5000,)
+        params = [torch.zeros(shape) for shape in shapes]
+        rows, other = (rows_without_waiting(policy, [True] * 3, params) for _ in range(2))
         for i in range(5):
-            row = [torch.randn(shape, generator=rng) for shape in ((3,), (4, 2), (5000,))]
+            row = [torch.randn(shape, generator=rng) for shape in shapes]
             if i == 2 and not isinstance(policy, gaf.Mean):
                 # absent: its weight is zero, and zero times it is not looked at
                 row[1][0, 0] = torch.nan

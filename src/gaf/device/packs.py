@@ -1,0 +1,127 @@
+"""Packs a row: few long vectors in place of a tensor for each parameter.
+
+On an accelerator a small tensor costs a call and hardly any work, and a network has hundreds of
+them. Rows are multiplied, added up and weighted as vectors; only the update has a tensor for each
+parameter again.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from gaf.device.buffers import Buffers
+from gaf.rules.slices import DEVICE_CHUNK, DEVICE_SHORT
+
+
+class Apart:
+    """A tensor for each parameter, as the gradients come.
+
+    Args:
+        voters: which parameters take part in the decision.
+
+    Attributes:
+        votes: which vectors take part in the decision.
+    """
+
+    def __init__(self, voters: Sequence[bool]) -> None:
+        self.votes = list(voters)
+
+    def pack(self, row: Buffers) -> Buffers:
+        """The row's vectors."""
+        return row
+
+    def unpack(self, vectors: Buffers) -> Buffers:
+        """Tensors in the shapes of the parameters."""
+        return vectors
+
+
+class Packs:
+    """One vector for short parameters together; long ones stay as they are.
+
+    Args:
+        params: that the rows are gradients of.
+        voters: which of them take part in the decision.
+
+    Attributes:
+        members: of each vector, the parameters whose coordinates it holds.
+        votes: which vectors take part in the decision.
+    """
+
+    def __init__(self, params: Sequence[Tensor], voters: Sequence[bool]) -> None:
+        self.layouts = [Layout(p) for p in params]
+        self.members = groups_of(params, voters)
+        self.votes = [voters[group[0]] for group in self.members]
+
+    def pack(self, row: Buffers) -> Buffers:
+        """The row's vectors; the row is used up. Short gradients that are missing are zeros."""
+        return [self._vector(group, row) for group in self.members]
+
+    def _vector(self, group: list[int], row: Buffers) -> Tensor | None:
+        parts = [row[j] for j in group]
+        for j in group:
+            row[j] = None
+        if len(parts) == 1 or all(part is None for part in parts):
+            return parts[0]
+        pairs = zip(group, parts, strict=True)
+        return torch.cat([self.layouts[j].flatten_or_zeros(part) for j, part in pairs])
+
+    def unpack(self, vectors: Buffers) -> Buffers:
+        """Tensors in the shapes and memory orders of the parameters: views of the vectors."""
+        row: Buffers = [None] * len(self.layouts)
+        for group, vector in zip(self.members, vectors, strict=True):
+            if len(group) == 1:
+                row[group[0]] = vector
+            elif vector is not None:
+                parts = vector.split([self.layouts[j].numel for j in group])
+                for j, part in zip(group, parts, strict=True):
+                    row[j] = self.layouts[j].shape_of(part)
+        return row
+
+
+class Layout:
+    """One parameter's shape and the order in which its coordinates lie in memory."""
+
+    def __init__(self, p: Tensor) -> None:
+        self.numel, self.dtype, self.device = p.numel(), p.dtype, p.device
+        dense = torch.ops.aten.is_non_overlapping_and_dense(p)
+        strides = p.stride() if dense else torch.empty(p.shape, device="meta").stride()
+        self.order = sorted(range(p.ndim), key=strides.__getitem__, reverse=True)
+        self.shape = [p.shape[i] for i in self.order]
+        self.in_order = self.order == list(range(p.ndim))
+        self.back = sorted(range(p.ndim), key=self.order.__getitem__)
+
+    def flatten_or_zeros(self, grad: Tensor | None) -> Tensor:
+        """A view of a gradient that lies as the parameter does; a copy of another one."""
+        if grad is None:
+            return torch.zeros(self.numel, dtype=self.dtype, device=self.device)
+        return grad.reshape(-1) if self.in_order else grad.permute(self.order).reshape(-1)
+
+    def shape_of(self, vector: Tensor) -> Tensor:
+        """A view in the shape and the memory order of the parameter."""
+        shaped = vector.view(self.shape)
+        return shaped if self.in_order else shaped.permute(self.back)
+
+
+def groups_of(params: Sequence[Tensor], voters: Sequence[bool]) -> list[list[int]]:
+    """The parameters' indices by vector: alike in device, dtype and vote."""
+    groups: list[list[int]] = []
+    open_groups: dict[tuple[object, ...], list[int]] = {}
+    for j, (p, votes) in enumerate(zip(params, voters, strict=True)):
+        key = p.device, p.dtype, votes
+        group = open_groups.get(key)
+        if (
+            p.numel() < DEVICE_SHORT
+            and group
+            and size_of(group, params) + p.numel() <= DEVICE_CHUNK
+        ):
+            group.append(j)
+            continue
+        groups.append([j])
+        if p.numel() < DEVICE_SHORT:
+            open_groups[key] = groups[-1]
+    return groups
+
+
+def size_of(group: list[int], params: Sequence[Tensor]) -> int:
+    return sum(params[j].numel() for j in group)

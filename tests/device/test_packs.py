@@ -1,0 +1,93 @@
+"""Rows as few vectors: packed, decided on and unpacked, they are the rows as they came."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import gaf
+from gaf.device import packs
+from gaf.device.packs import Packs
+from gaf.device.rows import rows_for, rows_without_waiting
+
+SHAPES = [(3, 4), (), (5,), (0,), (2, 3, 4, 5), (40, 30), (7,)]
+
+
+def parameters() -> list[nn.Parameter]:
+    """Of several layouts and dtypes; the sixth is long."""
+    params = [nn.Parameter(torch.randn(shape)) for shape in SHAPES]
+    params[4].data = params[4].data.contiguous(memory_format=torch.channels_last)
+    params[0].data = params[0].data.t().contiguous().t()
+    params[6].data = params[6].data.double()
+    return params
+
+
+def gradients(params: list[nn.Parameter], seed: int) -> list[Tensor]:
+    rng = torch.Generator().manual_seed(seed)
+    return [torch.randn(p.shape, generator=rng).to(p.dtype) for p in params]
+
+
+@pytest.fixture(autouse=True)
+def long_from_1000_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packs, "DEVICE_SHORT", 1000)
+
+
+def test_short_parameters_of_one_kind_share_a_vector() -> None:
+    params = parameters()
+    voters = [True, True, False, True, True, True, True]
+    made = Packs(params, voters)
+    assert made.members == [[0, 1, 3, 4], [2], [5], [6]]
+    assert made.votes == [True, False, True, True]
+
+
+def test_a_vector_is_no_longer_than_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packs, "DEVICE_CHUNK", 10)
+    params = [torch.zeros(n) for n in (4, 4, 4, 9, 1)]
+    assert Packs(params, [True] * 5).members == [[0, 1], [2], [3, 4]]
+
+
+def test_unpacked_vectors_are_the_gradients_in_the_parameters_layouts() -> None:
+    params = parameters()
+    made, row = Packs(params, [True] * 7), gradients(params, 0)
+    found = made.unpack(made.pack(list(row)))
+    for p, ours, given in zip(params, found, row, strict=True):
+        assert ours is not None and torch.equal(ours, given) and ours.dtype == p.dtype
+    assert [t.stride() for t in found[:5] if t is not None] == [p.stride() for p in params[:5]]
+
+
+def test_packing_uses_the_row_up_and_a_missing_gradient_is_zeros() -> None:
+    params = parameters()
+    made, row = Packs(params, [True] * 7), gradients(params, 0)
+    given = [*row[:2], None, *row[3:5], None, None]
+    vectors = made.pack(given)
+    assert given == [None] * 7 and vectors[1:] == [None, None]
+    found = made.unpack(vectors)
+    assert found[2] is not None and found[2].tolist() == [0.0] * 5 and found[5] is None
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [gaf.GAF(1.1), gaf.GAF(1.1, average="halving"), gaf.GAF(1.1, start="best"), gaf.Mean()],
+    ids=repr,
+)
+def test_packed_rows_give_the_decision_and_update_of_rows_apart(policy: gaf.GAF) -> None:
+    """One parameter never has a gradient, one only in some rows, and one row is not finite."""
+    params = parameters()
+    holders = [make(policy, [True] * 7, params) for make in (rows_for, rows_without_waiting)]
+    for seed in range(6):
+        for holder in holders:
+            row: list[Tensor | None] = list(gradients(params, seed))
+            row[2], row[5] = None, row[5] if seed % 2 else None
+            if seed == 4 and not isinstance(policy, gaf.Mean):
+                row[0] = torch.full_like(row[0], torch.nan)  # type: ignore[arg-type]
+            holder.add(row)
+    (decision, _), (other, _) = (holder.decide() for holder in holders)
+    assert other.accepted.tolist() == decision.accepted.tolist() and bool(decision.stepped)
+    # the rows apart are multiplied in float32
+    torch.testing.assert_close(
+        other.distances, decision.distances, rtol=0, atol=1e-6, equal_nan=True
+    )
+    weights = decision.weights.tolist()
+    expected, found = (holder.update(weights) for holder in holders)
+    assert expected[2] is None and found[2] is None
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
