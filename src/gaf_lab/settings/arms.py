@@ -25,6 +25,7 @@ OPTIMIZER_NAMES = {
     "soap": "SOAP",
     "shampoo": "Shampoo",
     "schedule-free": "ScheduleFree",
+    "adamw-all": "AdamW of all rows",
 }
 
 

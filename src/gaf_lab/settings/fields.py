@@ -12,7 +12,7 @@ ModelName = Literal[
     "mlp", "mlp-small", "convnet", "resnet18", "resnet34", "preact-resnet34", "vit-l16", "vit-tiny"
 ]
 PackagedName = Literal["lamb", "lion", "soap", "shampoo", "schedule-free"]
-OptimizerName = Literal["sgd", "adam", "adamw", "rmsprop", "muon", PackagedName]
+OptimizerName = Literal["sgd", "adam", "adamw", "rmsprop", "muon", PackagedName, "adamw-all"]
 ThresholdName = Literal["fixed", "auto", "signal", "noise-floor", "quantile", "moving-average"]
 ControlName = Literal["random-skip", "replay-skip", "random-subset", "scaled-lr"]
 PolicyName = Literal["mean", "gaf", ControlName, "guard", "median"]
@@ -72,7 +72,8 @@ class TrainFields:
 
     optimizer: OptimizerName = "sgd"
     """Optimizer. muon: torch's, for matrices, and adamw for the rest.
-    lamb, lion, soap, shampoo and schedule-free (AdamW's) are of the package pytorch-optimizer."""
+    lamb, lion, soap, shampoo and schedule-free (AdamW's) are of the package pytorch-optimizer.
+    adamw-all: adamw whose second moments see rejected micro-gradients too."""
     lr: float = 0.05
     """Learning rate, above 0. Higher learns and memorises faster."""
     momentum: float = 0.9

@@ -77,10 +77,11 @@ def check_ranks(config: TrainConfig, world: int) -> None:
             f"clip must be 0 on several ranks; got {config.clip:g} on {world}. "
             "Set it to 0, or run one process."
         )
-    if config.optimizer in PACKAGED:
+    if config.optimizer in (*PACKAGED, "adamw-all"):
         raise ConfigError(
             "optimizer must be one of torch's on several ranks, because the others count skipped "
-            f"steps too; got {config.optimizer!r} on {world} ranks. Run one process."
+            f"steps or see one rank's rows alone; got {config.optimizer!r} on {world} ranks. "
+            "Run one process."
         )
     if config.loss == "elr":
         raise ConfigError(

@@ -13,6 +13,7 @@ from torch.optim import AdamW, Muon, Optimizer
 
 from gaf_lab.settings.checks import ConfigError
 from gaf_lab.settings.config import TrainConfig
+from gaf_lab.training.all_rows import AdamWOfAllRows
 
 PACKAGED: dict[
     str, tuple[str, dict[str, Any]]
@@ -33,6 +34,8 @@ def make_optimizer(
     shared: dict[str, Any] = {"lr": rate, "weight_decay": config.weight_decay}
     if config.optimizer in PACKAGED:
         return make_packaged(config.optimizer, params, shared)
+    if config.optimizer == "adamw-all":
+        return AdamWOfAllRows(params, **shared)
     moving: dict[str, Any] = {"momentum": config.momentum, "nesterov": config.nesterov}
     if config.optimizer == "muon":
         return MuonAndAdamW(params, **shared, **moving)

@@ -1,5 +1,6 @@
 """Optimizers of a run: made as asked for, resumed to the bit, and evaluated where they average."""
 
+import copy
 import dataclasses
 import sys
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+import gaf
 from gaf_lab.settings.arms import name_arm
 from gaf_lab.settings.checks import ConfigError
 from gaf_lab.settings.config import TrainConfig
@@ -51,7 +53,7 @@ def regression():
     return model, differentiate
 
 
-@pytest.mark.parametrize("name", ["muon", *PACKAGED])
+@pytest.mark.parametrize("name", ["muon", "adamw-all", *PACKAGED])
 def test_a_run_with_skips_resumes_to_the_bit(tmp_path, name):
     if name in PACKAGED:
         pytest.importorskip("pytorch_optimizer")
@@ -112,6 +114,36 @@ def test_muon_refuses_a_closure():
         optimizer.step(lambda: 0.0)
 
 
+def test_adamw_of_all_rows_is_adamw_under_averaging():
+    model, _ = regression()
+    twin = copy.deepcopy(model)
+    params, others = list(model.parameters()), list(twin.parameters())
+    optimizer = make_optimizer(changed(optimizer="adamw-all", weight_decay=0.1), 0.01, params)
+    accumulator = gaf.Accumulator(optimizer, gaf.Mean())
+    adamw = torch.optim.AdamW(others, lr=0.01, weight_decay=0.1)
+    for step in range(6):
+        x = torch.randn(3, 7, 5, dtype=torch.float64)
+        for part in x:
+            accumulator.backward(model(part).square().mean())
+        accumulator.step()
+        adamw.zero_grad()
+        (sum(twin(part).square().mean() for part in x) / 3).backward()
+        adamw.step()
+        for p, other in zip(params, others, strict=True):
+            assert torch.allclose(p, other, rtol=1e-10), step
+
+
+def test_adamw_of_all_rows_divides_the_kept_row_by_the_length_of_all():
+    # one coordinate, one step from zero moments: lr m / (1 - b1) / sqrt(v / (1 - b2))
+    p = nn.Parameter(torch.zeros(1, dtype=torch.float64))
+    optimizer = make_optimizer(changed(optimizer="adamw-all"), 0.1, [p])
+    accumulator = gaf.Accumulator(optimizer, lambda gram: torch.tensor([1.0, 0.0]).double())
+    for slope in (3.0, 5.0):
+        accumulator.backward((slope * p).sum())
+    accumulator.step()
+    assert p.item() == pytest.approx(-0.1 * 3.0 / 4.0, rel=1e-6)
+
+
 def test_a_schedule_free_run_is_evaluated_at_the_average_of_its_steps():
     # the averages x of ScheduleFree: x = y + (1 - 1 / beta) (z - y); z is kept (arXiv 2405.15682)
     pytest.importorskip("pytorch_optimizer")
@@ -165,7 +197,7 @@ def test_schedule_free_goes_with_no_other_average(changes):
         changed(optimizer="schedule-free", **changes)
 
 
-@pytest.mark.parametrize("name", ["muon", *PACKAGED])
+@pytest.mark.parametrize("name", ["muon", "adamw-all", *PACKAGED])
 def test_the_device_engine_refuses_them_and_several_ranks_the_packages(name):
     config = changed(optimizer=name, engine="device")
     found = obstacle(config)
@@ -177,7 +209,7 @@ def test_the_device_engine_refuses_them_and_several_ranks_the_packages(name):
     with pytest.raises(
         ConfigError,
         match="optimizer must be one of torch's on several ranks, because the others count "
-        f"skipped steps too; got '{name}' on 3 ranks. Run one process.",
+        f"skipped steps or see one rank's rows alone; got '{name}' on 3 ranks. Run one process.",
     ):
         check_ranks(config, 3)
 
