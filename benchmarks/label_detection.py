@@ -18,10 +18,10 @@ that was trained on the other four (`folds`: the label's probability).
 
 The file has a line for each data set, noise, rate, seed and number of passes: the area under the
 ROC curve, the average precision, and the precision among the first 100 of each score; how many
-samples were suspects (the nearest prototypes over all visits, summed, are not the label's) and how
-many of these were wrong, the same for the issues of `report()`, and for how many samples the nearest
-prototypes `named` the true class; and the CPU seconds of a plain training, of one that also scores, and of
-the folds. A run that is interrupted goes on with the same command.
+samples were suspects (the nearest prototypes over all visits, summed, are not the label's), how
+many of these were wrong, and for how many samples the nearest prototype `named` the true class; the
+issues of `report()`; and the CPU seconds of a plain training, of one that also scores, and of the
+folds. A run that is interrupted goes on with the same command.
 """
 
 import argparse
@@ -140,7 +140,9 @@ def watched(
                 found[name] = before[name] - after[name]
             nearest = watch.similarity.argmax(1)
             suspect = nearest != given
-            issue = torch.tensor(watch.prototype.report()["is_label_issue"])
+            report = watch.prototype.report()  # without those that could not be judged
+            issue = torch.zeros_like(wrong)
+            issue[report["index"]] = torch.tensor(report["is_label_issue"])
             lines.append(
                 Line(
                     passes=number,
