@@ -233,6 +233,7 @@ def recorded(path: Path) -> list[Line]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--datasets", nargs="+", default=["fashion-mnist", "mnist5k"])
+    parser.add_argument("--settings", type=int, default=len(GRID), help="only the first ones")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--passes", type=int, nargs="+", default=[1, 3, 6, 12, 24])
     parser.add_argument("--out", type=Path, default=Path("results/label-detection.jsonl"))
@@ -240,8 +241,8 @@ def main() -> None:
     lines = recorded(options.out)
     done = {(line["dataset"], line["noise"], line["rate"], line["seed"]) for line in lines}
     conditions = {"model": "mlp", "n": N, "limit": LIMIT, "folds": FOLDS, "seeds": options.seeds}
-    for name in options.datasets:
-        for kind, rate in GRID:
+    for kind, rate in GRID[: options.settings]:
+        for name in options.datasets:
             for seed in range(options.seeds):
                 if (name, kind, rate, seed) in done:
                     continue

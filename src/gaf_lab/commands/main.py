@@ -119,7 +119,7 @@ def user_errors() -> tuple[type[Exception], ...]:
     """Errors whose message has all that a user needs."""
     from gaf_lab.data.sources import DataError
     from gaf_lab.records.checkpoint import CheckpointError
-    from gaf_lab.training.loop import Diverged
+    from gaf_lab.training.diverged import Diverged
 
     return ConfigError, ValueError, OSError, DataError, CheckpointError, Diverged
 

@@ -12,9 +12,10 @@ from gaf_lab.data import noise
 from gaf_lab.data.augment import draw_shifts, normalise, shift
 from gaf_lab.data.dataset import DataSet
 from gaf_lab.data.files import MicroBatches
+from gaf_lab.data.imbalance import keep_only, long_tail
 from gaf_lab.data.pictures import Pictures
 from gaf_lab.data.read_ahead import Reader
-from gaf_lab.data.sampling import Iid, Sampler, Stratified, generator
+from gaf_lab.data.sampling import Iid, Sampler, Sharded, Stratified, generator
 from gaf_lab.data.sets import imagenet_of, load_once
 from gaf_lab.settings.checks import ConfigError
 from gaf_lab.settings.config import TrainConfig
@@ -105,7 +106,9 @@ def make_problem(
     world: the number of ranks that share the run.
     """
     complete = load_data(config, folder)
-    data = take_subset(complete, config.limit)
+    limited = take_subset(complete, config.limit)
+    tail = long_tail(limited, config.imbalance)
+    data = keep_only(limited, tail)
     observed = observed_labels(config, data)
     whole = Pictures(data.train_x, observed, data.train_y)
     order = torch.randperm(len(whole), generator=generator(config.seed, "split"))
@@ -127,7 +130,7 @@ def make_problem(
         probe=train[probed].to(device),
         sampler=sampler,
         reader=make_reader(config, train, sampler, world),
-        origin=subset(data.name, len(complete.train_y), config.limit)[order[kept:]],
+        origin=subset(data.name, len(complete.train_y), config.limit)[tail][order[kept:]],
     )
 
 
@@ -177,6 +180,8 @@ def observed_labels(config: TrainConfig, data: DataSet) -> Tensor:
 def make_sampler(config: TrainConfig, train: Pictures, classes: int) -> Sampler:
     if config.sampler == "iid":
         return Iid(len(train), config.b, config.seed)
+    if config.sampler == "sharded":
+        return Sharded(train.observed != train.clean, config.k, config.b, config.seed)
     labels = train.observed if config.sampler == "stratified-observed" else train.clean
     return Stratified(labels, classes, config.b, config.seed)
 

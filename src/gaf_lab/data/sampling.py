@@ -27,6 +27,9 @@ def generator(seed: int, *parts: int | str) -> torch.Generator:
     return torch.Generator().manual_seed(derive_seed(seed, *parts))
 
 
+SHARDS = 8
+
+
 class Sampler(Protocol):
     """Draws micro-batches of b samples."""
 
@@ -125,6 +128,34 @@ class Stratified:
             parts = [stream.take(number * self._each, self._each) for stream in self._streams]
             self._last = number, torch.cat(parts)
         return self._last[1].clone()
+
+
+class Sharded:
+    """An eighth of each step from each of eight parts of the training set; its micro-batches follow
+    the order of the parts.
+
+    Wrong labels are gathered in the first parts: at an eighth of them, one part is all wrong.
+
+    Args:
+        wrong: (N,) bool, N at least 8.
+        k, b: micro-batches per step, and samples in each; k b is a multiple of 8.
+    """
+
+    def __init__(self, wrong: Tensor, k: int, b: int, seed: int) -> None:
+        if k * b % SHARDS or len(wrong) < SHARDS:
+            raise ValueError(
+                f"sharded: k b must be a multiple of {SHARDS}, and there must be as many samples; "
+                f"got {k} x {b} and {len(wrong)}. Use k = 8, or the iid sampler."
+            )
+        self.k, self.b, self._each = k, b, k * b // SHARDS
+        parts = wrong.cpu().int().argsort(descending=True, stable=True).tensor_split(SHARDS)
+        self._streams = [Stream(part, seed, f"shard {i}") for i, part in enumerate(parts)]
+
+    def draw(self, number: int) -> Tensor:
+        _check_number(number)
+        step, i = divmod(number, self.k)
+        parts = [stream.take(step * self._each, self._each) for stream in self._streams]
+        return torch.cat(parts)[i * self.b : (i + 1) * self.b]
 
 
 def _check_number(number: int) -> None:

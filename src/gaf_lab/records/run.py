@@ -15,6 +15,9 @@ samples, passes: of what was drawn, skipped steps included.
 seconds: in training and evaluation, over all parts of a resumed run.
 memorised, corrected: of the training samples with a flipped label, the share predicted as the wrong
     label, and as the true label; null without flips.
+rarest_accuracy: on the test pictures of the last class; only under `imbalance`.
+own_test_accuracy, own_heldout_accuracy: of the weights themselves, where their average is evaluated
+    (`ema`); otherwise there are no such keys.
 clean_accuracy: of the other training samples.
 acceptance: accepted micro-gradients over all, since the line before; a skipped step has 0.
 distance_mean, distance_min: to the running sum of the rows accepted before, since the line before.

@@ -36,6 +36,9 @@ TECHNIQUES: dict[str, tuple[Any, str]] = {
     "mixup": (0.0, "pictures mixed with alpha = {:g}"),
     "sam": (0.0, "gradients taken at a distance of {:g} uphill (SAM)"),
     "ema": (0.0, "evaluated at an average of the weights with decay {:g}"),
+    "agreement": ("none", "samples weighed by the agreement score {!r}"),
+    "shuffle_weights": (False, "these weights given to samples at random"),
+    "audit_passes": (0.0, "labels judged for {:g} passes, then new weights and light suspects"),
     "early_stopping": (
         0,
         "ends after {} evaluations without a better held-out accuracy, at its best weights",

@@ -17,11 +17,15 @@ FILTER_FIELDS = (
 )
 TECHNIQUE_FIELDS = (
     *("loss", "label_smoothing", "gce_q", "elr_beta", "elr_lambda"),
-    *("mixup", "sam", "ema", "early_stopping", "clip"),
+    *("mixup", "sam", "ema", "early_stopping", "clip", "agreement", "shuffle_weights"),
+    *("audit_passes", "suspects", "suspect_weight"),
 )
 METHOD_FIELDS = (*FILTER_FIELDS, *TECHNIQUE_FIELDS, "policy", "step_probability")
 DATA_FIELDS = ("dataset", "noise", "noise_rate", "limit")
-SIZE_FIELDS = ("heldout", "sampler", "augment", "size", "model", "stem", "k", "b", "passes")
+SIZE_FIELDS = (
+    *("heldout", "sampler", "augment", "imbalance"),
+    *("size", "model", "stem", "k", "b", "passes"),
+)
 
 Settings = dict[str, Any]  # the fields of a config that have an effect on the run, and their values
 
@@ -49,6 +53,10 @@ def has_effect(field: str, config: Settings) -> bool:
         return policy not in ("mean", "guard", "median") and (policy != "random-skip" or replays)
     if field == "step_probability":
         return policy == "random-skip" and not replays
+    if field in ("suspects", "suspect_weight"):
+        return bool(config.get("audit_passes"))
+    if field == "shuffle_weights":
+        return config.get("agreement") != "none"
     return field != "noise_rate" or config.get("noise") not in ("none", "human")
 
 

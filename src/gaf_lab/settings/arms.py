@@ -3,6 +3,7 @@
 from typing import Any
 
 from gaf_lab.settings.fields import TrainFields
+from gaf_lab.settings.sample_fields import SampleFields
 
 POLICY_NAMES = {
     "mean": "averaging",
@@ -29,7 +30,7 @@ OPTIMIZER_NAMES = {
 }
 
 
-def name_arm(config: TrainFields) -> str:
+def name_arm(config: SampleFields) -> str:
     """What distinguishes an arm: "GAF, start best", "label smoothing", "averaging, AdamW"."""
     used = techniques(config)
     base = [] if config.policy == "mean" and used else [POLICY_NAMES[config.policy]]
@@ -39,9 +40,11 @@ def name_arm(config: TrainFields) -> str:
     return ", ".join([" + ".join(base + used), *variants])
 
 
-def techniques(config: TrainFields) -> list[str]:
+def techniques(config: SampleFields) -> list[str]:
     """Names of the techniques that the config uses against memorised labels."""
     uses: dict[str, Any] = {
+        name_audit(config): config.audit_passes,
+        name_weights(config): config.agreement != "none",
         "GCE": config.loss == "gce",
         "ELR": config.loss == "elr",
         "label smoothing": config.label_smoothing,
@@ -52,6 +55,16 @@ def techniques(config: TrainFields) -> list[str]:
         "gradient clipping": config.clip,
     }
     return [name for name, used in uses.items() if used]
+
+
+def name_audit(config: SampleFields) -> str:
+    suspects = {"network": ", network's suspects", "random": ", random suspects"}
+    name = f"audit {config.audit_passes:g}{suspects.get(config.suspects, '')}"
+    return f"restart {config.audit_passes:g}" if config.suspects == "none" else name
+
+
+def name_weights(config: SampleFields) -> str:
+    return f"{config.agreement} weights{', shuffled' if config.shuffle_weights else ''}"
 
 
 def filter_variants(config: TrainFields) -> list[str]:

@@ -12,6 +12,12 @@ class ConfigError(ValueError):
     """A config that cannot run. The message names field, requirement, value and fix."""
 
 
+def require(config: Any, name: str, holds: bool, requirement: str, fix: str) -> None:
+    """ConfigError about a field of the config, unless the requirement holds."""
+    if not holds:
+        raise ConfigError(f"{name} {requirement}; got {getattr(config, name)!r}. {fix}")
+
+
 def check_tau(tau: Any) -> None:
     """Refuses the library's "auto", which is a threshold of the lab."""
     if tau == "auto":

@@ -8,9 +8,9 @@ from typing import Any
 
 from gaf_lab.settings.arms import name_arm
 from gaf_lab.settings.checks import check_tau
-from gaf_lab.settings.fields import TrainFields
 from gaf_lab.settings.kinds import check_type
 from gaf_lab.settings.rules import check_rules
+from gaf_lab.settings.sample_fields import SampleFields
 
 # fields that are younger than the oldest records, with their defaults
 LATER = {
@@ -32,11 +32,17 @@ LATER = {
     "half_life": 0,
     "compile": False,
     "engine": "auto",
+    "imbalance": 1.0,
+    "agreement": "none",
+    "shuffle_weights": False,
+    "audit_passes": 0.0,
+    "suspects": "prototype",
+    "suspect_weight": 0.2,
 }
 
 
 @dataclass(frozen=True)
-class TrainConfig(TrainFields):
+class TrainConfig(SampleFields):
     """One training run. The defaults are those of the demo."""
 
     def __post_init__(self) -> None:

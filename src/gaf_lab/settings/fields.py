@@ -7,7 +7,7 @@ from typing import Literal
 CifarName = Literal["cifar10", "cifar100", "cifar100n", "cifar100n-coarse"]
 DataName = Literal["digits", "mnist5k", "fashion-mnist", CifarName, "noise", "imagenet"]
 NoiseName = Literal["none", "symmetric", "asymmetric", "human"]
-SamplerName = Literal["iid", "stratified-observed", "stratified-clean"]
+SamplerName = Literal["iid", "stratified-observed", "stratified-clean", "sharded"]
 ModelName = Literal[
     "mlp", "mlp-small", "convnet", "resnet18", "resnet34", "preact-resnet34", "vit-l16", "vit-tiny"
 ]
@@ -37,7 +37,8 @@ class TrainFields:
     Higher selects better and trains less."""
     sampler: SamplerName = "iid"
     """How micro-batches are drawn. iid: in shuffled passes; stratified: equally many of each class.
-    The class is that of the observed label or of the clean one."""
+    The class is that of the observed label or of the clean one.
+    sharded: an eighth of each step from each of eight parts, wrong labels in the first ones."""
     augment: bool = False
     """Random crop with padding 4 and horizontal flip.
     For imagenet: a random resized crop and flip."""

@@ -2,8 +2,10 @@
 
 import math
 
-from gaf_lab.settings.checks import ConfigError
+from gaf_lab.settings.checks import ConfigError, require
 from gaf_lab.settings.fields import TrainFields
+from gaf_lab.settings.sample_fields import SampleFields
+from gaf_lab.settings.sample_rules import check_samples
 from gaf_lab.settings.sizes import PICTURES
 
 MOST_STEPS = 10**9
@@ -12,18 +14,14 @@ MOST_PIXELS = 4096
 REPLAYING = ("replay-skip", "random-subset", "scaled-lr")  # policies that follow a recorded run
 
 
-def check_rules(config: TrainFields) -> None:
+def check_rules(config: SampleFields) -> None:
     """Refuses a config that breaks a rule; the message names the field, its value and the fix."""
     check_data(config)
     check_loss(config)
+    check_samples(config)
     check_optimizer(config)
     check_filter(config)
     check_length(config)
-
-
-def require(config: TrainFields, name: str, holds: bool, requirement: str, fix: str) -> None:
-    if not holds:
-        raise ConfigError(f"{name} {requirement}; got {getattr(config, name)!r}. {fix}")
 
 
 def check_data(c: TrainFields) -> None:

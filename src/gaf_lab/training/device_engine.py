@@ -18,8 +18,8 @@ from gaf.record.ledger import Ledger
 from gaf.rules.contract import Policy
 from gaf_lab.data.problem import Problem
 from gaf_lab.training.device_step import DeviceStep
+from gaf_lab.training.objective import Objective
 from gaf_lab.training.tables import AHEAD, Tables, draws
-from gaf_lab.training.techniques import Objective
 from gaf_lab.training.turns import Turns
 
 

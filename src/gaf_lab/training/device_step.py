@@ -24,8 +24,8 @@ from gaf.rules.thresholds import Threshold
 from gaf_lab.data.augment import affine, shift
 from gaf_lab.data.problem import Problem
 from gaf_lab.training.controls import as_planned
+from gaf_lab.training.objective import Objective
 from gaf_lab.training.tables import AHEAD, Tables, zero_tables
-from gaf_lab.training.techniques import Objective
 
 WARM_UP = 3  # steps before a capture: libraries make their plans and workspaces in them
 

@@ -26,6 +26,8 @@ def obstacle(config: TrainConfig, world: int = 1) -> str | None:
         "mixup": (not config.mixup, "must be 0"),
         "sam": (not config.sam, "must be 0"),
         "ema": (not config.ema, "must be 0"),
+        "agreement": (config.agreement == "none", "must be 'none'"),
+        "audit_passes": (not config.audit_passes, "must be 0"),
         "bn": (config.bn == "all", "must be 'all'"),
         "scope": (config.scope == "all" or config.policy != "gaf", "must be 'all'"),
         "compile": (not config.compile, "must be off"),
@@ -87,6 +89,12 @@ def check_ranks(config: TrainConfig, world: int) -> None:
         raise ConfigError(
             "loss must not be 'elr' on several ranks, because a sample's past predictions are "
             f"known only to the rank that drew it; got 'elr' on {world} ranks. Run one process."
+        )
+    if config.agreement != "none" or config.audit_passes:
+        raise ConfigError(
+            "agreement must be 'none' and audit_passes 0 on several ranks, because what was seen "
+            f"of a sample is known only to the rank that drew it; got {config.agreement!r} and "
+            f"{config.audit_passes:g} on {world} ranks. Run one process."
         )
     if config.policy == "gaf" and config.scope == "group":
         raise ConfigError(

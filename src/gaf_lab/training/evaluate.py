@@ -32,6 +32,36 @@ def share(hits: Tensor) -> float | None:
     return float(hits.double().mean()) if len(hits) else None
 
 
+def measure(model: nn.Module, own: nn.Module | None, problem: Problem) -> dict[str, float | None]:
+    """`evaluate` of a model; where it is an average, accuracies of the weights themselves too.
+
+    own: the model that is averaged; None without an average.
+    """
+    rare = {"rarest": rarest(problem)} if problem.config.imbalance > 1 else {}
+    measured = evaluate(model, problem) | accuracy_on(rare, model, problem, "")
+    if own is None:
+        return measured
+    parts = {"test": problem.test, "heldout": problem.heldout, **rare}
+    return measured | accuracy_on(parts, own, problem, "own_")
+
+
+def accuracy_on(
+    parts: dict[str, Pictures], model: nn.Module, problem: Problem, prefix: str
+) -> dict[str, float | None]:
+    """The share of observed labels that the model predicts, by part."""
+    hits = {
+        name: logits(model, problem, part).argmax(1) == part.observed
+        for name, part in parts.items()
+        if len(part)
+    }
+    return {f"{prefix}{name}_accuracy": share(hit) for name, hit in hits.items()}
+
+
+def rarest(problem: Problem) -> Pictures:
+    """The test pictures of the last class, which is the rarest of a long tail."""
+    return problem.test[(problem.test.clean == problem.classes - 1).nonzero()[:, 0]]
+
+
 def evaluate(model: nn.Module, problem: Problem) -> dict[str, float | None]:
     """The measured part of an evaluation line; see `gaf_lab.records.run` for the keys."""
     test = accuracy_and_loss(logits(model, problem, problem.test), problem.test.clean)

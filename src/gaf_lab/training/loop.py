@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 import gaf
 from gaf_lab.data.problem import make_problem
@@ -17,7 +16,8 @@ from gaf_lab.data.sampling import derive_seed
 from gaf_lab.records import checkpoint
 from gaf_lab.records import run as records
 from gaf_lab.settings.config import TrainConfig
-from gaf_lab.training.evaluate import evaluate
+from gaf_lab.training.diverged import check_losses
+from gaf_lab.training.evaluate import measure
 from gaf_lab.training.interval import Interval
 from gaf_lab.training.listener import Listener
 from gaf_lab.training.make import (
@@ -28,17 +28,13 @@ from gaf_lab.training.make import (
     pick_device,
 )
 from gaf_lab.training.models import make_model
+from gaf_lab.training.objective import Objective
 from gaf_lab.training.optimizers import evaluated_weights, make_optimizer
 from gaf_lab.training.ranks import ALONE, Group
+from gaf_lab.training.restart import start_again_if_due
 from gaf_lab.training.schedule import Schedule
-from gaf_lab.training.techniques import EarlyStopping, Objective, ema_model
+from gaf_lab.training.techniques import EarlyStopping, ema_model
 from gaf_lab.training.turns import Turns
-
-CHECK_LOSS_EVERY = 50  # steps on an accelerator: each check waits for it
-
-
-class Diverged(RuntimeError):
-    """The loss is no longer a number."""
 
 
 class Training:
@@ -55,8 +51,8 @@ class Training:
         self.model = model.to(self.device)
         if config.channels_last:
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.objective = Objective(config, len(train), classes, self.device)
         self.average = ema_model(self.model, config.ema) if config.ema else None
+        self.objective = Objective(config, len(train), classes, self.device, self.model)
         self.stopping = EarlyStopping(config.early_stopping) if config.early_stopping else None
         policy, rate = group.on_rank_0(lambda: (make_policy(config), learning_rate(config)))
         group.on_rank_0(lambda: check_rows(config, policy, self.model, self.device))
@@ -107,7 +103,10 @@ class Training:
 
     def macro_batch(self) -> gaf.Outcome:
         """k micro-gradients, one decision, a step or none."""
-        self._add_losses(self.source.micro_gradients(self.step))
+        start_again_if_due(self)
+        losses = self.source.micro_gradients(self.step)
+        self.interval.losses += losses.sum()
+        check_losses(losses, self.step, self.config.k, self.group)
         self.accumulator.step()
         outcome = self.accumulator.outcome
         assert outcome is not None
@@ -117,18 +116,6 @@ class Training:
         self.step += 1
         self.interval.add(outcome)
         return outcome
-
-    def _add_losses(self, losses: Tensor) -> None:
-        self.interval.losses += losses.sum()
-        checked = losses.device.type == "cpu" or self.step % CHECK_LOSS_EVERY == 0
-        if checked and not self.group.total(bool(losses.isfinite().any())):
-            self.group.on_rank_0(self._give_up)
-
-    def _give_up(self) -> None:
-        raise Diverged(
-            f"step {self.step}: the loss must be a number; "
-            f"all {self.config.k} micro-batches gave NaN or infinity."
-        )
 
     def evaluation(self) -> dict[str, Any]:
         """The line of records that closes an interval; moves a plateau schedule on."""
@@ -158,7 +145,9 @@ class Training:
     def _measure(self) -> dict[str, Any]:
         """Evaluates the model, or its average; at the end of early stopping, the best weights."""
         model = self.model if self.average is None else self.average.module
-        measured = self.group.on_rank_0(partial(evaluate, model, self.problem))
+        own = None if self.average is None else self.model
+        look = partial(measure, model, own, self.problem)
+        measured = self.group.on_rank_0(look)
         ended = self.step == self.problem.steps
         if self.stopping is None or not (ended or self.problem.evaluation(self.step)):
             return measured
@@ -166,7 +155,7 @@ class Training:
         if not (ended or self.over):
             return measured
         self.stopping.put_back(model)
-        return self.group.on_rank_0(partial(evaluate, model, self.problem))
+        return self.group.on_rank_0(look)
 
     def state_dict(self, folder: Path) -> dict[str, Any]:
         """Everything that the rest of the run depends on, and the size of the records so far."""

@@ -20,10 +20,11 @@ from gaf_lab.training.clipping import Clipped
 from gaf_lab.training.controls import RandomSubset, ReplaySkip
 from gaf_lab.training.device_engine import OnDevice
 from gaf_lab.training.engines import uses_device_engine
+from gaf_lab.training.objective import Objective
 from gaf_lab.training.over_ranks import OverRanks, data_parallel
 from gaf_lab.training.plain_engine import GradientSource, OneByOne
 from gaf_lab.training.ranks import ALONE, Group
-from gaf_lab.training.techniques import Forward, Objective
+from gaf_lab.training.techniques import Forward
 
 THRESHOLDS: dict[str, tuple[Any, str]] = {  # by name, with the argument that `threshold_by` sets
     "signal": (gaf.SignalTau, "kappa"),

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 import gaf
 from gaf_lab.data.problem import Problem
+from gaf_lab.training.objective import Objective
 from gaf_lab.training.over_ranks import OverRanks
-from gaf_lab.training.techniques import Forward, Objective, sam_perturbation
+from gaf_lab.training.techniques import Forward, sam_perturbation
 from gaf_lab.training.turns import Turns
 
 

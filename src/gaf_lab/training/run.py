@@ -15,9 +15,10 @@ from gaf_lab.records import checkpoint
 from gaf_lab.records import run as records
 from gaf_lab.records.locks import check_free, own_folder
 from gaf_lab.settings.config import TrainConfig
+from gaf_lab.training.diverged import Diverged
 from gaf_lab.training.engines import check_device_engine, check_ranks
 from gaf_lab.training.listener import Listener
-from gaf_lab.training.loop import Diverged, Training
+from gaf_lab.training.loop import Training
 from gaf_lab.training.ranks import ALONE, Group
 from gaf_lab.training.resume import begin_records, check_output_folder, never_began, prepare_folder
 from gaf_lab.training.turns import Turns, run_to_end

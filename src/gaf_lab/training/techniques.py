@@ -1,7 +1,7 @@
 """Other techniques against wrong labels: losses, mixed pictures, flat minima, averaged weights.
 
 And early stopping. Each is the published formula and no more; a run takes them from its config
-(`Objective`, `sam_perturbation`, `ema_model`, `EarlyStopping`).
+(`objective.Objective`, `sam_perturbation`, `ema_model`, `EarlyStopping`).
 """
 
 import contextlib
@@ -17,7 +17,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from gaf_lab.data.sampling import derive_seed, generator
-from gaf_lab.settings.config import TrainConfig
 
 Forward = Callable[[Tensor], Tensor]
 
@@ -30,8 +29,13 @@ def generalised_cross_entropy(scores: Tensor, y: Tensor, q: float) -> Tensor:
         y: (b,) labels.
         q: in (0, 1].
     """
-    log_p = log_softmax(scores, 1).gather(1, y[:, None])
-    return (-torch.expm1(q * log_p) / q).mean()
+    return generalised_cross_entropies(scores, y, q).mean()
+
+
+def generalised_cross_entropies(scores: Tensor, y: Tensor, q: float) -> Tensor:
+    """The loss of each sample, (b,)."""
+    log_p = log_softmax(scores, 1).gather(1, y[:, None])[:, 0]
+    return -torch.expm1(q * log_p) / q
 
 
 class EarlyLearning:
@@ -56,12 +60,16 @@ class EarlyLearning:
 
         Their targets change whatever is decided about the micro-gradient.
         """
+        return cross_entropy(scores, y) + self.weight * self.regulariser(scores, index).mean()
+
+    def regulariser(self, scores: Tensor, index: Tensor) -> Tensor:
+        """log(1 - <p, t>) of each sample, (b,); their targets change."""
         p = softmax(scores, 1).clamp(1e-4, 1 - 1e-4)  # as released
         with torch.no_grad():
             prediction = p / p.sum(1, keepdim=True)
             targets = self.beta * self.targets[index] + (1 - self.beta) * prediction
             self.targets[index] = targets
-        return cross_entropy(scores, y) + self.weight * torch.log1p(-(targets * p).sum(1)).mean()
+        return torch.log1p(-(targets * p).sum(1))
 
 
 def mix(x: Tensor, y: Tensor, alpha: float, seed: int, *parts: int) -> tuple[Tensor, Tensor, float]:
@@ -72,52 +80,6 @@ def mix(x: Tensor, y: Tensor, alpha: float, seed: int, *parts: int) -> tuple[Ten
     m = random.Random(derive_seed(seed, "mixup", *parts)).betavariate(alpha, alpha)
     order = torch.randperm(len(x), generator=generator(seed, "mixup order", *parts)).to(x.device)
     return m * x + (1 - m) * x[order], y[order], m
-
-
-class Objective:
-    """The loss of a micro-batch under a config.
-
-    Args:
-        samples, classes: of the training set.
-    """
-
-    def __init__(
-        self, config: TrainConfig, samples: int, classes: int, device: torch.device
-    ) -> None:
-        self.config = config
-        self.early: EarlyLearning | None = None
-        if config.loss == "elr":
-            given = config.elr_beta, config.elr_lambda, device
-            self.early = EarlyLearning(samples, classes, *given)
-
-    def __call__(
-        self, forward: Forward, x: Tensor, y: Tensor, index: Tensor, step: int, i: int
-    ) -> Tensor:
-        """Loss () of micro-batch i of a step: pictures x and labels y of samples `index`."""
-        config = self.config
-        if config.mixup:
-            x, other, m = mix(x, y, config.mixup, config.seed, step, i)
-            scores = forward(x).float()
-            return m * self.of(scores, y, index) + (1 - m) * self.of(scores, other, index)
-        return self.of(forward(x).float(), y, index)
-
-    def of(self, scores: Tensor, y: Tensor, index: Tensor) -> Tensor:
-        """Loss () of scores (b, classes) float32.
-
-        bfloat16 has too few digits for the logarithm of a probability near 1.
-        """
-        if self.early is not None:
-            return self.early(scores, y, index)
-        if self.config.loss == "gce":
-            return generalised_cross_entropy(scores, y, self.config.gce_q)
-        return cross_entropy(scores, y, label_smoothing=self.config.label_smoothing)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {} if self.early is None else {"targets": self.early.targets}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        if self.early is not None:
-            self.early.targets.copy_(state["targets"])
 
 
 @contextlib.contextmanager

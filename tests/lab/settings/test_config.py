@@ -14,7 +14,7 @@ from gaf_lab.commands.train import parse_train
 from gaf_lab.paper.arms import every_arm
 from gaf_lab.records import run as records
 from gaf_lab.settings import config as module
-from gaf_lab.settings import fields
+from gaf_lab.settings import fields, sample_fields
 from gaf_lab.settings.checks import ConfigError
 from gaf_lab.settings.config import TrainConfig
 from gaf_lab.settings.plan import from_file
@@ -25,13 +25,17 @@ from gaf_lab.training.make import learning_rate, make_policy
 
 
 def test_every_field_has_a_docstring():
-    (tree,) = (
+    trees = [
         n
-        for n in ast.parse(inspect.getsource(fields)).body
-        if isinstance(n, ast.ClassDef) and n.name == "TrainFields"
-    )
+        for file in (fields, sample_fields)
+        for n in ast.parse(inspect.getsource(file)).body
+        if isinstance(n, ast.ClassDef)
+    ]
     written = [
-        (n, after) for n, after in itertools.pairwise(tree.body) if isinstance(n, ast.AnnAssign)
+        (n, after)
+        for tree in trees
+        for n, after in itertools.pairwise(tree.body)
+        if isinstance(n, ast.AnnAssign)
     ]
     assert len(written) == len(dataclasses.fields(TrainConfig))
     for field, after in written:

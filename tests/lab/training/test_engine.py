@@ -26,14 +26,15 @@ from gaf_lab.settings.checks import ConfigError
 from gaf_lab.settings.config import TrainConfig
 from gaf_lab.training.device_engine import OnDevice
 from gaf_lab.training.device_step import DeviceStep
+from gaf_lab.training.diverged import Diverged
 from gaf_lab.training.engines import check_device_engine, uses_device_engine
-from gaf_lab.training.loop import Diverged, Training
+from gaf_lab.training.loop import Training
 from gaf_lab.training.make import make_policy
 from gaf_lab.training.models import make_model
+from gaf_lab.training.objective import Objective
 from gaf_lab.training.optimizers import make_optimizer
 from gaf_lab.training.run import train
 from gaf_lab.training.schedule import rates_ahead
-from gaf_lab.training.techniques import Objective
 from gaf_lab.training.together import in_turns, train_together
 from helpers.fakes import Silent
 

@@ -27,8 +27,8 @@ from gaf_lab.records import run as records
 from gaf_lab.settings.checks import ConfigError
 from gaf_lab.settings.config import TrainConfig
 from gaf_lab.settings.reading import from_dict
+from gaf_lab.training.diverged import Diverged
 from gaf_lab.training.engines import check_ranks
-from gaf_lab.training.loop import Diverged
 from gaf_lab.training.ranks import Group, here
 from gaf_lab.training.resume import prepare_restart
 from gaf_lab.training.run import train

@@ -22,11 +22,11 @@ from gaf_lab.training import techniques
 from gaf_lab.training.engines import check_ranks
 from gaf_lab.training.evaluate import evaluate
 from gaf_lab.training.loop import Training
+from gaf_lab.training.objective import Objective
 from gaf_lab.training.run import train
 from gaf_lab.training.techniques import (
     EarlyLearning,
     EarlyStopping,
-    Objective,
     generalised_cross_entropy,
     mix,
     sam_perturbation,
@@ -396,7 +396,7 @@ def accuracies(monkeypatch):
             "test_loss": 1.0,
         }
 
-    monkeypatch.setattr("gaf_lab.training.loop.evaluate", evaluate)
+    monkeypatch.setattr("gaf_lab.training.evaluate.evaluate", evaluate)
     return wanted
 
 

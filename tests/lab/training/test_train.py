@@ -19,7 +19,7 @@ from gaf_lab.records.checkpoint import CheckpointError
 from gaf_lab.settings.checks import ConfigError
 from gaf_lab.settings.config import TrainConfig
 from gaf_lab.training import run as module
-from gaf_lab.training.loop import Diverged
+from gaf_lab.training.diverged import Diverged
 from gaf_lab.training.run import train
 from helpers.fakes import Silent
 from helpers.runs import Stop, assert_same, final_state

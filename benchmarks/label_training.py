@@ -1,0 +1,111 @@
+"""Training on wrong labels: rules, rivals and controls, at equal samples, over paired seeds.
+
+    python benchmarks/label_training.py --pack results/label-training.jsonl
+
+A multilayer perceptron (784-512-512-10, SGD 0.05 with momentum 0.9, steps of 160 samples, 30 passes
+over nine tenths of the data, no augmentation) on MNIST-5k and on 5,000 pictures of Fashion-MNIST.
+Every run evaluates both the weights and their average (0.99 a step). The runs are configs of the
+lab (`gaf train`), so each is also one command, and a sweep that is interrupted goes on with the
+same command.
+"""
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from gaf_lab.records.packs import write_pack
+from gaf_lab.settings.config import TrainConfig
+from gaf_lab.settings.plan import Configs, follow
+from gaf_lab.sweeps.sweep import sweep
+
+BASE = TrainConfig(
+    k=1, b=160, passes=30.0, eval_every=5.0, probe=1000, ema=0.99, policy="mean", device="cpu"
+)
+AUDIT: dict[str, Any] = {"audit_passes": 12.0, "loss": "elr"}
+CORE: dict[str, dict[str, Any]] = {
+    "averaging": {},
+    "GCE": {"loss": "gce"},
+    "ELR": {"loss": "elr"},
+    "prototype weights": {"agreement": "prototype"},
+    "prototype weights, shuffled": {"agreement": "prototype", "shuffle_weights": True},
+    "audit, restart with ELR": AUDIT,
+    "the same, random suspects": {**AUDIT, "suspects": "random"},
+    "the same, the network's suspects": {**AUDIT, "suspects": "network"},
+    "the same, no suspects": {**AUDIT, "suspects": "none"},
+    "label smoothing": {"label_smoothing": 0.1},
+}
+MORE: dict[str, dict[str, Any]] = {
+    "vote weights": {"agreement": "vote"},
+    "loss weights": {"agreement": "loss"},
+    "prototype weights with ELR": {"agreement": "prototype", "loss": "elr"},
+    "prototype weights with GCE": {"agreement": "prototype", "loss": "gce"},
+}
+FILTER = {"GAF": {"policy": "gaf", "k": 8, "b": 20}}
+SHARD: dict[str, Any] = {"noise": "symmetric", "noise_rate": 0.125, "sampler": "sharded"}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "symmetric 40%": {"noise": "symmetric", "noise_rate": 0.4},
+    "class-dependent 40%": {"noise": "asymmetric", "noise_rate": 0.4},
+    "clean": {"noise": "none", "noise_rate": 0.0},
+    "long tail": {"noise": "none", "noise_rate": 0.0, "imbalance": 50.0},
+    "bad shard": SHARD,
+}
+DATA: dict[str, dict[str, Any]] = {
+    "mnist5k": {"dataset": "mnist5k"},
+    "fashion-mnist": {"dataset": "fashion-mnist", "limit": 5000},
+}
+NOISY = ("symmetric 40%", "class-dependent 40%")
+
+
+def plan(seeds: int) -> Configs:
+    """The runs, those first that are needed most."""
+    found: Configs = []
+    for name, setting, arms in order():
+        for seed in range(seeds):
+            shared = {**DATA[name], **SETTINGS[setting], "seed": seed}
+            for label, arm in arms.items():
+                found.append(dataclasses.replace(BASE, **shared, **arm, label=label))
+            if arms is FILTER:
+                found.append(random_subset(found[-1]))
+    return found
+
+
+def order() -> list[tuple[str, str, dict[str, dict[str, Any]]]]:
+    """(data set, setting, arms)."""
+    core = [(name, setting, CORE) for setting in (*NOISY, "clean") for name in DATA]
+    others = [("mnist5k", setting, CORE) for setting in ("long tail", "bad shard")]
+    more = [(name, setting, arms) for arms in (FILTER, MORE) for setting in NOISY for name in DATA]
+    return [*core, *others, ("mnist5k", "bad shard", FILTER), *more]
+
+
+def random_subset(gaf: TrainConfig) -> TrainConfig:
+    unset = Path("unset")
+    like = dataclasses.replace(gaf, policy="random-subset", replay=unset, label="random subset")
+    return follow(like, gaf)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--out", type=Path, default=Path("runs/label-training"))
+    parser.add_argument("--pack", type=Path, help="file for the finished runs")
+    parser.add_argument("--workers", type=int, default=1)
+    options = parser.parse_args()
+    how: dict[str, Any] = {"workers": options.workers, "engine": "together"}
+    runs = sweep(
+        plan(options.seeds),
+        options.out,
+        data_folder=None,
+        console=Console(),
+        command="python benchmarks/label_training.py",
+        keep_checkpoints=False,
+        **how,
+    ).runs
+    if options.pack is not None:
+        write_pack(runs, options.pack)
+
+
+if __name__ == "__main__":
+    main()

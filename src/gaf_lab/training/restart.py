@@ -1,0 +1,34 @@
+"""A run that judges its labels first, and then starts again from new weights."""
+
+from typing import Any
+
+import torch
+
+from gaf_lab.data.problem import Problem
+from gaf_lab.data.sampling import derive_seed
+from gaf_lab.training.models import make_model
+from gaf_lab.training.weighing import Audit
+
+
+def restart_step(problem: Problem) -> int:
+    """The step before which the run starts again: that after the audit's passes, at least 1."""
+    config = problem.config
+    return max(1, round(config.audit_passes * len(problem.train) / (config.k * config.b)))
+
+
+def start_again_if_due(training: Any) -> None:
+    """Ends the audit of a `Training`, if its step is the first one after the audit.
+
+    The weights are drawn anew, and optimizer and averaged weights are as in the beginning.
+    """
+    audit, problem = training.objective.weighing, training.problem
+    if not isinstance(audit, Audit) or training.step != restart_step(problem):
+        return
+    audit.end()
+    config = training.config
+    torch.manual_seed(derive_seed(config.seed, "weights after the audit"))
+    fresh = make_model(config.model, problem.shape, problem.classes, config.stem)
+    training.model.load_state_dict(fresh.state_dict())
+    training.optimizer.state.clear()
+    if training.average is not None:
+        training.average.n_averaged.zero_()

@@ -1,0 +1,118 @@
+"""Weights of the samples in the loss: by `gaf.SampleAgreement`, or by an audit before a restart."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import gaf
+from gaf_lab.data.sampling import generator
+from gaf_lab.settings.config import TrainConfig
+
+CROSS_ENTROPY = nn.CrossEntropyLoss(reduction="none")
+
+
+def last_linear(model: nn.Module) -> nn.Linear:
+    return [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
+
+
+class Agreement:
+    """The weights of gaf.SampleAgreement, or the same in random order, which is the control.
+
+    Args:
+        config: with `agreement`, the score.
+        samples: of the training set.
+    """
+
+    def __init__(self, config: TrainConfig, model: nn.Module, samples: int) -> None:
+        self.config = config
+        head, score = last_linear(model), config.agreement
+        self.criterion = gaf.SampleAgreement(
+            CROSS_ENTROPY,
+            head,
+            "prototype" if score == "none" else score,
+            num_samples=samples,
+        )
+
+    def weights(self, scores: Tensor, y: Tensor, index: Tensor, step: int, i: int) -> Tensor:
+        """(b,), of the samples of micro-batch i of a step; scores (b, classes) have no graph."""
+        self.criterion(scores, y, index=index)
+        weights = self.criterion.weights
+        assert weights is not None
+        if not self.config.shuffle_weights:
+            return weights
+        draw = generator(self.config.seed, "weights of samples", step, i)
+        return weights[torch.randperm(len(weights), generator=draw).to(weights.device)]
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.criterion.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.criterion.load_state_dict(state)
+
+
+class Audit:
+    """Judges labels while a run averages; after its restart, suspects weigh less.
+
+    Args:
+        config: with `audit_passes`, `suspects` and `suspect_weight`.
+        samples, classes: of the training set.
+
+    Attributes:
+        each: (samples,), the weights.
+        watching: whether the run has not been started again yet.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        model: nn.Module,
+        samples: int,
+        classes: int,
+        device: torch.device,
+    ) -> None:
+        self.config, self.watching = config, True
+        self.each = torch.ones(samples, device=device)
+        by_network = config.suspects == "network"
+        self.criterion = gaf.SampleAgreement(
+            CROSS_ENTROPY,
+            None if by_network else last_linear(model),
+            "loss" if by_network else "prototype",
+            num_classes=classes,
+            num_samples=samples,
+            weigh=False,
+        )
+
+    def weights(self, scores: Tensor, y: Tensor, index: Tensor, step: int, i: int) -> Tensor:
+        """(b,), of the samples of a micro-batch; 1 during the audit."""
+        if self.watching:
+            self.criterion(scores, y, index=index)
+        return self.each[index]
+
+    def end(self) -> None:
+        """Ends the audit, which fixes the weights."""
+        self.each = torch.where(self.suspects().to(self.each.device), self.config.suspect_weight, 1)
+        self.watching = False
+
+    def suspects(self) -> Tensor:
+        """(samples,) bool."""
+        report = self.criterion.report()
+        found = torch.zeros(len(self.each), dtype=torch.bool)
+        found[report["index"]] = torch.tensor(report["is_label_issue"])
+        if self.config.suspects == "random":
+            draw = generator(self.config.seed, "random suspects")
+            return found[torch.randperm(len(found), generator=draw)]
+        return found & (self.config.suspects != "none")
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "criterion": self.criterion.state_dict(),
+            "each": self.each,
+            "watching": self.watching,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.criterion.load_state_dict(state["criterion"])
+        self.each.copy_(state["each"])
+        self.watching = state["watching"]
