@@ -22,7 +22,7 @@ from gaf_lab.settings.plan import Configs, follow
 from gaf_lab.sweeps.sweep import sweep
 
 BASE = TrainConfig(
-    k=1, b=160, passes=30.0, eval_every=5.0, probe=1000, ema=0.99, policy="mean", device="cpu"
+    k=1, b=160, passes=30.0, eval_every=5.0, probe=500, ema=0.99, policy="mean", device="cpu"
 )
 AUDIT: dict[str, Any] = {"audit_passes": 12.0, "loss": "elr"}
 CORE: dict[str, dict[str, Any]] = {
@@ -56,7 +56,7 @@ DATA: dict[str, dict[str, Any]] = {
     "mnist5k": {"dataset": "mnist5k"},
     "fashion-mnist": {"dataset": "fashion-mnist", "limit": 5000},
 }
-NOISY = ("symmetric 40%", "class-dependent 40%")
+NOISY = ("class-dependent 40%", "symmetric 40%")
 
 
 def plan(seeds: int) -> Configs:
@@ -74,10 +74,11 @@ def plan(seeds: int) -> Configs:
 
 def order() -> list[tuple[str, str, dict[str, dict[str, Any]]]]:
     """(data set, setting, arms)."""
-    core = [(name, setting, CORE) for setting in (*NOISY, "clean") for name in DATA]
-    others = [("mnist5k", setting, CORE) for setting in ("long tail", "bad shard")]
+    noisy = [(name, setting, CORE) for name in DATA for setting in NOISY]
+    others = [("mnist5k", setting, CORE) for setting in ("clean", "long tail", "bad shard")]
+    core = [*noisy, *others, ("fashion-mnist", "clean", CORE)]
     more = [(name, setting, arms) for arms in (FILTER, MORE) for setting in NOISY for name in DATA]
-    return [*core, *others, ("mnist5k", "bad shard", FILTER), *more]
+    return [*core, ("mnist5k", "bad shard", FILTER), *more]
 
 
 def random_subset(gaf: TrainConfig) -> TrainConfig:
