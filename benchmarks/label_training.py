@@ -35,9 +35,10 @@ CORE: dict[str, dict[str, Any]] = {
     "the same, random suspects": {**AUDIT, "suspects": "random"},
     "the same, the network's suspects": {**AUDIT, "suspects": "network"},
     "the same, no suspects": {**AUDIT, "suspects": "none"},
-    "label smoothing": {"label_smoothing": 0.1},
 }
+FEW = {name: CORE[name] for name in list(CORE)[:4] + ["audit, restart with ELR"]}
 MORE: dict[str, dict[str, Any]] = {
+    "label smoothing": {"label_smoothing": 0.1},
     "vote weights": {"agreement": "vote"},
     "loss weights": {"agreement": "loss"},
     "prototype weights with ELR": {"agreement": "prototype", "loss": "elr"},
@@ -56,11 +57,9 @@ DATA: dict[str, dict[str, Any]] = {
     "mnist5k": {"dataset": "mnist5k"},
     "fashion-mnist": {"dataset": "fashion-mnist", "limit": 5000},
 }
-NOISY = ("class-dependent 40%", "symmetric 40%")
 
 
 def plan(seeds: int) -> Configs:
-    """The runs, those first that are needed most."""
     found: Configs = []
     for name, setting, arms in order():
         for seed in range(seeds):
@@ -73,12 +72,16 @@ def plan(seeds: int) -> Configs:
 
 
 def order() -> list[tuple[str, str, dict[str, dict[str, Any]]]]:
-    """(data set, setting, arms)."""
-    noisy = [(name, setting, CORE) for name in DATA for setting in NOISY]
-    others = [("mnist5k", setting, CORE) for setting in ("clean", "long tail", "bad shard")]
-    core = [*noisy, *others, ("fashion-mnist", "clean", CORE)]
-    more = [(name, setting, arms) for arms in (FILTER, MORE) for setting in NOISY for name in DATA]
-    return [*core, ("mnist5k", "bad shard", FILTER), *more]
+    """(data set, setting, arms), those first that are needed most."""
+    small, large = (
+        [(name, setting, CORE) for setting in ("class-dependent 40%", "symmetric 40%")]
+        for name in DATA
+    )
+    others = [("mnist5k", setting, FEW) for setting in ("clean", "long tail")]
+    last = [("fashion-mnist", "clean", FEW), ("mnist5k", "bad shard", FEW)]
+    last.append(("mnist5k", "bad shard", FILTER))
+    more = [(*where[:2], arms) for arms in (FILTER, MORE) for where in small + large]
+    return [*small, *others, *large, *last, *more]
 
 
 def random_subset(gaf: TrainConfig) -> TrainConfig:

@@ -5,6 +5,8 @@ import math
 from gaf_lab.settings.checks import require
 from gaf_lab.settings.sample_fields import SampleFields
 
+RESTARTED = ("sgd", "adam", "adamw", "rmsprop", "muon")  # those whose past is all in their state
+
 
 def check_samples(c: SampleFields) -> None:
     """Weights of samples, an audit with a restart, and classes of different sizes."""
@@ -38,6 +40,13 @@ def check_audit_fields(c: SampleFields, mixed: bool) -> None:
         not c.audit_passes or (c.policy == "mean" and not (mixed or c.early_stopping)),
         "must be 0 unless the policy is 'mean' without sam, mixup and early_stopping",
         "Set --policy mean, and the others to 0.",
+    )
+    require(
+        c,
+        "optimizer",
+        not c.audit_passes or c.optimizer in RESTARTED,
+        f"must be one of {', '.join(RESTARTED)} for an audit, after which it starts again",
+        "Use one of these, or no audit.",
     )
     one = 0 <= c.suspect_weight <= 1
     require(c, "suspect_weight", one, "must lie in [0, 1]", "0 drops suspects; 0.2 is usual.")

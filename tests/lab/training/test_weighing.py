@@ -227,6 +227,10 @@ def test_an_interrupted_run_ends_bit_for_bit_as_an_undisturbed_one(tmp_path, cha
         ({"audit_passes": 6.0}, r"audit_passes must lie in \[0, passes = 6\); got 6.0"),
         ({"audit_passes": 2.0, "policy": "gaf"}, "audit_passes must be 0 unless the policy"),
         ({"audit_passes": 2.0, "early_stopping": 2}, "audit_passes must be 0 unless the policy"),
+        (
+            {"audit_passes": 2.0, "optimizer": "lion"},
+            "optimizer must be one of sgd, .* for an audit",
+        ),
         ({"suspect_weight": 1.5}, r"suspect_weight must lie in \[0, 1\]; got 1.5"),
         ({"imbalance": 0.5}, "imbalance must be at least 1 and finite; got 0.5"),
     ],
