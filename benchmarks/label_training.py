@@ -36,7 +36,7 @@ CORE: dict[str, dict[str, Any]] = {
     "the same, the network's suspects": {**AUDIT, "suspects": "network"},
     "the same, no suspects": {**AUDIT, "suspects": "none"},
 }
-FEW = {name: CORE[name] for name in list(CORE)[:4] + ["audit, restart with ELR"]}
+FEW = {name: CORE[name] for name in [*list(CORE)[:4], "audit, restart with ELR"]}
 MORE: dict[str, dict[str, Any]] = {
     "label smoothing": {"label_smoothing": 0.1},
     "vote weights": {"agreement": "vote"},
