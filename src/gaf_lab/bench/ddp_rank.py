@@ -32,7 +32,7 @@ from gaf_lab.bench.ways import (
     make_rank_step,
     mean_step,
 )
-from gaf_lab.settings.fields import ModelName
+from gaf_lab.settings.choices import ModelName
 from gaf_lab.training import models
 
 DDP_ROUNDS = 10  # with the same models: their places in memory move times by some percent

@@ -16,7 +16,7 @@ import gaf
 from gaf.ranks import way_in
 from gaf_lab.bench.timing import StepFunction
 from gaf_lab.bench.ways import CLASSES, TAU, build_model, gather_all
-from gaf_lab.settings.fields import ModelName
+from gaf_lab.settings.choices import ModelName
 from gaf_lab.training import models
 
 HSDP, GATHER = "plain HSDP", "gather replicas"

@@ -35,8 +35,8 @@ from gaf_lab.bench.train_results import (
 )
 from gaf_lab.progress import Tell, silent
 from gaf_lab.settings.checks import ConfigError
+from gaf_lab.settings.choices import DataName, ModelName
 from gaf_lab.settings.config import TrainConfig
-from gaf_lab.settings.fields import DataName, ModelName
 from gaf_lab.settings.presets import CIFAR100_GAF
 from gaf_lab.training import models
 from gaf_lab.training.console import ConsoleListener

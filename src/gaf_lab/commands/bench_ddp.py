@@ -11,7 +11,7 @@ from rich.console import Console
 from gaf_lab.commands.bench_checks import check_sizes
 from gaf_lab.commands.common import Words, say
 from gaf_lab.settings.checks import ConfigError
-from gaf_lab.settings.fields import ModelName
+from gaf_lab.settings.choices import ModelName
 
 MOST_PROCESSES = 256
 

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from gaf_lab.commands.bench_checks import check_rounds
 from gaf_lab.commands.common import Words, say
-from gaf_lab.settings.fields import ModelName
+from gaf_lab.settings.choices import ModelName
 
 
 @dataclass

@@ -5,8 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from gaf_lab.settings.choices import PolicyName
 from gaf_lab.settings.config import TrainConfig
-from gaf_lab.settings.fields import PolicyName
 from gaf_lab.settings.plan import Configs, follow
 
 MakeArms = Callable[[TrainConfig], Configs]  # from GAF's config to that of every arm

@@ -26,6 +26,8 @@ distance_pairs: of two micro-gradients, independent of the arm: 1 - |g|^2 / mean
     estimated from all compared rows. Older records have B / (b + B), B being `noise_scale`, over
     the last 100 steps.
 rows: the accepted rows of each step since the line before, 0 for a skipped step.
+step: where steps grow (`until-agreement` and its controls), micro-batches; steps_taken counts the
+    optimizer's.
 command: the command that runs this again, or null.
 ranks: processes that computed the micro-batches. launch: the torchrun command that started them,
     or null.

@@ -4,6 +4,7 @@ from typing import Any
 
 from gaf_lab.report.arms import Arm, is_gaf
 from gaf_lab.report.text import listing
+from gaf_lab.settings.config import LATER
 
 CONTROL_TEXTS = {
     "mean": "averages all micro-gradients at every step: plain data-parallel training.",
@@ -24,6 +25,14 @@ CONTROL_TEXTS = {
     ),
     "guard": "averages all micro-gradients, without those that are broken (`gaf.Guard`).",
     "median": "takes the median of the micro-gradients at each coordinate (`gaf.Median`).",
+    "until-agreement": (
+        "averages micro-gradients until a share {rho} of their mean is signal, as estimated from "
+        "the agreement in the steps before."
+    ),
+    "replay-sizes": (
+        "averages as many micro-gradients at each step as a recorded run, whatever they are."
+    ),
+    "mean-size": "averages as many micro-gradients at every step as a recorded run did on average.",
 }
 STARTS = {
     "best": ", starting from the one that most agree with",
@@ -71,7 +80,8 @@ def describe_policy(arm: Arm) -> str:
         probability = ", GAF's in a recorded run"
     elif chance is not None:
         probability = f" of {chance:g}"
-    return CONTROL_TEXTS[policy].format(probability=probability)
+    rho = format(config.get("rho") or LATER["rho"], "g")
+    return CONTROL_TEXTS[policy].format(probability=probability, rho=rho)
 
 
 def describe_gaf(config: dict[str, Any]) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 
 from gaf_lab.records.run import Run
 from gaf_lab.settings.config import LATER, TrainConfig
+from gaf_lab.settings.rules import GROWING
 
 FIELDS = tuple(field.name for field in dataclasses.fields(TrainConfig))
 # these name a run; what a control replays differs from seed to seed
@@ -20,7 +21,11 @@ TECHNIQUE_FIELDS = (
     *("mixup", "sam", "ema", "early_stopping", "clip", "agreement", "shuffle_weights"),
     *("audit_passes", "suspects", "suspect_weight"),
 )
-METHOD_FIELDS = (*FILTER_FIELDS, *TECHNIQUE_FIELDS, "policy", "step_probability")
+GROWING_FIELDS = ("rho", "at_most", "rate_by")
+METHOD_FIELDS = (
+    *(*FILTER_FIELDS, *GROWING_FIELDS, *TECHNIQUE_FIELDS),
+    *("policy", "step_probability"),
+)
 DATA_FIELDS = ("dataset", "noise", "noise_rate", "limit")
 SIZE_FIELDS = (
     *("heldout", "sampler", "augment", "imbalance"),
@@ -37,7 +42,8 @@ def settings_of(run: Run, by_folder: dict[Path, Run]) -> Settings:
         replayed = by_folder.get(run.folder.parent / Path(config["replay"]).name)
         if replayed is not None:
             others = LATER | replayed.header["config"]
-            config |= {field: others[field] for field in FILTER_FIELDS if field in others}
+            shared = (*FILTER_FIELDS, *GROWING_FIELDS)
+            config |= {field: others[field] for field in shared if field in others}
     fields = [field for field in dict.fromkeys([*FIELDS, *config]) if field in config]
     return {
         field: config[field]
@@ -50,7 +56,10 @@ def has_effect(field: str, config: Settings) -> bool:
     """Whether a field has an effect on a run: averaging has no tau, clean labels have no rate."""
     policy, replays = config.get("policy"), bool(config.get("replay"))
     if field in FILTER_FIELDS:
-        return policy not in ("mean", "guard", "median") and (policy != "random-skip" or replays)
+        weighs_all = policy in ("mean", "guard", "median", *GROWING)
+        return not weighs_all and (policy != "random-skip" or replays)
+    if field in GROWING_FIELDS:
+        return policy in GROWING
     if field == "step_probability":
         return policy == "random-skip" and not replays
     if field in ("suspects", "suspect_weight"):

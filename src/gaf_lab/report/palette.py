@@ -44,6 +44,9 @@ KNOWN = {
     "ELR": Shade("#7a1fa8", "#9a35cf"),
     "mixup": Shade("#a86be0", "#c08cff"),
     "SAM": Shade("#d99bea", "#f6b8ff"),
+    "until agreement": Shade("#2c1414", "#403f5b"),
+    "replayed sizes": Shade("#b7ad9b", "#faa396"),
+    "mean size": Shade("#7f4a1a", "#74548b"),
     "larger batch": Shade("#c22fa0", "#ee5ac8"),
 }
 HUES = 150  # degrees of hue that a method's variants take up

@@ -14,6 +14,9 @@ POLICY_NAMES = {
     "scaled-lr": "averaging, scaled rate",
     "guard": "Guard",
     "median": "median",
+    "until-agreement": "until agreement",
+    "replay-sizes": "replayed sizes",
+    "mean-size": "mean size",
 }
 OPTIMIZER_NAMES = {
     "sgd": "SGD",
@@ -34,7 +37,7 @@ def name_arm(config: SampleFields) -> str:
     """What distinguishes an arm: "GAF, start best", "label smoothing", "averaging, AdamW"."""
     used = techniques(config)
     base = [] if config.policy == "mean" and used else [POLICY_NAMES[config.policy]]
-    variants = filter_variants(config) if config.policy == "gaf" else []
+    variants = filter_variants(config) if config.policy == "gaf" else growing_variants(config)
     if config.optimizer != "sgd":
         variants.append(OPTIMIZER_NAMES[config.optimizer])
     return ", ".join([" + ".join(base + used), *variants])
@@ -78,6 +81,12 @@ def filter_variants(config: TrainFields) -> list[str]:
         "per layer": config.scope == "layer",
     }
     return [name for name, differs in variants.items() if differs]
+
+
+def growing_variants(config: TrainFields) -> list[str]:
+    """The share of signal that is asked for, and how the learning rate follows."""
+    rho = [f"rho {config.rho:g}"] if config.policy == "until-agreement" else []
+    return rho if config.rate_by == "constant" else [*rho, f"{config.rate_by} rate"]
 
 
 def name_threshold(config: TrainFields) -> str:

@@ -4,18 +4,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-CifarName = Literal["cifar10", "cifar100", "cifar100n", "cifar100n-coarse"]
-DataName = Literal["digits", "mnist5k", "fashion-mnist", CifarName, "noise", "imagenet"]
-NoiseName = Literal["none", "symmetric", "asymmetric", "human"]
-SamplerName = Literal["iid", "stratified-observed", "stratified-clean", "sharded"]
-ModelName = Literal[
-    "mlp", "mlp-small", "convnet", "resnet18", "resnet34", "preact-resnet34", "vit-l16", "vit-tiny"
-]
-PackagedName = Literal["lamb", "lion", "soap", "shampoo", "schedule-free"]
-OptimizerName = Literal["sgd", "adam", "adamw", "rmsprop", "muon", PackagedName, "adamw-all"]
-ThresholdName = Literal["fixed", "auto", "signal", "noise-floor", "quantile", "moving-average"]
-ControlName = Literal["random-skip", "replay-skip", "random-subset", "scaled-lr"]
-PolicyName = Literal["mean", "gaf", ControlName, "guard", "median"]
+from gaf_lab.settings.choices import (
+    DataName,
+    ModelName,
+    NoiseName,
+    OptimizerName,
+    PolicyName,
+    SamplerName,
+    ThresholdName,
+)
 
 
 @dataclass(frozen=True)
@@ -133,7 +130,8 @@ class TrainFields:
 
     policy: PolicyName = "gaf"
     """What is done with the k micro-gradients; guard and median: gaf.Guard and gaf.Median.
-    replay-skip, random-subset and scaled-lr need `replay`."""
+    replay-skip, random-subset and scaled-lr need `replay`.
+    until-agreement, replay-sizes and mean-size add micro-batches up one by one, with k = 1."""
     tau: float = 0.8
     """For gaf: largest accepted cosine distance to the running sum, in [0, 2].
     Lower filters more."""
@@ -158,9 +156,18 @@ class TrainFields:
     step_probability: float = 0.5
     """For random-skip: chance that a step is taken, in [0, 1].
     With `replay`: the share of steps that the recorded run took."""
+    rho: float = 0.7
+    """For until-agreement: share of the mean gradient that is to be signal, above 0 and below 1.
+    Higher averages over more micro-batches."""
+    at_most: int = 64
+    """For until-agreement: micro-batches of a step, at least 2."""
+    rate_by: Literal["constant", "linear", "sqrt"] = "constant"
+    """For until-agreement, replay-sizes and mean-size: how the learning rate grows with a step's
+    micro-batches."""
     replay: Path | None = None
     """For controls: folder of a recorded run.
-    replay-skip and random-subset repeat its steps, scaled-lr its acceptance."""
+    replay-skip and random-subset repeat its steps, scaled-lr its acceptance, replay-sizes its
+    micro-batches per step, mean-size the mean of these."""
     bn: Literal["all", "accepted"] = "all"
     """Which micro-batches move BatchNorm's running statistics."""
 

@@ -13,7 +13,8 @@ policy = "gaf"
 
 [[arms]]
 policy = "random-subset"
-replay = "GAF"               # the arm of this name, at the same seed and point of the grid
+replay = "GAF"               # the arm of this name, at the same seed and point of the grid;
+                             # for replay-sizes, which would repeat it, at the next seed
 """
 
 import dataclasses
@@ -68,7 +69,7 @@ def from_file(path: Path, seeds: Sequence[int] | None = None) -> Configs:
     configs = []
     for seed, point in itertools.product(seeds, grid_points(grid)):
         tables = [base | point | arm | {"seed": seed} for arm in arms]
-        configs += link_arms(tables, arms, source)
+        configs += link_arms(tables, arms, source, following(seed, seeds))
     return configs
 
 
@@ -131,10 +132,16 @@ def grid_points(grid: dict[str, list[Any]]) -> list[Table]:
     return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
 
 
-def link_arms(tables: list[Table], arms: list[Table], source: str) -> Configs:
+def following(seed: int, seeds: Sequence[int]) -> int:
+    """The seed after this one; after the last, the first."""
+    return seeds[(list(seeds).index(seed) + 1) % len(seeds)]
+
+
+def link_arms(tables: list[Table], arms: list[Table], source: str, other_seed: int) -> Configs:
     """The configs of one seed and point of the grid.
 
-    An arm's `replay` names another arm; it becomes the path of that arm's folder.
+    An arm's `replay` names another arm; it becomes the path of that arm's folder, at `other_seed`
+    for replay-sizes: at its own seed it would take the same steps on the same samples.
     """
     configs = [from_dict(table, TrainConfig(), source) for table in tables]
     waiting = {
@@ -151,7 +158,10 @@ def link_arms(tables: list[Table], arms: list[Table], source: str) -> Configs:
                 f"it goes round among {names}. Change one of them."
             )
         for i in ready:
-            configs[i] = follow(configs[i], configs[waiting.pop(i)])
+            recorded = configs[waiting.pop(i)]
+            if configs[i].policy == "replay-sizes":
+                recorded = dataclasses.replace(recorded, seed=other_seed)
+            configs[i] = follow(configs[i], recorded)
     return configs
 
 

@@ -11,7 +11,9 @@ from gaf_lab.settings.sizes import PICTURES
 MOST_STEPS = 10**9
 LEAST_PASSES = 1e-6
 MOST_PIXELS = 4096
-REPLAYING = ("replay-skip", "random-subset", "scaled-lr")  # policies that follow a recorded run
+GROWING = ("until-agreement", "replay-sizes", "mean-size")  # steps of micro-batches one by one
+# policies that follow a recorded run
+REPLAYING = ("replay-skip", "random-subset", "scaled-lr", "replay-sizes", "mean-size")
 
 
 def check_rules(config: SampleFields) -> None:
@@ -21,6 +23,7 @@ def check_rules(config: SampleFields) -> None:
     check_samples(config)
     check_optimizer(config)
     check_filter(config)
+    check_growing(config)
     check_length(config)
 
 
@@ -154,6 +157,20 @@ def check_filter(c: TrainFields) -> None:
     replayed = c.replay is not None or c.policy not in REPLAYING
     needed = f"must be set for policy {c.policy!r}"
     require(c, "replay", replayed, needed, "Give the folder of a gaf run.")
+
+
+def check_growing(c: TrainFields) -> None:
+    """Steps that average as many micro-batches as it takes."""
+    half = "0.5 asks for as much signal as noise."
+    require(c, "rho", 0 < c.rho < 1, "must be above 0 and below 1", half)
+    require(c, "at_most", c.at_most >= 2, "must be at least 2", "It counts micro-batches.")
+    grows = c.policy in GROWING
+    alone = f"must be 1 for policy {c.policy!r}, which adds micro-batches up one by one"
+    require(c, "k", not grows or c.k == 1, alone, "Set --k 1.")
+    scaled = "must be 'constant' for a policy with k micro-batches per step"
+    require(c, "rate_by", grows or c.rate_by == "constant", scaled, "Scale lr itself.")
+    no_pause = f"must be off for policy {c.policy!r}, whose schedule counts micro-batches"
+    require(c, "schedule_waits", not (grows and c.schedule_waits), no_pause, "Leave it out.")
 
 
 def check_length(c: TrainFields) -> None:

@@ -3,6 +3,7 @@
 See docs/controls.md for the questions that they answer.
 """
 
+import itertools
 import random
 from collections.abc import Sequence
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gaf import Decision, Mean
+from gaf import Agreement, Decision, Mean
 from gaf.rules.decision import as_skip
 
 
@@ -87,6 +88,45 @@ class RandomSubset(Replay):
         count = min(self.count(step), k)
         rows = random.Random(f"{self.seed}/{step}").sample(range(k), count)
         return [1 / count if i in rows else 0.0 for i in range(k)]
+
+
+class Sizes(Agreement):
+    """Steps of given numbers of micro-batches, one after the other, whatever the gradients are.
+
+    Args:
+        sizes: micro-batches of each step.
+        rate: as for `gaf.Agreement`.
+    """
+
+    def __init__(self, sizes: Sequence[int], rate: Any) -> None:
+        super().__init__(0.5, max(2, *sizes), rate=rate)
+        self.sizes, self.step = list(sizes), 0
+
+    def suffices(self, c: int, measure: Any) -> bool:
+        if self.step >= len(self.sizes):
+            raise ValueError(
+                "replay: the recorded run must be as long as this one; "
+                f"it has {len(self.sizes)} steps. Record a longer one."
+            )
+        return c >= self.sizes[self.step]
+
+    def learn(self, c: int, means: Any) -> None:
+        super().learn(c, means)
+        self.step += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"learned": super().state_dict(), "step": self.step}
+
+    def load_state_dict(self, state: Any) -> None:
+        super().load_state_dict(state["learned"])
+        self.step = state["step"]
+
+
+def even_sizes(sizes: Sequence[int]) -> list[int]:
+    """Sizes that differ by at most one, with the same mean; for steps that some cut short, too."""
+    total, steps = sum(sizes), len(sizes)
+    ends = [t * total // steps for t in range(2 * steps + 2)]
+    return [b - a for a, b in itertools.pairwise(ends)]
 
 
 def as_planned(weights: Tensor, distances: Tensor) -> Decision:

@@ -67,6 +67,7 @@ class OnDevice:
         make: Callable[[list[nn.Parameter]], Optimizer],
     ) -> None:
         self.config, self.problem, self.optimizer = problem.config, problem, optimizer
+        self.turns = 1
         self.ledger = Ledger(policy)
         self.policy: Any = self.ledger.policy
         fused = make(list(model.parameters()))

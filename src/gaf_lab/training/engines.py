@@ -4,6 +4,7 @@ import torch
 
 from gaf_lab.settings.checks import ConfigError
 from gaf_lab.settings.config import TrainConfig
+from gaf_lab.settings.rules import GROWING
 from gaf_lab.training.optimizers import PACKAGED
 
 
@@ -19,8 +20,8 @@ def obstacle(config: TrainConfig, world: int = 1) -> str | None:
             "must have a fused form, which skips without the host",
         ),
         "policy": (
-            config.policy not in ("guard", "median"),
-            "must need neither its own past nor all rows",
+            config.policy not in ("guard", "median", *GROWING),
+            "must need neither its own past nor all rows, and take k micro-batches per step",
         ),
         "clip": (not config.clip, "must be 0"),
         "mixup": (not config.mixup, "must be 0"),

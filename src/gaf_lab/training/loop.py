@@ -102,7 +102,7 @@ class Training:
         listener.evaluated(line)
 
     def macro_batch(self) -> gaf.Outcome:
-        """k micro-gradients, one decision, a step or none."""
+        """k micro-gradients, or as many as agree; one decision, a step or none."""
         start_again_if_due(self)
         losses = self.source.micro_gradients(self.step)
         self.interval.losses += losses.sum()
@@ -112,8 +112,8 @@ class Training:
         assert outcome is not None
         if self.average is not None and outcome.stepped:
             self.average.update_parameters(self.model)
-        self.schedule.after_step()
-        self.step += 1
+        self.schedule.after_step(self.source.turns)
+        self.step += self.source.turns
         self.interval.add(outcome)
         return outcome
 

@@ -15,14 +15,15 @@ from gaf_lab.records import environment
 from gaf_lab.records import run as records
 from gaf_lab.settings.checks import ConfigError
 from gaf_lab.settings.config import TrainConfig
+from gaf_lab.settings.rules import GROWING
 from gaf_lab.training.buckets import PerBucket
 from gaf_lab.training.clipping import Clipped
-from gaf_lab.training.controls import RandomSubset, ReplaySkip
+from gaf_lab.training.controls import RandomSubset, ReplaySkip, Sizes, even_sizes
 from gaf_lab.training.device_engine import OnDevice
 from gaf_lab.training.engines import uses_device_engine
 from gaf_lab.training.objective import Objective
 from gaf_lab.training.over_ranks import OverRanks, data_parallel
-from gaf_lab.training.plain_engine import GradientSource, OneByOne
+from gaf_lab.training.plain_engine import GradientSource, OneByOne, UntilEnough
 from gaf_lab.training.ranks import ALONE, Group
 from gaf_lab.training.techniques import Forward
 
@@ -174,7 +175,8 @@ def make_training_engine(
         forward = torch.compile(model) if config.compile else model
         accumulator = make_accumulator(config, model, policy, optimizer)
     run = problem, model, objective
-    return accumulator, OneByOne(*run, forward, accumulator, group.micro_batches(config.k))
+    source = UntilEnough if config.policy in GROWING else OneByOne
+    return accumulator, source(*run, forward, accumulator, group.micro_batches(config.k))
 
 
 def make_accumulator(
@@ -182,7 +184,16 @@ def make_accumulator(
 ) -> gaf.Accumulator:
     if config.policy == "gaf" and config.scope == "group":
         return PerBucket(optimizer, policy, model)
-    options: dict[str, Any] = {"model": model, "bn": config.bn}
+    until = make_until(config) if config.policy in GROWING else None
+    options: dict[str, Any] = {"model": model, "bn": config.bn, "until": until}
     if config.clip:
         return Clipped(optimizer, policy, config.clip, **options)
     return gaf.Accumulator(optimizer, policy, **options)
+
+
+def make_until(config: TrainConfig) -> gaf.Agreement:
+    """What ends the macro-batches of a growing policy."""
+    if config.policy == "until-agreement":
+        return gaf.Agreement(config.rho, config.at_most, rate=config.rate_by)
+    sizes = recorded_rows(config)
+    return Sizes(sizes if config.policy == "replay-sizes" else even_sizes(sizes), config.rate_by)

@@ -18,7 +18,13 @@ from gaf_lab.training.turns import Turns
 
 
 class GradientSource(Protocol):
-    """Brings the micro-gradients of each step to a decision."""
+    """Brings the micro-gradients of each step to a decision.
+
+    Attributes:
+        turns: steps of the run that the last `micro_gradients` covered.
+    """
+
+    turns: int
 
     def ready(self, step: int, last: int, rates: Callable[[int], list[float]]) -> Turns[None]:
         """Makes step `step` ready, and gives way to other runs while the device is at work.
@@ -57,6 +63,7 @@ class OneByOne:
         self.problem, self.model, self.objective = problem, model, objective
         self.forward, self.accumulator = forward, accumulator
         self.micro_batches = micro_batches
+        self.turns = 1
 
     def ready(self, step: int, last: int, rates: Callable[[int], list[float]]) -> Turns[None]:
         """Nothing is made ahead."""
@@ -82,3 +89,30 @@ class OneByOne:
         else:
             self.accumulator.backward(loss)
         return loss.detach()
+
+
+class UntilEnough(OneByOne):
+    """Steps of the run are micro-batches; the optimizer's average as many as the accumulator asks.
+
+    One that is due by then ends at an evaluation and at the end of the run, so that a checkpoint
+    holds no micro-gradients.
+    """
+
+    last: int | None = None
+
+    def ready(self, step: int, last: int, rates: Callable[[int], list[float]]) -> Turns[None]:
+        self.last = last
+        yield from ()
+
+    def micro_gradients(self, step: int) -> Tensor:
+        losses: list[Tensor] = []
+        assert isinstance(self.accumulator, gaf.Accumulator)
+        while not losses or not (self.accumulator.enough or self.ends(step + len(losses))):
+            losses.append(self.micro_gradient(step + len(losses), 0))
+        self.turns = len(losses)
+        return torch.stack(losses)
+
+    def ends(self, step: int) -> bool:
+        """Whether an evaluation follows after so many steps."""
+        last = self.problem.steps if self.last is None else self.last
+        return self.problem.evaluation(step) is not None or step >= last

@@ -33,8 +33,10 @@ class Schedule:
             return [self.optimizer.param_groups[0]["lr"]] * count
         return rates_ahead(self.per_step, count)
 
-    def after_step(self) -> None:
-        if self.per_step is not None:
+    def after_step(self, turns: int = 1) -> None:
+        """turns: steps of the run that the optimizer's step has covered."""
+        for _ in range(turns if self.per_step is not None else 0):
+            assert self.per_step is not None
             with warnings.catch_warnings():
                 # torch warns if the first steps are skipped
                 warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
