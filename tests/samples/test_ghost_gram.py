@@ -1,6 +1,7 @@
 """`ghost_gram` against per-sample gradients that torch.func.vmap(grad) makes one by one."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -228,6 +229,19 @@ def test_the_graph_is_kept_and_gradients_that_lie_there_stay() -> None:
     torch.testing.assert_close(found, w @ rows)
     torch.testing.assert_close(gaf.ghost_gram(model, losses), K)
     torch.testing.assert_close(torch.cat([p.grad.flatten() for p in model.parameters()]), w @ rows)
+
+
+def test_one_backward_pass() -> None:
+    model, x, y = case("attention")
+    passes: list[str] = []
+
+    def watch(name: str, module: nn.Module, args: Any, out: Tensor) -> None:
+        out.register_hook(lambda _: passes.append(name))
+
+    for name, module in model.named_children():
+        module.register_forward_hook(partial(watch, name))
+    ghost(model, x, y)
+    assert sorted(passes) == sorted(name for name, _ in model.named_children())
 
 
 def test_batch_norm_in_training_mode_gives_the_rows_of_the_sum() -> None:

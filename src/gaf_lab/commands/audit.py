@@ -1,8 +1,9 @@
-"""`gaf audit`: training samples ranked by how likely their labels are wrong."""
+"""`gaf audit`: the training labels that look wrong, from one training."""
 
 import dataclasses
 import shlex
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import tyro
@@ -12,11 +13,12 @@ from tyro.conf import OmitArgPrefixes
 from gaf_lab.commands.common import Words, base_config, say, show_file
 from gaf_lab.settings.checks import MOST_SEEDS, check_count
 from gaf_lab.settings.config import TrainConfig
+from gaf_lab.settings.presets import AUDIT
 
 
 @dataclass
 class AuditOptions:
-    """Ranks training samples by how likely their labels are wrong, with a sheet of pictures."""
+    """Lists the training labels that look wrong, from one training, with a sheet of pictures."""
 
     config: OmitArgPrefixes[TrainConfig]
     out: Path = Path("runs/audit")
@@ -34,7 +36,7 @@ class AuditOptions:
 
 
 def run_audit(words: Words, console: Console) -> int:
-    default = AuditOptions(base_config(words))
+    default = AuditOptions(base_config(words, AUDIT))
     options = tyro.cli(AuditOptions, prog="gaf audit", args=words, default=default)
     from gaf_lab.records.locks import own_folder
 
@@ -57,20 +59,18 @@ def audit_and_write(options: AuditOptions, command: str, console: Console) -> in
     found = []
     with Progress(console) as progress:
         for seed in range(config.seed, config.seed + options.seeds):
-
-            def tell(what: str, step: int, steps: int, seed: int = seed) -> None:
-                progress(f"seed {seed}, {what}", step, steps)
-
+            tell = partial(progress, f"seed {seed}")
             found.append(audit_labels(dataclasses.replace(config, seed=seed), options.data, tell))
     lines = [one.line() for one in found]
     write_samples(found[0], out / "samples.csv")
     draw_audit(found[0], out / "audit.png")
-    draw_suspects(found[0], out / "suspects.png")
+    sheet = draw_suspects(found[0], out / "suspects.png")
     conditions = {"command": command, "config": config.plain()}
     write_measurements(found, out / "audit.jsonl", conditions, pick_device(config.device))
     if known := with_truth(lines):
         console.print(table(known))
     say(console, closing_words(lines))
     say(console, f"Samples: {out / 'samples.csv'}. Figure: {out / 'audit.png'}")
-    show_file(console, f"The {SUSPECTS} first as pictures:", out / "suspects.png")
+    if sheet:
+        show_file(console, f"The {SUSPECTS} first as pictures:", out / "suspects.png")
     return 0

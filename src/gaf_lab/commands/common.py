@@ -27,13 +27,14 @@ def show_file(console: Console, what: str, path: Path) -> None:
     console.print(Text.assemble(f"{what} ", (str(path), link)), soft_wrap=True)
 
 
-def base_config(words: Words) -> TrainConfig:
+def base_config(words: Words, default: TrainConfig | None = None) -> TrainConfig:
     """The config before the command line's own options: defaults, preset, TOML file."""
+    default = default or TrainConfig()
     if asks_for_help(words):  # help is shown even if a file or name is wrong
-        return TrainConfig()
+        return default
     check_tau(value_of(words, "--tau"))  # before the parser, which only reports "no float"
     preset, toml = value_of(words, "--preset"), value_of(words, "--toml")
-    base = TrainConfig() if preset is None else find_preset(preset)
+    base = default if preset is None else find_preset(preset)
     return base if toml is None else from_toml(Path(toml), base)
 
 

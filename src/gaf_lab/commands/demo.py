@@ -1,16 +1,19 @@
-"""`gaf demo`: label noise on MNIST-5k, with a table, figures and a page."""
+"""`gaf demo`: label noise on MNIST-5k, with a table, figures, suspect labels and a page."""
 
 import dataclasses
 import shlex
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import tyro
 from rich.console import Console
 
 from gaf_lab.commands.common import Words, say
 from gaf_lab.settings.checks import MOST_SEEDS, check_count
+from gaf_lab.settings.config import TrainConfig
 from gaf_lab.settings.presets import DEMO
 
 QUICK_PASSES = float(round(DEMO.passes / 3))
@@ -18,10 +21,12 @@ QUICK_PASSES = float(round(DEMO.passes / 3))
 
 @dataclass
 class DemoOptions:
-    """Label noise on MNIST-5k in about a minute: averaging, GAF and its control; 3 paired seeds."""
+    """Label noise on MNIST-5k in about a minute: averaging, GAF and its control, 3 paired seeds;
+    then which of the labels are wrong."""
 
     out: Path = Path("runs/demo")
-    """Folder for records, figures and report.html. Replaces an earlier demo's runs in it."""
+    """Folder for records, figures, labels/samples.csv and report.html.
+    Replaces an earlier demo's runs in it."""
     seeds: int = 3
     """Paired seeds, at least 1. Higher narrows the intervals and takes longer."""
     passes: float = DEMO.passes
@@ -55,9 +60,23 @@ def run_demo(words: Words, console: Console) -> int:
             say(console, "No run was finished; there is nothing to report.")
             return 130 if stopped else 1
         console.print(results_table(runs))
-        page = write_report(runs, options.out, title="GAF demo: label noise on MNIST-5k")
+        suspects = None if stopped else show_labels(base, options.out, console)
+        title = "GAF demo: label noise on MNIST-5k"
+        page = write_report(runs, options.out, title=title, suspects=suspects)
     say(console, f"{len(runs)} runs in {time.perf_counter() - started:.0f} s. Page: {page}")
     return 130 if stopped else 0
+
+
+def show_labels(base: TrainConfig, folder: Path, console: Console) -> dict[str, Any]:
+    """Finds the wrong labels, says what was found, and returns the page's section."""
+    from gaf_lab.experiments.audit_report import closing_words
+    from gaf_lab.experiments.demo_labels import FOLDER, find_labels, label_section
+    from gaf_lab.training.console import Progress
+
+    with Progress(console) as progress:
+        found = find_labels(base, folder, partial(progress, "judging labels"))
+    say(console, f"Which labels are wrong: {folder / FOLDER / closing_words([found.line()])}")
+    return label_section(found)
 
 
 def default_options(words: Words) -> DemoOptions:

@@ -1,172 +1,97 @@
-"""gaf audit: trains a config, and ranks its training samples by how likely their labels are wrong.
+"""gaf audit: trains a config while `gaf.SampleAgreement` watches, and reports suspect labels.
 
-samples.csv is ranked by label quality (`label_quality`), from the model's probabilities averaged
-over the evaluations. is_label_issue marks its first m lines; m is the estimated number of wrong
-labels.
-
-For comparison, every sample has other scores, higher for what is more suspect: its loss, averaged
-over the evaluations (as in O2U-Net, ICCV 2019), and at the evaluation that held-out labels choose;
-and two of the filter's own. These are averages, over the compared micro-batches that contained the
-sample, of
-
-    distance of the micro-batch's gradient to the running sum - mean distance of the last 100 steps
-
-in cosine distance; 0 is usual. `rejection` is the same with 1 for a distance above tau and 0 for
-one below. Rejections are rare early on and frequent late; subtracting the recent mean removes this.
-A step's own mean would leave nothing at k = 2, because one row is compared.
+It watches without effect: the run is that of `gaf train`.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-import torch
-from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch import Tensor, nn
 
 import gaf
-from gaf.record.audit import value_per_row
-from gaf.record.excess import Excess
-from gaf.rules.sequential import TIE
 from gaf_lab.experiments.audit_result import AuditResult
-from gaf_lab.experiments.label_quality import count_wrong_labels, label_quality, mark_lowest
 from gaf_lab.settings.checks import ConfigError
 from gaf_lab.settings.config import TrainConfig
-from gaf_lab.training.evaluate import logits
 from gaf_lab.training.loop import Training
+from gaf_lab.training.plain_engine import OneByOne
 
 
-class Tally:
-    """Scores n samples by the micro-batches that contained them; see gaf.Audit.
+class Watched:
+    """A run's objective that shows every micro-batch to a criterion, which judges its labels.
 
-    By how far these were from the running sum, and by how often above tau.
+    Args:
+        objective: of the run.
+        criterion: is called with outputs, labels and places of the samples.
     """
 
-    def __init__(self, n: int) -> None:
-        self.distances, self.rejections = gaf.Audit(n), Excess(n)
+    def __init__(self, objective: Any, criterion: gaf.SampleAgreement) -> None:
+        self.objective, self.criterion = objective, criterion
 
-    def add(self, indices: Sequence[Tensor], outcome: gaf.Outcome) -> None:
-        """Adds one step. indices: the samples of each of the k micro-batches, (b,)."""
-        self.distances.record(indices, outcome)
-        above = [float(d > outcome.tau + TIE) for d in outcome.distances]
-        self.rejections.add(indices, value_per_row(above, outcome.distances))
+    def __call__(self, forward: Any, x: Any, y: Tensor, index: Tensor, *at: int) -> Tensor:
+        """The objective's own loss of samples `index`: inputs x and labels y."""
 
-    @property
-    def appearances(self) -> Tensor:
-        return self.distances.counts
+        def seen(x: Any) -> Any:
+            outputs = forward(x)
+            self.criterion(outputs.detach().float(), y, index=index)
+            return outputs
 
-    def distance_scores(self) -> Tensor:
-        """(n,); 0 for a sample that no compared micro-batch contained."""
-        return self.distances.scores().nan_to_num(0)
-
-    def rejection_scores(self) -> Tensor:
-        return self.rejections.scores().nan_to_num(0)
+        loss: Tensor = self.objective(seen, x, y, index, *at)
+        return loss
 
 
 def audit_labels(
-    config: TrainConfig, data_folder: Path | None, progress: Callable[[str, int, int], None]
+    config: TrainConfig, data_folder: Path | None, progress: Callable[[int, int], None]
 ) -> AuditResult:
-    """Trains the config, and plain averaging on the same micro-batches.
+    """Trains the config, and judges the labels that it is trained on.
 
     Args:
-        config: of the filtered run; averaging's differs in its policy alone.
+        config: of the run. Plain averaging, which nothing steers, judges best.
         data_folder: with the data set's archive; None downloads it.
-        progress: is called with the name of the training, the step, and the number of steps.
+        progress: is called with the step and the number of steps.
 
     Raises:
         ConfigError, DataError: if an argument cannot be used.
-        Diverged: if a training diverges.
+        Diverged: if the training diverges.
     """
     check_audit(config)
     training = Training(dataclasses.replace(config, engine="plain"), data_folder)
-    tally = Tally(len(training.problem.train))
-    outputs, selected, taken = train_and_score(
-        training, tally, lambda *at: progress("filtering", *at)
-    )
-    averaging = Training(dataclasses.replace(config, policy="mean", engine="plain"), data_folder)
-    others, _, _ = train_and_score(averaging, None, lambda *at: progress("averaging", *at))
-    best = max(range(len(selected)), key=lambda i: selected[i])
-    given = training.problem.train.observed.cpu()
-    p = outputs.probabilities / len(outputs.losses)
-    quality = label_quality(p, given)
-    scores = {
-        "quality": 1 - quality,
-        "loss": torch.stack(outputs.losses).mean(0),
-        "loss_selected": outputs.losses[best],
-        "loss_averaging": torch.stack(others.losses).mean(0),
-        "distance": tally.distance_scores(),
-        "rejection": tally.rejection_scores(),
-    }
-    return AuditResult(
-        problem=training.problem,
-        scores=scores,
-        quality=quality,
-        predicted=p.argmax(1),
-        issues=mark_lowest(quality, count_wrong_labels(p, given)),
-        appearances=tally.appearances,
-        selected=selected[best],
-        taken=taken,
-    )
+    assert isinstance(training.source, OneByOne)
+    criterion = watcher(training)
+    training.source.objective = Watched(training.source.objective, criterion)  # type: ignore[assignment]
+    problem, accuracies = training.problem, [0.0]
+    while training.step < problem.steps and not training.over:
+        training.macro_batch()
+        if problem.evaluation(training.step) or training.step == problem.steps:
+            accuracies.append(float(training.evaluation()["heldout_accuracy"] or 0))
+        progress(training.step, problem.steps)
+    return AuditResult(problem, criterion.report(), max(accuracies))
+
+
+def watcher(training: Training) -> gaf.SampleAgreement:
+    """Judges by prototypes, or by the loss where the model ends in no Linear layer."""
+    head = find_head(training.model, training.problem.classes)
+    return gaf.SampleAgreement(
+        nn.CrossEntropyLoss(reduction="none"),
+        head,
+        "loss" if head is None else "prototype",
+        num_classes=training.problem.classes,
+        num_samples=len(training.problem.train),
+        weigh=False,
+    ).to(training.device)
+
+
+def find_head(model: nn.Module, classes: int) -> nn.Linear | None:
+    """The last Linear layer that gives a number for each class."""
+    linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    heads = [module for module in linear if module.out_features == classes]
+    return heads[-1] if heads else None
 
 
 def check_audit(config: TrainConfig) -> None:
-    if config.policy != "gaf" or config.scope != "all" or config.start != "first":
+    if config.mixup or config.sam:
         raise ConfigError(
-            "policy must be 'gaf' with scope 'all' and start 'first' for an audit, "
-            "which scores distances to the running sum; "
-            f"got {config.policy!r}, {config.scope!r} and {config.start!r}. "
-            "Leave them at their defaults."
+            "mixup and sam must be 0 for an audit, which judges single samples by one forward pass "
+            f"a step; got {config.mixup:g} and {config.sam:g}. Leave them out."
         )
-    if config.k < 2:
-        raise ConfigError(
-            f"k must be at least 2 for an audit; got {config.k}. "
-            "One micro-gradient has nothing to agree with."
-        )
-    if config.dataset == "imagenet":
-        raise ConfigError("dataset must be in memory for an audit; got 'imagenet'. Use another.")
-
-
-@dataclass(eq=False)
-class Outputs:
-    """A model's outputs for the training samples, in evaluation mode, at each evaluation so far.
-
-    Attributes:
-        losses: for each evaluation (n,), with the observed labels.
-        probabilities: their sum, (n, classes).
-    """
-
-    losses: list[Tensor]
-    probabilities: Tensor
-
-    @torch.no_grad()
-    def add(self, training: Training) -> None:
-        train = training.problem.train
-        found = logits(training.model, training.problem, train)
-        loss = cross_entropy(found, train.observed, reduction="none")
-        self.losses.append(loss.double().cpu())
-        self.probabilities += found.softmax(1).double().cpu()
-
-
-def train_and_score(
-    training: Training, tally: Tally | None, progress: Callable[[int, int], None]
-) -> tuple[Outputs, list[float], float]:
-    """Trains to the end.
-
-    Returns:
-        The outputs and the held-out accuracies of the evaluations, and the share of steps taken.
-    """
-    problem, accuracies, taken = training.problem, [], 0
-    probabilities = torch.zeros(len(problem.train), problem.classes, dtype=torch.float64)
-    outputs = Outputs([], probabilities)
-    while training.step < problem.steps:
-        indices = [problem.index(training.step, i).cpu() for i in range(training.config.k)]
-        outcome = training.macro_batch()
-        taken += outcome.stepped
-        if tally is not None:
-            tally.add(indices, outcome)
-        if problem.evaluation(training.step) or training.step == problem.steps:
-            outputs.add(training)
-            accuracies.append(float(training.evaluation()["heldout_accuracy"] or 0))
-        progress(training.step, problem.steps)
-    return outputs, accuracies, taken / problem.steps

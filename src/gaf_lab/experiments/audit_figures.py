@@ -7,7 +7,6 @@ import torch
 from sklearn.metrics import roc_curve
 from torch import Tensor
 
-from gaf_lab.data.problem import Problem
 from gaf_lab.experiments.audit_result import AuditResult
 from gaf_lab.experiments.probe_figure import legend_on_top
 from gaf_lab.records import run as records
@@ -25,8 +24,7 @@ RIGHT, WRONG = "#1559c9", "#e0561b"
 ROC_CURVES = {
     "quality": ("label quality", "#1559c9"),
     "loss": ("loss", "#12a08a"),
-    "loss_averaging": ("loss, averaging", "#8c1d4f"),
-    "distance": ("distance", "#e0561b"),
+    "disagreement": ("disagreement", "#8c1d4f"),
 }
 
 
@@ -81,11 +79,17 @@ def name_axes(ax: "Axes", title: str, across: str) -> None:
     ax.set_xlabel(across, fontsize=10, color=SOFT)
 
 
-def draw_suspects(found: AuditResult, path: Path) -> None:
+def draw_suspects(found: AuditResult, path: Path) -> bool:
     """Draws the first suspects, each with its index, given and predicted label. A PNG of 150 dpi.
 
     The labels' colour shows whether the given one is wrong, if that is known.
+
+    Returns:
+        Whether the samples are pictures; otherwise nothing is drawn.
     """
+    pictures = pictures_of(found)
+    if pictures is None:
+        return False
     first, known = found.order[:SUSPECTS], bool(found.flipped.any())
     rows = -(-len(first) // PER_ROW)
     height = 0.95 + 1.38 * rows
@@ -97,13 +101,14 @@ def draw_suspects(found: AuditResult, path: Path) -> None:
     write_title(figure, len(first), known, height)
     for ax in axes:
         ax.axis("off")
-    for ax, i in zip(axes, first, strict=False):
+    for ax, row in zip(axes, first, strict=False):
         color = INK
         if known:
-            color = WRONG if found.flipped[i] else RIGHT
-        draw_suspect(ax, found, i, color)
+            color = WRONG if found.flipped[row] else RIGHT
+        draw_suspect(ax, found, row, pictures[found.index[row]], color)
     with records.replace_whole(path) as part:
         figure.savefig(part, dpi=DPI)
+    return True
 
 
 def write_title(figure: "Figure", count: int, known: bool, height: float) -> None:
@@ -118,17 +123,31 @@ def write_title(figure: "Figure", count: int, known: bool, height: float) -> Non
         figure.text(0.28, at, "in blue: the given label is right", fontsize=10, color=RIGHT)
 
 
-def draw_suspect(ax: "Axes", found: AuditResult, i: int, color: str) -> None:
-    ax.imshow(pixels(found.problem, i), cmap="gray", interpolation="nearest")
-    labels = f"{int(found.problem.train.observed[i])} → {int(found.predicted[i])}"
-    ax.set_title(labels, fontsize=10, color=color, pad=12)
-    index = f"#{int(found.problem.origin[i])}"
+def draw_suspect(ax: "Axes", found: AuditResult, row: int, picture: Tensor, color: str) -> None:
+    ax.imshow(pixels(picture), cmap="gray", interpolation="nearest")
+    ax.set_title(labels_of(found, row), fontsize=10, color=color, pad=12)
     place: dict[str, Any] = {"ha": "center", "transform": ax.transAxes}
-    ax.text(0.5, 1.03, index, fontsize=7, color=SOFT, **place)
+    ax.text(0.5, 1.03, f"#{found.origin[row]}", fontsize=7, color=SOFT, **place)
 
 
-def pixels(problem: Problem, i: int) -> "np.ndarray[Any, Any]":
-    """Training picture i as matplotlib takes it: (H, W, 3), or (H, W) if it has one channel."""
-    assert isinstance(problem.train.x, Tensor)
-    found: np.ndarray[Any, Any] = problem.train.x[i].permute(1, 2, 0).cpu().numpy()
+def labels_of(found: AuditResult, row: int) -> str:
+    """The given label and the suggested one."""
+    return f"{found.report['given_label'][row]} → {found.report['predicted_label'][row]}"
+
+
+def pictures_of(found: AuditResult) -> Tensor | None:
+    """The training samples (N, C, H, W), if they are pictures of one channel or three."""
+    x = found.problem.train.x
+    return x if isinstance(x, Tensor) and x.ndim == 4 and x.shape[1] in (1, 3) else None
+
+
+def pixels(picture: Tensor) -> "np.ndarray[Any, Any]":
+    """A picture as matplotlib takes it: (H, W, 3), or (H, W) if it has one channel.
+
+    Other values than bytes are spread over [0, 1].
+    """
+    if picture.is_floating_point():
+        low, high = picture.min(), picture.max()
+        picture = (picture - low) / (high - low).clamp_min(1e-12)
+    found: np.ndarray[Any, Any] = picture.permute(1, 2, 0).cpu().numpy()
     return found[:, :, 0] if found.shape[2] == 1 else found

@@ -5,68 +5,58 @@ import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 from rich import box
 from rich.table import Table
 
 from gaf_lab.experiments.audit_result import AuditLine, AuditResult
 from gaf_lab.records import run as records
-from gaf_lab.report.statistics import bootstrap
 
 SCORES = {
-    "quality": "label quality, mean over evaluations",
-    "loss": "loss, mean over evaluations",
-    "loss_selected": "loss, at the selected evaluation",
-    "loss_averaging": "loss, mean over evaluations, plain averaging",
-    "distance": "distance, this filter",
-    "rejection": "rejection, this filter",
+    "quality": "label quality",
+    "loss": "mean loss",
+    "disagreement": "share of visits at which another class was nearer",
 }
-RANKING = "quality"  # of samples.csv; results/audit.jsonl has what it finds, and the others
 
 
 def write_samples(found: AuditResult, path: Path) -> None:
-    """Writes a line per training sample, the most suspect first; index is the data set's own.
+    """Writes a line per judged sample, the most suspect first; index is the data set's own.
 
     true_label and flipped are empty if no label is known to be wrong.
     """
     known = bool(found.flipped.any())
-    train = found.problem.train
-    others = [name for name in SCORES if name != RANKING]
+    columns: dict[str, Sequence[object]] = {
+        **found.report,
+        "index": found.origin,
+        "is_label_issue": [int(issue) for issue in found.report["is_label_issue"]],
+        "true_label": found.truth if known else [""] * len(found.truth),
+        "flipped": found.flipped.int().tolist() if known else [""] * len(found.truth),
+    }
     with records.replace_whole(path) as part, part.open("w", newline="") as file:
         out = csv.writer(file)
-        given = ["index", "given_label", "predicted_label", "label_quality", "is_label_issue"]
-        out.writerow([*given, *others, "appearances", "true_label", "flipped"])
-        for i in found.order:
-            row = [
-                int(found.problem.origin[i]),
-                int(train.observed[i]),
-                int(found.predicted[i]),
-                f"{float(found.quality[i]):.6g}",
-                int(found.issues[i]),
-                *(f"{float(found.scores[name][i]):.6g}" for name in others),
-                int(found.appearances[i]),
-            ]
-            truth = [int(train.clean[i]), int(found.flipped[i])] if known else ["", ""]
-            out.writerow([*row, *truth])
+        out.writerow(columns)
+        for row in found.order:
+            values = [column[row] for column in columns.values()]
+            out.writerow([f"{v:.6g}" if isinstance(v, float) else v for v in values])
 
 
 def with_truth(lines: Sequence[AuditLine]) -> list[AuditLine]:
     """The lines of runs in which it is known which labels are wrong."""
-    return [line for line in lines if line["auroc"][RANKING] is not None]
+    return [line for line in lines if line["auroc"]["quality"] is not None]
 
 
 def table(lines: Sequence[AuditLine]) -> Table:
     """How well each score finds the wrong labels. lines: with truth."""
     result = Table(title="Wrong labels found", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for column in ("way", "AUROC", "precision", "n"):
-        result.add_column(column, justify="left" if column == "way" else "right")
+    for column in ("score", "AUROC", "first 100", "n"):
+        result.add_column(column, justify="left" if column == "score" else "right")
     for name, title in SCORES.items():
-        auroc = mean_and_deviation([line["auroc"][name] for line in lines])
-        precision = mean_and_deviation([line["precision"][name] for line in lines])
-        result.add_row(title, auroc, precision, str(len(lines)))
+        cells = [mean_and_deviation([line[of][name] for line in lines]) for of in MEASURES]
+        result.add_row(title, *cells, str(len(lines)))
     return result
+
+
+MEASURES = ("auroc", "first100")
 
 
 def mean_and_deviation(values: Sequence[float]) -> str:
@@ -79,7 +69,7 @@ def mean_and_deviation(values: Sequence[float]) -> str:
 
 
 def closing_words(lines: Sequence[AuditLine]) -> str:
-    """How good samples.csv is, beside the usual way; what is_label_issue marks; the filter's own.
+    """How good samples.csv is, beside the mean loss, and what is_label_issue marks.
 
     Averages over the seeds.
     """
@@ -88,39 +78,16 @@ def closing_words(lines: Sequence[AuditLine]) -> str:
     if not known:
         return (
             "samples.csv is ranked by label quality. It is not known which labels are wrong, "
-            "so the ranking cannot be checked. "
-            f"is_label_issue marks the first {marked:.0f} lines."
+            f"so the ranking cannot be checked. is_label_issue marks {marked:.0f} lines."
         )
+    auroc = {name: statistics.fmean(line["auroc"][name] for line in known) for name in SCORES}
+    first = statistics.fmean(line["first100"]["quality"] for line in known)
     return (
-        f"samples.csv is ranked by label quality: AUROC {mean_auroc(known, RANKING):.3f}. "
-        "The mean loss of plain averaging, the usual way, "
-        f"has {mean_auroc(known, 'loss_averaging'):.3f}, {describe_lead(known)}. "
-        f"{describe_issues(marked, [line['issues'] for line in known])} "
-        f"The filter's own distance has {mean_auroc(known, 'distance'):.3f}."
+        f"samples.csv is ranked by label quality: AUROC {auroc['quality']:.3f}; "
+        f"{100 * first:.0f}% of the first 100 labels are wrong. "
+        f"The mean loss has {auroc['loss']:.3f}. "
+        f"{describe_issues(marked, [line['issues'] for line in known])}"
     )
-
-
-def mean_auroc(lines: Sequence[AuditLine], name: str) -> float:
-    return statistics.fmean(line["auroc"][name] for line in lines)
-
-
-def describe_lead(lines: Sequence[AuditLine]) -> str:
-    """How much more or less AUROC the usual way has; with its interval over several seeds."""
-    leads = usual_lead(lines)
-    # The difference of the values as they are shown.
-    usual, ranking = (round(mean_auroc(lines, name), 3) for name in ("loss_averaging", RANKING))
-    text = f"so {abs(usual - ranking):.3f} {'more' if usual > ranking else 'less'}"
-    if usual == ranking:
-        text = "which is the same"
-    if len(leads) == 1:
-        return text
-    low, high = bootstrap(leads)
-    return f"{text} (95% interval over {len(leads)} seeds: {low:+.3f} to {high:+.3f})"
-
-
-def usual_lead(lines: Sequence[AuditLine]) -> "np.ndarray[Any, Any]":
-    """AUROC of the mean loss under plain averaging less that of label quality, by seeds."""
-    return np.array([line["auroc"]["loss_averaging"] - line["auroc"][RANKING] for line in lines])
 
 
 def describe_issues(marked: float, issues: Sequence[dict[str, float | None]]) -> str:
@@ -130,7 +97,7 @@ def describe_issues(marked: float, issues: Sequence[dict[str, float | None]]) ->
     if not precisions:
         return "is_label_issue marks no line."
     return (
-        f"is_label_issue marks the first {marked:.0f} lines. "
+        f"is_label_issue marks {marked:.0f} lines. "
         f"{100 * statistics.fmean(precisions):.0f}% of these are wrong. "
         f"They hold {100 * statistics.fmean(recalls):.0f}% of all wrong labels."
     )

@@ -1,90 +1,106 @@
 """What an audit has found, and its line.
 
-samples.csv has a line per training sample; audit.jsonl a line per seed:
+audit.jsonl has a line per seed:
 
-    {"kind": "audit", "seed", "b", "k", "samples", "flipped",
-     "auroc": {score: ...}, "precision": {score: ...},
-     "issues": {"count", "precision", "recall"}, "selected", "steps_taken"}
+    {"kind": "audit", "seed", "dataset", "noise", "noise_rate", "policy", "k", "b", "passes",
+     "samples", "flipped", "auroc": {score: ...}, "first100": {score: ...},
+     "issues": {"count", "precision", "recall"}, "selected"}
 
-precision: the share of flipped samples among the most suspect, as many as are flipped; of issues,
-among those that are marked. All but count are null if no label is known to be wrong.
+samples: those that were judged; first100: the share of flipped samples among the 100 most suspect;
+precision of issues: among those that are marked. All but count are null if no label is known to be
+wrong.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
+import torch
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from gaf_lab.data.problem import Problem
 
 AuditLine = dict[str, Any]
+FIRST = 100
 
 
 @dataclass(frozen=True, eq=False)
 class AuditResult:
-    """What a run has measured of its training samples, (n,) tensors, and of itself.
+    """The report of a run, and what is known of the truth.
 
     Attributes:
-        problem: whose samples they are.
-        scores: by name, higher for what is more suspect.
-        quality: of the given label, in [0, 1]; lower is more suspect.
-        predicted: the most probable class, on average over the evaluations.
-        issues: bool; which labels are taken to be wrong.
-        appearances: compared micro-batches that contained the sample.
+        problem: whose training samples they are.
+        report: of `gaf.SampleAgreement`; its `index` counts the samples of `problem.train`.
         selected: the best held-out accuracy at an evaluation.
-        taken: share of steps that were taken.
     """
 
     problem: Problem
-    scores: dict[str, Tensor]
-    quality: Tensor
-    predicted: Tensor
-    issues: Tensor
-    appearances: Tensor
+    report: dict[str, list[Any]]
     selected: float
-    taken: float
 
-    @property
+    @cached_property
+    def index(self) -> Tensor:
+        """(n,), places of the samples in `problem.train`."""
+        return torch.tensor(self.report["index"])
+
+    @cached_property
+    def origin(self) -> list[int]:
+        """Their places in the data set."""
+        found: list[int] = self.problem.origin[self.index].tolist()
+        return found
+
+    @cached_property
+    def truth(self) -> list[int]:
+        found: list[int] = self.problem.train.clean.cpu()[self.index].tolist()
+        return found
+
+    @cached_property
     def flipped(self) -> Tensor:
-        return (self.problem.train.observed != self.problem.train.clean).cpu()
+        """(n,) bool: whether the label is known to be wrong."""
+        return torch.tensor(self.report["given_label"]) != torch.tensor(self.truth)
 
-    @property
+    @cached_property
+    def quality(self) -> Tensor:
+        """(n,) in [0, 1]; lower is more suspect."""
+        return torch.tensor(self.report["label_quality"])
+
+    @cached_property
     def order(self) -> list[int]:
-        """The samples, the most suspect first."""
+        """The rows of the report, the most suspect first."""
         found: list[int] = self.quality.argsort(stable=True).tolist()
         return found
 
-    def line(self) -> dict[str, Any]:
-        config, flipped = self.problem.config, self.flipped
-        flips = int(flipped.sum())
+    @cached_property
+    def scores(self) -> dict[str, Tensor]:
+        """By name, higher for what is more suspect; `quality` is what the samples are ranked by."""
+        others = {name: torch.tensor(self.report[name]) for name in ("loss", "disagreement")}
+        return {"quality": 1 - self.quality, **others}
+
+    def line(self) -> AuditLine:
+        config = self.problem.config
+        fields = ("seed", "dataset", "noise", "noise_rate", "policy", "k", "b", "passes")
         return {
             "kind": "audit",
-            "seed": config.seed,
-            "dataset": config.dataset,
-            "noise": config.noise,
-            "noise_rate": config.noise_rate,
-            "b": config.b,
-            "k": config.k,
-            "samples": len(flipped),
-            "flipped": flips,
-            **self._found(flipped, flips if flips < len(flipped) else 0),
+            **{name: getattr(config, name) for name in fields},
+            "samples": len(self.index),
+            "flipped": int(self.flipped.sum()),
+            **self._found(),
             "selected": self.selected,
-            "steps_taken": self.taken,
         }
 
-    def _found(self, flipped: Tensor, flips: int) -> dict[str, Any]:
-        """How well the flipped samples were found. flips: how many; 0 if that is not known."""
+    def _found(self) -> dict[str, Any]:
+        """How well the flipped samples were found."""
+        flipped, marked = self.flipped, torch.tensor(self.report["is_label_issue"])
         auroc: dict[str, float | None] = dict.fromkeys(self.scores)
-        precision: dict[str, float | None] = dict.fromkeys(self.scores)
-        marked = int(self.issues.sum())
-        issues: dict[str, Any] = {"count": marked, "precision": None, "recall": None}
-        if flips:
+        first: dict[str, float | None] = dict.fromkeys(self.scores)
+        issues: dict[str, Any] = {"count": int(marked.sum()), "precision": None, "recall": None}
+        if flipped.any() and not flipped.all():
             for name, score in self.scores.items():
-                first = score.argsort(descending=True)[:flips]
                 auroc[name] = float(roc_auc_score(flipped, score))
-                precision[name] = float(flipped[first].double().mean())
-            right = float(flipped[self.issues].sum())
-            issues["recall"] = right / flips
-            issues["precision"] = right / marked if marked else None
-        return {"auroc": auroc, "precision": precision, "issues": issues}
+                order = score.argsort(descending=True, stable=True)
+                first[name] = float(flipped[order[:FIRST]].double().mean())
+            right = float(flipped[marked].sum())
+            issues["recall"] = right / float(flipped.sum())
+            issues["precision"] = right / issues["count"] if issues["count"] else None
+        return {"auroc": auroc, "first100": first, "issues": issues}

@@ -23,7 +23,13 @@ from gaf_lab.report.table import arms_or_error
 from gaf_lab.report.text import signed
 
 
-def write_report(runs: list[Run], out: Path, title: str | None = None, tell: Tell = silent) -> Path:
+def write_report(
+    runs: list[Run],
+    out: Path,
+    title: str | None = None,
+    tell: Tell = silent,
+    suspects: dict[str, Any] | None = None,
+) -> Path:
     """Writes the figures as PNG, `report.csv`, `report.tex` and `report.html` into a folder.
 
     The page needs no other file. The same runs give the same bytes.
@@ -33,6 +39,7 @@ def write_report(runs: list[Run], out: Path, title: str | None = None, tell: Tel
         out: the folder; created if missing.
         title: the page's heading; by default, the arms.
         tell: called with what is being made, its number, and how many there are.
+        suspects: what a section on wrong labels shows: `lede`, `facts`, `tiles` and `file`.
 
     Returns:
         The path of report.html.
@@ -44,7 +51,8 @@ def write_report(runs: list[Run], out: Path, title: str | None = None, tell: Tel
     pictures = write_figures(runs, out, tell)
     charts = parts.figure_parts(runs, pictures, tell)
     values = results(arms, out) | words(arms) | listed_runs(runs, arms)
-    page = render("report.html.j2", charts, title=title or parts.page_title(arms), **values)
+    values |= {"title": title or parts.page_title(arms), "suspects": suspects}
+    page = render("report.html.j2", charts, **values)
     path = out / "report.html"
     path.write_text(page, encoding="utf-8")
     return path

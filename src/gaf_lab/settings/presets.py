@@ -6,6 +6,7 @@ from gaf_lab.settings.checks import ConfigError, nearest
 from gaf_lab.settings.config import TrainConfig
 
 DEMO = TrainConfig()
+AUDIT = TrainConfig(policy="mean", k=1, b=100, passes=12.0)  # the default of `gaf audit`
 
 # Paper, section 4.1: ResNet18, k = 2, b = 100 with one picture of each class, SGD 0.01, decay
 # 0.01, plateau, 500k steps. 500k steps of 200 samples are 2,000 passes over 50,000. What the text

@@ -134,7 +134,7 @@ def test_a_download_says_how_many_bytes_have_come():
 @pytest.mark.parametrize(
     ("words", "progress"),
     [
-        (("audit", *DIGITS), ["seed 0, filtering: step", "seed 0, averaging: step"]),
+        (("audit", *DIGITS), ["seed 0: step"]),
         (
             ("probe", *DIGITS, "--after", "0", "3", "--rows", "32"),
             [
