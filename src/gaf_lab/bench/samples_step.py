@@ -13,11 +13,11 @@ import gaf
 from gaf_lab.bench.timing import StepTime, compare_steps, time_in_turn
 from gaf_lab.progress import Tell, silent
 from gaf_lab.training.models import make_model
+from gaf_lab.training.weighing import last_linear
 
 PLAIN_TRAINING, ALL_LAYERS = "plain", "vote of all layers"
-SCORES = ("prototype", "loss", "vote", ALL_LAYERS)
+AGREEMENT_SCORES = ("prototype", "loss", "vote", ALL_LAYERS)
 CLASSES, SAMPLES = 100, 50_000  # of CIFAR-100
-CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -51,11 +51,11 @@ def measure_agreement(b: int, rounds: int, block: int, tell: Tell = silent) -> l
         block: steps of each in a round.
         tell: is called with the progress.
     """
-    work = {name: ResNetStep(name, b).take for name in (PLAIN_TRAINING, *SCORES)}
+    work = {name: ResNetStep(name, b).take for name in (PLAIN_TRAINING, *AGREEMENT_SCORES)}
     tell(f"steps, b = {b}", 0, 1)
-    times = time_in_turn(work, rounds, block, CPU)
+    times = time_in_turn(work, rounds, block, torch.device("cpu"))
     plain = times[PLAIN_TRAINING]
-    return [AgreementCost(name, b, block, times[name], plain) for name in SCORES]
+    return [AgreementCost(name, b, block, times[name], plain) for name in AGREEMENT_SCORES]
 
 
 class ResNetStep:
@@ -87,8 +87,7 @@ class ResNetStep:
 
 
 def make_agreement(score: str, model: nn.Module) -> gaf.SampleAgreement:
-    head = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
-    losses = nn.CrossEntropyLoss(reduction="none")
+    head, losses = last_linear(model), nn.CrossEntropyLoss(reduction="none")
     if score == ALL_LAYERS:
         return gaf.SampleAgreement(losses, head, "vote", model=model, num_samples=SAMPLES)
     given: Any = score

@@ -18,7 +18,7 @@ from gaf_lab.training.loop import Training
 from gaf_lab.training.plain_engine import OneByOne
 
 
-class Watched:
+class WatchedObjective:
     """A run's objective that shows every micro-batch to a criterion, which judges its labels.
 
     Args:
@@ -59,7 +59,7 @@ def audit_labels(
     training = Training(dataclasses.replace(config, engine="plain"), data_folder)
     assert isinstance(training.source, OneByOne)
     criterion = watcher(training)
-    training.source.objective = Watched(training.source.objective, criterion)  # type: ignore[assignment]
+    training.source.objective = WatchedObjective(training.source.objective, criterion)  # type: ignore[assignment]
     problem, accuracies = training.problem, [0.0]
     while training.step < problem.steps and not training.over:
         training.macro_batch()
@@ -90,8 +90,9 @@ def find_head(model: nn.Module, classes: int) -> nn.Linear | None:
 
 
 def check_audit(config: TrainConfig) -> None:
-    if config.mixup or config.sam:
+    if config.mixup or config.sam or config.audit_passes:
         raise ConfigError(
-            "mixup and sam must be 0 for an audit, which judges single samples by one forward pass "
-            f"a step; got {config.mixup:g} and {config.sam:g}. Leave them out."
+            "mixup, sam and audit_passes must be 0 for an audit, which judges single samples over "
+            f"one run; got {config.mixup:g}, {config.sam:g} and {config.audit_passes:g}. "
+            "Leave them out."
         )

@@ -51,12 +51,11 @@ def table(lines: Sequence[AuditLine]) -> Table:
     for column in ("score", "AUROC", "first 100", "n"):
         result.add_column(column, justify="left" if column == "score" else "right")
     for name, title in SCORES.items():
-        cells = [mean_and_deviation([line[of][name] for line in lines]) for of in MEASURES]
+        cells = [
+            mean_and_deviation([line[of][name] for line in lines]) for of in ("auroc", "first100")
+        ]
         result.add_row(title, *cells, str(len(lines)))
     return result
-
-
-MEASURES = ("auroc", "first100")
 
 
 def mean_and_deviation(values: Sequence[float]) -> str:

@@ -49,11 +49,11 @@ def test_a_step_of_each_score_is_compared_with_plain_training(tmp_path: Path) ->
     words = "--parts step --b 2 --block 1 --rounds 2 --out"
     assert run_command(["bench", "samples", *words.split(), str(out)], Console(quiet=True)) == 0
     _, *lines = map(json.loads, out.read_text().splitlines())
-    assert [line["score"] for line in lines] == [*samples_step.SCORES]
+    assert [line["score"] for line in lines] == [*samples_step.AGREEMENT_SCORES]
     assert all(0 < line["ratio_p10"] <= line["ratio_median"] for line in lines)
 
 
-@pytest.mark.parametrize("score", samples_step.SCORES)
+@pytest.mark.parametrize("score", samples_step.AGREEMENT_SCORES)
 def test_the_steps_train_and_judge(score: str) -> None:
     """With the same weights as plain training, because no sample is weighed on its first visits."""
     model, plain = (samples_step.ResNetStep(name, 2) for name in (score, "plain"))

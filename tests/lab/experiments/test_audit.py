@@ -170,8 +170,8 @@ def test_the_sheet_has_a_picture_for_each_suspect_with_both_labels(
 
 
 def test_what_mixes_samples_or_repeats_them_is_refused() -> None:
-    for change in ({"mixup": 0.2}, {"sam": 0.05}):
-        with pytest.raises(ConfigError, match="mixup and sam must be 0 for an audit"):
+    for change in ({"mixup": 0.2}, {"sam": 0.05}, {"audit_passes": 2.0}):
+        with pytest.raises(ConfigError, match="mixup, sam and audit_passes must be 0 for an audit"):
             audit(**change)
 
 
