@@ -25,6 +25,7 @@ folds. A run that is interrupted goes on with the same command.
 """
 
 import argparse
+import dataclasses
 import json
 import time
 from pathlib import Path
@@ -37,7 +38,7 @@ import gaf
 from gaf.samples.history import DISAGREED, LOSS, SCORE
 from gaf_lab.data import noise
 from gaf_lab.data.augment import normalise
-from gaf_lab.data.problem import take_subset
+from gaf_lab.data.make_data import subset
 from gaf_lab.data.sampling import generator
 from gaf_lab.data.sets import load_once
 from gaf_lab.records.measurements import write_measurements
@@ -211,7 +212,11 @@ def flip(data: Any, kind: str, rate: float, seed: int) -> Tensor:
 
 
 def run(name: str, kind: str, rate: float, seed: int, at: list[int]) -> list[Line]:
-    data = take_subset(load_once(name, None), LIMIT)
+    data = load_once(name, None)
+    kept, tested = (subset(name, len(y), LIMIT) for y in (data.train_y, data.test_y))
+    train = {"train_x": data.train_x[kept], "train_y": data.train_y[kept]}
+    tests = {"test_x": data.test_x[tested], "test_y": data.test_y[tested]}
+    data = dataclasses.replace(data, human=None, **train, **tests)
     x, test = (normalise(part, data.mean, data.std) for part in (data.train_x, data.test_x))
     given = flip(data, kind, rate, seed)
     plain = plain_seconds(data, x, given, at[-1])

@@ -12,7 +12,7 @@ SOURCES = Path(__file__).parents[1] / "src"
 ROOMS = {
     "gaf": ["rules", "record", "measure", "device", "ranks", "samples", "integrations"],
     "gaf_lab": [
-        *("settings", "records", "data", "training", "sweeps"),
+        *("settings", "records", "data", "training", "tasks", "sweeps"),
         *("report", "paper", "bench", "experiments", "commands"),
     ],
 }

@@ -2,6 +2,12 @@
 
 import os
 import sys
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gaf_lab.data.problem import Augmentation, Metric, Problem
+
+__all__ = ["Augmentation", "Metric", "Problem"]
 
 # settings of how threads wait for one another: OpenMP's, GNU's and Intel's
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
@@ -30,3 +36,12 @@ def let_threads_sleep() -> None:
     """
     if not any(name in os.environ for name in WAITING):
         os.environ["OMP_WAIT_POLICY"] = "passive"
+
+
+def __getattr__(name: str) -> Any:
+    """The names of __all__, imported when they are used: torch takes a while."""
+    if name in __all__:
+        from gaf_lab.data import problem
+
+        return getattr(problem, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

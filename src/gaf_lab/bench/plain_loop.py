@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from gaf_lab.bench.ways import filter_rows
-from gaf_lab.data.problem import Problem
+from gaf_lab.data.run_data import RunData
 from gaf_lab.data.sampling import derive_seed
 from gaf_lab.settings.config import TrainConfig
-from gaf_lab.training import models
+from gaf_lab.tasks.pictures import Normalise
 from gaf_lab.training.optimizers import make_optimizer
 
 PADDING = 4
@@ -63,19 +63,21 @@ class PlainLoop:
     """
 
     def __init__(
-        self, config: TrainConfig, problem: Problem, device: torch.device, workers: int
+        self, config: TrainConfig, problem: RunData, device: torch.device, workers: int
     ) -> None:
         self.config, self.device, self.workers = config, device, workers
         train = problem.train
+        prepare = problem.problem.prepare
         assert isinstance(train.x, Tensor)
-        pictures, labels = train.x.cpu(), train.observed.cpu()
-        self.data = OnePicture(pictures, labels, problem.data.mean, problem.data.std)
+        assert isinstance(prepare, Normalise)
+        pictures, labels = train.x.cpu(), train.labels.cpu()
+        self.data = OnePicture(pictures, labels, prepare.mean, prepare.std)
         if config.sampler == "iid":
             self.groups = [list(range(len(train)))]
         else:
             classes = range(problem.classes)
-            self.groups = [(train.clean == c).nonzero().flatten().tolist() for c in classes]
-        self.model = fresh_model(config, problem, device)
+            self.groups = [(train.truth == c).nonzero().flatten().tolist() for c in classes]
+        self.model = fresh_model(problem)
         self.optimizer = make_optimizer(config, config.lr, list(self.model.parameters()))
         self.random = random.Random(config.seed)
 
@@ -106,7 +108,7 @@ class PlainLoop:
         self.optimizer.step()
 
 
-def fresh_model(config: TrainConfig, problem: Problem, device: torch.device) -> nn.Module:
+def fresh_model(data: RunData) -> nn.Module:
     """The model that a training of this config begins with."""
-    torch.manual_seed(derive_seed(config.seed, "weights"))
-    return models.make_model(config.model, problem.shape, problem.classes, config.stem).to(device)
+    torch.manual_seed(derive_seed(data.config.seed, "weights"))
+    return data.new_model()

@@ -60,7 +60,7 @@ def books_alone(training: Training, listener: ConsoleListener) -> Callable[[], N
 
 
 def passes_alone(training: Training) -> Callable[[], None]:
-    model = fresh_model(training.config, training.problem, training.device)
+    model = fresh_model(training.problem)
     x, y = training.problem.micro_batch(0, 0)
 
     def passes() -> None:
@@ -95,8 +95,8 @@ def device_data(training: Training, engine: OnDevice) -> Callable[[], None]:
     def transform() -> None:
         for i in range(training.config.k):
             index = tables["index"][0][i]
-            problem.inputs(shift(pictures[index], tables["shifts"][0][i]))
-            problem.train.observed[index]
+            problem.inputs(shift(pictures[index], tables["augment"][0][i]))
+            problem.train.labels[index]
 
     replay = as_graph(transform, training.device)
 

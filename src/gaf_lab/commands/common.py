@@ -1,5 +1,6 @@
 """What the commands share: lines on the console, and the config behind a command's options."""
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from rich.text import Text
 from gaf_lab.settings.checks import check_tau
 from gaf_lab.settings.config import TrainConfig
 from gaf_lab.settings.presets import find_preset
-from gaf_lab.settings.reading import from_toml
+from gaf_lab.settings.reading import OWN_TASK, from_toml
 
 Words = list[str]
 Command = Callable[[Words, Console], int]
@@ -35,7 +36,12 @@ def base_config(words: Words, default: TrainConfig | None = None) -> TrainConfig
     check_tau(value_of(words, "--tau"))  # before the parser, which only reports "no float"
     preset, toml = value_of(words, "--preset"), value_of(words, "--toml")
     base = default if preset is None else find_preset(preset)
-    return base if toml is None else from_toml(Path(toml), base)
+    if value_of(words, "--task"):
+        base = dataclasses.replace(base, **OWN_TASK)
+    base = base if toml is None else from_toml(Path(toml), base)
+    if value_of(words, "--task"):  # in place of another one, whose source it does not have
+        base = dataclasses.replace(base, task="", task_source="")
+    return base
 
 
 def asks_for_help(words: Words) -> bool:

@@ -1,13 +1,7 @@
-"""Pictures that stay in their files, and their micro-batches: read when they are needed.
+"""Pictures that stay in their files: read when they are needed."""
 
-The content of a micro-batch, and the crop of each of its pictures, is a function of the seed and of
-the micro-batch's number alone. So any process can read any micro-batch, and workers read ahead in
-the order of the numbers.
-"""
-
-import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,10 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from gaf_lab.data.jpeg import crop, decode, draw_crops
-from gaf_lab.data.read_ahead import read_ahead
-from gaf_lab.data.sampling import Sampler, generator
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,35 +49,21 @@ class Files:
             picture.copy_(crop(decode(path), self.size, numbers))
         return pictures
 
-    def split(self, n: int) -> Iterator[Tensor]:
-        """The middle of all pictures in order, n at a time (fewer at the end), read by workers."""
-        return read_ahead(Chunks(self, n), range(math.ceil(len(self) / n)))
-
 
 @dataclass(frozen=True, eq=False)
-class Chunks:
-    """Part j of the pictures: n of them from j * n on."""
+class LabelledFiles(Dataset[tuple[Tensor, Tensor]]):
+    """Pictures in files with their labels (N,). augment: whether training crops them at random."""
 
     files: Files
-    n: int
-
-    def __call__(self, j: int) -> Tensor:
-        return self.files.read(range(j * self.n, min((j + 1) * self.n, len(self.files))))
-
-
-@dataclass(frozen=True, eq=False)
-class MicroBatches:
-    """Micro-batch `number` = step * k + i: pictures (b, 3, size, size) uint8.
-
-    They are cropped at random if `augment` is set.
-    """
-
-    files: Files
-    sampler: Sampler
-    seed: int
-    k: int
+    targets: Tensor
     augment: bool
 
-    def __call__(self, number: int) -> Tensor:
-        draw = generator(self.seed, "augment", *divmod(number, self.k)) if self.augment else None
-        return self.files.read(self.sampler.draw(number).tolist(), draw)
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
+        return self.files.read([i])[0], self.targets[i]
+
+    def read(self, index: list[int], draw: torch.Generator | None) -> tuple[Tensor, Tensor]:
+        pictures = self.files.read(index, draw if self.augment else None)
+        return pictures, self.targets[index]

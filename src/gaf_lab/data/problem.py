@@ -1,196 +1,173 @@
-"""From a config to training data: noisy labels, the split, and one micro-batch at a time."""
+"""A task as its function gives it: a model, a loss, and samples to train and test on."""
 
-import dataclasses
+import copy
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.data import Dataset, default_collate
 
-from gaf_lab.data import noise
-from gaf_lab.data.augment import draw_shifts, normalise, shift
-from gaf_lab.data.dataset import DataSet
-from gaf_lab.data.files import MicroBatches
-from gaf_lab.data.imbalance import keep_only, long_tail
-from gaf_lab.data.pictures import Pictures
-from gaf_lab.data.read_ahead import Reader
-from gaf_lab.data.sampling import Iid, Sampler, Sharded, Stratified, generator
-from gaf_lab.data.sets import imagenet_of, load_once
+from gaf_lab.data.trees import tensors_in
+from gaf_lab.records.score import Score
 from gaf_lab.settings.checks import ConfigError
-from gaf_lab.settings.config import TrainConfig
+
+Loss = Callable[[Any, Any], Tensor]
+Part = tuple[Any, Tensor] | Dataset[Any]
 
 
-@dataclass(frozen=True, eq=False)
-class Problem:
-    """All the data of one run, on its device.
+class Augment(Protocol):
+    """Changes the inputs of a micro-batch at random."""
+
+    def __call__(self, inputs: Any, generator: torch.Generator) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Random changes in two parts, so that the device engine can draw ahead.
 
     Attributes:
-        train, heldout: disjoint parts of the training set, with noisy labels.
-        test: clean, only reported.
-        probe: the training samples on which memorisation is measured.
-        reader: reads micro-batches whose pictures are in files; None if they are in memory.
-        origin: position of each picture of `train` in the data set's training pictures, (N,) on
-            the CPU.
+        draw: (b, generator) -> numbers, a tensor on the CPU.
+        apply: (inputs, numbers) -> inputs, on the inputs' device.
     """
 
-    config: TrainConfig
-    data: DataSet
-    train: Pictures
-    heldout: Pictures
-    test: Pictures
-    probe: Pictures
-    sampler: Sampler
-    reader: Reader | None
-    origin: Tensor
+    draw: Callable[[int, torch.Generator], Tensor]
+    apply: Callable[[Any, Tensor], Any]
 
-    @property
-    def steps(self) -> int:
-        return max(1, round(self.config.passes * len(self.train) / (self.config.k * self.config.b)))
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """Channels, height and width of a picture."""
-        channels, height, width = self.data.train_x.shape[1:]
-        return channels, height, width
-
-    @property
-    def classes(self) -> int:
-        return self.data.classes
-
-    def evaluation(self, step: int) -> int | None:
-        """The number, counted from 1, of the evaluation due after `step` steps; None if none is."""
-        between = self.config.eval_every * len(self.train) / (self.config.k * self.config.b)
-        number = max(1, round(step / between))
-        return number if step == max(1, round(number * between)) else None
-
-    def micro_batch(self, step: int, i: int) -> tuple[Tensor, Tensor]:
-        """Micro-batch i of a step: pictures (b, C, H, W) float32 and observed labels (b,).
-
-        Depends on seed, step and i alone.
-        """
-        return self.inputs(self.pictures(step, i)), self.train.observed[self.index(step, i)]
-
-    def pictures(self, step: int, i: int) -> Tensor:
-        """The pictures of a micro-batch (b, C, H, W) uint8, augmented."""
-        if self.reader is not None:
-            return self.reader(step * self.config.k + i).to(self.train.clean.device)
-        assert isinstance(self.train.x, Tensor)
-        x = self.train.x[self.index(step, i)]
-        if not self.config.augment:
-            return x
-        return shift(x, self.shifts(step, i).to(x.device, non_blocking=True))
-
-    def shifts(self, step: int, i: int) -> Tensor:
-        """The augmentation of micro-batch i of a step, (3, b, 1) on the CPU.
-
-        See `gaf_lab.data.augment.draw_shifts`.
-        """
-        return draw_shifts(self.config.b, generator(self.config.seed, "augment", step, i))
-
-    def index(self, step: int, i: int) -> Tensor:
-        """The training samples of micro-batch i of a step, (b,)."""
-        return self.sampler.draw(step * self.config.k + i).to(self.train.clean.device)
-
-    def inputs(self, x: Tensor) -> Tensor:
-        """Pictures as the model takes them: normalised, in the config's memory format."""
-        x = normalise(x, self.data.mean, self.data.std)
-        return x.to(memory_format=torch.channels_last) if self.config.channels_last else x
+    def __call__(self, inputs: Any, generator: torch.Generator) -> Any:
+        first = tensors_in(inputs)[0]
+        numbers = self.draw(len(first), generator)
+        return self.apply(inputs, numbers.to(first.device, non_blocking=True))
 
 
-def make_problem(
-    config: TrainConfig, folder: Path | None, device: torch.device, world: int = 1
-) -> Problem:
-    """Loads the data, flips labels, splits: all from the config's seed.
+@dataclass(frozen=True)
+class Metric:
+    """The number that runs are judged by, averaged over samples.
 
-    world: the number of ranks that share the run.
+    Attributes:
+        name: in tables and figures.
+        of: (output, target) -> one number for each sample (b,).
+        higher_is_better: the direction in which an evaluation is selected.
+        share: whether it lies in [0, 1] and is shown in percent.
     """
-    complete = load_data(config, folder)
-    limited = take_subset(complete, config.limit)
-    tail = long_tail(limited, config.imbalance)
-    data = keep_only(limited, tail)
-    observed = observed_labels(config, data)
-    whole = Pictures(data.train_x, observed, data.train_y)
-    order = torch.randperm(len(whole), generator=generator(config.seed, "split"))
-    kept = round(config.heldout * len(whole))
-    train, heldout = whole[order[kept:]], whole[order[:kept]]
-    probed = torch.randperm(len(train), generator=generator(config.seed, "probe"))[: config.probe]
-    if config.b > len(train):
+
+    name: str
+    of: Loss
+    higher_is_better: bool = True
+    share: bool = False
+
+    @property
+    def score(self) -> Score:
+        return Score(self.name, "metric", self.higher_is_better, self.share)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Problem:
+    """What a task's function returns. See docs/your-task.md.
+
+    A part of the data is a tuple (inputs, targets), or a Dataset whose items are such tuples.
+    inputs are a tensor with a row for each sample, or a tuple, list or dict of such; targets are a
+    tensor with a row for each sample. A Dataset may have an attribute `targets`, and a method
+    `read(indices, generator)` that returns the inputs and targets of a whole micro-batch; the
+    generator is None outside of training.
+
+    Attributes:
+        model: a module, or a function that makes one. torch's global generator has been seeded.
+        train, test: as above; of train a share is held out (`heldout` in the config).
+        loss: (output, target) -> one loss for each sample (b,). None: cross-entropy, for targets
+            that are classes; then the config's losses against wrong labels can be used.
+        clean: true targets of `train`, if its own are known to be wrong in part.
+        metric: None: the accuracy for classes, the mean loss otherwise.
+        classes: how many there are. None: one more than the largest target, if targets are int64
+            (N,) from 0 on. 0: targets are no classes.
+        collate: makes a micro-batch of a Dataset's items.
+        augment: changes the inputs of a micro-batch in training, by the generator alone.
+        prepare: changes inputs on their device before the model, in training and evaluation.
+        superclasses: super-class of each class (classes,), for asymmetric label noise.
+        batch: samples that an evaluation puts through the model at once; fewer need less memory.
+        read_ahead: whether worker processes read a Dataset ahead.
+        captures: whether nothing here waits for the device, so that engine "auto" may capture it.
+        name: of the data; changes which samples `limit` takes.
+    """
+
+    model: nn.Module | Callable[[], nn.Module]
+    train: Part
+    test: Part
+    loss: Loss | None = None
+    clean: Tensor | None = None
+    metric: Metric | None = None
+    classes: int | None = None
+    collate: Callable[[list[Any]], Any] = default_collate
+    augment: Augment | None = None
+    prepare: Callable[[Any], Any] | None = None
+    superclasses: Tensor | None = None
+    batch: int = 1000
+    read_ahead: bool = False
+    captures: bool = False
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        if not callable(self.model):
+            raise ConfigError(
+                "model must be a torch.nn.Module, or a function that makes one; "
+                f"got {type(self.model).__name__}."
+            )
+        check_part("train", self.train)
+        check_part("test", self.test)
+        if self.batch < 1:
+            raise ConfigError(f"batch must be at least 1; got {self.batch}. 1000 is usual.")
+
+    def new_model(self) -> nn.Module:
+        """A copy of the module that was given, or a new one."""
+        if isinstance(self.model, nn.Module):
+            return copy.deepcopy(self.model)
+        model = self.model()
+        if not isinstance(model, nn.Module):
+            raise ConfigError(
+                "model must be a torch.nn.Module, or a function that makes one; "
+                f"the function made a {type(model).__name__}."
+            )
+        return model
+
+
+def check_part(name: str, part: Any) -> None:
+    """Refuses what is neither a tuple of tensors nor a Dataset, and what is empty."""
+    if isinstance(part, tuple):
+        check_tuple(name, part)
+    elif not isinstance(part, Dataset) or not hasattr(part, "__len__"):
         raise ConfigError(
-            f"b must not exceed the training samples; got {config.b} of {len(train)}. "
-            "Lower b or heldout."
+            f"{name} must be a tuple of tensors (inputs, targets), or a Dataset with a length; "
+            f"got {type(part).__name__}. Read the samples of another kind into tensors."
         )
-    sampler = make_sampler(config, train, data.classes)
-    return Problem(
-        config,
-        data,
-        train=train.to(device),
-        heldout=heldout.to(device),
-        test=Pictures(data.test_x, data.test_y, data.test_y).to(device),
-        probe=train[probed].to(device),
-        sampler=sampler,
-        reader=make_reader(config, train, sampler, world),
-        origin=subset(data.name, len(complete.train_y), config.limit)[tail][order[kept:]],
-    )
+    if not count_samples(part):
+        raise ConfigError(f"{name} must have at least one sample; it is empty. Is the path right?")
 
 
-def load_data(config: TrainConfig, folder: Path | None) -> DataSet:
-    if config.dataset == "imagenet":
-        return imagenet_of(config.size, folder)
-    return load_once(config.dataset, folder)
+def check_tuple(name: str, part: tuple[Any, ...]) -> None:
+    if len(part) != 2 or not tensors_in(part[0]) or not isinstance(part[1], Tensor):
+        kinds = ", ".join(type(value).__name__ for value in part)
+        raise ConfigError(
+            f"{name} must be a tuple of tensors (inputs, targets); got ({kinds}). "
+            "torch.as_tensor makes tensors of arrays and lists."
+        )
+    counts = [len(tensor) if tensor.dim() else 0 for tensor in [*tensors_in(part[0]), part[1]]]
+    if len(set(counts)) > 1:
+        raise ConfigError(
+            f"{name} must have a target for each input; got "
+            f"{' and '.join(map(str, dict.fromkeys(counts)))} rows. Is a sample in each row?"
+        )
+    check_finite(name, part[1])
 
 
-def subset(name: str, n: int, limit: int) -> Tensor:
-    """The indices used of a data set's n pictures: at most `limit`, the same for every seed.
-
-    limit: 0 for all of them, in order.
-    """
-    if not limit:
-        return torch.arange(n)
-    return torch.randperm(n, generator=generator(0, name, "limit"))[:limit]
-
-
-def take_subset(data: DataSet, limit: int) -> DataSet:
-    """The data set with at most `limit` training and as many test pictures; all of them for 0."""
-    if not limit:
-        return data
-    train = subset(data.name, len(data.train_y), limit)
-    test = subset(data.name, len(data.test_y), limit)
-    parts: dict[str, Any] = {
-        "train_x": data.train_x[train],
-        "train_y": data.train_y[train],
-        "test_x": data.test_x[test],
-        "test_y": data.test_y[test],
-        "human": None if data.human is None else data.human[train],
-    }
-    return dataclasses.replace(data, **parts)
+def check_finite(name: str, targets: Tensor) -> None:
+    if targets.is_floating_point() and not (finite := targets.isfinite()).all():
+        row = int((~finite).reshape(len(targets), -1).any(1).nonzero()[0])
+        raise ConfigError(
+            f"{name}: targets must be finite; that of sample {row} is not. "
+            "Leave such samples out, or fill them."
+        )
 
 
-def observed_labels(config: TrainConfig, data: DataSet) -> Tensor:
-    y, rate = data.train_y, config.noise_rate
-    if config.noise == "human":
-        return noise.human(y, data.human)[0]
-    if config.noise == "symmetric":
-        return noise.symmetric(y, rate, data.classes, config.seed)[0]
-    if config.noise == "asymmetric":
-        return noise.asymmetric(y, rate, data.classes, config.seed, data.coarse)[0]
-    return y
-
-
-def make_sampler(config: TrainConfig, train: Pictures, classes: int) -> Sampler:
-    if config.sampler == "iid":
-        return Iid(len(train), config.b, config.seed)
-    if config.sampler == "sharded":
-        return Sharded(train.observed != train.clean, config.k, config.b, config.seed)
-    labels = train.observed if config.sampler == "stratified-observed" else train.clean
-    return Stratified(labels, classes, config.b, config.seed)
-
-
-def make_reader(
-    config: TrainConfig, train: Pictures, sampler: Sampler, world: int
-) -> Reader | None:
-    """Each of `world` ranks computes one micro-batch of a step: it reads every world-th."""
-    if isinstance(train.x, Tensor):
-        return None
-    micro_batches = MicroBatches(train.x, sampler, config.seed, config.k, config.augment)
-    return Reader(micro_batches, stride=world)
+def count_samples(part: Part) -> int:
+    return len(tensors_in(part)[0]) if isinstance(part, tuple) else len(part)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Worker processes that read pictures ahead while the model computes."""
+"""Worker processes that read samples ahead while the model computes."""
 
 import itertools
 import multiprocessing
@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from gaf_lab.data.sources import DataError
@@ -16,7 +15,7 @@ from gaf_lab.data.sources import DataError
 PREFETCH = 2  # items that each worker has read and not handed over
 MOST_READERS = 16  # worker processes
 
-Read = Callable[[int], Tensor]
+Read = Callable[[int], Any]
 
 
 class Reader:
@@ -28,9 +27,9 @@ class Reader:
     def __init__(self, read: Read, stride: int) -> None:
         self._read, self._stride = read, stride
         self._due: int | None = None
-        self._stream: Iterator[Tensor] = iter(())
+        self._stream: Iterator[Any] = iter(())
 
-    def __call__(self, number: int) -> Tensor:
+    def __call__(self, number: int) -> Any:
         if number != self._due:
             self._stream = iter(())  # ends the previous stream's workers first
             self._stream = read_ahead(self._read, itertools.count(number, self._stride))
@@ -40,7 +39,7 @@ class Reader:
         return found
 
 
-def read_ahead(read: Read, numbers: Iterable[int]) -> Iterator[Tensor]:
+def read_ahead(read: Read, numbers: Iterable[int]) -> Iterator[Any]:
     """read(n) for each number in order, by worker processes, each at most PREFETCH items ahead.
 
     Raises:
@@ -66,7 +65,7 @@ def read_ahead(read: Read, numbers: Iterable[int]) -> Iterator[Tensor]:
         raise worker_died(error) from None
 
 
-class Guarded(Dataset[Tensor | DataError]):
+class Guarded(Dataset[Any]):
     """Returns a worker's DataError as a value.
 
     If it were raised there, its message would reach the user wrapped in a traceback.
@@ -75,7 +74,7 @@ class Guarded(Dataset[Tensor | DataError]):
     def __init__(self, read: Read) -> None:
         self._read = read
 
-    def __getitem__(self, number: int) -> Tensor | DataError:
+    def __getitem__(self, number: int) -> Any:
         try:
             return self._read(number)
         except DataError as error:
@@ -118,7 +117,7 @@ def worker_died(error: RuntimeError) -> Exception:
         return error
     seen = str(error).splitlines()[0]
     return DataError(
-        "imagenet: every process that reads pictures must live as long as the run; "
+        "data: every process that reads samples must live as long as the run; "
         f"one did not ({seen}) The system ends processes when memory is short: "
         "free some, or lower b, and go on with --resume."
     )

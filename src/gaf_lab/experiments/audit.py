@@ -57,6 +57,10 @@ def audit_labels(
     """
     check_audit(config)
     training = Training(dataclasses.replace(config, engine="plain"), data_folder)
+    if not training.problem.classes:
+        raise ConfigError(
+            "an audit judges labels; the targets of this task are no classes. Use another task."
+        )
     assert isinstance(training.source, OneByOne)
     criterion = watcher(training)
     training.source.objective = WatchedObjective(training.source.objective, criterion)  # type: ignore[assignment]

@@ -19,7 +19,7 @@ import torch
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
-from gaf_lab.data.problem import Problem
+from gaf_lab.data.run_data import RunData
 
 AuditLine = dict[str, Any]
 FIRST = 100
@@ -35,7 +35,7 @@ class AuditResult:
         selected: the best held-out accuracy at an evaluation.
     """
 
-    problem: Problem
+    problem: RunData
     report: dict[str, list[Any]]
     selected: float
 
@@ -52,7 +52,7 @@ class AuditResult:
 
     @cached_property
     def truth(self) -> list[int]:
-        found: list[int] = self.problem.train.clean.cpu()[self.index].tolist()
+        found: list[int] = self.problem.train.truth.cpu()[self.index].tolist()
         return found
 
     @cached_property

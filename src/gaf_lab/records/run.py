@@ -3,6 +3,7 @@
 The file has a header line, then a line for each evaluation, then an end line.
 
 header: {"kind": "run", "name", "arm", "config": {...}, "config_hash", "command",
+         "score": {"name", "key", "higher", "share"}, "data",
          "versions": {...}, "machine": {...}, "commit", "started", "ranks", "launch"}
 eval:   {"kind": "eval", "step", "steps_taken", "samples", "passes", "seconds", "lr", "train_loss",
          "acceptance", "distance_mean", "distance_min", "distance_pairs", "noise_scale",
@@ -28,6 +29,10 @@ distance_pairs: of two micro-gradients, independent of the arm: 1 - |g|^2 / mean
 rows: the accepted rows of each step since the line before, 0 for a skipped step.
 step: where steps grow (`until-agreement` and its controls), micro-batches; steps_taken counts the
     optimizer's.
+score: what the run is judged by; evaluations have it under "test_" and "heldout_" and its key. A
+    task whose targets are no classes has null accuracies; a metric of its own has the key "metric".
+    Older records have none: theirs is the accuracy.
+data: checksum of the task's training data.
 command: the command that runs this again, or null.
 ranks: processes that computed the micro-batches. launch: the torchrun command that started them,
     or null.
@@ -41,6 +46,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gaf_lab.records.score import Score, score_in
 from gaf_lab.settings.checks import ConfigError
 
 FILE = "records.jsonl"
@@ -69,15 +75,22 @@ class Run:
         return [n for line in self.evals for n in line["rows"]]
 
     @property
-    def selected(self) -> dict[str, Any]:
-        """The first evaluation with the best accuracy on held-out noisy labels.
+    def score(self) -> Score:
+        """What the run is judged by."""
+        return score_in(self.header)
 
-        Without held-out labels, the last evaluation.
+    @property
+    def selected(self) -> dict[str, Any]:
+        """The first evaluation with the best score on held-out noisy targets.
+
+        Without held-out samples, the last evaluation.
         """
-        scored = [line for line in self.evals if line["heldout_accuracy"] is not None]
-        if not scored:
-            return self.evals[-1]
-        return max(scored, key=lambda line: line["heldout_accuracy"])
+        score, best = self.score, None
+        for line in self.evals:
+            value = score.of(line, "heldout")
+            if value is not None and (best is None or score.rank(value) > best[0]):
+                best = score.rank(value), line
+        return self.evals[-1] if best is None else best[1]
 
 
 def make_folder(folder: Path) -> None:

@@ -4,7 +4,7 @@ from typing import Literal
 
 CifarName = Literal["cifar10", "cifar100", "cifar100n", "cifar100n-coarse"]
 DataName = Literal["digits", "mnist5k", "fashion-mnist", CifarName, "noise", "imagenet"]
-NoiseName = Literal["none", "symmetric", "asymmetric", "human"]
+NoiseName = Literal["none", "symmetric", "asymmetric", "human", "task"]
 SamplerName = Literal["iid", "stratified-observed", "stratified-clean", "sharded"]
 ModelName = Literal[
     "mlp", "mlp-small", "convnet", "resnet18", "resnet34", "preact-resnet34", "vit-l16", "vit-tiny"

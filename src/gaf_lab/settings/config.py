@@ -11,9 +11,12 @@ from gaf_lab.settings.checks import check_tau
 from gaf_lab.settings.kinds import check_type
 from gaf_lab.settings.rules import check_rules
 from gaf_lab.settings.sample_fields import SampleFields
+from gaf_lab.settings.task_source import locate_task, name_task
 
 # fields that are younger than the oldest records, with their defaults
 LATER = {
+    "task": "",
+    "task_source": "",
     "limit": 0,
     "size": 224,
     "loss": "cross-entropy",
@@ -52,6 +55,10 @@ class TrainConfig(SampleFields):
         check_tau(self.tau)
         for field in dataclasses.fields(self):
             check_type(field, getattr(self, field.name))
+        if self.task and not self.task_source:
+            task, source = locate_task(self.task)
+            object.__setattr__(self, "task", task)
+            object.__setattr__(self, "task_source", source)
         check_rules(self)
 
     @property
@@ -69,12 +76,14 @@ class TrainConfig(SampleFields):
     def hash(self) -> str:
         """Twelve hex digits that differ if the runs differ.
 
-        The label does not count, and of a replayed run only its folder's name does. A field of
-        LATER counts only if it differs from its default, so that older records keep their hash.
+        The label does not count; of a replayed run only its folder's name does, and of a task's
+        file only its name and source. A field of LATER counts only if it differs from its default,
+        so that older records keep their hash.
         """
         values = self.plain()
         del values["label"]
         values["replay"] = None if self.replay is None else self.replay.name
+        values["task"] = self.task and name_task(self.task)
         default = {name for name, value in LATER.items() if values[name] == value}
         counted = {name: value for name, value in values.items() if name not in default}
         return hashlib.sha256(json.dumps(counted, sort_keys=True).encode()).hexdigest()[:12]

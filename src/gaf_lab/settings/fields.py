@@ -19,15 +19,22 @@ from gaf_lab.settings.choices import (
 class TrainFields:
     """The fields of a run's config. `gaf_lab.settings.config.TrainConfig` checks and names them."""
 
+    task: str = ""
+    """Your own task: a function that returns a gaf_lab.Problem, as module:function or
+    file.py:function (docs/your-task.md).
+    Without it, the task is dataset and model. With it, noise is none by default."""
+    task_source: str = ""
+    """First digits of the SHA-256 of the task's source file; filled in from the file."""
     dataset: DataName = "mnist5k"
     """Pictures to train on."""
     noise: NoiseName = "symmetric"
     """How training labels are made wrong.
     symmetric: flip to any other class.
     asymmetric: flip to the next class (within the super-class).
-    human: use human labels."""
+    human: use human labels.
+    task: the task makes them wrong itself, by noise_rate."""
     noise_rate: float = 0.4
-    """Share of training labels that are flipped, in [0, 1); for symmetric and asymmetric.
+    """Share of training labels that are flipped, in [0, 1); for symmetric, asymmetric and task.
     Higher is harder."""
     heldout: float = 0.1
     """Share of the training set kept, with its noisy labels, to select an epoch, in [0, 1).

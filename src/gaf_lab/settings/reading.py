@@ -14,6 +14,9 @@ else:
     import tomli as tomllib
 
 
+OWN_TASK: dict[str, Any] = {"noise": "none", "noise_rate": 0.0}  # of a task of the user's own
+
+
 def from_dict(values: dict[str, Any], base: TrainConfig, source: str) -> TrainConfig:
     """`base` with values from a TOML file or a record. source: its name in messages.
 
@@ -27,6 +30,10 @@ def from_dict(values: dict[str, Any], base: TrainConfig, source: str) -> TrainCo
                 f"{source}: unknown key {key!r}.{nearest(key, known)} "
                 f"Known keys: {', '.join(known)}."
             )
+    if values.get("task") and not base.task:
+        base = dataclasses.replace(base, **OWN_TASK)
+    if "task" in values:
+        base = dataclasses.replace(base, task="", task_source="")
     converted = {name: convert(value, getattr(base, name)) for name, value in values.items()}
     if isinstance(converted.get("milestones"), list):
         converted["milestones"] = tuple(converted["milestones"])

@@ -42,7 +42,9 @@ def check_data(c: TrainFields) -> None:
     require(c, "limit", c.limit >= 0, "must be at least 0", "0 uses all pictures.")
     pixels = f"must lie in [16, {MOST_PIXELS}]"
     require(c, "size", 16 <= c.size <= MOST_PIXELS, pixels, "224 is usual.")
-    if c.noise == "human" and c.dataset not in ("cifar100n", "cifar100n-coarse"):
+    named = bool(c.task) or c.noise != "task"
+    require(c, "noise", named, "goes with a task of your own alone", "Give --task, or another.")
+    if c.noise == "human" and (c.task or c.dataset not in ("cifar100n", "cifar100n-coarse")):
         raise ConfigError(
             f"noise 'human' needs a data set with human labels; got {c.dataset!r}. "
             "Use cifar100n or cifar100n-coarse."
@@ -175,6 +177,8 @@ def check_growing(c: TrainFields) -> None:
 
 def check_length(c: TrainFields) -> None:
     """Refuses a step with more samples than the run, and a run of absurdly many steps."""
+    if c.task:
+        return  # how many samples it has is known once it has been called
     samples = max(c.passes, 1) * PICTURES[c.dataset]
     if c.k * c.b > samples:
         raise ConfigError(

@@ -91,7 +91,7 @@ class Board:
         self.bars.update(self.tasks[name], completed=1.0, visible=False)
         self.draw()
         self.say(
-            f"{self.count} of {len(self.plan)}: {name}: {accuracies(run.evals[-1])}, "
+            f"{self.count} of {len(self.plan)}: {name}: {accuracies(run.evals[-1], run.score)}, "
             f"{seconds_of(run):.0f} s{self._eta()}"
         )
 

@@ -9,12 +9,15 @@ from typing import Any, Literal, Protocol
 
 from gaf_lab.records import checkpoint
 from gaf_lab.records import run as records
+from gaf_lab.records.score import Score
 from gaf_lab.settings.checks import ConfigError
 from gaf_lab.settings.config import TrainConfig
 from gaf_lab.settings.plan import folder_name
 from gaf_lab.settings.sizes import PICTURES
 from gaf_lab.training.console import share_or_dash
 from gaf_lab.training.resume import finished_run
+
+TASK_SAMPLES = 10_000  # what a task of the user's own is taken to have
 
 
 @dataclass(frozen=True)
@@ -63,17 +66,21 @@ class Job:
     @property
     def samples(self) -> float:
         """About how many samples the whole run draws: steps x k x b."""
-        pictures = PICTURES[self.config.dataset]
-        drawn_from = min(self.config.limit or pictures, pictures)
+        if self.config.task:  # how many it has is not known: runs of one task compare
+            drawn_from = TASK_SAMPLES
+        else:
+            pictures = PICTURES[self.config.dataset]
+            drawn_from = min(self.config.limit or pictures, pictures)
         return self.config.passes * drawn_from * (1 - self.config.heldout)
 
     def recorded_progress(self) -> JobProgress:
         """The progress in the records; none without a checkpoint to resume from."""
         with contextlib.suppress(ValueError):
-            evals = records.read(self.folder).evals
+            run = records.read(self.folder)
+            evals = run.evals
             if evals and self.resumable:
                 share = min(1.0, evals[-1]["passes"] / self.config.passes)
-                return JobProgress(share, accuracies(evals[-1]))
+                return JobProgress(share, accuracies(evals[-1], run.score))
         return JobProgress(0.0, "")
 
     def state(self) -> str:
@@ -151,11 +158,12 @@ def is_finished(folder: Path) -> bool:
     return False
 
 
-def accuracies(line: dict[str, Any]) -> str:
-    """The accuracies of an evaluation as text."""
-    return (
-        f"test {share_or_dash(line['test_accuracy'])}, memorised {share_or_dash(line['memorised'])}"
-    )
+def accuracies(line: dict[str, Any], score: Score) -> str:
+    """The score of an evaluation, and what was memorised if that is known, as text."""
+    text = f"test {score.text(score.of(line))}"
+    if line["memorised"] is None and not score.share:
+        return text
+    return f"{text}, memorised {share_or_dash(line['memorised'])}"
 
 
 def describe_plan(configs: Sequence[TrainConfig], out: Path) -> list[str]:

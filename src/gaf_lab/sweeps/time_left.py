@@ -127,5 +127,5 @@ class TimeLeft:
 
 def run_kind(config: TrainConfig) -> Hashable:
     """What the time of a sample depends on, as far as the config shows it."""
-    network = (config.model, config.stem, config.dataset, config.size, config.autocast)
+    network = (config.model, config.stem, config.dataset, config.task, config.size, config.autocast)
     return (*network, config.b, config.device, config.loss, config.sam > 0)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import gaf
-from gaf_lab.data.problem import Problem
+from gaf_lab.data.run_data import RunData
 from gaf_lab.records import run as records
 from gaf_lab.records.locks import FolderBusy, file_lock, own_folder
 from gaf_lab.sweeps.jobs import Job, JobEnd, JobProgress, accuracies
@@ -58,8 +58,8 @@ class Reporter:
         self.steps = 1
         self.reported = 0.0
 
-    def begin(self, problem: Problem, step: int, steps: int) -> None:
-        self.steps = steps
+    def begin(self, problem: RunData, step: int, steps: int) -> None:
+        self.steps, self.score = steps, problem.score
         self.report(JobProgress(step / steps, self.facts))
 
     def stepped(self, step: int, outcome: gaf.Outcome) -> None:
@@ -68,7 +68,7 @@ class Reporter:
             self.report(JobProgress(step / self.steps, self.facts))
 
     def evaluated(self, line: dict[str, Any]) -> None:
-        self.facts = accuracies(line)
+        self.facts = accuracies(line, self.score)
 
 
 def add_to_index(out: Path, runs: Iterable[records.Run]) -> None:
@@ -95,8 +95,8 @@ def index_line(run: records.Run) -> str:
         "arm": run.arm,
         "seed": run.seed,
         "hash": run.header["config_hash"],
-        "test_last": run.evals[-1]["test_accuracy"],
-        "test_selected": run.selected["test_accuracy"],
+        "test_last": run.score.of(run.evals[-1]),
+        "test_selected": run.score.of(run.selected),
         "seconds": run.end["seconds"],
     }
     return json.dumps(entry) + "\n"

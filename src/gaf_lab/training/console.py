@@ -14,9 +14,10 @@ from rich.progress import Progress as Bars
 from rich.text import Text
 
 import gaf
-from gaf_lab.data.problem import Problem
+from gaf_lab.data.run_data import RunData
 from gaf_lab.progress import Pulse, format_duration
 from gaf_lab.settings.config import TrainConfig
+from gaf_lab.settings.task_source import name_task
 
 
 def make_bars(console: Console) -> Bars:
@@ -110,13 +111,15 @@ def label_noise(config: TrainConfig) -> str:
 
 
 def describe_data(config: TrainConfig) -> str:
-    """The data set and its label noise."""
-    return ", ".join(filter(None, (config.dataset, label_noise(config))))
+    """The data set or task, and its label noise."""
+    name = name_task(config.task) if config.task else config.dataset
+    return ", ".join(filter(None, (name, label_noise(config))))
 
 
 def describe_training(config: TrainConfig) -> str:
-    """The model, the arm, k and b."""
-    return f"{config.model}; {config.arm}, k = {config.k}, b = {config.b}"
+    """The model, unless a task brings it; the arm, k and b."""
+    model = "" if config.task else f"{config.model}; "
+    return f"{model}{config.arm}, k = {config.k}, b = {config.b}"
 
 
 COLUMNS = {  # titles and widths, 78 in all
@@ -146,11 +149,11 @@ class ConsoleListener:
         self.console, self.bar = console, make_bars(console)
         self.pulse = Pulse(console, self._how_far)
 
-    def begin(self, problem: Problem, step: int, steps: int) -> None:
-        c = problem.config
+    def begin(self, problem: RunData, step: int, steps: int) -> None:
+        c, self.score = problem.config, problem.score
         begin = f", from step {step:,}" if step else ""
         self.console.print(
-            f"{describe_data(c)}: {len(problem.train):,} training pictures, "
+            f"{describe_data(c)}: {len(problem.train):,} training samples, "
             f"{len(problem.heldout):,} held out, {len(problem.test):,} for test; "
             f"{describe_training(c)}; {steps:,} steps{begin}"
         )
@@ -174,8 +177,8 @@ class ConsoleListener:
             f"{line['passes']:.2f}",
             f"{line['step']:,}",
             number_or_dash(line["train_loss"]),
-            share_or_dash(line["heldout_accuracy"]),
-            share_or_dash(line["test_accuracy"]),
+            self.score.text(self.score.of(line, "heldout")),
+            self.score.text(self.score.of(line)),
             share_or_dash(line["memorised"]),
             share_or_dash(line["acceptance"]),
             number_or_dash(line["distance_mean"]),

@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler
 import gaf
 from gaf.record.ledger import Ledger
 from gaf.rules.contract import Policy
-from gaf_lab.data.problem import Problem
+from gaf_lab.data.run_data import RunData
 from gaf_lab.training.device_step import DeviceStep
 from gaf_lab.training.objective import Objective
 from gaf_lab.training.tables import AHEAD, Tables, draws
@@ -59,7 +59,7 @@ class OnDevice:
 
     def __init__(
         self,
-        problem: Problem,
+        problem: RunData,
         model: nn.Module,
         objective: Objective,
         policy: Policy,

@@ -21,8 +21,9 @@ from gaf.rules.contract import Policy, given_tau, is_planned
 from gaf.rules.decision import Evidence
 from gaf.rules.judging import streams
 from gaf.rules.thresholds import Threshold
-from gaf_lab.data.augment import affine, shift
-from gaf_lab.data.problem import Problem
+from gaf_lab.data.problem import Augmentation
+from gaf_lab.data.run_data import RunData
+from gaf_lab.data.trees import rows_of, widen
 from gaf_lab.training.controls import as_planned
 from gaf_lab.training.objective import Objective
 from gaf_lab.training.tables import AHEAD, Tables, zero_tables
@@ -36,7 +37,7 @@ class DeviceStep:
     A call never waits for the device.
 
     Args:
-        problem, model, objective: of the run. The problem's pictures and labels are on the device.
+        problem, model, objective: of the run. Its inputs and targets are tensors on the device.
         policy: decides; if it has a method `planned`, the weights are in the tables.
         optimizer: a fused one over the model's parameters, without state; its learning rate is
             replaced by a tensor.
@@ -49,7 +50,7 @@ class DeviceStep:
 
     def __init__(
         self,
-        problem: Problem,
+        problem: RunData,
         model: nn.Module,
         objective: Objective,
         policy: Policy,
@@ -58,18 +59,16 @@ class DeviceStep:
         config = problem.config
         self.config, self.problem = config, problem
         self.model, self.objective, self.optimizer = model, objective, optimizer
-        self.device = problem.train.observed.device
+        self.device = problem.device
         self.params = [p for group in optimizer.param_groups for p in group["params"]]
         self.planned = is_planned(policy)
         self.streams, self.policy = streams(policy), gaf.Mean() if self.planned else policy
-        self.tables = zero_tables(AHEAD, config, self.planned, self.device)
+        self.tables = zero_tables(AHEAD, problem, self.planned)
         self.at = torch.zeros(1, dtype=torch.int64, device=self.device)
         self.taken = torch.zeros_like(self.at)
         self.rate = torch.zeros((), device=self.device)
         self.log = torch.zeros(AHEAD, 5 * config.k + 3, dtype=torch.float64, device=self.device)
         prepare_optimizer(optimizer, self.rate)
-        # kept here too: its cache may drop tensors that a graph reads
-        self.constants = affine(problem.data.mean, problem.data.std, self.device)
 
     def __call__(self) -> None:
         rows = self._rows()
@@ -96,11 +95,11 @@ class DeviceStep:
 
     def micro_gradient(self, i: int, rows: StreamedRows | StackedRows) -> Tensor:
         """Passes the gradient of micro-batch i to the rows; returns its loss ()."""
-        x, index = self.pictures(i)
+        x, index = self.samples(i)
         bfloat16 = self.config.autocast == "bfloat16"
         with torch.autocast(self.device.type, torch.bfloat16, bfloat16, cache_enabled=False):
-            scores = self.model(self.problem.inputs(x)).float()
-            loss = self.objective.of(scores, self.problem.train.observed[index], index)
+            output = widen(self.model(self.problem.inputs(x)))
+            loss = self.objective.of(output, self.problem.train.labels[index], index)
         torch.autograd.backward(loss, inputs=self.params)
         row = [p.grad for p in self.params]
         self.optimizer.zero_grad()
@@ -108,13 +107,12 @@ class DeviceStep:
             rows.add(row)
         return loss.detach()
 
-    def pictures(self, i: int) -> tuple[Tensor, Tensor]:
-        """Micro-batch i of the step: pictures (b, C, H, W) uint8, augmented, and indices (b,)."""
+    def samples(self, i: int) -> tuple[Any, Tensor]:
+        """Micro-batch i of the step: inputs, augmented, and indices (b,)."""
         index = self.row("index", self.at)[i]
-        assert isinstance(self.problem.train.x, Tensor)
-        x = self.problem.train.x[index]
-        if self.config.augment:
-            x = shift(x, self.row("shifts", self.at)[i])
+        x, augment = rows_of(self.problem.train.x, index), self.problem.problem.augment
+        if isinstance(augment, Augmentation):
+            x = augment.apply(x, self.row("augment", self.at)[i])
         return x, index
 
     def decide(self, rows: StreamedRows | StackedRows) -> tuple[gaf.Decision, Evidence]:

@@ -2,6 +2,9 @@
 
 import torch
 
+from gaf_lab.data.items import Items
+from gaf_lab.data.problem import Augmentation
+from gaf_lab.data.run_data import RunData
 from gaf_lab.settings.checks import ConfigError
 from gaf_lab.settings.config import TrainConfig
 from gaf_lab.settings.rules import GROWING
@@ -52,6 +55,34 @@ def uses_device_engine(config: TrainConfig, device: torch.device, world: int) ->
     """Whether the device engine runs the config: if named, and under "auto" on CUDA if it can."""
     possible = device.type == "cuda" and obstacle(config, world) is None
     return config.engine == "device" or (config.engine == "auto" and possible)
+
+
+def data_obstacle(data: RunData) -> str | None:
+    """Why the device engine cannot run a task; None if it can."""
+    augment = data.problem.augment
+    if isinstance(data.train.x, Items):
+        return "train must be tensors for engine 'device'; the task has a Dataset."
+    if augment is not None and not isinstance(augment, Augmentation):
+        return "augment must be a gaf_lab.Augmentation for engine 'device'; it is a function."
+    return None
+
+
+def runs_on_device(data: RunData, world: int) -> bool:
+    """Whether the device engine runs these data.
+
+    Under "auto" it does if the task says that nothing in it waits for the device.
+
+    Raises:
+        ConfigError: if the config names that engine, and it cannot run the task.
+    """
+    if not uses_device_engine(data.config, data.device, world):
+        return False
+    found = data_obstacle(data)
+    if data.config.engine == "auto":
+        return found is None and data.problem.captures
+    if found is not None:
+        raise ConfigError(f"{found} Use --engine plain.")
+    return True
 
 
 def check_ranks(config: TrainConfig, world: int) -> None:

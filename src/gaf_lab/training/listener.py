@@ -3,13 +3,13 @@
 from typing import Any, Protocol
 
 import gaf
-from gaf_lab.data.problem import Problem
+from gaf_lab.data.run_data import RunData
 
 
 class Listener(Protocol):
     """Receives the progress of a run."""
 
-    def begin(self, problem: Problem, step: int, steps: int) -> None: ...
+    def begin(self, problem: RunData, step: int, steps: int) -> None: ...
     def stepped(self, step: int, outcome: gaf.Outcome) -> None: ...
     def evaluated(self, line: dict[str, Any]) -> None: ...
 
@@ -20,7 +20,7 @@ class Listeners:
     def __init__(self, *listeners: Listener) -> None:
         self.listeners = listeners
 
-    def begin(self, problem: Problem, step: int, steps: int) -> None:
+    def begin(self, problem: RunData, step: int, steps: int) -> None:
         for each in self.listeners:
             each.begin(problem, step, steps)
 

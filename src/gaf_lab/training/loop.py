@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 import gaf
-from gaf_lab.data.problem import make_problem
+from gaf_lab.data.make_data import make_run_data
 from gaf_lab.data.sampling import derive_seed
 from gaf_lab.records import checkpoint
 from gaf_lab.records import run as records
@@ -27,11 +27,11 @@ from gaf_lab.training.make import (
     make_training_engine,
     pick_device,
 )
-from gaf_lab.training.models import make_model
-from gaf_lab.training.objective import Objective
+from gaf_lab.training.objective import make_objective
 from gaf_lab.training.optimizers import evaluated_weights, make_optimizer
 from gaf_lab.training.ranks import ALONE, Group
 from gaf_lab.training.restart import start_again_if_due
+from gaf_lab.training.resume import check_same_data
 from gaf_lab.training.schedule import Schedule
 from gaf_lab.training.techniques import EarlyStopping, ema_model
 from gaf_lab.training.turns import Turns
@@ -44,15 +44,11 @@ class Training:
         self.config, self.group = config, group
         self.device = group.each(lambda: pick_device(config.device, group))
         given = config, data_folder, self.device, group.world
-        self.problem = group.each(lambda: make_problem(*given))
-        train, classes = self.problem.train, self.problem.classes
+        self.problem = group.each(lambda: make_run_data(*given))
         torch.manual_seed(derive_seed(config.seed, "weights"))
-        model = make_model(config.model, self.problem.shape, classes, config.stem)
-        self.model = model.to(self.device)
-        if config.channels_last:
-            self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.model = self.problem.new_model()
         self.average = ema_model(self.model, config.ema) if config.ema else None
-        self.objective = Objective(config, len(train), classes, self.device, self.model)
+        self.objective = make_objective(self.problem, self.model)
         self.stopping = EarlyStopping(config.early_stopping) if config.early_stopping else None
         policy, rate = group.on_rank_0(lambda: (make_policy(config), learning_rate(config)))
         group.on_rank_0(lambda: check_rows(config, policy, self.model, self.device))
@@ -151,7 +147,8 @@ class Training:
         ended = self.step == self.problem.steps
         if self.stopping is None or not (ended or self.problem.evaluation(self.step)):
             return measured
-        self.stopping.look(float(measured["heldout_accuracy"] or 0), model)
+        score = self.problem.score
+        self.stopping.look(score.rank(score.of(measured, "heldout") or 0.0), model)
         if not (ended or self.over):
             return measured
         self.stopping.put_back(model)
@@ -161,6 +158,7 @@ class Training:
         """Everything that the rest of the run depends on, and the size of the records so far."""
         return {
             "config_hash": self.config.hash,
+            "data": self.problem.checksum,
             "step": self.step,
             "seconds": self.seconds,
             "records_size": (folder / records.FILE).stat().st_size,
@@ -176,6 +174,7 @@ class Training:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes back to that point. A state of one process fits k ranks, and the other way round."""
+        check_same_data(state, self.problem.checksum)
         self.step, self.seconds = state["step"], state["seconds"]
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 import gaf
 from gaf.rules.judging import streams
-from gaf_lab.data.problem import Problem
+from gaf_lab.data.run_data import RunData
 from gaf_lab.records import environment
 from gaf_lab.records import run as records
 from gaf_lab.settings.checks import ConfigError
@@ -20,12 +20,11 @@ from gaf_lab.training.buckets import PerBucket
 from gaf_lab.training.clipping import Clipped
 from gaf_lab.training.controls import RandomSubset, ReplaySkip, Sizes, even_sizes
 from gaf_lab.training.device_engine import OnDevice
-from gaf_lab.training.engines import uses_device_engine
-from gaf_lab.training.objective import Objective
+from gaf_lab.training.engines import runs_on_device
+from gaf_lab.training.objective import Forward, Objective
 from gaf_lab.training.over_ranks import OverRanks, data_parallel
 from gaf_lab.training.plain_engine import GradientSource, OneByOne, UntilEnough
 from gaf_lab.training.ranks import ALONE, Group
-from gaf_lab.training.techniques import Forward
 
 THRESHOLDS: dict[str, tuple[Any, str]] = {  # by name, with the argument that `threshold_by` sets
     "signal": (gaf.SignalTau, "kappa"),
@@ -149,7 +148,7 @@ def recorded_rows(config: TrainConfig) -> list[int]:
 
 
 def make_training_engine(
-    problem: Problem,
+    problem: RunData,
     model: nn.Module,
     objective: Objective,
     policy: Any,
@@ -162,14 +161,14 @@ def make_training_engine(
     make: makes an optimizer like `optimizer`.
     """
     config = problem.config
-    if uses_device_engine(config, problem.train.observed.device, group.world):
+    if runs_on_device(problem, group.world):
         fused = partial(make, fused=True)
         engine = OnDevice(problem, model, objective, policy, optimizer, fused)
         return engine, engine
     forward: Forward
     accumulator: gaf.Accumulator | OverRanks
     if group.world > 1:
-        parallel = data_parallel(model, group, *problem.micro_batch(0, group.rank))
+        parallel = data_parallel(model, group, problem, objective)
         forward, accumulator = parallel, OverRanks(parallel, optimizer, policy)
     else:
         forward = torch.compile(model) if config.compile else model

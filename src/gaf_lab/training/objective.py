@@ -1,20 +1,26 @@
 """The loss of a micro-batch: which technique it is, and how its samples are weighed."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from gaf_lab.data.problem import Loss
+from gaf_lab.data.run_data import RunData
+from gaf_lab.data.trees import tensors_in, widen
+from gaf_lab.settings.checks import ConfigError
 from gaf_lab.settings.config import TrainConfig
 from gaf_lab.training.techniques import (
     EarlyLearning,
-    Forward,
     generalised_cross_entropies,
     generalised_cross_entropy,
     mix,
 )
 from gaf_lab.training.weighing import Agreement, Audit
+
+Forward = Callable[[Any], Any]
 
 
 class Objective:
@@ -23,6 +29,7 @@ class Objective:
     Args:
         samples, classes: of the training set.
         model: whose last layer judges samples; None for a config that judges none.
+        loss: the task's own; None: the config's, for classes.
     """
 
     def __init__(
@@ -32,8 +39,9 @@ class Objective:
         classes: int,
         device: torch.device,
         model: nn.Module | None = None,
+        loss: Loss | None = None,
     ) -> None:
-        self.config = config
+        self.config, self.classes, self.loss = config, classes, loss
         self.early: EarlyLearning | None = None
         if config.loss == "elr":
             given = config.elr_beta, config.elr_lambda, device
@@ -45,42 +53,55 @@ class Objective:
             self.weighing = Audit(config, model, samples, classes, device)
 
     def __call__(
-        self, forward: Forward, x: Tensor, y: Tensor, index: Tensor, step: int, i: int
+        self, forward: Forward, x: Any, y: Any, index: Tensor, step: int, i: int
     ) -> Tensor:
-        """Loss () of micro-batch i of a step: pictures x and labels y of samples `index`."""
+        """Loss () of micro-batch i of a step: inputs x and targets y of samples `index`."""
         config = self.config
         if config.mixup:
+            check_mixable(x)
             x, other, m = mix(x, y, config.mixup, config.seed, step, i)
-            scores = forward(x).float()
+            scores = widen(forward(x))
             return m * self.of(scores, y, index) + (1 - m) * self.of(scores, other, index)
-        scores = forward(x).float()
+        scores = widen(forward(x))
         if self.weighing is None:
             return self.of(scores, y, index)
         weights = self.weighing.weights(scores.detach(), y, index, step, i)
         losses = self.each(scores, y, index)
         return (weights * losses).sum() / weights.sum().clamp_min(1e-6)
 
-    def of(self, scores: Tensor, y: Tensor, index: Tensor) -> Tensor:
-        """Mean loss () of scores (b, classes) float32.
+    def of(self, scores: Any, y: Any, index: Tensor) -> Tensor:
+        """Mean loss () of outputs, which have at least the digits of float32.
 
         bfloat16 has too few digits for the logarithm of a probability near 1.
         """
+        if self.loss is not None:
+            return self._own(scores, y, index).mean()
+        scores = check_scores(scores, self.classes)
         if self.early is not None:
             return self.early(scores, y, index)
         if self.config.loss == "gce":
             return generalised_cross_entropy(scores, y, self.config.gce_q)
         return cross_entropy(scores, y, label_smoothing=self.config.label_smoothing)
 
-    def each(self, scores: Tensor, y: Tensor, index: Tensor) -> Tensor:
+    def each(self, scores: Tensor, y: Any, index: Tensor) -> Tensor:
         """The losses (b,) of which `of` is the mean; in an audit, cross-entropy."""
         if isinstance(self.weighing, Audit) and self.weighing.watching:
             return cross_entropy(scores, y, reduction="none")
+        if self.loss is not None:
+            return self._own(scores, y, index)
         if self.config.loss == "gce":
             return generalised_cross_entropies(scores, y, self.config.gce_q)
         smoothing = self.config.label_smoothing
         losses = cross_entropy(scores, y, reduction="none", label_smoothing=smoothing)
         if self.early is not None:
             losses = losses + self.early.weight * self.early.regulariser(scores, index)
+        return losses
+
+    def _own(self, output: Any, y: Any, index: Tensor) -> Tensor:
+        """The losses (b,) of the task's own loss."""
+        assert self.loss is not None
+        losses = self.loss(output, y)
+        check_per_sample("loss", losses, len(index))
         return losses
 
     def state_dict(self) -> dict[str, Any]:
@@ -94,3 +115,37 @@ class Objective:
             self.early.targets.copy_(state["targets"])
         if self.weighing is not None:
             self.weighing.load_state_dict(state["weighing"])
+
+
+def make_objective(data: RunData, model: nn.Module | None = None) -> Objective:
+    given = data.config, len(data.train), data.classes, data.device
+    return Objective(*given, model, data.problem.loss)
+
+
+def check_per_sample(name: str, values: Any, b: int) -> None:
+    if not isinstance(values, Tensor) or values.shape != (b,):
+        seen = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+        raise ConfigError(
+            f"the task's {name} must give one number for each sample, ({b},); got {seen}. "
+            "Take no mean over samples (reduction='none'), and one over all else."
+        )
+
+
+def check_scores(output: Any, classes: int) -> Tensor:
+    """Refuses an output that is not a score for each class."""
+    if isinstance(output, Tensor) and output.dim() == 2 and output.shape[1] >= classes:
+        return output
+    seen = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+    raise ConfigError(
+        f"the task's model must give a score for each class, (b, {classes}); got {seen}. "
+        "Return Problem(classes=0) if the targets are no classes."
+    )
+
+
+def check_mixable(x: Any) -> None:
+    """Refuses inputs that have no mean."""
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        kinds = ", ".join(str(tensor.dtype) for tensor in tensors_in(x))
+        raise ConfigError(
+            f"mixup needs inputs that are one tensor of floats; got {kinds}. Set it to 0."
+        )

@@ -9,6 +9,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 import gaf
+from gaf_lab.data.run_data import RunData
+from gaf_lab.training.objective import Objective
 from gaf_lab.training.ranks import PATIENCE, Group
 
 
@@ -46,21 +48,24 @@ class OverRanks:
         self.handle.load_state_dict({"rejected": [], "absent": []} | state)
 
 
-def data_parallel(model: nn.Module, group: Group, x: Tensor, y: Tensor) -> DistributedDataParallel:
+def data_parallel(
+    model: nn.Module, group: Group, data: RunData, objective: Objective
+) -> DistributedDataParallel:
     """The model over all ranks, its buckets in their final order.
 
     DistributedDataParallel rearranges its buckets after its first backward pass, and with them the
-    order in which numbers are added. A first pass over any pictures x and labels y changes nothing
-    else, and makes every start of a run add in the same order.
+    order in which numbers are added. A first pass, over any micro-batch, changes nothing else, and
+    makes every start of a run add in the same order.
     """
-    cuda = x.device.type == "cuda"
+    cuda = data.device.type == "cuda"
     gradients = dist.new_group(backend="nccl", timeout=PATIENCE) if cuda else None
     wrapped = DistributedDataParallel(
         model, device_ids=[group.local] if cuda else None, process_group=gradients
     )
     training = model.training
     wrapped.eval()  # moves no statistics
-    nn.functional.cross_entropy(wrapped(x), y).backward()
+    x, y = data.micro_batch(0, group.rank)
+    objective(wrapped, x, y, data.index(0, group.rank), 0, group.rank).backward()
     wrapped.zero_grad()
     wrapped.train(training)
     return wrapped

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 import gaf
-from gaf_lab.data.problem import Problem
-from gaf_lab.training.objective import Objective
+from gaf_lab.data.run_data import RunData
+from gaf_lab.training.objective import Forward, Objective
 from gaf_lab.training.over_ranks import OverRanks
-from gaf_lab.training.techniques import Forward, sam_perturbation
+from gaf_lab.training.techniques import sam_perturbation
 from gaf_lab.training.turns import Turns
 
 
@@ -53,7 +53,7 @@ class OneByOne:
 
     def __init__(
         self,
-        problem: Problem,
+        problem: RunData,
         model: nn.Module,
         objective: Objective,
         forward: Forward,
@@ -79,7 +79,9 @@ class OneByOne:
         index = self.problem.index(step, i)
 
         def compute_loss() -> Tensor:
-            with torch.autocast(x.device.type, torch.bfloat16, config.autocast == "bfloat16"):
+            with torch.autocast(
+                self.problem.device.type, torch.bfloat16, config.autocast == "bfloat16"
+            ):
                 return self.objective(self.forward, x, y, index, step, i)
 
         loss = compute_loss()

@@ -4,13 +4,12 @@ from typing import Any
 
 import torch
 
-from gaf_lab.data.problem import Problem
+from gaf_lab.data.run_data import RunData
 from gaf_lab.data.sampling import derive_seed
-from gaf_lab.training.models import make_model
 from gaf_lab.training.weighing import Audit
 
 
-def restart_step(problem: Problem) -> int:
+def restart_step(problem: RunData) -> int:
     """The step before which the run starts again: that after the audit's passes, at least 1."""
     config = problem.config
     return max(1, round(config.audit_passes * len(problem.train) / (config.k * config.b)))
@@ -25,10 +24,8 @@ def start_again_if_due(training: Any) -> None:
     if not isinstance(audit, Audit) or training.step != restart_step(problem):
         return
     audit.end()
-    config = training.config
-    torch.manual_seed(derive_seed(config.seed, "weights after the audit"))
-    fresh = make_model(config.model, problem.shape, problem.classes, config.stem)
-    training.model.load_state_dict(fresh.state_dict())
+    torch.manual_seed(derive_seed(training.config.seed, "weights after the audit"))
+    training.model.load_state_dict(problem.new_model().state_dict())
     training.optimizer.state.clear()
     if training.average is not None:
         training.average.n_averaged.zero_()

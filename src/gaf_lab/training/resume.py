@@ -1,13 +1,13 @@
 """The output folder of a run: whether it can begin or go on there, and its first lines."""
 
+import dataclasses
 import os
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from gaf_lab.data.run_data import RunData
 from gaf_lab.records import checkpoint, environment
 from gaf_lab.records import run as records
 from gaf_lab.settings.checks import ConfigError
@@ -77,7 +77,7 @@ def finished_run(config: TrainConfig, folder: Path) -> records.Run | None:
 def begin_records(
     config: TrainConfig,
     folder: Path,
-    device: torch.device,
+    data: RunData,
     command: str | None,
     state: dict[str, Any] | None,
     group: Group,
@@ -90,9 +90,19 @@ def begin_records(
     if state is not None:
         truncate_records(folder / records.FILE, state["records_size"])
         return
-    records.append(folder, header(config, folder, device, command, group))
+    records.append(folder, header(config, folder, data, command, group))
     if first is not None:
         checkpoint.save(folder, first())
+
+
+def check_same_data(state: dict[str, Any], found: str) -> None:
+    """Refuses to go on with training data of another checksum. Older checkpoints have none."""
+    if state.get("data", found) != found:
+        raise checkpoint.CheckpointError(
+            "checkpoint: must go on with the training data that it began with, of checksum "
+            f"{state['data']}; the task now gives {found}. Put the data back, or start again in "
+            "another folder."
+        )
 
 
 def truncate_records(path: Path, size: int) -> None:
@@ -108,7 +118,7 @@ def truncate_records(path: Path, size: int) -> None:
 
 
 def header(
-    config: TrainConfig, folder: Path, device: torch.device, command: str | None, group: Group
+    config: TrainConfig, folder: Path, data: RunData, command: str | None, group: Group
 ) -> dict[str, Any]:
     what = {
         "kind": "run",
@@ -117,11 +127,13 @@ def header(
         "config": config.plain(),
         "config_hash": config.hash,
         "command": command,
+        "score": dataclasses.asdict(data.score),
+        "data": data.checksum,
     }
     started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     where = {
         "versions": environment.versions(),
-        "machine": environment.machine(device),
+        "machine": environment.machine(data.device),
         "commit": environment.commit(),
         "started": started,
     }

@@ -93,7 +93,7 @@ def train_in_turns(
         training.load_state_dict(state)
     first = partial(training.state_dict, folder) if keep_checkpoints else None
     group.on_rank_0(
-        lambda: begin_records(config, folder, training.device, command, state, group, first)
+        lambda: begin_records(config, folder, training.problem, command, state, group, first)
     )
     status = "interrupted"
     try:

@@ -1,48 +1,49 @@
 """The inputs of the next steps from the host, made ahead: a row for each step.
 
-They are the very draws of `Problem.micro_batch`.
+They are the very draws of `RunData.micro_batch`.
 """
 
 import torch
 from torch import Tensor
 
-from gaf_lab.data.problem import Problem
-from gaf_lab.settings.config import TrainConfig
+from gaf_lab.data.run_data import RunData
 
 AHEAD = 64  # steps for which tables are made, and after which the log is fetched at the latest
 
 Tables = dict[str, Tensor]
 
 
-def zero_tables(rows: int, config: TrainConfig, planned: bool, device: torch.device) -> Tables:
+def zero_tables(rows: int, data: RunData, planned: bool) -> Tables:
     """Tables of zeros.
 
     index: (rows, k, b) int64, the samples of each micro-batch.
     rates: (rows,) float32, learning rates.
-    shifts: (rows, k, 3, b, 1) int64, if pictures are augmented.
+    augment: (rows, k, ...), what is drawn to augment inputs, if they are augmented.
     weights: (rows, k) float64, if the policy's decisions are known before.
     """
-    k, b = config.k, config.b
+    k, b = data.config.k, data.config.b
     shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
         "index": ((k, b), torch.int64),
         "rates": ((), torch.float32),
     }
-    if config.augment:
-        shapes["shifts"] = (k, 3, b, 1), torch.int64
+    drawn = data.augmentation(0, 0)
+    if drawn is not None:
+        shapes["augment"] = (k, *drawn.shape), drawn.dtype
     if planned:
         shapes["weights"] = (k,), torch.float64
     return {
-        name: torch.zeros(rows, *shape, dtype=dtype, device=device)
+        name: torch.zeros(rows, *shape, dtype=dtype, device=data.device)
         for name, (shape, dtype) in shapes.items()
     }
 
 
-def draws(problem: Problem, step: int) -> Tables:
-    """A step's rows of `index` and `shifts`, on the CPU."""
-    config = problem.config
-    first = step * config.k
-    index = [problem.sampler.draw(first + i) for i in range(config.k)]
+def draws(data: RunData, step: int) -> Tables:
+    """A step's rows of `index` and `augment`, on the CPU."""
+    k = data.config.k
+    index = [data.sampler.draw(step * k + i) for i in range(k)]
     found = {"index": torch.stack(index)}
-    if config.augment:
-        found["shifts"] = torch.stack([problem.shifts(step, i) for i in range(config.k)])
+    drawn = [data.augmentation(step, i) for i in range(k)]
+    augmented = [numbers for numbers in drawn if numbers is not None]
+    if augmented:
+        found["augment"] = torch.stack(augmented)
     return found

@@ -6,8 +6,9 @@ And early stopping. Each is the published formula and no more; a run takes them 
 
 import contextlib
 import copy
+import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,8 +18,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from gaf_lab.data.sampling import derive_seed, generator
-
-Forward = Callable[[Tensor], Tensor]
 
 
 def generalised_cross_entropy(scores: Tensor, y: Tensor, q: float) -> Tensor:
@@ -119,27 +118,27 @@ def ema_model(model: nn.Module, decay: float) -> AveragedModel:
 
 
 class EarlyStopping:
-    """Ends a run after `patience` evaluations in a row without a better held-out accuracy.
+    """Ends a run after `patience` evaluations in a row without a better held-out score.
 
     See Prechelt 1998.
     """
 
     def __init__(self, patience: int) -> None:
         self.patience = patience
-        self.best, self.waited = -1.0, 0
+        self.best, self.waited = -math.inf, 0
         self.weights: dict[str, Tensor] = {}
 
     @property
     def over(self) -> bool:
         return self.waited >= self.patience
 
-    def look(self, accuracy: float, model: nn.Module) -> None:
+    def look(self, score: float, model: nn.Module) -> None:
         """After an evaluation: keeps the model's weights if it is the best so far.
 
-        Of equals, the first is the best.
+        score: higher is better. Of equals, the first is the best.
         """
-        if accuracy > self.best:
-            self.best, self.waited, self.weights = accuracy, 0, copy.deepcopy(model.state_dict())
+        if score > self.best:
+            self.best, self.waited, self.weights = score, 0, copy.deepcopy(model.state_dict())
         else:
             self.waited += 1
 

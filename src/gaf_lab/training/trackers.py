@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import gaf
-from gaf_lab.data.problem import Problem
+from gaf_lab.data.run_data import RunData
 from gaf_lab.settings.checks import ConfigError
 
 Numbers = dict[str, float]
@@ -43,7 +43,7 @@ class TrackerListener:
         self.name, self.folder = name, folder
         self.close: Callable[[], Any] = lambda: None
 
-    def begin(self, problem: Problem, step: int, steps: int) -> None:
+    def begin(self, problem: RunData, step: int, steps: int) -> None:
         self.log, self.close = OPEN[self.name](self.folder, problem.config.plain())
 
     def stepped(self, step: int, outcome: gaf.Outcome) -> None:

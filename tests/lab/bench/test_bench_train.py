@@ -49,7 +49,7 @@ from gaf_lab.bench.train_results import (
 )
 from gaf_lab.commands import main as cli
 from gaf_lab.data.augment import normalise
-from gaf_lab.data.problem import make_problem
+from gaf_lab.data.make_data import make_run_data
 from gaf_lab.settings.config import TrainConfig
 from gaf_lab.training.loop import Training
 from gaf_lab.training.optimizers import make_optimizer
@@ -222,7 +222,7 @@ def test_the_plain_loop_transforms_like_a_shift_and_a_mirror_of_the_padded_pictu
 
 
 def test_the_plain_loop_takes_the_steps_that_gaf_takes_on_the_same_micro_batches():
-    problem = make_problem(SMALL, None, CPU)
+    problem = make_run_data(SMALL, None, CPU)
     loop = PlainLoop(SMALL, problem, CPU, workers=0)
     x, y = problem.inputs(problem.train.x[:80]), problem.train.observed[:80]  # type: ignore[index]
     loop.data = TensorDataset(x, y)  # type: ignore[assignment]
@@ -244,7 +244,7 @@ def test_the_plain_loop_takes_the_steps_that_gaf_takes_on_the_same_micro_batches
 
 @pytest.mark.parametrize("sampler", ["iid", "stratified-clean"])
 def test_the_plain_loop_draws_as_many_of_each_class_where_it_is_to(sampler):
-    problem = make_problem(dataclasses.replace(SMALL, sampler=sampler), None, CPU)
+    problem = make_run_data(dataclasses.replace(SMALL, sampler=sampler), None, CPU)
     loop = PlainLoop(problem.config, problem, CPU, workers=0)
     drawn = loop.draw()
     assert len(set(drawn)) == SMALL.b

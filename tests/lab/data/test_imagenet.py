@@ -13,7 +13,7 @@ import torch
 from gaf_lab.data.dataset import describe_dataset
 from gaf_lab.data.generated import make_pictures
 from gaf_lab.data.imagenet import find_imagenet
-from gaf_lab.data.problem import make_problem
+from gaf_lab.data.make_data import make_run_data
 from gaf_lab.data.read_ahead import reader_count
 from gaf_lab.data.sets import load_dataset
 from gaf_lab.data.sources import DataError
@@ -92,16 +92,20 @@ def test_a_folder_that_is_not_imagenets_is_refused_with_what_it_lacks(tmp_path, 
         find_imagenet(tmp_path, 224)
 
 
+def names(part):
+    return part.x.dataset.files.names[part.x.places.numpy()]
+
+
 def test_labels_are_flipped_split_and_limited_as_those_of_other_sets(pictures):
-    problem = make_problem(
+    problem = make_run_data(
         dataclasses.replace(SMALL, limit=80, heldout=0.25, noise_rate=0.5), pictures, CPU
     )
     parts = problem.train, problem.heldout
     assert [len(part) for part in parts] == [60, 20]
-    assert len(set(np.concatenate([part.x.names for part in parts]).tolist())) == 80
+    assert len(set(np.concatenate([names(part) for part in parts]).tolist())) == 80
     assert sum(int((part.observed != part.clean).sum()) for part in parts) == 40
     for part in (*parts, problem.test, problem.probe):  # the class is the name of the folder
-        assert part.clean.tolist() == [int(name.split(b"/")[0][1:]) for name in part.x.names]
+        assert part.clean.tolist() == [int(name.split(b"/")[0][1:]) for name in names(part)]
     assert len(problem.test) == 24
     assert torch.equal(problem.test.observed, problem.test.clean)
 
@@ -189,7 +193,7 @@ def test_a_worker_that_is_killed_ends_the_run_with_one_message(endless, tmp_path
     errors = process.finish()
     assert process.returncode == 2
     assert (
-        "gaf train: imagenet: every process that reads pictures must live as long as the run; "
+        "gaf train: data: every process that reads samples must live as long as the run; "
         "one did not (DataLoader worker" in errors
     )
     assert "Traceback" not in errors

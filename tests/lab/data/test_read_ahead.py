@@ -7,41 +7,49 @@ import time
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import default_collate
 
-from gaf_lab.data.files import Chunks, Files, MicroBatches
+from gaf_lab.data.files import Files, LabelledFiles
 from gaf_lab.data.imagenet import find_imagenet
-from gaf_lab.data.problem import make_problem
+from gaf_lab.data.items import Chunks, Items, MicroBatches
+from gaf_lab.data.make_data import make_run_data
 from gaf_lab.data.read_ahead import PREFETCH, Reader, read_ahead, reader_count, worker_died
 from gaf_lab.data.sampling import Iid, generator
 from gaf_lab.data.sources import DataError
-from gaf_lab.training import models
 from gaf_lab.training.evaluate import logits
 from helpers.pictures import CPU, SMALL
 from helpers.runs import wait_until
 
 
 def micro_batches(folder, size=16, augment=True):
+    read = items(folder, size, augment)
+    return MicroBatches(read, Iid(len(read), 6, seed=3), seed=3, k=2)
+
+
+def items(folder, size=16, augment=True):
     _, (files, labels), _ = find_imagenet(folder, size)
-    return MicroBatches(files, Iid(len(labels), 6, seed=3), seed=3, k=2, augment=augment)
+    every = torch.arange(len(labels))
+    return Items(LabelledFiles(files, labels, augment), every, default_collate, ahead=True)
 
 
 @pytest.mark.parametrize("sampler", ["iid", "stratified-observed"])
 def test_a_micro_batch_depends_on_seed_step_and_i_alone(pictures, sampler):
     config = dataclasses.replace(SMALL, sampler=sampler, b=8)
-    one, other = (make_problem(config, pictures, CPU) for _ in range(2))
+    one, other = (make_run_data(config, pictures, CPU) for _ in range(2))
     positions = [(0, 0), (0, 1), (1, 0), (7, 1), (8, 0), (3, 1), (0, 0)]
     for step, i in positions:
         x, y = one.micro_batch(step, i)
         index = one.index(step, i)
         # in this process
-        expected = one.train.x.read(index.tolist(), generator(config.seed, "augment", step, i))
+        draw = generator(config.seed, "augment", step, i)
+        expected, _ = one.train.x.read(index.tolist(), draw)
         assert torch.equal(x, one.inputs(expected))
         assert torch.equal(y, one.train.observed[index])
     for step, i in reversed(positions):
-        assert torch.equal(other.pictures(step, i), one.pictures(step, i))
+        assert torch.equal(other.samples(step, i)[0], one.samples(step, i)[0])
     assert not torch.equal(
-        make_problem(dataclasses.replace(config, seed=1), pictures, CPU).pictures(0, 0),
-        other.pictures(0, 0),
+        make_run_data(dataclasses.replace(config, seed=1), pictures, CPU).samples(0, 0)[0],
+        other.samples(0, 0)[0],
     )
 
 
@@ -50,14 +58,14 @@ def pids():
 
 
 def test_each_rank_reads_its_own_micro_batches_of_the_same_run_ahead(pictures):
-    alone = make_problem(SMALL, pictures, CPU)
+    alone = make_run_data(SMALL, pictures, CPU)
     for rank in range(2):
-        problem, before, used = make_problem(SMALL, pictures, CPU, world=2), pids(), set()
+        problem, before, used = make_run_data(SMALL, pictures, CPU, world=2), pids(), set()
         for step in range(3):
-            x = problem.pictures(step, rank)
+            x, _ = problem.samples(step, rank)
             used |= pids() - before  # without what reads for the other problem
             assert len(used) == reader_count()  # the same workers at every step
-            assert torch.equal(x, alone.pictures(step, rank))
+            assert torch.equal(x, alone.samples(step, rank)[0])
             before |= pids() - used
 
 
@@ -73,7 +81,7 @@ def test_a_jump_starts_new_workers_and_ends_those_before(pictures):
 
 def test_without_augmentation_training_pictures_are_their_middle(pictures):
     read = micro_batches(pictures, augment=False)
-    assert torch.equal(read(0), read.files.read(read.sampler.draw(0).tolist()))
+    assert torch.equal(read(0)[0], read.items.read(read.sampler.draw(0).tolist())[0])
 
 
 def test_reading_leaves_the_global_random_numbers_alone(pictures):
@@ -100,8 +108,7 @@ def test_workers_read_ahead_and_stop_there_so_that_pictures_are_never_all_in_mem
     pictures, monkeypatch
 ):
     monkeypatch.setattr("gaf_lab.data.read_ahead.reader_count", lambda: 1)
-    _, (files, _), _ = find_imagenet(pictures, 16)
-    counted = Counting(Chunks(files, 2))
+    counted = Counting(Chunks(items(pictures), 2))
     stream = read_ahead(counted, range(48))
     next(stream)
     bound = 1 + PREFETCH
@@ -115,18 +122,18 @@ def test_workers_read_ahead_and_stop_there_so_that_pictures_are_never_all_in_mem
 
 @pytest.mark.parametrize("n", [7, 96, 1000])
 def test_a_streamed_part_gives_all_its_pictures_in_order(pictures, n):
-    problem = make_problem(dataclasses.replace(SMALL, heldout=0.0), pictures, CPU)
-    parts = list(problem.train.batches(n))
+    problem = make_run_data(dataclasses.replace(SMALL, heldout=0.0), pictures, CPU)
+    parts = [x for x, _ in problem.train.batches(n, CPU)]
     assert [len(x) for x in parts[:-1]] == [n] * (len(parts) - 1)
-    assert torch.equal(torch.cat(parts), problem.train.x.read(range(96)))
+    assert torch.equal(torch.cat(parts), problem.train.x.read(range(96))[0])
 
 
 def test_evaluation_sees_each_test_picture_once_by_as_many_at_a_time_as_fit(pictures, monkeypatch):
-    monkeypatch.setattr("gaf_lab.training.evaluate.PIXELS", 16 * 16 * 5)  # 5 of the 24 at a time
-    problem = make_problem(SMALL, pictures, CPU)
-    model = models.make_model("convnet", problem.shape, problem.classes, "cifar")
+    monkeypatch.setattr("gaf_lab.tasks.pictures.PIXELS", 16 * 16 * 5)  # 5 of the 24 at a time
+    problem = make_run_data(SMALL, pictures, CPU)
+    model = problem.new_model()
     scores = logits(model, problem, problem.test)
-    whole = model.eval()(problem.inputs(problem.test.x.read(range(24))))
+    whole = model.eval()(problem.inputs(problem.test.x.read(range(24))[0]))
     torch.testing.assert_close(scores, whole)  # float32 sums of other batch sizes
 
 
@@ -134,7 +141,9 @@ def test_a_damaged_file_ends_a_stream_with_its_name_and_nothing_around_it(tmp_pa
     files = Files(tmp_path, np.array([b"a.JPEG"]), 16)
     (tmp_path / "a.JPEG").write_bytes(b"no picture")
     with pytest.raises(DataError, match=f"^imagenet: {tmp_path}/a.JPEG must be a whole JPEG"):
-        list(files.split(1))
+        list(
+            Items(LabelledFiles(files, torch.zeros(1), False), torch.arange(1), list, True).split(1)
+        )
 
 
 def test_only_a_lost_workers_error_is_told_anew():

@@ -16,7 +16,7 @@ from matplotlib.image import imread
 from torch import nn
 
 from gaf_lab.commands.main import main
-from gaf_lab.data.problem import make_problem
+from gaf_lab.data.make_data import make_run_data
 from gaf_lab.data.sets import load_dataset
 from gaf_lab.experiments import audit_figures
 from gaf_lab.experiments.audit import audit_labels, find_head
@@ -44,7 +44,7 @@ def test_it_watches_the_run_of_gaf_train_without_effect(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("limit", [0, 300])
 def test_the_list_names_samples_as_the_data_set_does(limit: int) -> None:
-    problem = make_problem(dataclasses.replace(SMALL, limit=limit), None, torch.device("cpu"))
+    problem = make_run_data(dataclasses.replace(SMALL, limit=limit), None, torch.device("cpu"))
     data = load_dataset("digits", None)
     torch.testing.assert_close(data.train_x[problem.origin], problem.train.x, rtol=0, atol=0)
     assert data.train_y[problem.origin].equal(problem.train.clean)

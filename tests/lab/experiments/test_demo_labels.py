@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 
 from gaf_lab.commands.demo import run_demo
-from gaf_lab.data.problem import make_problem
+from gaf_lab.data.make_data import make_run_data
 from gaf_lab.data.sets import load_dataset
 from gaf_lab.experiments.demo_labels import TILES, find_labels, label_section
 from gaf_lab.settings.presets import DEMO
@@ -28,7 +28,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_it_judges_the_labels_of_the_first_part(tmp_path: Path) -> None:
     found = find_labels(dataclasses.replace(DEMO, passes=2.0), tmp_path, lambda *at: None)
-    first = make_problem(DEMO, None, torch.device("cpu"))
+    first = make_run_data(DEMO, None, torch.device("cpu"))
     assert found.problem.train.observed.equal(first.train.observed)
     assert found.problem.origin.equal(first.origin)
     section = label_section(found)

@@ -21,7 +21,7 @@ from helpers.fakes import Silent
 OLD = Path(__file__).parents[2] / "data" / "old"
 
 
-def small_mlp(inputs: int, classes: int) -> nn.Sequential:
+def small_mlp(inputs: int, classes: int, width: int = 512) -> nn.Sequential:
     """The network of the old run, so small that its checkpoint can be kept."""
     layers = nn.Linear(inputs, 12), nn.BatchNorm1d(12), nn.ReLU(), nn.Linear(12, classes)
     return nn.Sequential(nn.Flatten(), *layers)

@@ -18,8 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 import gaf
 from gaf.device.rows import StackedRows, rows_without_waiting
-from gaf_lab.data.pictures import Pictures
-from gaf_lab.data.problem import make_problem
+from gaf_lab.data.make_data import make_run_data
 from gaf_lab.records import checkpoint
 from gaf_lab.records import run as records
 from gaf_lab.settings.checks import ConfigError
@@ -30,8 +29,7 @@ from gaf_lab.training.diverged import Diverged
 from gaf_lab.training.engines import check_device_engine, uses_device_engine
 from gaf_lab.training.loop import Training
 from gaf_lab.training.make import make_policy
-from gaf_lab.training.models import make_model
-from gaf_lab.training.objective import Objective
+from gaf_lab.training.objective import make_objective
 from gaf_lab.training.optimizers import make_optimizer
 from gaf_lab.training.run import train
 from gaf_lab.training.schedule import rates_ahead
@@ -267,21 +265,15 @@ def meta(monkeypatch):
 
     def make(**changes):
         config = dataclasses.replace(SMALL, engine="device", **changes)
-        problem = make_problem(config, None, torch.device("cpu"))
-        train = Pictures(
-            *(t.to("meta") for t in (problem.train.x, problem.train.observed, problem.train.clean))
+        problem = make_run_data(config, None, torch.device("cpu"))
+        problem = dataclasses.replace(
+            problem, train=problem.train.to("meta"), device=torch.device("meta")
         )
-        model = make_model(config.model, problem.shape, problem.classes, config.stem).to("meta")
+        model = problem.new_model()
         optimizer = make_optimizer(config, config.lr, list(model.parameters()), fused=True)
         optimizer._need_device_dtype_check_for_fused = False
-        objective = Objective(config, len(problem.train), problem.classes, torch.device("meta"))
-        return DeviceStep(
-            dataclasses.replace(problem, train=train),
-            model,
-            objective,
-            make_policy(config),
-            optimizer,
-        )
+        objective = make_objective(problem)
+        return DeviceStep(problem, model, objective, make_policy(config), optimizer)
 
     return make
 

@@ -178,10 +178,10 @@ def test_paired_arms_see_the_same_labels_weights_and_micro_batches():
 
 def test_training_and_held_out_samples_share_nothing_and_the_test_set_is_clean():
     problem = module.Training(SMALL, None).problem
-    assert len(problem.train) + len(problem.heldout) == len(problem.data.train_x)
+    assert len(problem.train) + len(problem.heldout) == len(problem.problem.train[0])
     together = torch.cat([problem.train.x, problem.heldout.x]).flatten(1)
     assert torch.equal(
-        torch.unique(together, dim=0), torch.unique(problem.data.train_x.flatten(1), dim=0)
+        torch.unique(together, dim=0), torch.unique(problem.problem.train[0].flatten(1), dim=0)
     )
     assert torch.equal(problem.test.observed, problem.test.clean)
     flipped = torch.cat(
