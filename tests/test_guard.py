@@ -415,7 +415,9 @@ def test_half_of_the_rows_not_finite_is_an_overflow(k: int, bad: int, overflow: 
 
 
 def test_the_repr_says_all_but_the_callback() -> None:
-    text = "Guard(norm_ratio=10.0, cosine_z=None, spike=None, spike_z=6.0, drift=30.0)"
+    text = (
+        "Guard(norm_ratio=10.0, cosine_z=None, cosine_every=4, spike=None, spike_z=6.0, drift=30.0)"
+    )
     assert repr(gaf.Guard(on_alarm=print)) == text
 
 

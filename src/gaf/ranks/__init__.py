@@ -8,7 +8,8 @@ The files in the order of the data:
     fsdp         FSDP2's replicas: replicas, way_in; or a flat model's ranks, fsdp_unsharded, or its
                  parameter groups, fsdp_groups, or its own average, fsdp_average
     exchange     gradients in, the Gram matrix, the update out: messages, spare_memory
-    sums         gradients in, the average out, and its products with each: pair, for two ranks
+    sums         gradients in, the average out, and its products with each: sent_piece; pair, for
+                 two ranks
     decider      what the ranks have measured (totals) -> decision (judged) -> update; stale:
                  whether an old update was in the way
     step_hooks   the optimizer's step: steps; skips, what it leaves alone; pending, what it confirms

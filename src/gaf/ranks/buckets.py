@@ -1,5 +1,6 @@
 """DDP's buckets: what travels in one, and what stays out of the decision about it."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -7,7 +8,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import GradBucket
 from torch.nn.parallel import DistributedDataParallel
 
-from gaf.ranks.exchange import Pieces, SentPiece
+from gaf.ranks.sent_piece import Pieces, SentPiece
 from gaf.ranks.stale import StaleGradients
 
 Future = torch.futures.Future[Tensor]  # of the bucket, updated
@@ -52,7 +53,9 @@ class BucketPiece(SentPiece):
         self, bucket: GradBucket, stale: StaleGradients | None, pointers: dict[Tensor, int]
     ) -> None:
         super().__init__(bucket.buffer())
-        self.bucket, self.stale, self.pointers = bucket, stale, pointers
+        self.params: list[Tensor] = bucket.parameters()
+        self.places: list[Tensor] = bucket.gradients()
+        self.stale, self.pointers = stale, pointers
 
     def find_kept(self) -> Pieces:
         """This rank's gradients in p.grad, and their places in the bucket.
@@ -63,36 +66,32 @@ class BucketPiece(SentPiece):
         if not in_backward():
             return [], []
         own, places = [], []
-        for p, flat in zip(self.bucket.parameters(), self.bucket.gradients(), strict=True):
-            stale = self.stale is not None and self.stale.holds_old_update(p)
-            if p.grad is not None and not stale:
+        for p, flat in zip(self.params, self.places, strict=True):
+            if p.grad is not None and not self._holds_old_update(p):
                 own.append(p.grad.detach())
                 places.append(place_of(p, flat))
         if any(a.data_ptr() == b.data_ptr() for a, b in zip(own, places, strict=True)):
             return [], []
         return own, places
 
-    def divide(self, ranks: int) -> None:
-        """To the bit as DDP does without a hook.
+    @property
+    def is_row(self) -> bool:
+        """Whether no update of an earlier pass lies in it."""
+        return not any(map(self._holds_old_update, self.params))
 
-        It multiplies by 1 / ranks what it copies into the bucket, and divides what was accumulated
-        there (gradient_as_bucket_view).
+    def _holds_old_update(self, p: Tensor) -> bool:
+        return self.stale is not None and self.stale.holds_old_update(p)
+
+    def parts(self) -> Iterable[tuple[Tensor, bool]]:
+        """DDP divides what was accumulated in the bucket (gradient_as_bucket_view).
+
+        What it copies there without a hook it multiplies by 1 / ranks.
         """
-        pairs = zip(self.bucket.parameters(), self.bucket.gradients(), strict=True)
-        there = [place for p, place in pairs if self._pointer(p) == place.data_ptr()]
-        if not there:
-            super().divide(ranks)
-        elif len(there) == len(self.bucket.parameters()):
-            self.flat.div_(ranks)
-        else:
-            self._divide_each(ranks, {place.data_ptr() for place in there})
-
-    def _divide_each(self, ranks: int, there: set[int]) -> None:
-        for place in self.bucket.gradients():
-            if place.data_ptr() in there:
-                place.div_(ranks)
-            else:
-                place.mul_(1 / ranks)
+        pairs = zip(self.params, self.places, strict=True)
+        there = [self._pointer(p) == place.data_ptr() for p, place in pairs]
+        if all(there) or not any(there):
+            return [(self.flat, there[0])]
+        return zip(self.places, there, strict=True)
 
     def _pointer(self, p: Tensor) -> int:
         return self.pointers.get(p, 0 if p.grad is None else p.grad.data_ptr())

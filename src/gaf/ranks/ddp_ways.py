@@ -14,7 +14,7 @@ from gaf.ranks.handle import Handle
 from gaf.ranks.pair import Pair
 from gaf.ranks.sums import Sums
 from gaf.rules.averaging import averages, measures, measures_next
-from gaf.rules.contract import Policy, judges_sums, scope_of
+from gaf.rules.contract import Policy, judges_sums, needs_cosines, scope_of
 from gaf.rules.policies import GAF
 
 
@@ -41,6 +41,8 @@ class OneDecision:
     def begin(self, ranks: int) -> None:
         self.exchange.begin()
         self.exchange.active = ranks
+        if isinstance(self.exchange, Sums):
+            self.exchange.multiplies = needs_cosines(self.handle.policy)
         self.sent = []
 
     def take(self, bucket: GradBucket, last: bool) -> Future:

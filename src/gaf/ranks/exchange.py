@@ -31,6 +31,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gaf.ranks.messages import TAG, all_gather, all_to_all, first_rank
+from gaf.ranks.sent_piece import SentPiece
 from gaf.ranks.spare_memory import SpareMemory
 from gaf.rules.blas import gram_by_blas
 from gaf.rules.combine import combine_into, sum_dtype
@@ -41,22 +42,6 @@ from gaf.shapes import Float64
 
 # coordinates below which a piece is joined with others: a message costs more than a copy
 SMALL = 2**14
-
-Pieces = tuple[Sequence[Tensor], Sequence[Tensor]]  # tensors, and where their coordinates are sent
-
-
-class SentPiece:
-    """A flat piece of the gradient that is sent."""
-
-    def __init__(self, flat: Tensor) -> None:
-        self.flat = flat
-
-    def find_kept(self) -> Pieces:
-        """Tensors outside of `flat` that keep its values during the pass; none here."""
-        return (), ()
-
-    def divide(self, ranks: int) -> None:
-        self.flat.mul_(1 / ranks)
 
 
 @dataclass(eq=False)

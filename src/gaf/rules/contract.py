@@ -13,6 +13,7 @@ them:
     planned          (step, k) -> the k weights of a step, whatever its rows    is_planned
     present_only     it is given the K of the present rows only           sees_present_only
     judge            RowSums -> Decision: it needs no more of K than that       judges_sums
+    needs_cosines    whether the next decision needs more than the norms      needs_cosines
     overflowed       k squared norms -> whether a loss scale is too high    judging.has_overflow
     loss_scale       what the rows were multiplied by; the engine sets it   tell_loss_scale
     merge            rows of a slice -> its update: a coordinate-wise rule              merge_of
@@ -116,6 +117,11 @@ def merge_of(policy: Any) -> Merge | None:
 def judges_sums(policy: Any) -> bool:
     """Whether the policy decides from K's diagonal and row sums alone: by `judge(RowSums)`."""
     return hasattr(policy, "judge")
+
+
+def needs_cosines(policy: Any) -> bool:
+    """Whether the next decision needs the rows' products with their sum, or their norms alone."""
+    return bool(getattr(policy, "needs_cosines", True))
 
 
 def tell_loss_scale(policy: Any, scale: float) -> None:

@@ -86,6 +86,11 @@ class Drift:
     def deviation(self) -> float:
         return max(math.sqrt(self.variance), TINY)
 
+    @property
+    def suspects(self) -> bool:
+        """Whether a sum is above a third of the limit."""
+        return any(3 * run.sum > self.limit for runs in self.runs.values() for run in runs)
+
     def fit(self, k: int) -> None:
         """Makes place for k rows. Those of another number are others: all start anew."""
         if len(self.baselines) != k:

@@ -11,9 +11,17 @@ from torch import Tensor
 from gaf.rules.decision import Decision
 from gaf.rules.finding import Finding, OnAlarm
 from gaf.rules.gram import check_gram
-from gaf.rules.guard_arguments import Spike, as_deviations, as_on_alarm, as_ratio, as_spike
+from gaf.rules.guard_arguments import (
+    Spike,
+    as_deviations,
+    as_on_alarm,
+    as_period,
+    as_ratio,
+    as_spike,
+)
 from gaf.rules.past import Past
 from gaf.rules.row_sums import RowSums
+from gaf.rules.watch import find_not_finite
 from gaf.shapes import Float64
 
 
@@ -30,6 +38,11 @@ class Guard:
     - with `cosine_z`, if its cosine to the sum of the others lies that many standard deviations
       below its usual one, relative to the others'.
 
+    Norms are looked at in every step. Under `gaf.attach` cosines take a second pass over the
+    gradient: they are looked at in every `cosine_every`-th step, in the first 20, and in every one
+    while a worker is under suspicion, its sum of deviations being above a third of `drift`. With
+    `cosine_z` or `spike`, and where K is there anyway (`gaf.Accumulator`), it is every step.
+
     A step whose average is far too long is skipped or shortened with `spike`. A row that drifts
     away slowly, by its norm or its cosine, is reported, and never left out.
 
@@ -39,6 +52,8 @@ class Guard:
     Args:
         norm_ratio: at least 1. Higher leaves out less.
         cosine_z: above 0; None: no row is left out for its direction. Higher leaves out less.
+        cosine_every: steps from one look at the cosines to the next, at least 1. Higher costs less,
+            and reports a drift of the cosine later.
         spike: what happens to a step whose average has a norm `spike_z` standard deviations above
             the usual one (in logarithms): None nothing, "skip", or "clip" to that limit.
         spike_z: above 0. Higher lets more pass.
@@ -66,6 +81,7 @@ class Guard:
         *,
         norm_ratio: float = 10.0,
         cosine_z: float | None = None,
+        cosine_every: int = 4,
         spike: Spike | None = None,
         spike_z: float = 6.0,
         drift: float | None = 30.0,
@@ -73,6 +89,7 @@ class Guard:
     ) -> None:
         self.norm_ratio = as_ratio(norm_ratio)
         self.cosine_z = None if cosine_z is None else as_deviations("cosine_z", cosine_z, 6)
+        self.cosine_every = as_period(cosine_every)
         self.spike, self.spike_z = as_spike(spike), as_deviations("spike_z", spike_z, 6)
         self.drift = None if drift is None else as_deviations("drift", drift, 30)
         self.on_alarm = as_on_alarm(on_alarm)
@@ -102,6 +119,13 @@ class Guard:
             factor = self._factor(self._log_norm(float(sums.total2) / len(norms) ** 2))
         self.findings += self._past.learn(norms, cosines)
         return decision_without(broken, factor, measured)
+
+    @property
+    def needs_cosines(self) -> bool:
+        """Whether the next decision needs more than the norms."""
+        if self.cosine_z is not None or self.spike is not None:
+            return True
+        return self._past.wants_cosines(self.cosine_every)
 
     def _log_norm(self, norm2: float) -> float:
         """Of the gradient, whatever the loss scale; NaN if it is zero or not finite."""
@@ -154,16 +178,8 @@ class Guard:
 
     def __repr__(self) -> str:
         # without on_alarm: ranks compare what they see here
-        names = ("norm_ratio", "cosine_z", "spike", "spike_z", "drift")
+        names = ("norm_ratio", "cosine_z", "cosine_every", "spike", "spike_z", "drift")
         return f"Guard({', '.join(f'{name}={getattr(self, name)!r}' for name in names)})"
-
-
-def find_not_finite(norms2: Sequence[float]) -> list[Finding]:
-    return [
-        Finding(i, "not finite", value, math.nan)
-        for i, value in enumerate(norms2)
-        if not math.isfinite(value)
-    ]
 
 
 def decision_without(

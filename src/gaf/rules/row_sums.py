@@ -7,6 +7,7 @@ far each row agrees with the sum of the others.
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -49,7 +50,7 @@ class RowSums:
         pairs = present * (present - 1)
         return torch.where(pairs > 0, (self.total2 - self.norms2.sum()) / pairs, math.nan)
 
-    @property
+    @cached_property
     def cosines(self) -> Float64[Tensor, " k"]:
         """(k,) float64 in [-1, 1]: each row's cosine to the sum of the others.
 

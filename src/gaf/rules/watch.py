@@ -102,6 +102,14 @@ class StepWatch:
         self.usual, self.variance, self.seen = state["usual"], state["variance"], state["seen"]
 
 
+def find_not_finite(norms2: Sequence[float]) -> list[Finding]:
+    return [
+        Finding(i, "not finite", value, math.nan)
+        for i, value in enumerate(norms2)
+        if not math.isfinite(value)
+    ]
+
+
 def medians_of_others(values: Sequence[float]) -> list[float]:
     """For each value the lower median of the other known ones; NaN where there is none."""
     order = sorted((i for i, v in enumerate(values) if not math.isnan(v)), key=lambda i: values[i])

@@ -1,25 +1,50 @@
 """One run of `gaf bench guard`: how it steps, what goes wrong in it, and what was reported."""
 
 import copy
+import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 import gaf
 from gaf.record.alarms import Alarms
 from gaf.rules.combine import combine
-from gaf.rules.contract import Policy
+from gaf.rules.contract import Policy, judges_sums, merge_of, needs_cosines
 from gaf.rules.decision import check_decision
 from gaf.rules.finding import findings_of
+from gaf.rules.merging import merge_into
+from gaf.rules.row_sums import RowSums
 from gaf_lab.bench.guard_faults import CLEAN
 
 GUARDED_WAYS: dict[str, Callable[[], Policy]] = {
     "Mean": gaf.Mean,
     "Guard": gaf.Guard,
     "GAF": lambda: gaf.GAF(0.97),
+    "Median": gaf.Median,
 }
+
+
+def judge(policy: Policy, gram: Tensor) -> Any:
+    """What a policy decides. Guard sees as much of K as under `gaf.attach`."""
+    if not judges_sums(policy):
+        return policy(gram)
+    sums = RowSums.of_gram(gram)
+    if not needs_cosines(policy):
+        sums = replace(sums, inner=torch.full_like(sums.inner, math.nan))
+    return policy.judge(sums)  # type: ignore[attr-defined]
+
+
+def update_of(rows: Tensor, weights: Tensor, policy: Policy) -> Tensor:
+    """rows: (k, n)."""
+    merge = merge_of(policy)
+    if merge is None:
+        return combine(weights, rows)
+    update = torch.empty_like(rows[0])
+    merge_into(update, list(rows), weights.tolist(), merge)
+    return update
 
 
 @dataclass
@@ -45,10 +70,9 @@ class GuardedRun:
         """The update, and whether to step. rows: (k, n)."""
         if self.way == "Mean":
             return rows.mean(0), True
-        found = self.policy(gram)
-        decision = check_decision(found, self.policy, len(rows), gram.device)
+        decision = check_decision(judge(self.policy, gram), self.policy, len(rows), gram.device)
         self.book.note(findings_of(self.policy), step)
-        return combine(decision.weights, rows), bool(decision.stepped)
+        return update_of(rows, decision.weights, self.policy), bool(decision.stepped)
 
     def right_alarms(self, k: int, before: int) -> list[dict[str, Any]]:
         """Of the worker that went wrong after `before` steps."""
