@@ -344,6 +344,14 @@ def test_no_false_alarm_in_10000_clean_steps() -> None:
     assert [found for row in alike(4, 10_000) for found in drift.learn(row)] == []
 
 
+def test_a_clean_step_in_fifty_is_suspect() -> None:
+    drift, suspects = Drift(30), 0
+    for row in alike(4, 10_000):
+        drift.learn(row)
+        suspects += drift.suspects
+    assert 0.01 < suspects / 10_000 < 0.04
+
+
 # --- what it is to the engines -----------------------------------------------------------------
 
 
@@ -407,6 +415,64 @@ def test_judge_needs_the_row_sums_alone() -> None:
         torch.testing.assert_close(vars(got), vars(want))
 
 
+def without_cosines(g: Tensor) -> RowSums:
+    return RowSums(g.square().sum(1), torch.full((len(g),), math.nan, dtype=torch.float64))
+
+
+def test_cosines_are_asked_for_at_first_and_then_every_so_often() -> None:
+    for every in (1, 3, 4):
+        policy, asked = gaf.Guard(cosine_every=every), []
+        for step in range(60):
+            asked += [step] if policy.needs_cosines else []
+            gaf.aggregate(rows(4), policy)
+        assert asked == [step for step in range(60) if step < 20 or step % every == 0]
+    for policy in (gaf.Guard(cosine_z=6), gaf.Guard(spike="clip")):
+        assert used(policy, 4).needs_cosines
+
+
+def test_a_worker_under_suspicion_is_watched_in_every_step() -> None:
+    """It is named a little later than with a look at every step."""
+    delays = {}
+    for every in (1, 4):
+        torch.manual_seed(1)
+        policy, asked = gaf.Guard(cosine_every=every), 0
+        for step in range(400):
+            g = rows(4, 400)
+            if step >= 200:
+                g[1] *= -1
+            asked += policy.needs_cosines and step >= 200
+            found = policy.judge(
+                RowSums.of_gram(g @ g.T) if policy.needs_cosines else without_cosines(g)
+            )
+            assert found.accepted.all()
+            if named(policy):
+                assert named(policy) == [(1, "cosine drift")]
+                delays[every] = step - 199
+                break
+        if every == 4:
+            assert asked > delays[4] / 2
+        assert not policy._past.cosine_drift.suspects
+    assert delays[1] <= 15
+    assert delays[1] < delays[4] <= 2.5 * delays[1]
+
+
+def test_norms_are_watched_without_cosines() -> None:
+    policy = used(gaf.Guard(), 4)
+    before = policy.state_dict()["cosine_drift"]
+    g = rows(4)
+    decision = policy.judge(without_cosines(g))
+    assert decision.weights.tolist() == [0.25] * 4
+    assert decision.distances.isnan().all()
+    assert policy.state_dict()["cosine_drift"] == before
+    for bad in (math.nan, 1e4):
+        h = g.clone()
+        h[2] *= bad
+        decision = policy.judge(without_cosines(h))
+        assert decision.accepted.tolist() == [True, True, False, True]
+        assert decision.weights[0].item() == 1 / 3
+    assert named(policy) == [(2, "norm")]
+
+
 @pytest.mark.parametrize(("k", "bad", "overflow"), [(2, 1, True), (3, 1, False), (4, 2, True)])
 def test_half_of_the_rows_not_finite_is_an_overflow(k: int, bad: int, overflow: bool) -> None:
     norms2 = [math.inf] * bad + [1.0] * (k - bad)
@@ -426,6 +492,7 @@ def test_the_repr_says_all_but_the_callback() -> None:
     [
         ({"norm_ratio": 0.5}, "Guard: norm_ratio must be a number of at least 1; got 0.5"),
         ({"cosine_z": 0}, "Guard: cosine_z must be a number above 0; got 0"),
+        ({"cosine_every": 0}, "Guard: cosine_every must be a whole number of at least 1; got 0"),
         ({"spike_z": math.nan}, "Guard: spike_z must be a number above 0; got nan"),
         ({"drift": -1}, "Guard: drift must be a number above 0; got -1"),
         ({"spike": "drop"}, "Guard: spike must be one of 'skip', 'clip'; got 'drop'"),

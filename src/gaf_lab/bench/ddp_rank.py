@@ -23,8 +23,7 @@ from gaf_lab.bench.launch import measure_on_rank
 from gaf_lab.bench.memory import give_back_freed_memory, process_bytes
 from gaf_lab.bench.timing import rotate
 from gaf_lab.bench.ways import (
-    MEASURED,
-    MEASURED_EVERY,
+    PERIODS,
     PLAIN,
     WAYS,
     Step,
@@ -35,7 +34,7 @@ from gaf_lab.bench.ways import (
 from gaf_lab.settings.choices import ModelName
 from gaf_lab.training import models
 
-DDP_ROUNDS = 10  # with the same models: their places in memory move times by some percent
+DDP_ROUNDS = 4  # with the same models: their places in memory move times by some percent
 # Not counted: DDP changes its buckets after the first step, buffers are kept from the second on.
 UNCOUNTED_STEPS = 3
 WIRE_STEPS = 5  # steps between two readings of the interface's counter
@@ -100,7 +99,7 @@ def time_ways(steps: dict[str, Step], found: dict[str, list[float]], rounds: int
 
 
 def time_until_last(step: Step, measured: bool) -> float:
-    """Milliseconds until the last rank has finished. measured: for the step of MEASURED."""
+    """Milliseconds until the last rank has finished. measured: for a way with a period."""
     dist.barrier()
     started = time.perf_counter()
     step(measured)
@@ -132,7 +131,7 @@ def sent_bytes(way: str, step: Step, sizes: list[int]) -> dict[str, float]:
     """Bytes that this rank sends in a step on average, by collective."""
     k = dist.get_world_size()
     found: Counter[str] = Counter()
-    shares = {True: 1, False: MEASURED_EVERY - 1} if way == MEASURED else {True: 1}
+    shares = {True: 1, False: PERIODS[way] - 1} if way in PERIODS else {True: 1}
     for measured, share in shares.items():
         with counting(k) as counter:
             step(measured)

@@ -20,11 +20,9 @@ from gaf.rules.contract import Policy, merge_of
 from gaf_lab.training import models
 
 PLAIN, GAF, NAIVE = "plain DDP", "gaf.attach", "gather all"
-MEASURED_EVERY = 10  # steps from one measurement to the next
-MEASURED, GUARD = (
-    f"Mean({MEASURED_EVERY})",
-    "Guard",
-)  # by gaf.attach too; the first by measure_every
+MEASURED_EVERY = 10
+MEASURED, GUARD = f"Mean({MEASURED_EVERY})", "Guard"  # by gaf.attach too
+PERIODS = {MEASURED: MEASURED_EVERY, GUARD: gaf.Guard().cosine_every}  # steps between measured ones
 MEDIAN, SIGNS, UPGRAD = "Median", "SignAgreement", "TorchJD UPGrad"
 WAYS = (PLAIN, MEASURED, GUARD, GAF, NAIVE)
 RULES = (MEDIAN, SIGNS, *([UPGRAD] if find_spec("torchjd") else []))
@@ -52,8 +50,8 @@ def build_model(name: str, stem: models.Stem) -> nn.Module:
 def make_rank_step(way: str, name: str, stem: models.Stem, b: int) -> tuple[Step, nn.Module]:
     """A training step of a fresh model on this rank, and that model.
 
-    The step of MEASURED is told whether it is one that is measured. The model is bare for NAIVE,
-    else in DistributedDataParallel.
+    A step of a way that has a period is told whether it is one that is measured. The model is bare
+    for NAIVE, else in DistributedDataParallel.
     """
     bare = build_model(name, stem)
     model = bare if way == NAIVE else DistributedDataParallel(bare)
@@ -63,10 +61,11 @@ def make_rank_step(way: str, name: str, stem: models.Stem, b: int) -> tuple[Step
     rng = torch.Generator().manual_seed(dist.get_rank())
     x, y = torch.randn(b, 3, 32, 32, generator=rng), torch.randint(0, CLASSES, (b,), generator=rng)
     handle = gaf.attach(model, optimizer, ATTACHED[way]()) if way in ATTACHED else None
+    states = states_before(handle.policy) if handle is not None and way in PERIODS else {}
 
     def step(measured: bool = True) -> None:
-        if way == MEASURED and handle is not None:
-            handle.policy.step = 0 if measured else 1  # type: ignore[attr-defined]
+        if handle is not None and states:
+            handle.policy.load_state_dict(states[measured])  # type: ignore[attr-defined]
         nn.functional.cross_entropy(model(x), y).backward()
         if way == NAIVE:
             share_all(list(model.parameters()))
@@ -74,6 +73,14 @@ def make_rank_step(way: str, name: str, stem: models.Stem, b: int) -> tuple[Step
         optimizer.zero_grad()
 
     return step, model
+
+
+def states_before(policy: Any) -> dict[bool, Any]:
+    """What a policy has learned before a step that is measured, and before one that is not."""
+    fresh = policy.state_dict()
+    count = "step" if "step" in fresh and isinstance(fresh["step"], int) else "decisions"
+    late = 100 * MEASURED_EVERY * gaf.Guard().cosine_every  # Guard looks closely at first
+    return {measured: fresh | {count: late + (not measured)} for measured in (True, False)}
 
 
 def share_all(params: Sequence[nn.Parameter]) -> None:
@@ -103,15 +110,16 @@ def filter_rows(rows: list[Tensor], tau: float = TAU) -> Tensor:
 
 def mean_step(way: str, cost: Callable[[bool], float]) -> float:
     """A step's cost on average. cost: of a step that is measured, or is not."""
-    if way != MEASURED:
+    period = PERIODS.get(way)
+    if period is None:
         return cost(True)
-    return (cost(True) + (MEASURED_EVERY - 1) * cost(False)) / MEASURED_EVERY
+    return (cost(True) + (period - 1) * cost(False)) / period
 
 
 def make_aggregate(way: str) -> Callable[[list[Tensor], bool], Any]:
     """The aggregation without the passes: takes this rank's flat buckets.
 
-    That of MEASURED is told whether the step is one that is measured.
+    That of a way with a period is told whether the step is one that is measured.
     """
     if way == PLAIN:
         return lambda buckets, measured: all_reduce_buckets(buckets)
@@ -120,10 +128,12 @@ def make_aggregate(way: str) -> Callable[[list[Tensor], bool], Any]:
     exchange, policy = exchange_of(way), ATTACHED[way]()
 
     def aggregate(buckets: list[Tensor], measured: bool) -> None:
-        if measured:
-            exchange_buckets(exchange, policy, buckets)
-        else:
+        if way == MEASURED and not measured:
             average_buckets(buckets)
+            return
+        if isinstance(exchange, Sums):
+            exchange.multiplies = measured
+        exchange_buckets(exchange, policy, buckets)
 
     return aggregate
 
