@@ -38,7 +38,7 @@ from gpu_parts.common import Line, Options, emit, failed, silence  # noqa: E402
 # by name: the module and function that give the lines; the seconds after which the part is
 # stopped; the seconds that each of its comparisons may take
 PARTS: dict[str, tuple[str, str, float, float]] = {
-    "accumulator": ("device", "accumulator", 40, 0),
+    "accumulator": ("device", "accumulator", 35, 0),
     "scaler": ("device", "scaler", 25, 0),
     "measures": ("device", "measures", 20, 0),
     "samples": ("samples", "samples", 20, 0),
@@ -47,7 +47,7 @@ PARTS: dict[str, tuple[str, str, float, float]] = {
     "engine": ("engine", "engine", 40, 0),
     "ratios of accumulator": ("ratios", "ratios_of_accumulator", 45, 20),
     "ratios of engine": ("engine", "ratios_of_engine", 40, 15),
-    "ratios of ranks": ("ranks", "ratios_of_ranks", 40, 5),
+    "ratios of ranks": ("ranks", "ratios_of_ranks", 45, 8),
 }  # 340 in all, and some seconds to start
 
 

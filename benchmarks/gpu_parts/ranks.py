@@ -9,6 +9,7 @@ import itertools
 import os
 import pickle
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -409,14 +410,24 @@ def sharded(options: Options, mesh: Any) -> nn.Module:
 
 
 def ddp_ratios(options: Options) -> Iterator[Line]:
-    """gaf.attach with a tau that accepts everything, and gaf.Mean, over plain DDP."""
+    """gaf.attach with a tau that accepts everything, gaf.Mean and gaf.Guard, over plain DDP."""
+    world = dist.get_world_size()
+    subject = f"DDP, world {world}, {dist.get_backend()}"
+    settings = {subject: 32, f"{subject}, 224 pixels": 224} if world == 1 else {subject: 32}
+    share = replace(options, seconds=options.seconds / len(settings))
+    for name, pixels in settings.items():
+        yield from ratios(share, name, "plain DDP", ways_of_ddp(options, pixels), together)
+
+
+def ways_of_ddp(options: Options, pixels: int) -> dict[str, Step]:
+    """By name, a warm step of ResNet18 on 128 pictures."""
     from gaf_lab.training import models
 
     torch.manual_seed(0)
-    name = ("convnet", "imagenet") if options.small else ("resnet18", "imagenet")
-    bare = models.make_model(name[0], (3, 32, 32), 100, name[1])  # type: ignore[arg-type]
-    size = 8 if options.small else 128
-    x = torch.randn(size, 3, 32, 32, device=options.device)
+    name, size = ("convnet", 8) if options.small else ("resnet18", 128)
+    shape = (3, 32, 32) if options.small else (3, pixels, pixels)
+    bare = models.make_model(name, shape, 100, "imagenet")  # type: ignore[arg-type]
+    x = torch.randn(size, *shape, device=options.device)
     y = torch.randint(100, (size,), device=options.device)
     ways: dict[str, Step] = {}
     makers: dict[str, Any] = {
@@ -433,8 +444,7 @@ def ddp_ratios(options: Options) -> Iterator[Line]:
         ways[way] = partial(step, model, optimizer, (x, y))
         for _ in range(3):  # DDP changes its buckets after the first
             ways[way]()
-    subject = f"DDP, world {dist.get_world_size()}, {dist.get_backend()}"
-    yield from ratios(options, subject, "plain DDP", ways, together)
+    return ways
 
 
 def together(go_on: bool) -> bool:

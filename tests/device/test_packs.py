@@ -1,12 +1,14 @@
 """Rows as few vectors: packed, decided on and unpacked, they are the rows as they came."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 import gaf
 from gaf.device import packs
-from gaf.device.packs import Packs
+from gaf.device.packs import packs_for
 from gaf.device.rows import rows_for, rows_without_waiting
 
 SHAPES = [(3, 4), (), (5,), (0,), (2, 3, 4, 5), (40, 30), (7,)]
@@ -27,27 +29,31 @@ def gradients(params: list[nn.Parameter], seed: int) -> list[Tensor]:
 
 
 @pytest.fixture(autouse=True)
-def long_from_1000_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def long_from_1000_on(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(packs, "DEVICE_SHORT", 1000)
+    packs.make_packs.cache_clear()
+    yield
+    packs.make_packs.cache_clear()
 
 
 def test_short_parameters_of_one_kind_share_a_vector() -> None:
     params = parameters()
     voters = [True, True, False, True, True, True, True]
-    made = Packs(params, voters)
+    made = packs_for(params, voters)
     assert made.members == [[0, 1, 3, 4], [2], [5], [6]]
     assert made.votes == [True, False, True, True]
 
 
 def test_a_vector_is_no_longer_than_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packs, "DEVICE_CHUNK", 10)
+    packs.make_packs.cache_clear()
     params = [torch.zeros(n) for n in (4, 4, 4, 9, 1)]
-    assert Packs(params, [True] * 5).members == [[0, 1], [2], [3, 4]]
+    assert packs_for(params, [True] * 5).members == [[0, 1], [2], [3, 4]]
 
 
 def test_unpacked_vectors_are_the_gradients_in_the_parameters_layouts() -> None:
     params = parameters()
-    made, row = Packs(params, [True] * 7), gradients(params, 0)
+    made, row = packs_for(params, [True] * 7), gradients(params, 0)
     found = made.unpack(made.pack(list(row)))
     for p, ours, given in zip(params, found, row, strict=True):
         assert ours is not None and torch.equal(ours, given) and ours.dtype == p.dtype
@@ -56,7 +62,7 @@ def test_unpacked_vectors_are_the_gradients_in_the_parameters_layouts() -> None:
 
 def test_packing_uses_the_row_up_and_a_missing_gradient_is_zeros() -> None:
     params = parameters()
-    made, row = Packs(params, [True] * 7), gradients(params, 0)
+    made, row = packs_for(params, [True] * 7), gradients(params, 0)
     given = [*row[:2], None, *row[3:5], None, None]
     vectors = made.pack(given)
     assert given == [None] * 7 and vectors[1:] == [None, None]

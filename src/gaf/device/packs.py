@@ -6,6 +6,8 @@ parameter again.
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,22 +38,44 @@ class Apart:
         return vectors
 
 
-class Packs:
-    """One vector for short parameters together; long ones stay as they are.
+class Kind(NamedTuple):
+    """What of a parameter decides with which others it is packed, and how."""
+
+    shape: torch.Size
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    votes: bool
+
+
+def packs_for(params: Sequence[Tensor], voters: Sequence[bool]) -> "Packs":
+    """The same object for the same parameters, since making it takes long.
 
     Args:
         params: that the rows are gradients of.
         voters: which of them take part in the decision.
+    """
+    pairs = zip(params, voters, strict=True)
+    return make_packs(tuple(Kind(p.shape, p.stride(), p.dtype, p.device, v) for p, v in pairs))
+
+
+@lru_cache(maxsize=32)
+def make_packs(kinds: tuple[Kind, ...]) -> "Packs":
+    return Packs(kinds)
+
+
+class Packs:
+    """One vector for short parameters together; long ones stay as they are.
 
     Attributes:
         members: of each vector, the parameters whose coordinates it holds.
         votes: which vectors take part in the decision.
     """
 
-    def __init__(self, params: Sequence[Tensor], voters: Sequence[bool]) -> None:
-        self.layouts = [Layout(p) for p in params]
-        self.members = groups_of(params, voters)
-        self.votes = [voters[group[0]] for group in self.members]
+    def __init__(self, kinds: Sequence[Kind]) -> None:
+        self.layouts = [Layout(kind) for kind in kinds]
+        self.members = groups_of(kinds)
+        self.votes = [kinds[group[0]].votes for group in self.members]
 
     def pack(self, row: Buffers) -> Buffers:
         """The row's vectors; the row is used up. Short gradients that are missing are zeros."""
@@ -82,14 +106,17 @@ class Packs:
 class Layout:
     """One parameter's shape and the order in which its coordinates lie in memory."""
 
-    def __init__(self, p: Tensor) -> None:
-        self.numel, self.dtype, self.device = p.numel(), p.dtype, p.device
-        dense = torch.ops.aten.is_non_overlapping_and_dense(p)
-        strides = p.stride() if dense else torch.empty(p.shape, device="meta").stride()
-        self.order = sorted(range(p.ndim), key=strides.__getitem__, reverse=True)
-        self.shape = [p.shape[i] for i in self.order]
-        self.in_order = self.order == list(range(p.ndim))
-        self.back = sorted(range(p.ndim), key=self.order.__getitem__)
+    def __init__(self, kind: Kind) -> None:
+        shape, strides = kind.shape, kind.strides
+        self.numel, self.dtype, self.device = shape.numel(), kind.dtype, kind.device
+        like = torch.empty_strided(shape, strides, device="meta")
+        if not torch.ops.aten.is_non_overlapping_and_dense(like):
+            strides = torch.empty(shape, device="meta").stride()
+        dims = range(len(shape))
+        self.order = sorted(dims, key=strides.__getitem__, reverse=True)
+        self.shape = [shape[i] for i in self.order]
+        self.in_order = self.order == list(dims)
+        self.back = sorted(dims, key=self.order.__getitem__)
 
     def flatten_or_zeros(self, grad: Tensor | None) -> Tensor:
         """A view of a gradient that lies as the parameter does; a copy of another one."""
@@ -103,25 +130,17 @@ class Layout:
         return shaped if self.in_order else shaped.permute(self.back)
 
 
-def groups_of(params: Sequence[Tensor], voters: Sequence[bool]) -> list[list[int]]:
+def groups_of(kinds: Sequence[Kind]) -> list[list[int]]:
     """The parameters' indices by vector: alike in device, dtype and vote."""
     groups: list[list[int]] = []
-    open_groups: dict[tuple[object, ...], list[int]] = {}
-    for j, (p, votes) in enumerate(zip(params, voters, strict=True)):
-        key = p.device, p.dtype, votes
-        group = open_groups.get(key)
-        if (
-            p.numel() < DEVICE_SHORT
-            and group
-            and size_of(group, params) + p.numel() <= DEVICE_CHUNK
-        ):
-            group.append(j)
-            continue
-        groups.append([j])
-        if p.numel() < DEVICE_SHORT:
-            open_groups[key] = groups[-1]
+    last: dict[tuple[object, ...], tuple[list[int], int]] = {}  # and how long it is
+    for j, kind in enumerate(kinds):
+        numel, like = kind.shape.numel(), (kind.device, kind.dtype, kind.votes)
+        group, size = last.get(like, ([], DEVICE_CHUNK))
+        if numel >= DEVICE_SHORT or size + numel > DEVICE_CHUNK:
+            groups.append(group := [])
+            size = 0
+        group.append(j)
+        if numel < DEVICE_SHORT:
+            last[like] = group, size + numel
     return groups
-
-
-def size_of(group: list[int], params: Sequence[Tensor]) -> int:
-    return sum(params[j].numel() for j in group)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gaf.device.buffers import Buffers, norm2_of_rest, unshare_all, voting_part
-from gaf.device.packs import Apart, Packs
+from gaf.device.packs import Apart, Packs, packs_for
 from gaf.device.sums import SumOnCpu, SumOnDevice
 from gaf.rules.combine import combine, weighted_sum
 from gaf.rules.contract import Policy, merge_of
@@ -37,7 +37,9 @@ def rows_for(
     """
     device = params[0].device
     if device.type != "cpu":
-        return rows_without_waiting(policy, voters, params)
+        if streams(policy):
+            return rows_without_waiting(policy, voters, params)
+        return StackedRows(policy, packs_for(params, voters), decides_on_host=True)
     if not streams(policy):
         return StackedRows(policy, Apart(voters))
     return StreamedRows(policy, SumOnCpu(voters), visits_for(policy, device), Apart(voters))
@@ -47,7 +49,7 @@ def rows_without_waiting(
     policy: Policy, voters: Sequence[bool], params: Sequence[Tensor]
 ) -> "StreamedRows | StackedRows":
     """The holder that a policy needs and that never waits for its device, on the CPU too."""
-    packs = Packs(params, voters)
+    packs = packs_for(params, voters)
     if not streams(policy):
         return StackedRows(policy, packs)
     sum = SumOnDevice(packs.votes, policy.average == "halving", params[0].device)
@@ -135,10 +137,17 @@ class StreamedRows:
 
 
 class StackedRows:
-    """All k rows, for policies that need them apart."""
+    """All k rows, for policies that need them apart.
 
-    def __init__(self, policy: Policy, packs: Apart | Packs) -> None:
-        self.policy, self.packs = policy, packs
+    Args:
+        policy: gives the decision.
+        packs: which vectors a row is made of.
+        decides_on_host: whether to wait for K and decide on the CPU. On an accelerator a decision
+            takes some hundred small operations.
+    """
+
+    def __init__(self, policy: Policy, packs: Apart | Packs, decides_on_host: bool = False) -> None:
+        self.policy, self.packs, self.decides_on_host = policy, packs, decides_on_host
         self.rows: list[Buffers] = []
         self.had_gradient: list[list[bool]] = []  # as in StreamedRows
 
@@ -155,7 +164,7 @@ class StackedRows:
         gram = gram_of([voting_part(row, self.packs.votes) for row in self.rows])
         for own, row in zip(gram.diagonal(), self.rows, strict=True):
             own += norm2_of_rest(row, self.packs.votes)
-        return decide_with_evidence(self.policy, gram)
+        return decide_with_evidence(self.policy, gram.cpu() if self.decides_on_host else gram)
 
     def update(self, weights: list[float]) -> Buffers:
         """w^T G; None for a parameter that no accepted row has a gradient for."""

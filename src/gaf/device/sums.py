@@ -14,7 +14,7 @@ from gaf.device.buffers import (
     with_copies,
 )
 from gaf.rules.blas import products_by_blas
-from gaf.rules.gram import gram_of
+from gaf.rules.gram import products_of
 from gaf.rules.slices import float64_device
 from gaf.shapes import Bool, Float64
 
@@ -91,8 +91,8 @@ class SumOnDevice:
 
     def measure(self, row: Buffers) -> tuple[Float64[Tensor, ""], Float64[Tensor, ""]]:
         pair = [voting_part(self.total, self.voters), voting_part(row, self.voters)]
-        gram = gram_of(pair).to(self.device)
-        return gram[0, 1], gram[1, 1] + norm2_of_rest(row, self.voters)
+        inner, own = products_of(*pair)
+        return inner.to(self.device), own.to(self.device) + norm2_of_rest(row, self.voters)
 
     def absorb(
         self,

@@ -33,8 +33,9 @@ class SkippedParameters:
         self.current += params
 
     def discard(self, p: Tensor) -> None:
-        self.frozen.discard(p)
-        self.frozen_at_zero.discard(p)
+        if self.frozen or self.frozen_at_zero:  # a tensor's hash takes long
+            self.frozen.discard(p)
+            self.frozen_at_zero.discard(p)
 
     def end_pass(self, stale: StaleGradients, several: bool) -> None:
         waiting = {p for p in self.current if several and stale.holds_old_update(p)}

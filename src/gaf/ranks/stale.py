@@ -50,7 +50,8 @@ class StaleGradients:
     def look(self, p: Tensor) -> None:
         """Looks at a parameter's gradient just before a backward pass adds to it."""
         if p.grad is None:
-            self._flags.pop(p, None)
+            if self._flags:  # a tensor's hash takes long
+                self._flags.pop(p, None)
         elif p in self._flags:
             self._flags[p] = self._flags[p] & is_set(p)
         elif self.active and p in self._updated and p not in self._arrived:

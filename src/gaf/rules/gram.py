@@ -7,6 +7,7 @@ ways:
     exact: multiplied and added in float64, errors below 1e-12, whatever the rows    (this file)
         gram               a matrix of rows              users, gaf.aggregate
         gram_of            lists of tensors              rows that are kept on one device
+        products_of        one row with the sum          rows that stream by on an accelerator
 
     by BLAS in float32, added in float64: below 1e-6 on ordinary gradients, 2e-4 if few coordinates
     hold nearly all of the norm, and faster on a CPU                         (gaf.rules.blas)
@@ -59,6 +60,15 @@ def gram_of(rows: Sequence[Row]) -> Float64[Tensor, "k k"]:
         return torch.zeros(len(rows), len(rows), dtype=torch.float64, device="cpu")
     lower = torch.stack(shares).sum(0)
     return lower + lower.tril(-1).T
+
+
+def products_of(s: Row, g: Row) -> tuple[Float64[Tensor, ""], Float64[Tensor, ""]]:
+    """<s, g> and |g|^2 of two lists of tensors: two entries of their Gram matrix."""
+    inner = own = torch.zeros((), dtype=torch.float64, device="cpu")
+    for pieces in slices_of([s, g]):
+        a, b = (v.detach().double() for v in pieces)
+        inner, own = a.dot(b) + inner, b.dot(b) + own
+    return inner, own
 
 
 def blocks_of(rows: Sequence[Row]) -> Iterator[Float64[Tensor, "k c"]]:

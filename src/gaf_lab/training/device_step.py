@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import gaf
-from gaf.device.packs import Packs
+from gaf.device.packs import packs_for
 from gaf.device.rows import StackedRows, StreamedRows, rows_without_waiting
 from gaf.record.outcome import pack
 from gaf.rules.contract import Policy, given_tau, is_planned
@@ -91,7 +91,7 @@ class DeviceStep:
         voters = [True] * len(self.params)
         if self.streams:
             return rows_without_waiting(self.policy, voters, self.params)
-        return StackedRows(self.policy, Packs(self.params, voters))
+        return StackedRows(self.policy, packs_for(self.params, voters))
 
     def micro_gradient(self, i: int, rows: StreamedRows | StackedRows) -> Tensor:
         """Passes the gradient of micro-batch i to the rows; returns its loss ()."""
