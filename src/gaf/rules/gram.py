@@ -64,10 +64,13 @@ def gram_of(rows: Sequence[Row]) -> Float64[Tensor, "k k"]:
 
 def products_of(s: Row, g: Row) -> tuple[Float64[Tensor, ""], Float64[Tensor, ""]]:
     """<s, g> and |g|^2 of two lists of tensors: two entries of their Gram matrix."""
-    inner = own = torch.zeros((), dtype=torch.float64, device="cpu")
+    shares = []
     for pieces in slices_of([s, g]):
         a, b = (v.detach().double() for v in pieces)
-        inner, own = a.dot(b) + inner, b.dot(b) + own
+        shares += [a.dot(b), b.dot(b)]
+    if not shares:
+        return (zero := torch.zeros((), dtype=torch.float64, device="cpu")), zero
+    inner, own = torch.stack(shares).view(-1, 2).sum(0).unbind()
     return inner, own
 
 
