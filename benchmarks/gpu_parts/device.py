@@ -66,13 +66,17 @@ def accumulator(options: Options) -> Iterator[Line]:
     yield from lines("Accumulator, bfloat16, equal rows", partial(many_rows, options))
     yield from lines("Accumulator, autocast bfloat16", partial(under_autocast, options))
     yield from lines("Accumulator, skip", partial(skip, options))
-    for name, make in POLICIES.items():
+    layers: dict[str, Any] = {
+        "layers": partial(gaf.GAF, TAU, scope="layer"),
+        "layers, start best": partial(gaf.GAF, TAU, scope="layer", start="best"),
+    }
+    for name, make in (POLICIES | layers).items():
         yield from lines(f"Accumulator, {name}", partial(waiting, options, make()))
     yield from lines("default device", partial(default_device, options))
 
 
-def accumulate(model: nn.Module, policy: Any, given: Any, **options: Any) -> gaf.Accumulator:
-    acc = gaf.Accumulator(sgd(model), policy, **options)
+def accumulate(model: nn.Module, policy: Any, given: Any) -> gaf.Accumulator:
+    acc = gaf.Accumulator(sgd(model), policy, model=model)
     for batch in given:
         acc.backward(mean_loss(model, batch))
     return acc

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from gaf.device.buffers import Buffers
 from gaf.device.checks import Names
-from gaf.device.rows import StackedRows, StreamedRows, rows_for
+from gaf.device.rows import StackedRows, StreamedRows, rows_for, rows_without_waiting
 from gaf.rules.contract import Policy
 from gaf.rules.decision import Decision, Evidence
 from gaf.rules.judging import join_layer_decisions
@@ -68,7 +68,9 @@ def layered_rows_for(
     holders = []
     for indices in layers.values():
         own = [params[j] for j in indices]
-        holders.append(rows_for(policy, [voters[j] for j in indices], own))
+        # on an accelerator all layers together are waited for once
+        make = rows_for if own[0].device.type == "cpu" else rows_without_waiting
+        holders.append(make(policy, [voters[j] for j in indices], own))
     return LayeredRows(layers, holders)
 
 
