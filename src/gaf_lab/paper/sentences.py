@@ -10,6 +10,7 @@ from gaf_lab.paper.places import (
 )
 from gaf_lab.paper.table import KEY_CONTROLS
 from gaf_lab.records.run import Run
+from gaf_lab.records.score import ACCURACY
 from gaf_lab.report import measures
 from gaf_lab.report import statistics as st
 from gaf_lab.report.arms import BASELINE
@@ -49,7 +50,7 @@ def describe_outcome(item: Item, runs: list[Run]) -> list[str]:
     """GAF against the others, and how far the distances reach."""
     found = []
     if "test_accuracy" in item.keys:
-        for measure, when in WHEN:
+        for measure, when in zip(measures.score_measures(ACCURACY), WHEN, strict=True):
             gaps = differences_by_position(item, runs, measure)
             for other in (BASELINE, *KEY_CONTROLS):
                 of_pair = [(x, gap) for x, gap in gaps if (gap.arm, gap.other) == ("GAF", other)]

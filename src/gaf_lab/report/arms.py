@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gaf_lab.records.run import Run
+from gaf_lab.records.score import Score
 from gaf_lab.report.fields import (
     Settings,
     differing_fields,
@@ -106,6 +107,22 @@ def group_by_arm(runs: Iterable[Run]) -> list[Arm]:
         point = {field: settings.get(field) for field in grid}
         arms.append(Arm(full_name, group, settings, point, differing[name]))
     return [arm for at_point in group_by_point(arms) for arm in baseline_first(at_point)]
+
+
+def score_of(arms: Sequence[Arm]) -> Score:
+    """What the runs are judged by.
+
+    Raises:
+        ValueError: if they are judged by different scores, which have no common scale.
+    """
+    scores = list(dict.fromkeys(run.score for arm in arms for run in arm.runs))
+    if len(scores) > 1:
+        names = " and ".join(score.name for score in scores)
+        raise ValueError(
+            f"report: the runs must be judged by one score; these are by {names}. "
+            "Report each task by itself."
+        )
+    return scores[0]
 
 
 def group_by_point(arms: Iterable[Arm]) -> list[list[Arm]]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from gaf_lab.records.run import Run
 from gaf_lab.report.arms import Arm, group_by_arm, group_by_point, is_gaf, point_names
-from gaf_lab.report.charts import CHARTS, SAMPLES, Axis, Chart, Panel
+from gaf_lab.report.charts import CHARTS, SAMPLES, Axis, Chart, Panel, score_chart
 from gaf_lab.report.measures import selected_evaluation
 from gaf_lab.report.palette import CROWD
 from gaf_lab.report.statistics import Curve, Values, values_along
@@ -52,7 +52,8 @@ def has_values(arms: list[Arm], panel: Panel, axis: Axis = SAMPLES) -> bool:
 
 def charts_with_values(runs: list[Run]) -> list[Chart]:
     """The charts that these runs have values for."""
-    return [chart for chart in CHARTS if cells_of(runs, chart)]
+    scores = [score_chart(score) for score in dict.fromkeys(run.score for run in runs)]
+    return [chart for chart in (*scores, *CHARTS[1:]) if cells_of(runs, chart)]
 
 
 def names_in(found: Sequence[Cell]) -> list[str]:

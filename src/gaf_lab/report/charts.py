@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from gaf_lab.records.run import Run
+from gaf_lab.records.score import ACCURACY, Score
 from gaf_lab.report.measures import PAIR_DISTANCE, last_value
 
 
@@ -81,15 +82,23 @@ class Chart:
         return self.name if axis is self.axes[0] else f"{self.name}-{axis.name.split()[0]}"
 
 
-CHARTS = (
-    Chart(
-        "accuracy",
-        "Accuracy on the test set",
-        (Panel("test_accuracy", "test accuracy (%)", 100.0, "%", 1),),
+def score_chart(score: Score) -> Chart:
+    """The score on the test set."""
+    panel = Panel(f"test_{score.key}", f"test {score.name}", 1.0, "", 4)
+    if score.share:
+        panel = Panel(f"test_{score.key}", f"test {score.name} (%)", 100.0, "%", 1)
+    return Chart(
+        score.key,
+        f"{score.name[0].upper()}{score.name[1:]} on the test set",
+        (panel,),
         "A circle marks the evaluation that each run's noisy held-out labels select.",
         axes=(SAMPLES, STEPS, TIME),
         marks=True,
-    ),
+    )
+
+
+CHARTS = (
+    score_chart(ACCURACY),
     Chart(
         "distance",
         "Cosine distance between micro-gradients",

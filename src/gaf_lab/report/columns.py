@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
-from gaf_lab.report.arms import Arm
+from gaf_lab.report.arms import Arm, score_of
 from gaf_lab.report.charts import clock
-from gaf_lab.report.measures import MEASURES, SECONDS, Measure
+from gaf_lab.report.measures import SECONDS, Measure, shown_measures
 from gaf_lab.report.statistics import spread_over_seeds
 from gaf_lab.report.text import spread_as_text
 
@@ -19,7 +19,7 @@ class Column:
 
     @property
     def heading(self) -> str:
-        return f"{self.measure.label} ({self.unit})"
+        return f"{self.measure.label} ({self.unit})" if self.unit else self.measure.label
 
     def cell(self, arm: Arm) -> tuple[str, str]:
         """Mean and deviation of the arm as text."""
@@ -33,7 +33,8 @@ def result_columns(arms: list[Arm]) -> list[Column]:
     """A column for each measure that some arm has."""
     times = [spread.mean for arm in arms if (spread := spread_over_seeds(arm, SECONDS))]
     unit, second = clock(max(times, default=0.0))
+    units = {"share": "%", "seconds": unit, "number": "", "distance": ""}
     columns = [
-        Column(measure, "%" if measure.unit == "share" else unit, second) for measure in MEASURES
+        Column(measure, units[measure.unit], second) for measure in shown_measures(score_of(arms))
     ]
     return [column for column in columns if column.has_value(arms)]

@@ -5,6 +5,7 @@ from typing import Any
 
 from gaf_lab.records.run import Run
 from gaf_lab.report.arms import Arm, baseline_of, group_by_point
+from gaf_lab.report.fields import NOT_OF_TASKS, has_effect, name_value
 from gaf_lab.report.text import NONE
 
 PER_RUN = ("seed", "replay")  # differ from run to run by design
@@ -15,7 +16,10 @@ Named = tuple[str, str]  # a condition's name and its value as text
 def conditions_of(run: Run) -> dict[str, Any]:
     """Config, versions, machine and commit of a run, by name."""
     config = run.header["config"].items()
-    found = {key: value for key, value in config if key not in PER_RUN}
+    found = {key: name_value(key, value) for key, value in config if key not in PER_RUN}
+    for key in ("task", "task_source", *NOT_OF_TASKS):
+        if key in found and not has_effect(key, run.header["config"]):
+            del found[key]
     for part in ("versions", "machine"):
         inner = run.header.get(part)
         if isinstance(inner, dict):

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gaf_lab.report.arms import Arm, group_by_point, point_names
-from gaf_lab.report.measures import COMPARED, Measure
+from gaf_lab.report.arms import Arm, group_by_point, point_names, score_of
+from gaf_lab.report.measures import Measure, compared_measures
 from gaf_lab.report.pairs import pairs_at_point
 from gaf_lab.report.statistics import MIN_SEEDS, Difference, paired_difference
 
@@ -45,7 +45,8 @@ def reading(gap: Difference) -> str:
 
 def difference_groups(arms: list[Arm]) -> list[dict[str, Any]]:
     """The paired differences by measure."""
-    groups = [{"label": one.label, "rows": difference_rows(arms, one)} for one in COMPARED]
+    compared = compared_measures(score_of(arms))
+    groups = [{"label": one.label, "rows": difference_rows(arms, one)} for one in compared]
     return [group for group in groups if group["rows"]]
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from gaf_lab.records.run import Run
 from gaf_lab.settings.config import LATER, TrainConfig
 from gaf_lab.settings.rules import GROWING
+from gaf_lab.settings.task_source import name_task
 
 FIELDS = tuple(field.name for field in dataclasses.fields(TrainConfig))
 # these name a run; what a control replays differs from seed to seed
@@ -26,11 +27,14 @@ METHOD_FIELDS = (
     *(*FILTER_FIELDS, *GROWING_FIELDS, *TECHNIQUE_FIELDS),
     *("policy", "step_probability"),
 )
-DATA_FIELDS = ("dataset", "noise", "noise_rate", "limit")
+DATA_FIELDS = ("task", "dataset", "noise", "noise_rate", "limit")
 SIZE_FIELDS = (
     *("heldout", "sampler", "augment", "imbalance"),
     *("size", "model", "stem", "k", "b", "passes"),
 )
+
+# what a task of the user's own need not look at, and the defaults
+NOT_OF_TASKS = {"dataset": "mnist5k", "model": "mlp", "stem": "cifar", "size": 224}
 
 Settings = dict[str, Any]  # the fields of a config that have an effect on the run, and their values
 
@@ -66,6 +70,10 @@ def has_effect(field: str, config: Settings) -> bool:
         return bool(config.get("audit_passes"))
     if field == "shuffle_weights":
         return config.get("agreement") != "none"
+    if field in ("task", "task_source"):
+        return bool(config.get(field))
+    if field in NOT_OF_TASKS and config.get("task"):
+        return bool(config[field] != NOT_OF_TASKS[field])
     return field != "noise_rate" or config.get("noise") not in ("none", "human")
 
 
@@ -94,10 +102,15 @@ def point_fields(differing: Iterable[list[str]], unlabelled: Sequence[Settings])
 def in_words(settings: Settings, fields: Sequence[str]) -> list[str]:
     """Fields as on the command line: "tau 0.5", "no augment"; without those that have no value."""
     return [
-        field_in_words(field.replace("_", " "), settings[field])
+        field_in_words(field.replace("_", " "), name_value(field, settings[field]))
         for field in fields
         if settings.get(field) is not None
     ]
+
+
+def name_value(field: str, value: Any) -> Any:
+    """The value; a task by its name, without the folders of its file."""
+    return name_task(value) if field == "task" and value else value
 
 
 def field_in_words(words: str, value: Any) -> str:

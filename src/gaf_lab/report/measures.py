@@ -5,12 +5,16 @@ Missing values (null in the records) are left out, never replaced.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal
 
 from gaf_lab.records.run import Run
+from gaf_lab.records.score import ACCURACY, Score
 
 # of an evaluation: mean cosine distance of two micro-gradients, whether or not the arm accepts them
 PAIR_DISTANCE = "distance_pairs"
+
+Unit = Literal["share", "distance", "seconds", "number"]
 
 
 @dataclass(frozen=True)
@@ -18,13 +22,13 @@ class Measure:
     """A number per run.
 
     Attributes:
-        unit: "share" in [0, 1], "distance" in [0, 2], or "seconds".
+        unit: "share" in [0, 1], "distance" in [0, 2], "seconds", or "number" of any size.
         value: of a run; None if the run does not have it.
     """
 
     name: str
     label: str
-    unit: Literal["share", "distance", "seconds"]
+    unit: Unit
     value: Callable[[Run], float | None]
 
 
@@ -85,16 +89,18 @@ def mean_over_run(run: Run, key: str) -> float | None:
 
 def selected_evaluation(run: Run) -> dict[str, Any] | None:
     """The evaluation that noisy held-out labels select; None if the run held nothing out."""
-    if all(line.get("heldout_accuracy") is None for line in run.evals):
+    if all(run.score.of(line, "heldout") is None for line in run.evals):
         return None
     return run.selected
 
 
-def selected_accuracy(run: Run) -> float | None:
+def selected_score(run: Run) -> float | None:
     line = selected_evaluation(run)
-    if line is None or line.get("test_accuracy") is None:
-        return None
-    return float(line["test_accuracy"])
+    return None if line is None else run.score.of(line)
+
+
+def last_score(run: Run) -> float | None:
+    return last_value(run, f"test_{run.score.key}")
 
 
 def share_of_steps(run: Run) -> float | None:
@@ -116,8 +122,17 @@ def last_of(key: str, label: str) -> Measure:
     return Measure(key, label, "share", lambda run: last_value(run, key))
 
 
-SELECTED = Measure("selected", "test accuracy, selected on held-out", "share", selected_accuracy)
-LAST = Measure("last", "test accuracy, last", "share", lambda run: last_value(run, "test_accuracy"))
+@lru_cache
+def score_measures(score: Score) -> tuple[Measure, Measure]:
+    """A score at the last evaluation, and at the one that noisy held-out labels select."""
+    unit: Unit = "share" if score.share else "number"
+    return (
+        Measure("last", f"test {score.name}, last", unit, last_score),
+        Measure("selected", f"test {score.name}, selected on held-out", unit, selected_score),
+    )
+
+
+LAST, SELECTED = score_measures(ACCURACY)
 MEMORISED = last_of("memorised", "memorised")
 CORRECTED = last_of("corrected", "corrected")
 ACCEPTANCE = Measure(
@@ -126,5 +141,13 @@ ACCEPTANCE = Measure(
 STEPS_TAKEN = Measure("steps_taken", "steps taken", "share", share_of_steps)
 SECONDS = Measure("seconds", "time", "seconds", duration)
 
-MEASURES = (SELECTED, LAST, MEMORISED, CORRECTED, ACCEPTANCE, STEPS_TAKEN, SECONDS)
-COMPARED = (LAST, SELECTED, MEMORISED, CORRECTED)  # measures whose paired differences are shown
+
+def shown_measures(score: Score) -> tuple[Measure, ...]:
+    """The columns of a table of results."""
+    last, selected = score_measures(score)
+    return selected, last, MEMORISED, CORRECTED, ACCEPTANCE, STEPS_TAKEN, SECONDS
+
+
+def compared_measures(score: Score) -> tuple[Measure, ...]:
+    """The measures whose paired differences are shown."""
+    return (*score_measures(score), MEMORISED, CORRECTED)

@@ -20,7 +20,7 @@ from gaf_lab.report.palette import CROWD, palette
 from gaf_lab.report.sentences import opening
 from gaf_lab.report.sheets import write_sheets
 from gaf_lab.report.table import arms_or_error
-from gaf_lab.report.text import signed
+from gaf_lab.report.text import difference_as_text
 
 
 def write_report(
@@ -92,6 +92,7 @@ def listed_runs(runs: list[Run], arms: list[Arm]) -> dict[str, Any]:
     arm_of = {id(run): arm for arm in arms for run in arm.runs}
     return {
         "arms": arms,
+        "last_name": parts.last_name(arms),
         "palette": palette(list(dict.fromkeys(arm.method for arm in arms))),
         "runs": [parts.run_row(run, arm_of[id(run)]) for run in runs],
         "commands": commands_of(runs),
@@ -112,7 +113,7 @@ def render(template: str, charts: list[dict[str, Any]], **values: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["signed"] = signed
+    environment.filters["difference"] = difference_as_text
     drawings = {chart["name"]: [view["drawing"] for view in chart["views"]] for chart in charts}
     return environment.get_template(template).render(
         plotly=compressed_plotly(),

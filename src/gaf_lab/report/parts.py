@@ -8,15 +8,15 @@ from typing import Any
 
 from gaf_lab.progress import Tell
 from gaf_lab.records.run import Run
-from gaf_lab.report.arms import Arm, gaf_of, group_by_point, point_names
+from gaf_lab.report.arms import Arm, gaf_of, group_by_point, point_names, score_of
 from gaf_lab.report.cells import axes_with_values, charts_with_values
 from gaf_lab.report.charts import caption_of
 from gaf_lab.report.columns import Column
 from gaf_lab.report.interactive import plotly_chart
-from gaf_lab.report.measures import MEASURES, SELECTED, last_value, status
+from gaf_lab.report.measures import last_score, last_value, shown_measures, status
 from gaf_lab.report.sheets import SheetCell
 from gaf_lab.report.statistics import spread_over_seeds
-from gaf_lab.report.text import NONE, listing, percentage, with_star
+from gaf_lab.report.text import NONE, listing, with_star
 
 NAMED = 3  # arms that the title names one by one
 TALL = 1800  # pixels
@@ -92,7 +92,11 @@ def results_sheet(
 
 def cell_note(arms: list[Arm]) -> str:
     """What a cell of the results is; the deviation is mentioned only if there is one."""
-    spreads = [spread_over_seeds(arm, measure) for arm in arms for measure in MEASURES]
+    spreads = [
+        spread_over_seeds(arm, measure)
+        for arm in arms
+        for measure in shown_measures(score_of(arms))
+    ]
     sizes = {spread.n for spread in spreads if spread is not None}
     if max(sizes, default=1) == 1:
         return "Of finished runs."
@@ -104,8 +108,11 @@ def column_meanings(columns: list[Column]) -> list[tuple[str, str]]:
     """(a column's name, what it means)."""
     meanings = []
     for measure in (column.measure for column in columns if column.measure.name in MEANING):
-        name = "selected" if measure is SELECTED else measure.label
-        meanings.append((name, MEANING[measure.name]))
+        chosen = measure.name == "selected"
+        meaning = MEANING[measure.name]
+        if chosen and measure.unit == "number":
+            meaning = "the evaluation that is best on the held-out part of the training samples."
+        meanings.append(("selected" if chosen else measure.label, meaning))
     return meanings
 
 
@@ -118,9 +125,15 @@ def page_title(arms: list[Arm]) -> str:
     return title[:1].upper() + title[1:]
 
 
+def last_name(arms: list[Arm]) -> str:
+    """The heading of a run's last score."""
+    score = score_of(arms)
+    return f"last test {score.name}{' (%)' if score.share else ''}"
+
+
 def run_row(run: Run, arm: Arm) -> dict[str, Any]:
     """A run in one row, under its arm's name."""
-    passes, last = last_value(run, "passes"), last_value(run, "test_accuracy")
+    passes, last = last_value(run, "passes"), last_score(run)
     return {
         "name": str(run.header.get("name") or run.folder.name),
         "arm": arm.name,
@@ -129,7 +142,7 @@ def run_row(run: Run, arm: Arm) -> dict[str, Any]:
         "status": status(run),
         "samples": f"{run.evals[-1]['samples']:,}" if run.evals else "0",
         "passes": NONE if passes is None else f"{passes:g}",
-        "last": NONE if last is None else percentage(last),
+        "last": NONE if last is None else run.score.text(last).rstrip("%"),
         "hash": str(run.header.get("config_hash") or NONE),
     }
 

@@ -2,13 +2,14 @@
 
 from collections.abc import Iterable
 
-from gaf_lab.report.arms import Arm, group_by_point
+from gaf_lab.report.arms import Arm, group_by_point, score_of
 from gaf_lab.report.conditions import shared_conditions
-from gaf_lab.report.findings import WHEN, Findings, findings, overall_tally
-from gaf_lab.report.measures import LAST, status
+from gaf_lab.report.findings import Findings, findings, last_measure, overall_tally
+from gaf_lab.report.measures import score_measures, status
 from gaf_lab.report.pairs import differences_of
 from gaf_lab.report.statistics import MIN_SEEDS
 from gaf_lab.report.text import count_of, listing, percentage, unbreakable
+from gaf_lab.settings.task_source import name_task
 
 FEW = 6  # seeds: with fewer, an interval by bootstrap is too narrow, and the page says so
 OPENING = 100  # words of the page's first paragraph, at most
@@ -90,6 +91,8 @@ def task(arms: list[Arm]) -> str:
     """ " on mnist5k with 40% symmetric label noise, k = 8 micro-batches of b = 20 samples ..."."""
     shared = shared_conditions(arms)
     data = shared.get("dataset", shared.get("data"))
+    if shared.get("task"):
+        data = name_task(shared["task"])
     text = f" on {data}" if data else ""
     rate, noise = shared.get("noise_rate"), shared.get("noise")
     if noise and noise != "none":
@@ -102,10 +105,10 @@ def task(arms: list[Arm]) -> str:
 
 def caveats(arms: list[Arm]) -> list[str]:
     """What weakens the numbers: few seeds, and runs that are left out."""
-    found = []
-    if any(gap.n == 1 for measure, _ in WHEN for gap in differences_of(arms, measure)):
+    found, measures = [], score_measures(score_of(arms))
+    if any(gap.n == 1 for measure in measures for gap in differences_of(arms, measure)):
         found.append(ONE_SEED)
-    found += few_seeds_caveat(gap.n for gap in differences_of(arms, LAST))
+    found += few_seeds_caveat(gap.n for gap in differences_of(arms, last_measure(arms)))
     left = []
     for arm in arms:
         if arm.finished_runs:

@@ -5,15 +5,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from gaf_lab.records.run import Run
-from gaf_lab.report.arms import Arm, group_by_arm, group_by_point, point_names
+from gaf_lab.report.arms import Arm, group_by_arm, group_by_point, point_names, score_of
 from gaf_lab.report.columns import Column, result_columns
-from gaf_lab.report.findings import certainty, overall_tally
-from gaf_lab.report.measures import LAST, SECONDS, SELECTED
+from gaf_lab.report.findings import certainty, last_measure, overall_tally
+from gaf_lab.report.measures import SECONDS, score_measures
 from gaf_lab.report.pairs import differences_of
 from gaf_lab.report.palette import CROWD
 from gaf_lab.report.sentences import ONE_SEED
 from gaf_lab.report.statistics import spread_over_seeds
-from gaf_lab.report.text import MINUS, signed, with_star
+from gaf_lab.report.text import MINUS, difference_as_text, with_star
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType
@@ -105,9 +105,9 @@ def rows_at(arms: list[Arm], columns: list[Column]) -> list[Cells]:
 
 
 def cell(arm: Arm, column: Column) -> str:
-    """The mean; for accuracies with the deviation."""
+    """The mean; for scores with the deviation."""
     mean, deviation = column.cell(arm)
-    return f"{mean} {deviation}".strip() if column.measure in (SELECTED, LAST) else mean
+    return f"{mean} {deviation}".strip() if column.measure.name in ("selected", "last") else mean
 
 
 def grid(heads: Cells | None, rows: list[Cells], widths: list[int]) -> "Table":
@@ -133,19 +133,22 @@ def grid(heads: Cells | None, rows: list[Cells], widths: list[int]) -> "Table":
 
 def notes_on(arms: list[Arm]) -> list[str]:
     """How to read the table, and the differences at the last evaluation."""
-    lines = ["in %, means over n seeds; selected, last: test accuracy" + deviation_note(arms)]
+    score = score_of(arms)
+    unit = "in %, means" if score.share else "means"
+    lines = [f"{unit} over n seeds; selected, last: test {score.name}" + deviation_note(arms)]
     if not all(arm.finished_runs for arm in arms):
         lines.append("* unfinished runs only, as far as they got")
-    gaps = differences_of(arms, LAST)
+    gaps = differences_of(arms, last_measure(arms))
     if len(gaps) > 2 * CROWD:
         return [*lines, *overall_tally(arms), "The page shows every difference."]
     for gap in gaps:
-        points = signed(gap.mean * 100)
+        points = difference_as_text(gap.mean, gap.measure)
         lines.append(f"{gap.arm} {MINUS} {gap.other}, last: {points} {certainty(gap)}")
     return [*lines, ONE_SEED] if any(gap.n == 1 for gap in gaps) else lines
 
 
 def deviation_note(arms: list[Arm]) -> str:
-    spreads = [spread_over_seeds(arm, measure) for arm in arms for measure in (SELECTED, LAST)]
+    measures = score_measures(score_of(arms))
+    spreads = [spread_over_seeds(arm, measure) for arm in arms for measure in measures]
     several = any(spread is not None and spread.n > 1 for spread in spreads)
     return " ± standard deviation" if several else ""

@@ -25,12 +25,24 @@ def spread_as_text(spread: Spread | None, measure: Measure, second: float = 1.0)
     """
     if spread is None:
         return NONE, ""
-    units = {"share": (100.0, 1), "distance": (1.0, 3), "seconds": (1 / second, 1)}
+    units = {
+        "share": (100.0, ".1f"),
+        "distance": (1.0, ".3f"),
+        "seconds": (1 / second, ".1f"),
+        "number": (1.0, ".4g"),
+    }
     scale, digits = units[measure.unit]
-    mean = f"{spread.mean * scale:.{digits}f}"
+    mean = f"{spread.mean * scale:{digits}}"
     if spread.deviation is None:
         return mean, ""
-    return mean, f"± {spread.deviation * scale:.{digits}f}"
+    return mean, f"± {spread.deviation * scale:{digits.replace('4g', '2g')}}"
+
+
+def difference_as_text(value: float, measure: Measure) -> str:
+    """A difference with its sign: of a share in percentage points, of a number to three digits."""
+    if measure.unit != "number":
+        return signed(value * 100)
+    return f"{value:+.3g}".replace("-", MINUS) if value else "0"
 
 
 def with_star(name: str, arm: Arm) -> str:

@@ -22,6 +22,7 @@ from gaf_lab.paper.scales import SMALL_FASHION
 from gaf_lab.records import run as records
 from gaf_lab.records.find import find_runs
 from gaf_lab.records.run import Run
+from gaf_lab.records.score import ACCURACY
 from gaf_lab.report import measures, statistics
 from gaf_lab.report.arms import Arm, group_by_arm
 from gaf_lab.report.cells import cells_of, thresholds
@@ -778,7 +779,7 @@ def test_the_summary_of_many_arms_speaks_of_gaf_and_its_controls_and_counts_the_
 def test_the_page_of_many_arms_says_in_what_each_departs_from_averaging(crowd, tmp_path):
     found = page(crowd, tmp_path)
     assert "What differs from averaging" in found.text
-    assert found.tags.count("details") == len(measures.COMPARED)
+    assert found.tags.count("details") == len(measures.compared_measures(ACCURACY))
     assert [attrs["data-arm"] for tag, attrs in found.elements if "data-arm" in attrs] == list(
         KNOWN
     )
