@@ -29,6 +29,8 @@ class SweepOptions:
     Without it, one for each core, with Ray as many as the cluster has room for."""
     seeds: int | None = None
     """Paired seeds, at least 1, in place of the plan's."""
+    task: str = ""
+    """A task of your own for all runs of a file or preset, as in gaf train."""
     data: Path | None = None
     """Folder with the data sets' archives; without it, they are downloaded."""
     scale: Literal["smoke", "small", "full"] = "smoke"
@@ -51,7 +53,7 @@ def run_sweep(words: Words, console: Console) -> int:
     from gaf_lab.sweeps.sweep import sweep
     from gaf_lab.sweeps.worker import INDEX
 
-    configs = find_plan(options.plan, options.seeds, options.scale, options.reading)
+    configs = find_plan(options.plan, options.seeds, options.scale, options.reading, options.task)
     out = options.out or Path("runs") / Path(options.plan).stem
     command = f"gaf sweep {shlex.join(words)}"
     if options.dry_run:

@@ -86,7 +86,9 @@ def comparisons(arm: Arm, others: list[Arm]) -> list[str]:
         parts = [f"{amount(gap)} {name} {certainty(gap)}" for gap, name in gaps if gap]
         if parts:
             sentences.append(f"{when}, {arm.method}'s test {score.name} is {listing(parts)}.")
-    missing = [one.method for one in others if paired_difference(arm, one, last_measure([arm])) is None]
+    missing = [
+        one.method for one in others if paired_difference(arm, one, last_measure([arm])) is None
+    ]
     if missing:
         sentences.append(
             f"{arm.method} cannot be compared with {listing(missing)}: "

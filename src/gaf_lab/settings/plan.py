@@ -54,15 +54,16 @@ def follow(config: TrainConfig, recorded: TrainConfig) -> TrainConfig:
     return dataclasses.replace(config, replay=Path(folder_name(recorded)))
 
 
-def from_file(path: Path, seeds: Sequence[int] | None = None) -> Configs:
+def from_file(path: Path, seeds: Sequence[int] | None = None, task: str = "") -> Configs:
     """The configs of a TOML file: by seed, then by point of the grid, then by arm.
 
-    seeds: replaces the file's.
+    seeds, task: replace the file's.
     """
     source = f"sweep file {path}"
     parts = read_toml(path, source, "docs/sweeps.md has the format.")
     check_plan(parts, source)
     base, grid, arms = parts.get("base", {}), parts.get("grid", {}), parts.get("arms", [{}])
+    base = base | {"task": task} if task else base
     seeds = seeds or parts.get("seeds", [0])
     count, name = len(seeds) * len(arms) * grid_size(grid), f"{source}: the number of runs"
     check_count(name, count, 1, MOST_RUNS, "Take values out of the grid.")

@@ -30,9 +30,9 @@ def from_dict(values: dict[str, Any], base: TrainConfig, source: str) -> TrainCo
                 f"{source}: unknown key {key!r}.{nearest(key, known)} "
                 f"Known keys: {', '.join(known)}."
             )
-    if values.get("task") and not base.task:
-        base = dataclasses.replace(base, **OWN_TASK)
-    if "task" in values:
+    if values.get("task"):
+        base = base if base.task else dataclasses.replace(base, **OWN_TASK)
+    if "task" in values:  # in place of another one, whose source it does not have
         base = dataclasses.replace(base, task="", task_source="")
     converted = {name: convert(value, getattr(base, name)) for name, value in values.items()}
     if isinstance(converted.get("milestones"), list):
@@ -43,6 +43,11 @@ def from_dict(values: dict[str, Any], base: TrainConfig, source: str) -> TrainCo
         return dataclasses.replace(base, **converted)
     except ConfigError as error:
         raise ConfigError(f"{source}: {error}") from None
+
+
+def with_task(base: TrainConfig, task: str) -> TrainConfig:
+    """`base` with this task, and with clean labels."""
+    return dataclasses.replace(base, task=task, task_source="", **OWN_TASK)
 
 
 def convert(value: Any, default: Any) -> Any:
