@@ -94,13 +94,29 @@ def cost_table() -> str:
     return "\n".join(rows)
 
 
-BENCH = "benchmarks/samples.jsonl"
+def step_table() -> str:
+    """Time of a step with SampleAgreement over that of plain training."""
+    rows = ["| score | time | 10% to 90% | CPU time |", "|---|---|---|---|"]
+    for line in lines(STEPS):
+        low, high = (line[f"ratio_{name}"] for name in ("p10", "p90"))
+        cells = [f"{line['ratio_median']:.2f}", f"{low:.2f} to {high:.2f}"]
+        rows.append(f"| {line['score']} | {' | '.join(cells)} | {line['cpu_ratio_median']:.2f} |")
+    return "\n".join(rows)
+
+
+BENCH, STEPS = "benchmarks/samples.jsonl", "benchmarks/samples-step.jsonl"
 
 
 def test_the_tables_are_the_records() -> None:
     text = (ROOT / "docs" / "samples.md").read_text()
-    tables = (found_table(), weighed_table(), cost_table())
+    tables = (found_table(), weighed_table(), step_table(), cost_table())
     assert [table for table in tables if table not in text] == []
+
+
+def test_a_step_judged_by_prototypes_is_as_long_as_a_plain_one() -> None:
+    """At most 1.05 times as long."""
+    (line,) = (line for line in lines(STEPS) if line["score"] == "prototype")
+    assert line["b"] == 100 and line["ratio_median"] < 1.05 and line["cpu_ratio_median"] < 1.05
 
 
 def test_a_batch_of_128_takes_a_fifth_of_the_memory_of_per_sample_gradients() -> None:
@@ -114,4 +130,4 @@ def test_a_batch_of_128_takes_a_fifth_of_the_memory_of_per_sample_gradients() ->
 
 
 if __name__ == "__main__":
-    print(found_table(), weighed_table(), cost_table(), sep="\n\n")
+    print(found_table(), weighed_table(), step_table(), cost_table(), sep="\n\n")

@@ -11,6 +11,8 @@ from typing import Any
 from torch import Tensor, nn
 
 import gaf
+from gaf_lab.data.problem import Loss
+from gaf_lab.data.trees import widen
 from gaf_lab.experiments.audit_result import AuditResult
 from gaf_lab.settings.checks import ConfigError
 from gaf_lab.settings.config import TrainConfig
@@ -24,17 +26,22 @@ class WatchedObjective:
     Args:
         objective: of the run.
         criterion: is called with outputs, labels and places of the samples.
+        loss: of the task, if its targets are no classes: the criterion gets the losses themselves.
     """
 
-    def __init__(self, objective: Any, criterion: gaf.SampleAgreement) -> None:
-        self.objective, self.criterion = objective, criterion
+    def __init__(
+        self, objective: Any, criterion: gaf.SampleAgreement, loss: Loss | None = None
+    ) -> None:
+        self.objective, self.criterion, self.loss = objective, criterion, loss
 
-    def __call__(self, forward: Any, x: Any, y: Tensor, index: Tensor, *at: int) -> Tensor:
-        """The objective's own loss of samples `index`: inputs x and labels y."""
+    def __call__(self, forward: Any, x: Any, y: Any, index: Tensor, *at: int) -> Tensor:
+        """The objective's own loss of samples `index`: inputs x and targets y."""
 
         def seen(x: Any) -> Any:
             outputs = forward(x)
-            self.criterion(outputs.detach().float(), y, index=index)
+            shown = widen(outputs)
+            shown = shown if self.loss is None else self.loss(shown, y)
+            self.criterion(shown.detach(), y, index=index)
             return outputs
 
         loss: Tensor = self.objective(seen, x, y, index, *at)
@@ -57,13 +64,7 @@ def audit_labels(
     """
     check_audit(config)
     training = Training(dataclasses.replace(config, engine="plain"), data_folder)
-    if not training.problem.classes:
-        raise ConfigError(
-            "an audit judges labels; the targets of this task are no classes. Use another task."
-        )
-    assert isinstance(training.source, OneByOne)
-    criterion = watcher(training)
-    training.source.objective = WatchedObjective(training.source.objective, criterion)  # type: ignore[assignment]
+    criterion = watch(training)
     problem, accuracies = training.problem, [0.0]
     while training.step < problem.steps and not training.over:
         training.macro_batch()
@@ -73,23 +74,37 @@ def audit_labels(
     return AuditResult(problem, criterion.report(), max(accuracies))
 
 
-def watcher(training: Training) -> gaf.SampleAgreement:
-    """Judges by prototypes, or by the loss where the model ends in no Linear layer."""
-    head = find_head(training.model, training.problem.classes)
-    return gaf.SampleAgreement(
-        nn.CrossEntropyLoss(reduction="none"),
+def watch(training: Training) -> gaf.SampleAgreement:
+    """What watches the run from now on.
+
+    It judges by prototypes; by the loss where the model ends in no Linear layer, or the targets are
+    no classes.
+    """
+    data, source = training.problem, training.source
+    assert isinstance(source, OneByOne)
+    loss, head = data.problem.loss, find_head(training.model, data.classes)
+    criterion = gaf.SampleAgreement(
+        (loss or nn.CrossEntropyLoss(reduction="none")) if data.classes else as_they_are,
         head,
         "loss" if head is None else "prototype",
-        num_classes=training.problem.classes,
-        num_samples=len(training.problem.train),
+        num_classes=data.classes or None,
+        num_samples=len(data.train),
         weigh=False,
     ).to(training.device)
+    own = None if data.classes else loss
+    source.objective = WatchedObjective(source.objective, criterion, own)  # type: ignore[assignment]
+    return criterion
+
+
+def as_they_are(losses: Tensor, targets: Any) -> Tensor:
+    """The criterion of targets that are no classes: it is given the losses."""
+    return losses
 
 
 def find_head(model: nn.Module, classes: int) -> nn.Linear | None:
-    """The last Linear layer that gives a number for each class."""
+    """The last Linear layer that gives a number for each class; None without one, or classes."""
     linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    heads = [module for module in linear if module.out_features == classes]
+    heads = [module for module in linear if classes and module.out_features == classes]
     return heads[-1] if heads else None
 
 

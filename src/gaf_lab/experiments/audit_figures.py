@@ -65,8 +65,9 @@ def draw_quality(ax: "Axes", found: AuditResult) -> None:
 def draw_roc(ax: "Axes", found: AuditResult) -> None:
     """ROC curves of the scores."""
     ax.plot([0, 100], [0, 100], color=SOFT, linewidth=0.8, linestyle=(0, (4, 3)))
-    for score, (name, color) in ROC_CURVES.items():
-        false, true, _ = roc_curve(found.flipped, found.scores[score])
+    for score, values in found.scores.items():
+        name, color = ROC_CURVES[score]
+        false, true, _ = roc_curve(found.flipped, values)
         ax.plot(100 * false, 100 * true, color=color, linewidth=1.8, label=name)
     name_axes(ax, "flipped found (%)", "clean ones suspected (%)")
     ax.set(ylim=(-3, 128), yticks=range(0, 101, 20))
@@ -136,9 +137,10 @@ def labels_of(found: AuditResult, row: int) -> str:
 
 
 def pictures_of(found: AuditResult) -> Tensor | None:
-    """The training samples (N, C, H, W), if they are pictures of one channel or three."""
+    """The training samples (N, C, H, W), if they are pictures with classes, of 1 or 3 channels."""
     x = found.problem.train.x
-    return x if isinstance(x, Tensor) and x.ndim == 4 and x.shape[1] in (1, 3) else None
+    there = isinstance(x, Tensor) and x.ndim == 4 and x.shape[1] in (1, 3)
+    return x if there and found.problem.classes else None
 
 
 def pixels(picture: Tensor) -> "np.ndarray[Any, Any]":

@@ -24,13 +24,13 @@ def write_samples(found: AuditResult, path: Path) -> None:
 
     true_label and flipped are empty if no label is known to be wrong.
     """
-    known = bool(found.flipped.any())
+    known, unknown = bool(found.flipped.any()), [""] * len(found.index)
     columns: dict[str, Sequence[object]] = {
         **found.report,
         "index": found.origin,
         "is_label_issue": [int(issue) for issue in found.report["is_label_issue"]],
-        "true_label": found.truth if known else [""] * len(found.truth),
-        "flipped": found.flipped.int().tolist() if known else [""] * len(found.truth),
+        "true_label": found.truth if known and found.problem.classes else unknown,
+        "flipped": found.flipped.int().tolist() if known else unknown,
     }
     with records.replace_whole(path) as part, part.open("w", newline="") as file:
         out = csv.writer(file)
@@ -50,11 +50,11 @@ def table(lines: Sequence[AuditLine]) -> Table:
     result = Table(title="Wrong labels found", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column in ("score", "AUROC", "first 100", "n"):
         result.add_column(column, justify="left" if column == "score" else "right")
-    for name, title in SCORES.items():
+    for name in lines[0]["auroc"]:
         cells = [
             mean_and_deviation([line[of][name] for line in lines]) for of in ("auroc", "first100")
         ]
-        result.add_row(title, *cells, str(len(lines)))
+        result.add_row(SCORES[name], *cells, str(len(lines)))
     return result
 
 
@@ -79,7 +79,10 @@ def closing_words(lines: Sequence[AuditLine]) -> str:
             "samples.csv is ranked by label quality. It is not known which labels are wrong, "
             f"so the ranking cannot be checked. is_label_issue marks {marked:.0f} lines."
         )
-    auroc = {name: statistics.fmean(line["auroc"][name] for line in known) for name in SCORES}
+    auroc = {
+        name: statistics.fmean(line["auroc"][name] for line in known)
+        for name in ("quality", "loss")
+    }
     first = statistics.fmean(line["first100"]["quality"] for line in known)
     return (
         f"samples.csv is ranked by label quality: AUROC {auroc['quality']:.3f}; "

@@ -2,8 +2,8 @@
 
 audit.jsonl has a line per seed:
 
-    {"kind": "audit", "seed", "dataset", "noise", "noise_rate", "policy", "k", "b", "passes",
-     "samples", "flipped", "auroc": {score: ...}, "first100": {score: ...},
+    {"kind": "audit", "seed", "task", "dataset", "noise", "noise_rate", "policy", "k", "b",
+     "passes", "samples", "flipped", "auroc": {score: ...}, "first100": {score: ...},
      "issues": {"count", "precision", "recall"}, "selected"}
 
 samples: those that were judged; first100: the share of flipped samples among the 100 most suspect;
@@ -52,13 +52,18 @@ class AuditResult:
 
     @cached_property
     def truth(self) -> list[int]:
+        """Their true labels, of targets that are classes."""
         found: list[int] = self.problem.train.truth.cpu()[self.index].tolist()
         return found
 
     @cached_property
     def flipped(self) -> Tensor:
-        """(n,) bool: whether the label is known to be wrong."""
-        return torch.tensor(self.report["given_label"]) != torch.tensor(self.truth)
+        """(n,) bool: whether the target is known to be wrong."""
+        train = self.problem.train
+        if train.observed is None or train.clean is None:
+            return torch.zeros(len(self.index), dtype=torch.bool)
+        wrong = (train.observed != train.clean).reshape(len(train), -1).any(1)
+        return wrong.cpu()[self.index]
 
     @cached_property
     def quality(self) -> Tensor:
@@ -74,12 +79,12 @@ class AuditResult:
     @cached_property
     def scores(self) -> dict[str, Tensor]:
         """By name, higher for what is more suspect; `quality` is what the samples are ranked by."""
-        others = {name: torch.tensor(self.report[name]) for name in ("loss", "disagreement")}
-        return {"quality": 1 - self.quality, **others}
+        names = [name for name in ("loss", "disagreement") if name in self.report]
+        return {"quality": 1 - self.quality, **{n: torch.tensor(self.report[n]) for n in names}}
 
     def line(self) -> AuditLine:
         config = self.problem.config
-        fields = ("seed", "dataset", "noise", "noise_rate", "policy", "k", "b", "passes")
+        fields = ("seed", "task", "dataset", "noise", "noise_rate", "policy", "k", "b", "passes")
         return {
             "kind": "audit",
             **{name: getattr(config, name) for name in fields},

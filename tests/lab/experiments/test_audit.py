@@ -66,6 +66,59 @@ def test_wrong_labels_are_found_and_counted(rate: float) -> None:
         assert line["issues"]["precision"] is line["auroc"]["quality"] is None
 
 
+OWN = """
+import torch
+from torch import nn
+
+from gaf_lab import Problem
+
+
+def clusters(config):
+    draw = torch.Generator().manual_seed(0)
+    y = torch.randint(3, (400,), generator=draw)
+    x = {"points": torch.randn(400, 4, generator=draw) + 3 * torch.eye(3, 4)[y]}
+    return Problem(model=Net, train=({"points": x["points"][:300]}, y[:300]),
+                   test=({"points": x["points"][300:]}, y[300:]))
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 3))
+
+    def forward(self, x):
+        return self.layers(x["points"])
+
+
+def plane(config):
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(300, 4, generator=draw)
+    clean = x @ torch.tensor([1.0, -2.0, 0.5, 0.0])
+    y = clean.clone()
+    y[:200:10] += 9.0
+    return Problem(model=nn.Sequential(nn.Linear(4, 1), nn.Flatten(0)), train=(x[:200], y[:200]),
+                   test=(x[200:], y[200:]), loss=lambda out, target: (out - target) ** 2,
+                   clean=clean[:200])
+"""
+
+
+@pytest.mark.parametrize("task", ["clusters", "plane"])
+def test_a_task_of_ones_own_is_judged_too(tmp_path: Path, task: str) -> None:
+    """Classes by prototypes, other targets by their loss; neither has pictures for a sheet."""
+    (tmp_path / "own.py").write_text(OWN)
+    words = f"audit --task {tmp_path / 'own.py'}:{task} --b 20 --passes 12 --heldout 0".split()
+    words += (
+        ["--noise", "symmetric", "--noise-rate", "0.4"] if task == "clusters" else ["--lr", "0.01"]
+    )
+    assert main([*words, "--out", str(tmp_path / "out")]) == 0
+    rows = list(csv.DictReader((tmp_path / "out" / "samples.csv").open()))
+    assert len(rows) == (300 if task == "clusters" else 200)
+    assert ("given_label" in rows[0]) == (task == "clusters")
+    (line,) = lines(tmp_path / "out" / "audit.jsonl")
+    assert line["auroc"]["quality"] > 0.9 and line["issues"]["recall"] > 0.8
+    assert not (tmp_path / "out" / "suspects.png").exists()
+
+
 def test_a_line_is_what_the_report_says_of_the_truth() -> None:
     found = audit(passes=2.0)
     line, rows = found.line(), range(len(found.index))
@@ -106,9 +159,9 @@ def test_the_command_writes_a_ranked_list_figures_and_lines(
     assert len({row["index"] for row in rows}) == len(rows)
     assert imread(tmp_path / "audit.png").shape[1] == 1500  # two panels
     assert (tmp_path / "suspects.png").read_bytes().startswith(b"\x89PNG")
-    lines = [json.loads(line) for line in (tmp_path / "audit.jsonl").read_text().splitlines()][1:]
-    assert [line["seed"] for line in lines] == [0, 1]
-    assert lines[0]["issues"]["count"] == sum(row["is_label_issue"] == "1" for row in rows)
+    found = lines(tmp_path / "audit.jsonl")
+    assert [line["seed"] for line in found] == [0, 1]
+    assert found[0]["issues"]["count"] == sum(row["is_label_issue"] == "1" for row in rows)
     out = capsys.readouterr().out
     assert out.startswith("digits, 40% symmetric label noise; mlp; averaging, k = 1, b = 32\n")
     assert "samples.csv is ranked by label quality: AUROC 0." in out
@@ -178,8 +231,8 @@ def test_what_mixes_samples_or_repeats_them_is_refused() -> None:
 # --- the page
 
 
-def lines(name: str) -> list[dict[str, Any]]:
-    text = (ROOT / "results" / name).read_text().splitlines()
+def lines(path: Path) -> list[dict[str, Any]]:
+    text = path.read_text().splitlines()
     return [line for line in map(json.loads, text) if line["kind"] == "audit"]
 
 
@@ -214,7 +267,9 @@ def table() -> str:
     aurocs = (f"AUROC, {name}" for name in SCORES)
     firsts = ("first 100, quality", "first 100, loss")
     rows = head(["data, label noise", "n", *aurocs, *firsts, *LAST])
-    for group in by_setting(lines("audit.jsonl"), "dataset", "noise", "noise_rate"):
+    for group in by_setting(
+        lines(ROOT / "results" / "audit.jsonl"), "dataset", "noise", "noise_rate"
+    ):
         cells = [mean_and_deviation([line["auroc"][name] for line in group]) for name in SCORES]
         for name in ("quality", "loss"):
             cells.append(mean_and_deviation([line["first100"][name] for line in group]))
@@ -237,7 +292,7 @@ def micro_batch_table() -> str:
     """What the filter's own scores, and others in the same runs, find."""
     rows = head(["data, label noise", "b", "n", *MICRO_BATCHES.values()])
     settings = ("dataset", "noise", "noise_rate", "b")
-    for group in by_setting(lines("audit-micro-batches.jsonl"), *settings):
+    for group in by_setting(lines(ROOT / "results" / "audit-micro-batches.jsonl"), *settings):
         cells = [mean_and_deviation([line["auroc"][n] for line in group]) for n in MICRO_BATCHES]
         start = f"{noise_of(group[0])} | {group[0]['b']} | {len(group)}"
         rows.append(f"| {start} | {' | '.join(cells)} |")
