@@ -2,6 +2,7 @@
 
 import datetime
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +11,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import gaf
+from gaf.ranks.all_reduce import check_device
+from gaf.ranks.messages import device_of
 from helpers.problems import close, same_everywhere
 from helpers.ranks import World
 from typechecker import without_type_checks
@@ -146,6 +149,35 @@ def refuse_unchecked() -> None:
 
 def test_what_cannot_work_is_refused_on_all_ranks(world: World) -> None:
     world(2).run(refuse_unchecked)
+
+
+@pytest.mark.parametrize(
+    ("sends_from", "own", "expected"),
+    [
+        ("cuda", "cuda:1", "cuda:1"),
+        ("cuda", None, "cuda"),  # of a rank whose tensors are refused
+        ("cuda", "cpu", "cuda"),
+        ("cpu cuda", "cuda:1", "cpu"),
+        ("cpu cuda", None, "cpu"),
+        ("", "cuda:1", "cuda:1"),
+        ("", None, "cpu"),
+    ],
+)
+def test_all_ranks_check_on_the_same_kind_of_device(
+    sends_from: str, own: str | None, expected: str
+) -> None:
+    """Under NCCL a rank with nothing to send must not check on its CPU."""
+    group: Any = SimpleNamespace(_device_types=[torch.device(one) for one in sends_from.split()])
+    with without_type_checks():
+        assert device_of(group, None if own is None else torch.device(own)) == torch.device(
+            expected
+        )
+
+
+def test_a_device_that_the_group_does_not_send_from_is_refused() -> None:
+    group: Any = SimpleNamespace(_device_types=[torch.device("cuda")])
+    with without_type_checks(), pytest.raises(ValueError, match="must be on .* sends from, cuda; they are on cpu"):
+        check_device(torch.device("cpu"), group)
 
 
 def test_without_processes_it_says_so() -> None:

@@ -117,7 +117,17 @@ REFUSALS: dict[str, tuple[Callable[[], tuple[Any, Any]], dict[str, Any], str]] =
     "too many": (
         partial(wrap, Odd),
         {"policy": gaf.GAF(min_accepted=3)},
-        "must be at most the number of rows.*got 3 and 2 rows",
+        "GAF.* needs 3, and there are 2. Lower min_accepted, or start more ranks",
+    ),
+    "too much trimmed": (
+        partial(wrap, Odd),
+        {"policy": gaf.TrimmedMean(1)},
+        r"TrimmedMean\(.*needs 3, and there are 2. Lower trim, or start more ranks",
+    ),
+    "too many signs": (
+        partial(wrap, Odd),
+        {"policy": gaf.SignAgreement(4)},
+        r"SignAgreement\(.*needs 4, and there are 2. Lower at_least, or start more ranks",
     ),
     "closure": (closure_optimizer, {}, "attach: the optimizer must not need a closure; LBFGS"),
     "group": (partial(wrap, Odd), {"group": "another"}, "must be the model's own process group"),

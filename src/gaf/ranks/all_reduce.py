@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from gaf.ranks.attach_checks import check_divides, check_micro_group
 from gaf.ranks.engines import process_group
 from gaf.ranks.exchange import Exchange
-from gaf.ranks.messages import add_in_rank_order
+from gaf.ranks.messages import add_in_rank_order, device_of, kinds_of_devices
 from gaf.ranks.names import gather_objects
 from gaf.ranks.same_everywhere import check_same, describe_policy
 from gaf.rules.contract import Policy, check_policy, merge_of
@@ -110,7 +110,7 @@ def check_call_alike(tensors: Any, policy: Any, micro_group: Any, group: Any) ->
     except (TypeError, ValueError) as error:
         problem = error
     mark = -1 if problem else zlib.crc32(repr(mine).encode())
-    device = tensors[0].device if problem is None else torch.device("cpu")
+    device = device_of(group, None if problem else tensors[0].device)
     extremes = torch.tensor([mark, -mark], device=device)
     dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=group)
     highest, lowest = extremes.tolist()
@@ -137,6 +137,7 @@ def tell(group: Any, problem: str) -> None:
 def describe_call(tensors: Any, policy: Any, micro_group: Any, group: Any) -> dict[str, str]:
     """What all ranks must have in common."""
     check_tensors(tensors)
+    check_device(tensors[0].device, group)
     check_policy(policy, HERE)
     check_micro_group(micro_group, HERE)
     check_divides(int(micro_group), group, HERE)
@@ -145,7 +146,17 @@ def describe_call(tensors: Any, policy: Any, micro_group: Any, group: Any) -> di
         "policy": describe_policy(policy),
         "micro_group": str(int(micro_group)),
         "tensors": "; ".join(shapes),
+        "kind of device": tensors[0].device.type,
     }
+
+
+def check_device(device: torch.device, group: Any) -> None:
+    kinds = kinds_of_devices(group)
+    if kinds and device.type not in kinds:
+        raise ValueError(
+            "all_reduce: tensors must be on a device that the group sends from, "
+            f"{' or '.join(sorted(kinds))}; they are on {device}. Move them, or give another group."
+        )
 
 
 def check_tensors(tensors: Any) -> None:

@@ -9,7 +9,7 @@ from torch.amp import GradScaler
 
 from gaf.record.hints import frames_inside
 from gaf.rules.averaging import averages, measures
-from gaf.rules.contract import Policy, is_planned, min_accepted_of, scope_of
+from gaf.rules.contract import Policy, argument_of_least, is_planned, min_accepted_of, scope_of
 
 
 def check_scaler(scaler: Any) -> None:
@@ -60,8 +60,9 @@ def check_row_count(k: int, policy: Policy) -> None:
     least = min_accepted_of(policy)
     if 1 < k < least:
         raise ValueError(
-            "attach: the policy's min_accepted must be at most the number of rows, or no step "
-            f"could be taken; got {least} and {k} rows. Lower min_accepted, or start more ranks."
+            "attach: the policy must need no more rows than there are, or no step could be taken; "
+            f"{policy!r} needs {least}, and there are {k}. Lower {argument_of_least(policy)}, or "
+            "start more ranks."
         )
     if k == 1:
         warnings.warn(

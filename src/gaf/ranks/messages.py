@@ -19,6 +19,24 @@ _all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(
 )
 
 
+def device_of(group: "dist.ProcessGroup", own: torch.device | None) -> torch.device:
+    """Where the ranks of a group exchange a few numbers: the same kind of device on all of them.
+
+    own: of this rank's tensors; None if it has none.
+    """
+    kinds = kinds_of_devices(group)
+    if "cpu" in kinds:
+        return torch.device("cpu")
+    if own is not None and own.type in (kinds or {own.type}):
+        return own
+    return torch.device(min(kinds, default="cpu"))
+
+
+def kinds_of_devices(group: "dist.ProcessGroup") -> set[str]:
+    """Of the devices that a group sends from; empty if it does not tell."""
+    return {device.type for device in getattr(group, "_device_types", ())}
+
+
 def all_to_all(slices: Tensor, places: Tensor, group: "dist.ProcessGroup", tag: int) -> list[Any]:
     """Starts: slices[r] <- rank r's places[this rank]. (W, c) each."""
     if not sends_messages(group, places):

@@ -27,7 +27,7 @@ from gaf.rules.row_sums import RowSums
 from gaf.rules.slices import CHUNK, flatten, half_to_float32, split
 from gaf.shapes import Float64
 
-CACHED = 2**16  # coordinates that stay in a CPU's cache from one look to the next
+CACHED = 2**17  # coordinates that stay in a CPU's cache from one look to the next
 
 
 class Sums(Exchange):

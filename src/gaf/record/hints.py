@@ -12,7 +12,7 @@ import torch
 
 from gaf.record.outcome import Outcome
 from gaf.record.recent import WINDOW, Recent, finite_sum
-from gaf.rules.contract import given_tau, min_accepted_of
+from gaf.rules.contract import argument_of_least, given_tau, min_accepted_of
 
 ONE_ROW = "One micro-gradient has nothing to agree with: it was stepped on as in plain training."
 ALL_ABSENT = (
@@ -73,7 +73,7 @@ def explain_none_accepted(policy: Any, outcome: Outcome, seen: list[Recent]) -> 
     if least <= outcome.tau and min_accepted_of(policy) > 2:
         return (
             f"{start} min_accepted = {min_accepted_of(policy)} of {k} is more than ever agreed. "
-            "Lower min_accepted; acc.stats() shows the distances."
+            f"Lower {argument_of_least(policy)}; acc.stats() shows the distances."
         )
     tau = given_tau(policy)
     if isinstance(tau, Real):

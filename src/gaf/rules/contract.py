@@ -8,6 +8,7 @@ them:
 
     scope            "all", "group" or "layer": what one decision covers        scope_of
     min_accepted     the policy never steps on fewer accepted rows              min_accepted_of
+    argument_of_least  the name of the argument that sets min_accepted        argument_of_least
     max_norm_ratio   a row of more than this many median norms is absent        max_norm_ratio_of
     tau              its threshold, a number or an object that adapts           given_tau
     planned          (step, k) -> the k weights of a step, whatever its rows    is_planned
@@ -83,6 +84,11 @@ def scope_of(policy: Any) -> str:
 def min_accepted_of(policy: Any) -> int:
     """Accepted rows without which the policy never steps."""
     return getattr(policy, "min_accepted", 1)
+
+
+def argument_of_least(policy: Any) -> str:
+    """The argument by which a policy is told how many rows it needs, for messages."""
+    return getattr(policy, "argument_of_least", "min_accepted")
 
 
 def max_norm_ratio_of(policy: Any) -> float | None:

@@ -102,6 +102,7 @@ class TrimmedMean(Coordinatewise):
     """
 
     trim: int
+    argument_of_least = "trim"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -143,6 +144,7 @@ class SignAgreement(Coordinatewise):
     """
 
     at_least: int
+    argument_of_least = "at_least"
 
     def __post_init__(self) -> None:
         super().__post_init__()
