@@ -176,7 +176,10 @@ def test_all_ranks_check_on_the_same_kind_of_device(
 
 def test_a_device_that_the_group_does_not_send_from_is_refused() -> None:
     group: Any = SimpleNamespace(_device_types=[torch.device("cuda")])
-    with without_type_checks(), pytest.raises(ValueError, match="must be on .* sends from, cuda; they are on cpu"):
+    with (
+        without_type_checks(),
+        pytest.raises(ValueError, match="must be on .* sends from, cuda; they are on cpu"),
+    ):
         check_device(torch.device("cpu"), group)
 
 
