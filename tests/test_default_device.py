@@ -16,7 +16,7 @@ from torch.optim import SGD
 
 import gaf
 from gaf.device.packs import Apart
-from gaf.device.rows import StackedRows
+from gaf.device.stacked import StackedRows
 from gaf.measure.acceptance import measure_acceptance
 from gaf.measure.result import Probe
 from gaf.ranks.handle import Handle

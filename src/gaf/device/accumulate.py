@@ -27,13 +27,15 @@ from gaf.device.layers import LayeredRows, layered_rows_for, layers_of
 from gaf.device.parameters import LeaveOut, Parameters
 from gaf.device.placed import PlacedUpdate
 from gaf.device.recorded import Recorded
-from gaf.device.rows import StackedRows, StreamedRows, rows_for
+from gaf.device.rows import StreamedRows, rows_for
 from gaf.device.scaler import LossScaling
+from gaf.device.stacked import StackedRows
 from gaf.record.ledger import Ledger
 from gaf.record.outcome import Outcome
 from gaf.rules.contract import Policy, check_policy, scope_of, tell_loss_scale
 from gaf.rules.decision import Decision, as_skip, check_weights
 from gaf.rules.enough import Agreement
+from gaf.rules.second_moments import roots_of
 
 Rows = StreamedRows | StackedRows | LayeredRows
 
@@ -171,9 +173,10 @@ class Accumulator(Recorded):
 
     def _make_rows(self) -> Rows:
         params, voters = self._params.current, self._params.voters()
+        roots = roots_of(self.policy, self.optimizers, params, voters)
         if scope_of(self.policy) != "layer":
-            return rows_for(self.policy, voters, params)
-        return layered_rows_for(self.policy, self._layers(), voters, params)
+            return rows_for(self.policy, voters, params, roots)
+        return layered_rows_for(self.policy, self._layers(), voters, params, roots)
 
     def _layers(self) -> dict[str, list[int]]:
         """What scope="layer" decides on by itself: parameters' indices, by name."""

@@ -47,6 +47,21 @@ def voting_part(row: Sequence[Tensor | None], voters: Sequence[bool]) -> Buffers
     return [t for t, votes in zip(row, voters, strict=True) if votes]
 
 
+def where_any(had_gradient: Sequence[Sequence[bool]], update: Buffers) -> Buffers:
+    """The update, without the parameters that none of these rows has a gradient for."""
+    columns = zip(*had_gradient, strict=True)
+    return [g if any(column) else None for g, column in zip(update, columns, strict=True)]
+
+
+def where_rooted(
+    voters: Sequence[bool], roots: Buffers | None
+) -> tuple[Sequence[bool], Buffers | None]:
+    """Which parameters take part where some have a root of the metric, and these roots."""
+    if roots is None or all(root is None for root in roots):
+        return voters, None
+    return [root is not None for root in roots], roots
+
+
 def norm2_of_rest(row: Sequence[Tensor | None], voters: Sequence[bool]) -> Tensor | float:
     """0 x |the coordinates that do not vote|^2.
 

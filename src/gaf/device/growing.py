@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from gaf.rules.averaging import averages
 from gaf.rules.contract import Policy
 from gaf.rules.enough import Agreement, PairMeans
+from gaf.rules.second_moments import check_metric
 
 
 class GrowingBatch:
@@ -26,7 +27,8 @@ class GrowingBatch:
         self.size = 0  # rows of the step at hand
 
     def check_policy(self, policy: Policy) -> None:
-        """ValueError for a policy that may drop rows."""
+        """Refuses a policy that may drop rows, and one whose metric the optimizers do not have."""
+        check_metric(policy, self.optimizers, "Accumulator")
         if self.until is not None and not averages(policy):
             raise ValueError(
                 "Accumulator: until goes with a policy that averages all micro-gradients; got "

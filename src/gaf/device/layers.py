@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from gaf.device.buffers import Buffers
 from gaf.device.checks import Names
-from gaf.device.rows import StackedRows, StreamedRows, rows_for, rows_without_waiting
+from gaf.device.rows import StreamedRows, rows_for, rows_without_waiting
+from gaf.device.stacked import StackedRows
 from gaf.rules.contract import Policy
 from gaf.rules.decision import Decision, Evidence
 from gaf.rules.judging import join_layer_decisions
@@ -63,6 +64,7 @@ def layered_rows_for(
     layers: Mapping[str, list[int]],
     voters: Sequence[bool],
     params: Sequence[Tensor],
+    roots: Buffers | None = None,
 ) -> LayeredRows:
     """A holder for each layer; arguments as for `rows_for`."""
     holders = []
@@ -70,7 +72,8 @@ def layered_rows_for(
         own = [params[j] for j in indices]
         # on an accelerator all layers together are waited for once
         make = rows_for if own[0].device.type == "cpu" else rows_without_waiting
-        holders.append(make(policy, [voters[j] for j in indices], own))
+        part = None if roots is None else [roots[j] for j in indices]
+        holders.append(make(policy, [voters[j] for j in indices], own, part))
     return LayeredRows(layers, holders)
 
 

@@ -1,6 +1,6 @@
 """Holds the micro-gradients of one macro-batch until the decision.
 
-They are added up as they come (`StreamedRows`) or kept apart (`StackedRows`).
+They are added up as they come (`StreamedRows`) or kept apart (`gaf.device.stacked`).
 """
 
 import math
@@ -10,23 +10,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gaf.device.buffers import Buffers, norm2_of_rest, unshare_all, voting_part
+from gaf.device.buffers import Buffers, where_any, where_rooted
 from gaf.device.packs import Apart, Packs, packs_for
+from gaf.device.stacked import StackedRows
 from gaf.device.sums import SumOnCpu, SumOnDevice
-from gaf.rules.combine import combine, weighted_sum
-from gaf.rules.contract import Policy, merge_of
+from gaf.rules.contract import Policy
 from gaf.rules.decision import Decision, Evidence, check_decision
 from gaf.rules.enough import PairMeans
-from gaf.rules.gram import gram_of
-from gaf.rules.judging import decide_with_evidence, streams, tau_of
-from gaf.rules.merging import merged_parameters
+from gaf.rules.judging import streams, tau_of
 from gaf.rules.sequential import Seen, Sequential
 from gaf.rules.visits import PlainVisits, Visits, visits_for
 from gaf.shapes import Float64
 
 
 def rows_for(
-    policy: Policy, voters: Sequence[bool], params: Sequence[Tensor]
+    policy: Policy,
+    voters: Sequence[bool],
+    params: Sequence[Tensor],
+    roots: Buffers | None = None,
 ) -> "StreamedRows | StackedRows":
     """The holder that a policy needs.
 
@@ -34,25 +35,35 @@ def rows_for(
         policy: what will decide.
         voters: which parameters take part in the decision.
         params: that the rows are gradients of.
+        roots: sqrt(M) of a diagonal metric, for each parameter; None for a plain one. Parameters
+            without a root take no part, but if none has one, the metric is plain.
     """
     device = params[0].device
     if device.type != "cpu":
         if streams(policy):
-            return rows_without_waiting(policy, voters, params)
-        return StackedRows(policy, packs_for(params, voters), decides_on_host=True)
+            return rows_without_waiting(policy, voters, params, roots)
+        voters, roots = where_rooted(voters, roots)
+        return StackedRows(policy, packs_for(params, voters), roots, decides_on_host=True)
+    voters, roots = where_rooted(voters, roots)
     if not streams(policy):
-        return StackedRows(policy, Apart(voters))
-    return StreamedRows(policy, SumOnCpu(voters), visits_for(policy, device), Apart(voters))
+        return StackedRows(policy, Apart(voters), roots)
+    sum = SumOnCpu(voters, roots)
+    return StreamedRows(policy, sum, visits_for(policy, device), Apart(voters))
 
 
 def rows_without_waiting(
-    policy: Policy, voters: Sequence[bool], params: Sequence[Tensor]
+    policy: Policy,
+    voters: Sequence[bool],
+    params: Sequence[Tensor],
+    roots: Buffers | None = None,
 ) -> "StreamedRows | StackedRows":
     """The holder that a policy needs and that never waits for its device, on the CPU too."""
+    voters, roots = where_rooted(voters, roots)
     packs = packs_for(params, voters)
     if not streams(policy):
-        return StackedRows(policy, packs)
-    sum = SumOnDevice(packs.votes, policy.average == "halving", params[0].device)
+        return StackedRows(policy, packs, roots)
+    packed = None if roots is None else packs.pack(list(roots))
+    sum = SumOnDevice(packs.votes, policy.average == "halving", params[0].device, packed)
     return StreamedRows(policy, sum, Visits(policy, sum.device), packs)
 
 
@@ -134,58 +145,3 @@ class StreamedRows:
         if self.policy.average == "mean":
             torch._foreach_mul_(total, weights.max().to(total[0].dtype))
         return [g for g in self.packs.unpack(total) if g is not None]
-
-
-class StackedRows:
-    """All k rows, for policies that need them apart.
-
-    Args:
-        policy: gives the decision.
-        packs: which vectors a row is made of.
-        decides_on_host: whether to wait for K and decide on the CPU. On an accelerator a decision
-            takes some hundred small operations.
-    """
-
-    def __init__(self, policy: Policy, packs: Apart | Packs, decides_on_host: bool = False) -> None:
-        self.policy, self.packs, self.decides_on_host = policy, packs, decides_on_host
-        self.rows: list[Buffers] = []
-        self.had_gradient: list[list[bool]] = []  # as in StreamedRows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def add(self, row: Buffers) -> None:
-        """Keeps a row."""
-        self.had_gradient.append([grad is not None for grad in row])
-        unshare_all(row)
-        self.rows.append(self.packs.pack(row))
-
-    def decide(self) -> tuple[Decision, Evidence]:
-        gram = gram_of([voting_part(row, self.packs.votes) for row in self.rows])
-        for own, row in zip(gram.diagonal(), self.rows, strict=True):
-            own += norm2_of_rest(row, self.packs.votes)
-        return decide_with_evidence(self.policy, gram.cpu() if self.decides_on_host else gram)
-
-    def update(self, weights: list[float]) -> Buffers:
-        """w^T G; None for a parameter that no accepted row has a gradient for."""
-        used = [(row, w) for row, w in zip(self.rows, weights, strict=True) if w]
-        merge = merge_of(self.policy)
-        if merge is not None:
-            total = merged_parameters([row for row, _ in used], merge)
-        else:
-            total = [weighted_sum([(row[j], w) for row, w in used]) for j in range(len(used[0][0]))]
-        had = [had for had, w in zip(self.had_gradient, weights, strict=True) if w]
-        return where_any(had, self.packs.unpack(total))
-
-    def update_on_device(self, weights: Float64[Tensor, " k"]) -> list[Tensor]:
-        """w^T G for weights that stay on the device, as `StreamedRows.update_on_device`."""
-        assert merge_of(self.policy) is None
-        columns = zip(*self.rows, strict=True)
-        total: Buffers = [combine(weights, [g for g in one if g is not None]) for one in columns]
-        return [g for g in self.packs.unpack(total) if g is not None]
-
-
-def where_any(had_gradient: Sequence[Sequence[bool]], update: Buffers) -> Buffers:
-    """The update, without the parameters that none of these rows has a gradient for."""
-    columns = zip(*had_gradient, strict=True)
-    return [g if any(column) else None for g, column in zip(update, columns, strict=True)]

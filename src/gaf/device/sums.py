@@ -24,10 +24,11 @@ class SumOnCpu:
 
     Args:
         voters: which parameters take part in the decision.
+        roots: sqrt(M) of a diagonal metric, for each parameter that takes part.
     """
 
-    def __init__(self, voters: Sequence[bool]) -> None:
-        self.voters = voters
+    def __init__(self, voters: Sequence[bool], roots: Buffers | None = None) -> None:
+        self.voters, self.roots = voters, roots or [None] * len(voters)
         self.total: Buffers = [None] * len(voters)
         # only for Mean: the sum with absent rows included, from the first of them on
         self.all_rows: Buffers | None = None
@@ -40,10 +41,13 @@ class SumOnCpu:
     def measure(self, row: Buffers) -> tuple[float, float]:
         """<s, g> and |g|^2 of the row."""
         inner = own = 0.0
-        for s, g, votes in zip(self.total, row, self.voters, strict=True):
+        for s, g, votes, root in zip(self.total, row, self.voters, self.roots, strict=True):
             if g is None:
                 continue
-            if votes:
+            if votes and root is not None:
+                share = products_by_blas(None if s is None else s * root, g * root)
+                inner, own = inner + share[0], own + share[1]
+            elif votes:
                 share = products_by_blas(s, g)
                 inner, own = inner + share[0], own + share[1]
             else:
@@ -76,10 +80,18 @@ class SumOnDevice:
         voters: which vectors of a row take part in the decision.
         halving: whether `shrink` is ever other than 1.
         device: of the parameters.
+        roots: as for `SumOnCpu`.
     """
 
-    def __init__(self, voters: Sequence[bool], halving: bool, device: torch.device) -> None:
+    def __init__(
+        self,
+        voters: Sequence[bool],
+        halving: bool,
+        device: torch.device,
+        roots: Buffers | None = None,
+    ) -> None:
         self.voters, self.halving = voters, halving
+        self.roots = None if roots is None else voting_part(roots, voters)
         self.device = float64_device(device)
         self.total: Buffers = [None] * len(voters)
         self.all_rows: Buffers | None = None  # their sum, where absent ones count too
@@ -91,7 +103,7 @@ class SumOnDevice:
 
     def measure(self, row: Buffers) -> tuple[Float64[Tensor, ""], Float64[Tensor, ""]]:
         pair = [voting_part(self.total, self.voters), voting_part(row, self.voters)]
-        inner, own = products_of(*pair)
+        inner, own = products_of(pair[0], pair[1], self.roots)
         return inner.to(self.device), own.to(self.device) + norm2_of_rest(row, self.voters)
 
     def absorb(

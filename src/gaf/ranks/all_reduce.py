@@ -18,6 +18,7 @@ from gaf.ranks.same_everywhere import check_same, describe_policy
 from gaf.rules.contract import Policy, check_policy, merge_of
 from gaf.rules.decision import Decision, check_weights
 from gaf.rules.judging import decide_with_evidence
+from gaf.rules.second_moments import check_no_optimizer_metric
 
 HERE = "all_reduce"
 
@@ -139,6 +140,7 @@ def describe_call(tensors: Any, policy: Any, micro_group: Any, group: Any) -> di
     check_tensors(tensors)
     check_device(tensors[0].device, group)
     check_policy(policy, HERE)
+    check_no_optimizer_metric(policy, HERE, "no optimizer is known here")
     check_micro_group(micro_group, HERE)
     check_divides(int(micro_group), group, HERE)
     shapes = [f"tensor {i} {tuple(t.shape)} {t.dtype}" for i, t in enumerate(tensors)]

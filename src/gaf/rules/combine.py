@@ -20,6 +20,7 @@ from gaf.rules.contract import Policy, check_policy, merge_of
 from gaf.rules.decision import Decision
 from gaf.rules.gram import check_rows, gram
 from gaf.rules.merging import merge_into
+from gaf.rules.second_moments import check_no_optimizer_metric
 from gaf.shapes import Float, Float64
 
 
@@ -46,6 +47,7 @@ def aggregate(rows: Float[Tensor, "k n"], policy: Policy) -> tuple[Float[Tensor,
     """
     check_rows(rows)
     check_policy(policy, "aggregate")
+    check_no_optimizer_metric(policy, "aggregate", "a matrix of rows has no optimizer")
     decision, merge = ask(policy, gram(rows)), merge_of(policy)
     if merge is None:
         return combine(decision.weights, rows), decision

@@ -10,6 +10,8 @@ them:
     min_accepted     the policy never steps on fewer accepted rows              min_accepted_of
     argument_of_least  the name of the argument that sets min_accepted        argument_of_least
     max_norm_ratio   a row of more than this many median norms is absent        max_norm_ratio_of
+    metric           "optimizer": it is given K = G M G^T, with M by the optimizer's second moments
+                     (gaf.rules.second_moments), by engines that have one at hand       metric_of
     tau              its threshold, a number or an object that adapts           given_tau
     planned          (step, k) -> the k weights of a step, whatever its rows    is_planned
     present_only     it is given the K of the present rows only           sees_present_only
@@ -94,6 +96,11 @@ def argument_of_least(policy: Any) -> str:
 def max_norm_ratio_of(policy: Any) -> float | None:
     """Rows longer than this many times the median length count as absent; None for no limit."""
     return getattr(policy, "max_norm_ratio", None)
+
+
+def metric_of(policy: Any) -> str:
+    """By which inner products the policy wants its K; "optimizer" is the engine's to give."""
+    return getattr(policy, "metric", "euclidean")
 
 
 def given_tau(policy: Any) -> Any:

@@ -43,3 +43,11 @@ def as_norm_ratio(ratio: Any) -> float:
             "10 lets ordinary rows pass."
         )
     return plain_number(ratio)
+
+
+def check_scope_and_tau(scope: str, tau: float | Threshold) -> None:
+    if scope != "all" and isinstance(tau, Threshold):
+        raise ValueError(
+            f"GAF: with scope {scope!r} tau must be a number, because a threshold object "
+            f"follows one decision per step; got {tau!r}. Use scope='all'."
+        )

@@ -53,20 +53,27 @@ def gram(rows: Float[Tensor, "k n"]) -> Float64[Tensor, "k k"]:
     return gram_of([[row] for row in rows])
 
 
-def gram_of(rows: Sequence[Row]) -> Float64[Tensor, "k k"]:
-    """The Gram matrix of rows that are lists of tensors, one per parameter, in the same order."""
-    shares = [lower_products(block) for block in blocks_of(rows)]
+def gram_of(rows: Sequence[Row], roots: Row | None = None) -> Float64[Tensor, "k k"]:
+    """The Gram matrix of rows that are lists of tensors, one per parameter, in the same order.
+
+    roots: the root of a diagonal metric, such as a row; the rows are multiplied by it.
+    """
+    shares = [lower_products(block) for block in blocks_of(rows, roots)]
     if not shares:
         return torch.zeros(len(rows), len(rows), dtype=torch.float64, device="cpu")
     lower = torch.stack(shares).sum(0)
     return lower + lower.tril(-1).T
 
 
-def products_of(s: Row, g: Row) -> tuple[Float64[Tensor, ""], Float64[Tensor, ""]]:
+def products_of(
+    s: Row, g: Row, roots: Row | None = None
+) -> tuple[Float64[Tensor, ""], Float64[Tensor, ""]]:
     """<s, g> and |g|^2 of two lists of tensors: two entries of their Gram matrix."""
     shares = []
-    for pieces in slices_of([s, g]):
-        a, b = (v.detach().double() for v in pieces)
+    for pieces in slices_of([s, g] if roots is None else [s, g, roots]):
+        a, b, *root = (v.detach().double() for v in pieces)
+        for factor in root:
+            a, b = a * factor, b * factor
         shares += [a.dot(b), b.dot(b)]
     if not shares:
         return (zero := torch.zeros((), dtype=torch.float64, device="cpu")), zero
@@ -74,23 +81,24 @@ def products_of(s: Row, g: Row) -> tuple[Float64[Tensor, ""], Float64[Tensor, ""
     return inner, own
 
 
-def blocks_of(rows: Sequence[Row]) -> Iterator[Float64[Tensor, "k c"]]:
+def blocks_of(rows: Sequence[Row], roots: Row | None) -> Iterator[Float64[Tensor, "k c"]]:
     """The slices as matrices in float64, which holds products of half and single precision exactly.
 
     On a CPU each block takes the memory of the one before: new memory would cost page faults.
     """
     room: Tensor | None = None
-    for vectors in slices_of(rows):
-        vectors = [v.detach() for v in vectors]
+    for columns in slices_of(rows if roots is None else [*rows, roots]):
+        vectors = [v.detach() for v in columns[: len(rows)]]
+        root = 1 if roots is None else columns[-1].double()
         if float64_device(vectors[0].device).type != "cpu":
-            yield torch.stack(vectors).double()
+            yield torch.stack(vectors).double() * root
             continue
         if room is None:
             room = torch.empty(len(rows), SLICE, dtype=torch.float64, device="cpu")
         block = room[:, : len(vectors[0])]
         for row, v in zip(block, vectors, strict=True):
             row.copy_(v)
-        yield block
+        yield block if roots is None else block.mul_(root)
 
 
 def lower_products(block: Float64[Tensor, "k c"]) -> Float64[Tensor, "k k"]:

@@ -5,6 +5,7 @@ taken so far, so it can decide while the rows stream by.
 """
 
 import copy
+import math
 from dataclasses import KW_ONLY, dataclass
 from functools import partial
 from typing import Any, Literal, cast
@@ -12,15 +13,16 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
-from gaf.arguments import one_of, whole_number
+from gaf.arguments import ABOVE_0, one_of, real_number, whole_number
 from gaf.rules.contract import describe_state
 from gaf.rules.decision import Decision
-from gaf.rules.gaf_arguments import as_norm_ratio, as_tau
+from gaf.rules.gaf_arguments import as_norm_ratio, as_tau, check_scope_and_tau
 from gaf.rules.gram import check_gram, without_giants
 from gaf.rules.ring import choose_start, ring_orders
 from gaf.rules.sequential import Seen, Sequential, halving_weights, mean_weights
 from gaf.rules.thresholds import Threshold
 from gaf.rules.visits import walk_all
+from gaf.rules.whitening import whiten
 from gaf.shapes import Bool, Float64, Int
 
 
@@ -61,6 +63,13 @@ class GAF(Sequential):
             others do not. "layer": under `gaf.Accumulator(model=...)`, one for each module that has
             parameters. This too is another algorithm: a layer may accept a micro-batch that another
             layer rejects. Both take a number for tau.
+        metric: the inner product by which rows agree; the update is made of the rows themselves.
+            "euclidean": the paper's. "optimizer": <g, M g'>, M = 1 / (sqrt(v) + eps), by Adam's v
+            (`gaf.rules.second_moments`), where `gaf.Accumulator` or `gaf.attach` gives K.
+            "whitened": by the inverse of the rows' own scatter (`gaf.rules.whitening`); keeps all k
+            rows. A tau does not carry over from one to another: let it adapt.
+        ridge: for "whitened", what is added to the scatter, in units of its mean; above 0. Higher
+            is nearer to "euclidean".
 
     An Accumulator and a Handle keep their own copy of what an adaptive tau learns, so one policy
     may serve several.
@@ -84,27 +93,29 @@ class GAF(Sequential):
     min_accepted: int = 2
     max_norm_ratio: float | None = None
     scope: Literal["all", "group", "layer"] = "all"
+    metric: Literal["euclidean", "optimizer", "whitened"] = "euclidean"
+    ridge: float = 1.0
 
     def __post_init__(self) -> None:
         put = partial(object.__setattr__, self)
-        put("tau", as_tau(self.tau))
+        tau = as_tau(self.tau)
+        put("tau", tau)
         one_of("GAF: start", self.start, ("first", "best", "worst"))
         one_of("GAF: average", self.average, ("mean", "halving"))
         one_of("GAF: scope", self.scope, ("all", "group", "layer"))
+        one_of("GAF: metric", self.metric, ("euclidean", "optimizer", "whitened"))
+        put("ridge", real_number("GAF: ridge", self.ridge, ABOVE_0, math.inf, "1 is the default."))
         least = whole_number("GAF: min_accepted", self.min_accepted, 1, "The paper uses 2.")
         put("min_accepted", least)
         if self.max_norm_ratio is not None:
             put("max_norm_ratio", as_norm_ratio(self.max_norm_ratio))
-        if self.scope != "all" and isinstance(self.tau, Threshold):
-            raise ValueError(
-                f"GAF: with scope {self.scope!r} tau must be a number, because a threshold object "
-                f"follows one decision per step; got {self.tau!r}. Use scope='all'."
-            )
+        check_scope_and_tau(self.scope, tau)
 
     @property
     def streams(self) -> bool:  # type: ignore[override]
         keeps_rows = isinstance(self.tau, Threshold) and self.tau.needs_gram
-        return self.start == "first" and self.max_norm_ratio is None and not keeps_rows
+        one_by_one = self.start == "first" and self.metric != "whitened"
+        return one_by_one and self.max_norm_ratio is None and not keeps_rows
 
     def tau_on(self, device: torch.device) -> Float64[Tensor, ""]:
         """The largest distance that the step at hand accepts, () on the device."""
@@ -155,6 +166,8 @@ class GAF(Sequential):
         check_gram(gram)
         if self.max_norm_ratio is not None:
             gram = without_giants(gram, self.max_norm_ratio)
+        if self.metric == "whitened":
+            gram = whiten(gram, self.ridge)
         if self.start == "first":
             return super().__call__(gram)
         return self._try_all_starts(gram)

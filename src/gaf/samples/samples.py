@@ -11,10 +11,11 @@ from torch.optim import Optimizer
 from gaf.device.accumulate import Accumulator
 from gaf.device.buffers import Buffers
 from gaf.device.packs import Apart
-from gaf.device.rows import StackedRows
+from gaf.device.stacked import StackedRows
 from gaf.rules.contract import Policy, merge_of, scope_of
 from gaf.rules.decision import Decision, Evidence, as_skip
 from gaf.rules.judging import decide_with_evidence
+from gaf.rules.second_moments import check_no_optimizer_metric
 from gaf.samples.checks import check_losses, check_model, check_sample_policy, choose_layers
 from gaf.samples.ghost import GhostPass
 from gaf.samples.recording import record_calls
@@ -62,6 +63,8 @@ class Samples(Accumulator):
     ) -> None:
         check_model(model, self.subject)
         check_sample_policy(policy, scope_of(policy), merge_of(policy) is not None)
+        no_rows = "single samples' gradients are never there"
+        check_no_optimizer_metric(policy, self.subject, no_rows)
         choose_layers(model, layers, self.subject)
         super().__init__(optimizer, policy, model=model, scaler=scaler)
         self.model, self._chosen = model, layers

@@ -15,7 +15,8 @@ from torch.optim import Optimizer
 
 import gaf
 from gaf.device.packs import packs_for
-from gaf.device.rows import StackedRows, StreamedRows, rows_without_waiting
+from gaf.device.rows import StreamedRows, rows_without_waiting
+from gaf.device.stacked import StackedRows
 from gaf.record.outcome import pack
 from gaf.rules.contract import Policy, given_tau, is_planned
 from gaf.rules.decision import Evidence

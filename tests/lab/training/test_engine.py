@@ -17,7 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import gaf
-from gaf.device.rows import StackedRows, rows_without_waiting
+from gaf.device.rows import rows_without_waiting
+from gaf.device.stacked import StackedRows
 from gaf_lab.data.make_data import make_run_data
 from gaf_lab.records import checkpoint
 from gaf_lab.records import run as records
