@@ -107,7 +107,7 @@ def attach(
     exchange = Exchange(engine.group, m)
     check_shards(spread, engine.group, policy)
     check_attached_model(model, optimizers, exchange)
-    check = partial(check_usable, engine, exchange)
+    check = partial(check_usable, engine, exchange, optimizers)
     check(policy)
     params = engine.parameters(model)
     claim(model, params)

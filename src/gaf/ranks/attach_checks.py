@@ -1,15 +1,18 @@
 """Arguments that gaf.attach refuses, each with the way out."""
 
 import warnings
+from collections.abc import Sequence
 from numbers import Integral
 from typing import Any
 
 import torch.distributed as dist
 from torch.amp import GradScaler
+from torch.optim import Optimizer
 
 from gaf.record.hints import frames_inside
 from gaf.rules.averaging import averages, measures
 from gaf.rules.contract import Policy, argument_of_least, is_planned, min_accepted_of, scope_of
+from gaf.rules.second_moments import check_metric, check_no_optimizer_metric
 
 
 def check_scaler(scaler: Any) -> None:
@@ -20,12 +23,15 @@ def check_scaler(scaler: Any) -> None:
         )
 
 
-def check_usable(engine: Any, exchange: Any, policy: Policy) -> None:
+def check_usable(
+    engine: Any, exchange: Any, optimizers: Sequence[Optimizer], policy: Policy
+) -> None:
     """What a policy of this model must be, at attach and later.
 
     Args:
         engine: the model's, for the scopes that it allows.
         exchange: for its rows.
+        optimizers: for their metric.
         policy: the user's.
     """
     if exchange.micro_group > 1 and measures(policy):
@@ -53,6 +59,10 @@ def check_usable(engine: Any, exchange: Any, policy: Policy) -> None:
             f"{engine.scopes[0]!r} that it was attached with; got {scope!r}. "
             "Call detach() and attach again with the other scope."
         )
+    check_metric(policy, optimizers, "attach")
+    if scope == "group":
+        each = "each bucket or parameter group decides while the others are on their way"
+        check_no_optimizer_metric(policy, "attach", each)
     check_row_count(exchange.k, policy)
 
 

@@ -8,8 +8,10 @@ from torch import Tensor
 from torch._C._distributed_c10d import GradBucket
 from torch.nn.parallel import DistributedDataParallel
 
+from gaf.ranks.metric import roots_in_bucket
 from gaf.ranks.sent_piece import Pieces, SentPiece
 from gaf.ranks.stale import StaleGradients
+from gaf.rules.second_moments import SecondMoments
 
 Future = torch.futures.Future[Tensor]  # of the bucket, updated
 
@@ -47,12 +49,18 @@ class BucketPiece(SentPiece):
 
     Args:
         pointers: where each parameter's gradient lay when the pass reached it; 0 for none.
+        moments: the optimizer's, for its metric; None for the plain one.
     """
 
     def __init__(
-        self, bucket: GradBucket, stale: StaleGradients | None, pointers: dict[Tensor, int]
+        self,
+        bucket: GradBucket,
+        stale: StaleGradients | None,
+        pointers: dict[Tensor, int],
+        moments: SecondMoments | None = None,
     ) -> None:
         super().__init__(bucket.buffer())
+        self.moments = moments
         self.params: list[Tensor] = bucket.parameters()
         self.places: list[Tensor] = bucket.gradients()
         self.stale, self.pointers = stale, pointers
@@ -73,6 +81,11 @@ class BucketPiece(SentPiece):
         if any(a.data_ptr() == b.data_ptr() for a, b in zip(own, places, strict=True)):
             return [], []
         return own, places
+
+    def roots(self, start: int, stop: int) -> Tensor | None:
+        if self.moments is None:
+            return None
+        return roots_in_bucket(self.moments, self.params, self.flat, start, stop)
 
     @property
     def is_row(self) -> bool:

@@ -11,11 +11,13 @@ from torch._C._distributed_c10d import GradBucket
 from gaf.ranks.buckets import BucketPiece, Future, SentBucket, future_on
 from gaf.ranks.exchange import Exchange
 from gaf.ranks.handle import Handle
+from gaf.ranks.metric import moments_for
 from gaf.ranks.pair import Pair
 from gaf.ranks.sums import Sums
 from gaf.rules.averaging import averages, measures, measures_next
-from gaf.rules.contract import Policy, judges_sums, needs_cosines, scope_of
+from gaf.rules.contract import Policy, judges_sums, metric_of, needs_cosines, scope_of
 from gaf.rules.policies import GAF
+from gaf.rules.second_moments import SecondMoments
 
 
 class OneDecision:
@@ -36,6 +38,7 @@ class OneDecision:
     ) -> None:
         self.handle, self.exchange, self.pointers = handle, exchange, pointers
         self.sets_aside = sets_aside
+        self.moments: SecondMoments | None = None  # for the pass's metric
         self.sent: list[SentBucket] = []
 
     def begin(self, ranks: int) -> None:
@@ -43,11 +46,13 @@ class OneDecision:
         self.exchange.active = ranks
         if isinstance(self.exchange, Sums):
             self.exchange.multiplies = needs_cosines(self.handle.policy)
+        self.moments = moments_for(self.handle)
         self.sent = []
 
     def take(self, bucket: GradBucket, last: bool) -> Future:
         sent = SentBucket(bucket, self.handle.stale if self.sets_aside else None)
-        self.exchange.send(sent.flat, BucketPiece(bucket, self.handle.stale, self.pointers))
+        piece = BucketPiece(bucket, self.handle.stale, self.pointers, self.moments)
+        self.exchange.send(sent.flat, piece)
         self.sent.append(sent)
         if last:
             self._settle()
@@ -165,6 +170,8 @@ def choose_way(handle: Handle, exchange: Exchange, policy: Policy, plain: PlainA
         return MeasuredAverage(policy, plain, measured) if measures(policy) else plain
     if scope_of(policy) == "group":
         return DecisionPerBucket(handle, exchange)
+    if metric_of(policy) == "optimizer":  # sums have no part of M at hand
+        return OneDecision(handle, exchange, plain.pointers)
     if apart and judges_sums(policy):
         return OneDecision(handle, Sums(exchange.group), plain.pointers)
     mean_or_skip = type(policy) is GAF and policy.min_accepted == 2

@@ -52,6 +52,7 @@ class Parcel:
     slices: Tensor  # (W, c), every rank's values of this rank's slice
     rows: Tensor  # (k, c), the first slice of each micro-group, which takes the group's average
     works: list[Any]
+    roots: Tensor | None = None  # (c,), sqrt(M) of a diagonal metric in this rank's slice
 
     def wait(self) -> None:
         for work in self.works:
@@ -78,6 +79,7 @@ class Exchange:
         self.origin = first_rank(group) << 40
         self.parcels: list[Parcel] = []
         self.rests: list[Tensor] = []  # pieces too small to cut, and remainders of cutting
+        self._roots: dict[Tensor, Tensor | None] = {}  # of the rests
         # each parcel of rests, with the places that they came from
         self.returns: list[tuple[Tensor, list[Tensor]]] = []
         self._posted = 0  # parcels of this step so far
@@ -86,24 +88,26 @@ class Exchange:
     def begin(self) -> None:
         """Begins a step; drops what an interrupted one has left."""
         self.parcels, self.rests, self.returns = [], [], []
-        self._posted = 0
+        self._roots, self._posted = {}, 0
 
     def send(self, flat: Tensor, piece: SentPiece | None = None) -> None:
         """Starts the way in of one piece.
 
         Args:
             flat: this rank's values; in the end it holds its part of the update.
-            piece: knows what else keeps these values during the pass, and how the engine itself
-                would divide them. Only `Sums` asks.
+            piece: knows the metric at its coordinates; for `Sums`, what else keeps these values
+                during the pass, and how the engine itself would divide them.
         """
-        self.device = flat.device
+        self.device, piece = flat.device, piece or SentPiece(flat)
         c, rest = divmod(flat.numel(), self.W)
         if flat.numel() < SMALL:
             c, rest = 0, flat.numel()
         if c:
-            self._post(flat[: c * self.W])
+            mine = self.group.rank() * c
+            self._post(flat[: c * self.W], piece.roots(mine, mine + c))
         if rest:
             self.rests.append(flat[c * self.W :])
+            self._roots[self.rests[-1]] = piece.roots(c * self.W, flat.numel())
 
     def keep(self, parcels: list[Parcel], rests: list[Tensor]) -> None:
         """Drops all but these, and takes them in this order, which is that of sums over pieces."""
@@ -120,18 +124,26 @@ class Exchange:
             rests = [rest for rest in self.rests if rest.dtype == dtype]
             joined = torch.cat([*rests, rests[0].new_zeros(-sum(map(len, rests)) % self.W)])
             self.returns.append((joined, rests))
-            self._post(joined)
+            self._post(joined, self._join_roots(rests, len(joined)))
         self._wait()
         if self.micro_group > 1:
             for parcel in self.parcels:
                 for members in parcel.slices.split(self.micro_group):
                     members[0].copy_(members.mean(0, dtype=sum_dtype(members.dtype)))
 
+    def _join_roots(self, rests: list[Tensor], length: int) -> Tensor | None:
+        """This rank's slice of the roots of joined rests, which are as long as `length`."""
+        known = [root for rest in rests if (root := self._roots.get(rest)) is not None]
+        if not known:
+            return None
+        padding = known[0].new_zeros(length - sum(map(len, rests)))
+        return torch.cat([*known, padding]).view(self.W, -1)[self.group.rank()]
+
     def local_products(self) -> Float64[Tensor, "k k"]:
         """This rank's share of K, over its slice of the coordinates. K is the sum of all shares."""
         total = torch.zeros(self.k, self.k, dtype=torch.float64, device=self.device)
         for parcel in self.parcels:
-            total += gram_by_blas(parcel.rows)
+            total += gram_by_blas(parcel.rows, parcel.roots)
         return total
 
     def seen_in(self, total: Tensor) -> Tensor | RowSums:
@@ -171,12 +183,12 @@ class Exchange:
         self._spare = SpareMemory([parcel.slices.view(-1) for parcel in self.parcels])
         self.begin()
 
-    def _post(self, whole: Tensor) -> None:
+    def _post(self, whole: Tensor, roots: Tensor | None = None) -> None:
         places = whole.view(self.W, -1)
         slices = self._spare.take_like(whole).view(self.W, -1)
         works = all_to_all(slices, places, self.group, self.tag + 2 * self._posted)
         self._posted += 1
-        self.parcels.append(Parcel(whole, slices, slices[:: self.micro_group], works))
+        self.parcels.append(Parcel(whole, slices, slices[:: self.micro_group], works, roots))
 
     def _wait(self) -> None:
         for parcel in self.parcels:

@@ -20,9 +20,11 @@ from gaf.ranks.exchange import Exchange, Parcel
 from gaf.ranks.fsdp import sharded_parameters, watch_passes
 from gaf.ranks.fsdp_groups import check_reduction, fsdp_modules
 from gaf.ranks.handle import Handle
+from gaf.ranks.metric import moments_for, roots_in_shard
 from gaf.rules.combine import combine_into
 from gaf.rules.contract import Merge
 from gaf.rules.merging import merge_into
+from gaf.rules.second_moments import SecondMoments
 
 
 def install_unsharded(
@@ -39,6 +41,7 @@ def install_unsharded(
     def begin() -> None:
         hooks.place()
         kept.begin()
+        kept.moments = moments_for(handle)
 
     def end() -> None:
         if kept.places:
@@ -95,6 +98,7 @@ class KeptRows(Exchange):
     def __init__(self, group: dist.ProcessGroup, micro_group: int = 1) -> None:
         super().__init__(group, micro_group)
         self.places: list[Place] = []
+        self.moments: SecondMoments | None = None  # the optimizer's, for its metric
         self._filled = 0  # coordinates of the last parcel that belong to parameters so far
 
     def begin(self) -> None:
@@ -125,6 +129,12 @@ class KeptRows(Exchange):
     def receive(self) -> None:
         self._release()
         super().receive()
+        for p, parcel, start in self.places if self.moments is not None else ():
+            assert self.moments is not None
+            root = roots_in_shard(self.moments, p)
+            if parcel.roots is None:
+                parcel.roots = root.new_zeros(parcel.rows.shape[1], device=self.device)
+            parcel.roots[start : start + len(root)] = root
 
     def give_back(self, weights: Sequence[float], merge: Merge | None = None) -> None:
         before, first = self.origin, dist.get_rank(self.group)

@@ -9,6 +9,7 @@ from torch import nn
 from gaf.ranks.arrival_hooks import ArrivalHooks
 from gaf.ranks.exchange import Exchange
 from gaf.ranks.handle import Handle
+from gaf.ranks.metric import moments_for
 from gaf.ranks.way_in import WayIn
 from gaf.rules.averaging import averages, measures_next
 
@@ -40,7 +41,7 @@ class Replicas:
     def begin(self) -> None:
         """A backward pass has begun. It may be one that reaches no parameter."""
         self.hooks.place()
-        self.way_in.begin()
+        self.way_in.begin(moments_for(self.handle))
 
     @torch.no_grad()
     def end(self) -> None:

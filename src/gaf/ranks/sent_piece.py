@@ -26,6 +26,10 @@ class SentPiece:
         """All of it in parts, each with whether the engine divides it: else it multiplies."""
         return [(self.flat, False)]
 
+    def roots(self, start: int, stop: int) -> Tensor | None:
+        """sqrt(M) of a diagonal metric at these coordinates; None for the plain one."""
+        return None
+
     def divide(self, ranks: int) -> None:
         """To the bit as the engine does."""
         for part, divides in self.parts():

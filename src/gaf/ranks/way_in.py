@@ -20,6 +20,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from gaf.ranks.exchange import Exchange, Parcel
+from gaf.ranks.metric import ShardPiece
+from gaf.rules.second_moments import SecondMoments
 
 
 class Sent(NamedTuple):
@@ -52,14 +54,19 @@ class WayIn:
         self.arrived: dict[Tensor, int] = {}
         self._used: set[Tensor] = set()  # by any rank, in the last pass
         self._sent: dict[Tensor, Sent] = {}
+        self.moments: SecondMoments | None = None
         self._told = True  # whether the ranks have told each other what this pass has reached
         self._changed: set[Tensor] = set()  # parameters to send again, on any rank's account
 
-    def begin(self) -> None:
-        """Begins a pass; completes what one that an exception has ended had begun to send."""
+    def begin(self, moments: SecondMoments | None = None) -> None:
+        """Begins a pass; completes what one that an exception has ended had begun to send.
+
+        moments: the optimizer's, for its metric; None for the plain one.
+        """
         self.arrived = {}
         if self._sent and not self._told:
             self._tell(whole=False)
+        self.moments = moments
         self.order = [p for p in self.order if p.requires_grad]
         self._missing = {self._group_of[p]: set() for p in self.order}
         for p in self.order:
@@ -121,7 +128,8 @@ class WayIn:
     def _send(self, p: Tensor) -> None:
         grad: Any = p.grad if p in self.arrived else torch.zeros_like(p)
         parcels, rests = len(self.exchange.parcels), len(self.exchange.rests)
-        self.exchange.send(grad.to_local().view(-1))
+        flat = grad.to_local().view(-1)
+        self.exchange.send(flat, ShardPiece(flat, p, self.moments))
         made = self.exchange.parcels[parcels:], self.exchange.rests[rests:]
         self._sent[p] = Sent(grad, local_part(grad)._version, *made)
 
