@@ -5,7 +5,8 @@ The files, in the order of the data:
     accumulate     `Accumulator`: collect by `backward`, `decide`, `step`
     parameters     which parameters are filtered, their names, and which of them decide
     backward       from a loss to one micro-gradient
-    rows, stacked, layers  the micro-gradients of a macro-batch, and the update; of each layer by itself
+    rows, stacked  the micro-gradients of a macro-batch, and the update
+    layers         of each layer by itself
     sums, buffers  the running sum of accepted micro-gradients
     placed         the update in p.grad, until it is stepped on
     scaler         a GradScaler's part

@@ -1,6 +1,5 @@
 """The micro-gradients of one macro-batch, all k of them kept apart until the decision."""
 
-
 from torch import Tensor
 
 from gaf.device.buffers import Buffers, norm2_of_rest, unshare_all, voting_part, where_any
