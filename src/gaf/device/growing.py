@@ -56,14 +56,17 @@ class GrowingBatch:
     def scaled_rates(self) -> Iterator[None]:
         """The learning rates of a step on the rows at hand; afterwards they are as before."""
         factor = 1.0 if self.until is None else self.until.factor(self.size)
+        if factor == 1:
+            yield
+            return
         groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
-        before = [copy_rate(group["lr"]) for group in groups] if factor != 1 else []
+        before = [copy_rate(group["lr"]) for group in groups]
         try:
-            for group, rate in zip(groups, before, strict=False):
+            for group, rate in zip(groups, before, strict=True):
                 set_rate(group, rate * factor)
             yield
         finally:
-            for group, rate in zip(groups, before, strict=False):
+            for group, rate in zip(groups, before, strict=True):
                 set_rate(group, rate)
 
     def stats(self) -> dict[str, float]:

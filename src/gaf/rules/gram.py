@@ -89,16 +89,17 @@ def blocks_of(rows: Sequence[Row], roots: Row | None) -> Iterator[Float64[Tensor
     room: Tensor | None = None
     for columns in slices_of(rows if roots is None else [*rows, roots]):
         vectors = [v.detach() for v in columns[: len(rows)]]
-        root = 1 if roots is None else columns[-1].double()
+        root = None if roots is None else columns[-1].double()
         if float64_device(vectors[0].device).type != "cpu":
-            yield torch.stack(vectors).double() * root
+            block = torch.stack(vectors).double()
+            yield block if root is None else block.mul_(root)
             continue
         if room is None:
             room = torch.empty(len(rows), SLICE, dtype=torch.float64, device="cpu")
         block = room[:, : len(vectors[0])]
         for row, v in zip(block, vectors, strict=True):
             row.copy_(v)
-        yield block if roots is None else block.mul_(root)
+        yield block if root is None else block.mul_(root)
 
 
 def lower_products(block: Float64[Tensor, "k c"]) -> Float64[Tensor, "k k"]:
