@@ -15,7 +15,7 @@ FIELDS = tuple(field.name for field in dataclasses.fields(TrainConfig))
 RUN_FIELDS = ("seed", "label", "replay")
 FILTER_FIELDS = (
     *("tau", "threshold", "threshold_by", "half_life"),
-    *("start", "average", "min_accepted", "scope"),
+    *("start", "average", "min_accepted", "scope", "metric"),
 )
 TECHNIQUE_FIELDS = (
     *("loss", "label_smoothing", "gce_q", "elr_beta", "elr_lambda"),

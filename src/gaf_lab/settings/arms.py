@@ -79,6 +79,7 @@ def filter_variants(config: TrainFields) -> list[str]:
         "halving": config.average == "halving",
         "per bucket": config.scope == "group",
         "per layer": config.scope == "layer",
+        f"{config.metric} metric": config.metric != "euclidean",
     }
     return [name for name, differs in variants.items() if differs]
 

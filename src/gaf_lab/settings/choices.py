@@ -11,6 +11,7 @@ ModelName = Literal[
 ]
 PackagedName = Literal["lamb", "lion", "soap", "shampoo", "schedule-free"]
 OptimizerName = Literal["sgd", "adam", "adamw", "rmsprop", "muon", PackagedName, "adamw-all"]
+MetricName = Literal["euclidean", "optimizer", "whitened"]
 ThresholdName = Literal["fixed", "auto", "signal", "noise-floor", "quantile", "moving-average"]
 ControlName = Literal["random-skip", "replay-skip", "random-subset", "scaled-lr"]
 GrowingName = Literal["until-agreement", "replay-sizes", "mean-size"]

@@ -30,6 +30,7 @@ LATER = {
     "early_stopping": 0,
     "clip": 0.0,
     "scope": "all",
+    "metric": "euclidean",
     "threshold": "fixed",
     "threshold_by": None,
     "half_life": 0,

@@ -6,6 +6,7 @@ from typing import Literal
 
 from gaf_lab.settings.choices import (
     DataName,
+    MetricName,
     ModelName,
     NoiseName,
     OptimizerName,
@@ -132,8 +133,7 @@ class TrainFields:
     The average is evaluated in place of the weights. 0: none."""
     early_stopping: int = 0
     """Evaluations without a better accuracy on held-out labels before the run ends.
-    Its result is the best weights.
-    0: none."""
+    Its result is the best weights. 0: none."""
 
     policy: PolicyName = "gaf"
     """What is done with the k micro-gradients; guard and median: gaf.Guard and gaf.Median.
@@ -160,6 +160,8 @@ class TrainFields:
     scope: Literal["all", "group", "layer"] = "all"
     """For gaf: one decision for the whole gradient, for each bucket, or for each layer.
     Buckets are those that DistributedDataParallel would make."""
+    metric: MetricName = "euclidean"
+    """For gaf: the inner product by which micro-gradients agree; see docs/metrics.md."""
     step_probability: float = 0.5
     """For random-skip: chance that a step is taken, in [0, 1].
     With `replay`: the share of steps that the recorded run took."""
@@ -169,12 +171,10 @@ class TrainFields:
     at_most: int = 64
     """For until-agreement: micro-batches of a step, at least 2."""
     rate_by: Literal["constant", "linear", "sqrt"] = "constant"
-    """For until-agreement, replay-sizes and mean-size: how the learning rate grows with a step's
-    micro-batches."""
+    """How the learning rate grows with a step's micro-batches, where their number varies."""
     replay: Path | None = None
-    """For controls: folder of a recorded run.
-    replay-skip and random-subset repeat its steps, scaled-lr its acceptance, replay-sizes its
-    micro-batches per step, mean-size the mean of these."""
+    """For controls: folder of a recorded run. Repeated are its steps (replay-skip, random-subset),
+    acceptance (scaled-lr), micro-batches per step (replay-sizes), or their mean (mean-size)."""
     bn: Literal["all", "accepted"] = "all"
     """Which micro-batches move BatchNorm's running statistics."""
 

@@ -142,6 +142,9 @@ def check_filter(c: TrainFields) -> None:
         "micro-batches",
         "Set bn 'all' and threshold 'fixed', or scope 'all'.",
     )
+    moments = c.metric != "optimizer" or c.optimizer in ("adam", "adamw", "rmsprop")
+    fix = "Use --optimizer adam, or --metric whitened."
+    require(c, "metric", moments, "needs the second moments of adam, adamw or rmsprop", fix)
     require(
         c,
         "threshold_by",

@@ -33,6 +33,7 @@ def obstacle(config: TrainConfig, world: int = 1) -> str | None:
         "agreement": (config.agreement == "none", "must be 'none'"),
         "audit_passes": (not config.audit_passes, "must be 0"),
         "bn": (config.bn == "all", "must be 'all'"),
+        "metric": (config.metric == "euclidean", "must be 'euclidean'"),
         "scope": (config.scope == "all" or config.policy != "gaf", "must be 'all'"),
         "compile": (not config.compile, "must be off"),
     }

@@ -83,6 +83,7 @@ def make_policy(config: TrainConfig) -> Any:
             "start": config.start,
             "average": config.average,
             "min_accepted": config.min_accepted,
+            "metric": config.metric,
         }
         return gaf.GAF(make_tau(config), scope=config.scope, **rule)
     if config.policy == "random-skip":

@@ -594,3 +594,29 @@ def test_the_permutation_of_mixup_moves_no_other_draw():
     assert (
         generator(0, "mixup order", 1).initial_seed() != generator(0, "augment", 1).initial_seed()
     )
+
+
+@pytest.mark.parametrize("metric", ["optimizer", "whitened"])
+def test_a_run_in_another_metric_trains_and_resumes(tmp_path, metric):
+    config = TrainConfig(
+        dataset="digits",
+        optimizer="adam",
+        lr=0.002,
+        metric=metric,
+        threshold="auto",
+        passes=2.0,
+        eval_every=1.0,
+    )
+    assert config.arm == f"GAF, tau auto, {metric} metric, Adam"
+    plain = dataclasses.replace(config, metric="euclidean")
+    whole = train(config, tmp_path / "whole", Silent())
+    train(config, tmp_path / "cut", Silent(), steps=12)
+    train(config, tmp_path / "cut", Silent(), resume=True)
+    assert_same(final_state(tmp_path / "whole"), final_state(tmp_path / "cut"))
+    other = train(plain, tmp_path / "plain", Silent())
+    assert whole.evals[-1]["distance_mean"] != other.evals[-1]["distance_mean"]
+
+
+def test_the_optimizers_metric_needs_its_second_moments():
+    with pytest.raises(ConfigError, match="metric needs the second moments of adam, adamw or rms"):
+        TrainConfig(metric="optimizer")
