@@ -105,9 +105,9 @@ def test_a_sample_that_is_not_finite_stops_the_step() -> None:
     assert not decision.stepped and not decision.accepted.any() and not decision.weights.any()
     assert decision.distances.isnan().tolist() == [False, False, True, False, False, False]
     assert same(before, [*model.parameters()])
-    assert samples.stats()["absent"] == 1
+    assert samples.stats()["absent"] == 1 and not samples.enough
     samples.backward(losses_of(model))
-    assert samples.step().stepped
+    assert samples.enough and samples.step().stepped
 
 
 def test_state_gate_and_discard_are_the_accumulators() -> None:
@@ -188,6 +188,11 @@ def test_what_cannot_be_used_is_refused() -> None:
     with pytest.raises(ValueError, match="'head' is none"):
         gaf.Samples(model, optimizer, gaf.GAF(0.9), layers=["head"])
     samples = gaf.Samples(model, optimizer, gaf.GAF(0.9))
+    for policy in (gaf.Median(), gaf.GAF(0.9, scope="layer")):
+        samples.policy = policy  # a new one, between steps
+        with pytest.raises(ValueError, match="^Samples: the policy must decide about whole"):
+            samples.backward(losses_of(model))
+    samples.policy = gaf.GAF(0.9)
     with pytest.raises(ValueError, match="Samples: losses must be n real numbers"):
         samples.backward(losses_of(model).mean())
     losses_of(model).sum().backward()
@@ -243,6 +248,14 @@ def two_under_a_scaler() -> None:
     assert first
 
 
+def state_with_until() -> None:
+    acc = gaf.Accumulator(
+        SGD(make_net().parameters(), 0.1), gaf.Mean(), until=gaf.Agreement(rho=0.7, at_most=8)
+    )
+    model = make_net()
+    made(model.parameters(), model, gaf.Mean()).load_state_dict(acc.state_dict())
+
+
 def losses_of_another_model() -> None:
     model = make_net()
     made(model.parameters(), model).backward(losses_of(make_net()))
@@ -292,6 +305,7 @@ INHERITED: dict[str, tuple[Any, Any]] = {
         lambda: made((m := make_net()).parameters(), m).load_state_dict({}),
         r"takes what state_dict\(\) gave.*Save samples.state_dict\(\)",
     ),
+    "a state with until": (state_with_until, "the state must be of an object with the same until"),
     "a scaler twice": (two_under_a_scaler, "scaler must serve one macro-batch at a time"),
     "losses of another model": (losses_of_another_model, "the losses must depend on trainable"),
 }

@@ -102,7 +102,7 @@ class Accumulator(Recorded):
         self.optimizers = check_optimizers(optimizer, self.subject)
         check_until(until)
         ledger = Ledger(check_policy(policy, self.subject))
-        super().__init__(ledger, GrowingBatch(until, self.optimizers))
+        super().__init__(ledger, GrowingBatch(until, self.optimizers, self.subject))
         check_types(model, scaler, leave_out, self.subject)
         check_scope(scope_of(policy), model, bn, leave_out)
         check_bn(bn, model)

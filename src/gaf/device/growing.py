@@ -19,16 +19,19 @@ class GrowingBatch:
     Args:
         until: what is asked; None where the user ends macro-batches, and then nothing is done.
         optimizers: whose learning rates it may scale.
+        subject: of messages.
     """
 
-    def __init__(self, until: Agreement | None, optimizers: Sequence[Optimizer]) -> None:
+    def __init__(
+        self, until: Agreement | None, optimizers: Sequence[Optimizer], subject: str = "Accumulator"
+    ) -> None:
         self.until = None if until is None else until.private_copy()
-        self.optimizers = optimizers
+        self.optimizers, self.subject = optimizers, subject
         self.size = 0  # rows of the step at hand
 
     def check_policy(self, policy: Policy) -> None:
         """Refuses a policy that may drop rows, and one whose metric the optimizers do not have."""
-        check_metric(policy, self.optimizers, "Accumulator")
+        check_metric(policy, self.optimizers, self.subject)
         if self.until is not None and not averages(policy):
             raise ValueError(
                 "Accumulator: until goes with a policy that averages all micro-gradients; got "
@@ -80,7 +83,7 @@ class GrowingBatch:
         if ("until" in state) != (self.until is not None):
             saved, here = ("with", "has none") if "until" in state else ("without", "has one")
             raise ValueError(
-                f"Accumulator: the state must be of an Accumulator with the same until; it is of "
+                f"{self.subject}: the state must be of an object with the same until; it is of "
                 f"one {saved} until, and this {here}. Build it as it was when it was saved."
             )
         if self.until is not None:

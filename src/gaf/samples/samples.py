@@ -62,14 +62,22 @@ class Samples(Accumulator):
         layers: Collection[str] | None = None,
     ) -> None:
         check_model(model, self.subject)
-        check_sample_policy(policy, scope_of(policy), merge_of(policy) is not None)
-        no_rows = "single samples' gradients are never there"
-        check_no_optimizer_metric(policy, self.subject, no_rows)
+        self._check_policy(policy)
         choose_layers(model, layers, self.subject)
         super().__init__(optimizer, policy, model=model, scaler=scaler)
         self.model, self._chosen = model, layers
         for hook in record_calls(model):
             finalize(self, hook.remove)
+
+    def _check_policy(self, policy: Policy) -> None:
+        check_sample_policy(policy, scope_of(policy), merge_of(policy) is not None)
+        no_rows = "single samples' gradients are never there"
+        check_no_optimizer_metric(policy, self.subject, no_rows)
+
+    @property
+    def enough(self) -> bool:
+        """Whether a step is due: after each `backward`."""
+        return self.waiting
 
     def backward(self, losses: Float[Tensor, " n"]) -> None:  # type: ignore[override]
         """Computes K of the batch's samples.
@@ -84,6 +92,7 @@ class Samples(Accumulator):
             TypeError, ValueError: as `gaf.ghost_gram` has it.
         """
         check_losses(losses, self.subject)
+        self._check_policy(self.policy)  # a new one may have been assigned
         if self.waiting:
             raise RuntimeError(
                 "Samples: each backward() must be followed by step(), because the samples of one "
