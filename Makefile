@@ -36,8 +36,7 @@ bench: .venv/installed-lab
 	$(BIN)/gaf bench ddp --b 32 --k 2 4 8 --rounds 12 --out benchmarks/ddp-b32.jsonl
 	$(BIN)/gaf bench hsdp --rounds 20 --out benchmarks/hsdp.jsonl
 	$(BIN)/gaf bench train $(if $(DATA),--data $(DATA)) --workers 0 2 --out benchmarks/train.jsonl
-	$(BIN)/gaf bench samples --parts gram --out benchmarks/samples.jsonl
-	$(BIN)/gaf bench samples --parts step --rounds 40 --out benchmarks/samples-step.jsonl
+	$(BIN)/gaf bench samples --out benchmarks/samples.jsonl
 	$(BIN)/gaf bench guard --clean 2000 --out benchmarks/guard.jsonl
 	$(BIN)/gaf bench guard --b 8 --after 400 --out benchmarks/guard-b8.jsonl
 	$(BIN)/gaf bench cpu --out benchmarks/cpu.jsonl

@@ -2,12 +2,12 @@
 
 from functools import partial
 from pathlib import Path
-from typing import Any
 
+import torch
 from torch import Tensor
 
 from gaf_lab.data import noise
-from gaf_lab.data.augment import affine, draw_shifts, normalise, shift
+from gaf_lab.data.augment import affine, draw_shifts, shift
 from gaf_lab.data.dataset import DataSet
 from gaf_lab.data.files import Files, LabelledFiles
 from gaf_lab.data.problem import Augmentation, Part, Problem
@@ -24,11 +24,14 @@ class Normalise:
 
     def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
         self.mean, self.std = mean, std
-        self._kept: Any = None  # its cache may drop tensors that a graph reads
+        # kept here: a captured graph reads them
+        self._constants: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def __call__(self, x: Tensor) -> Tensor:
-        self._kept = affine(self.mean, self.std, x.device)
-        return normalise(x, self.mean, self.std)
+        if x.device not in self._constants:
+            self._constants[x.device] = affine(self.mean, self.std, x.device)
+        scale, offset = self._constants[x.device]
+        return x.to(torch.float32, copy=True).mul_(scale).sub_(offset)
 
 
 def pictures(config: TrainConfig, data: Path | None = None) -> Problem:

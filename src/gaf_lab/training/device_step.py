@@ -70,6 +70,8 @@ class DeviceStep:
         self.rate = torch.zeros((), device=self.device)
         self.log = torch.zeros(AHEAD, 5 * config.k + 3, dtype=torch.float64, device=self.device)
         prepare_optimizer(optimizer, self.rate)
+        # constants that it needs are made before the first step
+        problem.inputs(rows_of(problem.train.x, self.at))
 
     def __call__(self) -> None:
         rows = self._rows()

@@ -1,0 +1,141 @@
+"""Data of the user's own as arrays: an .npz file that `gaf data --from` writes and tasks read."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gaf_lab.data.sampling import generator
+from gaf_lab.data.sources import DataError
+
+SPLIT_OFF = 0.2  # of each class, where the data have no test set of their own
+SPLIT_NAMES = ("x_train", "y_train", "x_test", "y_test")
+ONE_PART = ("x", "y")
+
+
+@dataclass(frozen=True, eq=False)
+class Arrays:
+    """Inputs and targets to train and test on.
+
+    Attributes:
+        train, test: inputs (N, ...) and targets (N,): int64 for classes, float32 for numbers.
+        classes: their names, in the order of their numbers; empty for numbers.
+    """
+
+    train: tuple[Tensor, Tensor]
+    test: tuple[Tensor, Tensor]
+    classes: list[str]
+
+
+def read_arrays(path: Path | None) -> Arrays:
+    """The arrays of an .npz file.
+
+    It has x_train, y_train, x_test and y_test, or x and y, of which a fifth is split off for the
+    test. Targets that are whole numbers are classes.
+
+    Raises:
+        DataError: if the file is missing or has other arrays.
+    """
+    if path is None:
+        raise DataError("data must be an .npz file; got none. Give it with --data FILE.")
+    if not path.is_file():
+        raise DataError(
+            f"data {path}: must be an .npz file; it is not there. "
+            "gaf data --from csv:FILE --out FILE.npz writes one."
+        )
+    try:
+        with np.load(path, allow_pickle=False) as found:
+            arrays = {name: found[name] for name in found.files}
+    except (ValueError, OSError) as error:
+        raise DataError(f"data {path}: must be an .npz file of plain arrays; {error}.") from None
+    return from_arrays(arrays, str(path))
+
+
+def from_arrays(arrays: dict[str, Any], name: str) -> Arrays:
+    """name: of the file, in messages."""
+    classes = [str(label) for label in arrays.get("classes", ())]
+    if all(key in arrays for key in SPLIT_NAMES):
+        x, y, other_x, other_y = (arrays[key] for key in SPLIT_NAMES)
+        parts = (as_inputs(x), as_targets(y, name)), (as_inputs(other_x), as_targets(other_y, name))
+    elif all(key in arrays for key in ONE_PART):
+        x, y = as_inputs(arrays["x"]), as_targets(arrays["y"], name)
+        check_lengths(x, y, name)
+        parts = split(x, y)
+    else:
+        raise DataError(
+            f"{name}: must hold arrays x and y, or {', '.join(SPLIT_NAMES)}; "
+            f"it has {', '.join(arrays) or 'none'}. numpy.savez(FILE, x=..., y=...) writes them."
+        )
+    for x, y in parts:
+        check_lengths(x, y, name)
+    return Arrays(*parts, classes)
+
+
+def check_lengths(x: Tensor, y: Tensor, name: str) -> None:
+    if len(x) != len(y) or not len(x):
+        raise DataError(
+            f"{name}: must have a target for each of at least one input; "
+            f"got {len(x)} inputs and {len(y)} targets. Is a sample in each row?"
+        )
+
+
+def as_inputs(x: Any) -> Tensor:
+    """Bytes as they are, whole numbers as int64, other numbers as float32."""
+    found = torch.from_numpy(np.ascontiguousarray(x))
+    if found.dtype == torch.uint8:
+        return found
+    return found.float() if found.is_floating_point() else found.long()
+
+
+def as_targets(y: Any, name: str) -> Tensor:
+    """(N,): whole numbers from 0 on are classes, int64; others are numbers, float32."""
+    flat = np.ascontiguousarray(y).reshape(len(y), -1)
+    if flat.shape[1] != 1 or flat.dtype.kind not in "iufb":
+        raise DataError(
+            f"{name}: targets must be one number for each sample; "
+            f"got {np.shape(y)} of {flat.dtype}. Write a task of your own (docs/your-task.md)."
+        )
+    found = torch.from_numpy(flat[:, 0].copy())
+    return found.float() if flat.dtype.kind == "f" else found.long()
+
+
+def split(x: Tensor, y: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """A fifth for the test, of each class if there are classes; always the same."""
+    draw, test = generator(0, "test set"), torch.zeros(len(y), dtype=torch.bool)
+    groups = y.unique().tolist() if not y.is_floating_point() else [None]
+    for label in groups:
+        members = torch.arange(len(y)) if label is None else (y == label).nonzero().flatten()
+        order = torch.randperm(len(members), generator=draw)
+        test[members[order[: round(len(members) * SPLIT_OFF)]]] = True
+    return (x[~test], y[~test]), (x[test], y[test])
+
+
+def write_arrays(found: Arrays, path: Path) -> None:
+    """Writes what `read_arrays` reads."""
+    (x, y), (test_x, test_y) = found.train, found.test
+    content: dict[str, Any] = dict(
+        zip(SPLIT_NAMES, (x.numpy(), y.numpy(), test_x.numpy(), test_y.numpy()), strict=True)
+    )
+    content["classes"] = np.array(found.classes, dtype=np.str_)
+    with path.open("wb") as file:
+        np.savez(file, **content)
+
+
+def describe_arrays(found: Arrays) -> dict[str, str]:
+    """Facts, by name, as text."""
+    (x, y), (_, test_y) = found.train, found.test
+    facts = {
+        "inputs": f"{' x '.join(map(str, x.shape[1:])) or 'one number'}, {str(x.dtype)[6:]}",
+        "training samples": f"{len(y):,}",
+        "test samples": f"{len(test_y):,}",
+    }
+    if y.is_floating_point():
+        return facts | {"targets": f"numbers, {float(y.min()):.4g} to {float(y.max()):.4g}"}
+    counts = torch.bincount(y).tolist()
+    names = found.classes or [str(label) for label in range(len(counts))]
+    each = [f"{name}: {count:,}" for name, count in zip(names, counts, strict=False)]
+    shown = ", ".join(each[:10]) + (", ..." if len(each) > 10 else "")
+    return facts | {"classes": f"{len(counts)} ({shown})"}

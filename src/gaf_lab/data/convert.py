@@ -1,0 +1,35 @@
+"""Data of the user's own, by where they are: "csv:FILE", "folder:DIR", "npz:FILE" or "hf:DIR"."""
+
+from pathlib import Path
+
+from gaf_lab.data.arrays import Arrays, read_arrays
+from gaf_lab.data.convert_pictures import read_folders, read_hugging_face
+from gaf_lab.data.convert_table import read_table
+from gaf_lab.settings.checks import ConfigError, nearest
+
+FORMS = ("folder", "csv", "npz", "hf")
+
+
+def read_from(source: str, label: str | None = None, size: int | None = None) -> Arrays:
+    """The arrays of a source.
+
+    Args:
+        source: "csv:FILE", a table with a line of column names; "folder:DIR", pictures in folders
+            of classes; "npz:FILE", arrays x and y; "hf:DIR", a Hugging Face dataset on disk.
+        label: of a table or dataset, the column of labels; None for its last, or only, one.
+        size: of pictures, height and width to scale to; None if they have one size.
+
+    Raises:
+        ConfigError, DataError: if there are no such data.
+    """
+    form, colon, place = source.partition(":")
+    if not colon or form not in FORMS or not place:
+        raise ConfigError(
+            f"from must be {', '.join(f'{name}:PATH' for name in FORMS)}; got {source!r}."
+            f"{nearest(form, FORMS)}"
+        )
+    if form == "csv":
+        return read_table(Path(place), label)
+    if form == "folder":
+        return read_folders(Path(place), size)
+    return read_hugging_face(Path(place), label, size) if form == "hf" else read_arrays(Path(place))

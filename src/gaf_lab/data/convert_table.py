@@ -1,0 +1,122 @@
+"""A table in a CSV file as arrays: a column of targets, and all others as inputs."""
+
+import csv
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gaf_lab.data.arrays import Arrays, split
+from gaf_lab.data.sources import DataError
+from gaf_lab.settings.checks import nearest
+
+MOST_KINDS = 100  # different words in a column of inputs
+MOST_CLASSES = 1000
+
+
+def read_table(path: Path, label: str | None) -> Arrays:
+    """The table of a CSV file with a line of column names.
+
+    Columns of numbers are scaled to mean 0 and deviation 1 over the training samples; a column of
+    words becomes a column of 0 and 1 for each word. The targets are classes if they are words or
+    whole numbers, else numbers.
+
+    Args:
+        path: of the file.
+        label: the name of the column of targets; None for the last column.
+
+    Raises:
+        DataError: if it is no such table, or a value is missing.
+    """
+    names, rows = read_rows(path)
+    label = names[-1] if label is None else label
+    if label not in names:
+        raise DataError(
+            f"{path}: label must be a column; got {label!r}.{nearest(label, names)} "
+            f"Columns: {', '.join(names)}."
+        )
+    columns = {name: [row[i] for row in rows] for i, name in enumerate(names)}
+    check_filled(path, columns)
+    targets = columns.pop(label)
+    if not columns:
+        raise DataError(f"{path}: must have a column beside {label!r}; it has none.")
+    x = torch.cat([as_columns(path, name, values) for name, values in columns.items()], 1)
+    y, classes = as_labels(path, label, targets)
+    train, test = split(x, y)
+    mean, deviation = train[0].mean(0), train[0].std(0, unbiased=False)
+    scale = torch.where(deviation > 0, deviation, 1.0)
+    train, test = (((part - mean) / scale, y) for part, y in (train, test))
+    return Arrays(train, test, classes)
+
+
+def read_rows(path: Path) -> tuple[list[str], list[list[str]]]:
+    """The column names and the rows of a CSV file; its separator is found."""
+    if not path.is_file():
+        raise DataError(f"{path}: must be a CSV file; it is not there. Is the path right?")
+    text = path.read_text(encoding="utf-8-sig", errors="replace")
+    first = text.split("\n", 1)[0]
+    separator = max(",;\t", key=first.count)
+    table = [row for row in csv.reader(text.splitlines(), delimiter=separator) if row]
+    if len(table) < 2:
+        raise DataError(
+            f"{path}: must have a line of column names and rows beneath it; "
+            f"it has {len(table)} lines. Is it a CSV file?"
+        )
+    names, rows = [name.strip() for name in table[0]], table[1:]
+    for number, row in enumerate(rows, 2):
+        if len(row) != len(names):
+            raise DataError(
+                f"{path}: every line must have {len(names)} values, as the first one names them; "
+                f"line {number} has {len(row)}. Is a separator inside a value?"
+            )
+    return names, [[value.strip() for value in row] for row in rows]
+
+
+def check_filled(path: Path, columns: dict[str, list[str]]) -> None:
+    for name, values in columns.items():
+        missing = [i for i, value in enumerate(values) if value.lower() in ("", "na", "nan", "?")]
+        if missing:
+            raise DataError(
+                f"{path}: every value must be there; column {name!r} lacks {len(missing)}, "
+                f"the first in line {missing[0] + 2}. Leave out such lines or the column."
+            )
+
+
+def as_numbers(values: list[str]) -> list[float] | None:
+    """The values as finite numbers; None if one is none."""
+    try:
+        numbers = [float(value) for value in values]
+    except ValueError:
+        return None
+    return numbers if all(map(math.isfinite, numbers)) else None
+
+
+def as_columns(path: Path, name: str, values: list[str]) -> Tensor:
+    """(N, columns) float32."""
+    numbers = as_numbers(values)
+    if numbers is not None:
+        return torch.tensor(numbers)[:, None]
+    words, places = np.unique(values, return_inverse=True)
+    if len(words) > MOST_KINDS:
+        raise DataError(
+            f"{path}: a column of words must have at most {MOST_KINDS} different ones; "
+            f"{name!r} has {len(words):,}. Leave the column out."
+        )
+    return torch.eye(len(words))[torch.from_numpy(places)]
+
+
+def as_labels(path: Path, name: str, values: list[str]) -> tuple[Tensor, list[str]]:
+    """Classes and their names, or numbers and no names."""
+    numbers = as_numbers(values)
+    if numbers is not None and any(number != round(number) for number in numbers):
+        return torch.tensor(numbers), []
+    kinds = sorted(set(values)) if numbers is None else sorted(set(values), key=float)
+    if len(kinds) > MOST_CLASSES:
+        raise DataError(
+            f"{path}: the column of labels must have at most {MOST_CLASSES} classes; {name!r} has "
+            f"{len(kinds):,}. Write them with decimals if they are no classes."
+        )
+    place = {kind: i for i, kind in enumerate(kinds)}
+    return torch.tensor([place[value] for value in values]), kinds

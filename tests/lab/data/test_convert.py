@@ -1,0 +1,146 @@
+"""Data of the user's own: every form gives its values back, and what is wrong is named."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from gaf_lab.commands.main import main
+from gaf_lab.data.arrays import read_arrays
+from gaf_lab.data.convert import read_from
+from gaf_lab.data.make_data import make_run_data
+from gaf_lab.data.run_data import RunData
+from gaf_lab.data.sources import DataError
+from gaf_lab.settings.checks import ConfigError
+from gaf_lab.settings.config import TrainConfig
+
+ARRAYS = "gaf_lab.tasks.arrays:arrays"
+
+
+def run_data(path, **changes) -> RunData:
+    usual = {"task": ARRAYS, "noise": "none", "k": 2, "b": 2, "device": "cpu"}
+    return make_run_data(TrainConfig(**{**usual, **changes}), path, torch.device("cpu"))
+
+
+def write_table(path, rows=40, separator=","):
+    lines = [separator.join(["size", "colour", "kind"])]
+    for i in range(rows):
+        lines.append(separator.join([f"{i}.5", ["red", "blue"][i % 2], ["cat", "dog"][i % 4 // 2]]))
+    path.write_text("\n".join(lines) + "\n")
+
+
+@pytest.mark.parametrize("separator", [",", ";"])
+def test_a_table_becomes_scaled_numbers_and_numbered_classes(tmp_path, separator):
+    write_table(tmp_path / "t.csv", separator=separator)
+    found = read_from(f"csv:{tmp_path}/t.csv")
+    (x, y), (_, test_y) = found.train, found.test
+    assert found.classes == ["cat", "dog"]
+    assert (torch.bincount(y).tolist(), torch.bincount(test_y).tolist()) == ([16, 16], [4, 4])
+    assert x.shape == (32, 3)  # size, blue, red
+    torch.testing.assert_close(x.mean(0), torch.zeros(3), rtol=0, atol=1e-6)
+    torch.testing.assert_close(x.std(0, unbiased=False), torch.ones(3))
+    other = read_from(f"csv:{tmp_path}/t.csv", "colour")
+    assert other.classes == ["blue", "red"]
+    numbers = read_from(f"csv:{tmp_path}/t.csv", "size")
+    assert numbers.classes == []
+    values = torch.cat([numbers.train[1], numbers.test[1]]).sort().values
+    assert torch.equal(values, torch.arange(40) + 0.5)
+
+
+def test_written_arrays_are_a_task_for_classes_and_for_numbers(tmp_path, capsys):
+    write_table(tmp_path / "t.csv")
+    out = tmp_path / "t.npz"
+    assert main(["data", "--from", f"csv:{tmp_path}/t.csv", "--out", str(out)]) == 0
+    said = capsys.readouterr().out
+    assert "2 (cat: 16, dog: 16)" in said
+    assert f"--task {ARRAYS}" in said
+    again, data = read_arrays(out), run_data(out)
+    for part, same in zip(
+        (*again.train, *again.test), (*data.problem.train, *data.problem.test), strict=True
+    ):
+        assert torch.equal(part.float(), same.float())
+    assert (data.classes, data.score.name, data.new_model()[-1].out_features) == (2, "accuracy", 2)
+    main(["data", "--from", f"csv:{tmp_path}/t.csv", "--label", "size", "--out", str(out)])
+    data = run_data(out)
+    assert (data.classes, data.score.name) == (0, "loss")
+    assert data.new_model()(data.micro_batch(0, 0)[0]).shape == (2,)
+
+
+def save_pictures(folder, sizes=((8, 8),), mode="L"):
+    for label, name in enumerate(["ant", "bee"]):
+        (folder / name).mkdir(parents=True)
+        for i in range(10):
+            fill = 100 * label + i
+            picture = Image.new(mode, sizes[i % len(sizes)], fill if mode == "L" else (fill, 0, 0))
+            picture.save(folder / name / f"{i}.png")
+
+
+def test_pictures_in_folders_are_grey_or_coloured_and_of_one_size(tmp_path):
+    save_pictures(tmp_path / "grey")
+    found = read_from(f"folder:{tmp_path}/grey")
+    x, y = found.train
+    assert (x.shape, x.dtype, found.classes) == ((16, 1, 8, 8), torch.uint8, ["ant", "bee"])
+    assert torch.equal(x[:, 0, 0, 0].long() // 100, y)
+    save_pictures(tmp_path / "red" / "train", ((8, 8), (12, 9)), "RGB")
+    save_pictures(tmp_path / "red" / "test", ((8, 8),), "RGB")
+    with pytest.raises(DataError, match="one size; these have 2, such as 8 x 8 and 12 x 9.*--size"):
+        read_from(f"folder:{tmp_path}/red")
+    split = read_from(f"folder:{tmp_path}/red", size=8)
+    assert (split.train[0].shape, split.test[0].shape) == ((20, 3, 8, 8), (20, 3, 8, 8))
+    np.savez(tmp_path / "p.npz", x=x.numpy(), y=y.numpy())
+    data = run_data(tmp_path / "p.npz", model="convnet", augment=True)
+    assert data.new_model()(data.micro_batch(0, 0)[0]).shape == (2, 2)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "must have a line of column names and rows beneath it; it has 0 lines"),
+        ("a,b\n1,2\n3\n", "every line must have 2 values.*; line 3 has 1"),
+        ("a,b\n1,x\n,y\n", "every value must be there; column 'a' lacks 1, the first in line 3"),
+        ("b\n1\n2\n", "must have a column beside 'b'"),
+    ],
+)
+def test_a_table_that_is_none_is_refused(tmp_path, text, message):
+    (tmp_path / "t.csv").write_text(text)
+    with pytest.raises(DataError, match=message):
+        read_from(f"csv:{tmp_path}/t.csv")
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"a": np.zeros(3)}, "must hold arrays x and y, or x_train, .*; it has a"),
+        ({"x": np.zeros((3, 2)), "y": np.zeros(2)}, "a target for each of at least one input"),
+        (
+            {"x": np.zeros((3, 2)), "y": np.zeros((3, 2))},
+            r"one number for each sample; got \(3, 2\)",
+        ),
+    ],
+)
+def test_arrays_that_are_none_are_refused(tmp_path, arrays, message):
+    np.savez(tmp_path / "a.npz", **arrays)
+    with pytest.raises(DataError, match=message):
+        read_from(f"npz:{tmp_path}/a.npz")
+
+
+@pytest.mark.parametrize(
+    ("source", "error", "message"),
+    [
+        ("cvs:a", ConfigError, "from must be folder:PATH, csv:PATH.*Did you mean 'csv'"),
+        ("csv:none.csv", DataError, "must be a CSV file; it is not there"),
+        ("folder:none", DataError, "must be a folder of pictures; it is not"),
+        ("npz:none.npz", DataError, "must be an .npz file; it is not there"),
+    ],
+)
+def test_a_source_that_is_not_there_is_refused(source, error, message):
+    with pytest.raises(error, match=message):
+        read_from(source)
+    with pytest.raises(DataError, match="Give it with --data FILE"):
+        read_arrays(None)
+
+
+def test_data_takes_a_name_or_a_source(capsys):
+    assert main(["data"]) == 2
+    assert main(["data", "digits", "--from", "csv:a"]) == 2
+    assert "needs the name of a data set, or --from" in capsys.readouterr().err
