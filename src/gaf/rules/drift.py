@@ -88,8 +88,8 @@ class Drift:
 
     @property
     def suspects(self) -> bool:
-        """Whether a sum is above a third of the limit."""
-        return any(3 * run.sum > self.limit for runs in self.runs.values() for run in runs)
+        """Whether a sum is above a sixth of the limit."""
+        return any(6 * run.sum > self.limit for runs in self.runs.values() for run in runs)
 
     def fit(self, k: int) -> None:
         """Makes place for k rows. Those of another number are others: all start anew."""

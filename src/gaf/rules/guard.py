@@ -40,7 +40,7 @@ class Guard:
 
     Norms are looked at in every step. Under `gaf.attach` cosines take a second pass over the
     gradient: they are looked at in every `cosine_every`-th step, in the first 20, and in every one
-    while a worker is under suspicion, its sum of deviations being above a third of `drift`. With
+    while a worker is under suspicion, its sum of deviations being above a sixth of `drift`. With
     `cosine_z` or `spike`, and where K is there anyway (`gaf.Accumulator`), it is every step.
 
     A step whose average is far too long is skipped or shortened with `spike`. A row that drifts
