@@ -13,16 +13,22 @@ from rich.console import Console
 from gaf_lab.commands.demo import run_demo
 from gaf_lab.data.make_data import make_run_data
 from gaf_lab.data.sets import load_dataset
+from gaf_lab.experiments import demo as job
 from gaf_lab.experiments.demo_labels import TILES, find_labels, label_section
 from gaf_lab.settings.presets import DEMO
 from helpers.browser import assert_page_is_sound
+from helpers.reports import nine
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A demo whose first part is simulated."""
     out = tmp_path_factory.mktemp("demo")
-    words = ["--seeds", "1", "--passes", "2", "--out", str(out)]
-    assert run_demo(words, Console(quiet=True)) == 0
+    runs = nine(out / "simulated")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(job, "demo", lambda *sizes: None)
+        patch.setattr(job, "finished_runs", lambda *sizes: runs)
+        assert run_demo(["--passes", "2", "--out", str(out)], Console(quiet=True)) == 0
     return out
 
 
