@@ -1,11 +1,13 @@
 """GAF in a plain PyTorch loop, as in the published scripts, with which ours is compared.
 
 It filters in the obvious way: pictures one at a time through Pillow, a new DataLoader for each
-micro-batch, gradients copied out and flattened.
+micro-batch, gradients copied out and flattened. The samples of another task are taken one at a time
+from its tensors or its Dataset, and collated.
 """
 
 import random
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,10 +16,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from gaf_lab.bench.ways import filter_rows
+from gaf_lab.data.items import Items
 from gaf_lab.data.run_data import RunData
+from gaf_lab.data.samples import Samples
 from gaf_lab.data.sampling import derive_seed
+from gaf_lab.data.trees import map_tensors, move_to
 from gaf_lab.settings.config import TrainConfig
 from gaf_lab.tasks.pictures import Normalise
+from gaf_lab.training.objective import make_objective
 from gaf_lab.training.optimizers import make_optimizer
 
 PADDING = 4
@@ -52,12 +58,29 @@ class OnePicture(Dataset[tuple[Tensor, int]]):
         return (x - self.mean) / self.std, self.labels[index]
 
 
+class OneSample(Dataset[Any]):
+    """The training samples of a task, one at a time, with the targets that are trained on."""
+
+    def __init__(self, train: Samples) -> None:
+        self.train = train
+
+    def __len__(self) -> int:
+        return len(self.train)
+
+    def __getitem__(self, i: int) -> tuple[Any, Any]:
+        x, observed = self.train.x, self.train.observed
+        if not isinstance(x, Items):
+            return map_tensors(lambda tensor: tensor[i], x), self.train.labels[i]
+        inputs, target = x.dataset[int(x.places[i])]
+        return inputs, target if observed is None else observed[i]
+
+
 class PlainLoop:
     """GAF without this library, at tau = 2.
 
     Args:
-        config: gives k, b, sampler, model and optimizer.
-        problem: gives the pictures.
+        config: gives k, b, sampler and optimizer.
+        problem: gives the samples, the model and the loss.
         device: of the model.
         workers: processes of each DataLoader.
     """
@@ -66,12 +89,13 @@ class PlainLoop:
         self, config: TrainConfig, problem: RunData, device: torch.device, workers: int
     ) -> None:
         self.config, self.device, self.workers = config, device, workers
-        train = problem.train
+        train, self.problem = problem.train, problem
         prepare = problem.problem.prepare
-        assert isinstance(train.x, Tensor)
-        assert isinstance(prepare, Normalise)
-        pictures, labels = train.x.cpu(), train.labels.cpu()
-        self.data = OnePicture(pictures, labels, prepare.mean, prepare.std)
+        self.data: Dataset[Any] = OneSample(train.to(torch.device("cpu")))
+        self.pictures = isinstance(train.x, Tensor) and isinstance(prepare, Normalise)
+        if isinstance(train.x, Tensor) and isinstance(prepare, Normalise):
+            pictures, labels = train.x.cpu(), train.labels.cpu()
+            self.data = OnePicture(pictures, labels, prepare.mean, prepare.std)
         if config.sampler == "iid":
             self.groups = [list(range(len(train)))]
         else:
@@ -80,6 +104,7 @@ class PlainLoop:
         self.model = fresh_model(problem)
         self.optimizer = make_optimizer(config, config.lr, list(self.model.parameters()))
         self.random = random.Random(config.seed)
+        self.objective = make_objective(problem)
 
     def draw(self) -> list[int]:
         """The samples of a micro-batch: as many of each class, or any."""
@@ -93,10 +118,13 @@ class PlainLoop:
             batch_size=self.config.b,
             shuffle=True,
             num_workers=self.workers,
+            collate_fn=self.problem.problem.collate,
         )
         self.optimizer.zero_grad()
         for x, y in loader:
-            nn.functional.cross_entropy(self.model(x.to(self.device)), y.to(self.device)).backward()
+            x, y = move_to(x, self.device), move_to(y, self.device)
+            output = self.model(x if self.pictures else self.problem.inputs(x))
+            self.objective.of(output, y, torch.arange(self.config.b)).backward()
         copies = [p.grad.clone() for p in self.model.parameters() if p.grad is not None]
         return torch.cat([g.flatten() for g in copies])
 

@@ -38,6 +38,7 @@ from gaf_lab.settings.checks import ConfigError
 from gaf_lab.settings.choices import DataName, ModelName
 from gaf_lab.settings.config import TrainConfig
 from gaf_lab.settings.presets import CIFAR100_GAF
+from gaf_lab.settings.reading import with_task
 from gaf_lab.training import models
 from gaf_lab.training.console import ConsoleListener
 from gaf_lab.training.device_engine import OnDevice
@@ -58,11 +59,13 @@ SAVES = 5
 class TrainSetup:
     """A benchmark's conditions.
 
+    task: of the user's own, in place of pictures; its micro-batches are drawn in shuffled passes.
     data_folder: of CIFAR-100; None: pictures of white noise of the same shape. workers: processes
     of the plain loop's DataLoader, one row for each number.
     """
 
     data_folder: Path | None = None
+    task: str = ""
     model: ModelName = "resnet18"
     stem: models.Stem = "imagenet"
     k: int = 2
@@ -78,13 +81,18 @@ class TrainSetup:
         names = ("model", "stem", "k", "b", "sampler", "engine", "device")
         shared = {name: getattr(self, name) for name in names}
         dataset: DataName = "noise" if self.data_folder is None else "cifar100"
-        return dataclasses.replace(CIFAR100_GAF, dataset=dataset, **shared, **changes)
+        config = dataclasses.replace(CIFAR100_GAF, dataset=dataset, **shared, **changes)
+        if not self.task:
+            return config
+        return dataclasses.replace(with_task(config, self.task), sampler="iid")
 
     def conditions(self) -> dict[str, Any]:
         """What is recorded of them."""
         config = self.config()
         data = ("dataset", "model", "stem", "k", "b", "sampler", "augment", "noise", "noise_rate")
         recorded = {name: getattr(config, name) for name in (*data, "engine", "device")}
+        if self.task:
+            recorded |= {"task": config.task, "task_source": config.task_source}
         return recorded | {"rounds": self.rounds, "workers": self.workers}
 
 

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from gaf_lab.bench.plain_loop import fresh_model
 from gaf_lab.bench.timing import StepsFunction, StepTime, time_in_turn
 from gaf_lab.bench.train_results import BOOKS, DATA, PASSES, SAVING
-from gaf_lab.data.augment import shift
+from gaf_lab.data.problem import Augmentation
+from gaf_lab.data.trees import rows_of
 from gaf_lab.records import checkpoint
 from gaf_lab.records import run as records
 from gaf_lab.training.console import ConsoleListener
@@ -19,6 +19,7 @@ from gaf_lab.training.device_engine import OnDevice
 from gaf_lab.training.device_step import WARM_UP
 from gaf_lab.training.interval import Interval
 from gaf_lab.training.loop import Training
+from gaf_lab.training.objective import make_objective
 from gaf_lab.training.tables import draws
 
 
@@ -60,12 +61,13 @@ def books_alone(training: Training, listener: ConsoleListener) -> Callable[[], N
 
 
 def passes_alone(training: Training) -> Callable[[], None]:
-    model = fresh_model(training.problem)
+    model, objective = fresh_model(training.problem), make_objective(training.problem)
     x, y = training.problem.micro_batch(0, 0)
+    index = training.problem.index(0, 0)
 
     def passes() -> None:
         for _ in range(training.config.k):
-            nn.functional.cross_entropy(model(x), y).backward()
+            objective(model, x, y, index, 0, 0).backward()
             model.zero_grad()
 
     return passes
@@ -89,13 +91,15 @@ def device_data(training: Training, engine: OnDevice) -> Callable[[], None]:
     A row of its tables is drawn on the host, and pictures are transformed on the device.
     """
     problem, tables = training.problem, engine.one.tables
-    assert isinstance(problem.train.x, Tensor)
-    pictures = problem.train.x
+    augment = problem.problem.augment
 
     def transform() -> None:
         for i in range(training.config.k):
             index = tables["index"][0][i]
-            problem.inputs(shift(pictures[index], tables["augment"][0][i]))
+            x = rows_of(problem.train.x, index)
+            if isinstance(augment, Augmentation):
+                x = augment.apply(x, tables["augment"][0][i])
+            problem.inputs(x)
             problem.train.labels[index]
 
     replay = as_graph(transform, training.device)

@@ -18,6 +18,8 @@ class BenchTrainOptions:
 
     data: Path | None = None
     """Folder with CIFAR-100's archive; without it, white noise of the same shape."""
+    task: str = ""
+    """A task of your own in place of pictures, as in gaf train; --data is passed to it."""
     model: ModelName = "resnet18"
     """Network, as in gaf train."""
     stem: Literal["imagenet", "cifar"] = "imagenet"
@@ -53,7 +55,10 @@ def run_bench_train(words: Words, console: Console) -> int:
     wanted = TrainSetup(data_folder=options.data, **given)
     with Progress(console, "round") as progress:
         found = measure_training(wanted, tell=progress)
-    say(console, "white noise of CIFAR-100's shape" if options.data is None else "CIFAR-100")
+    say(
+        console,
+        options.task or ("white noise of CIFAR-100's shape", "CIFAR-100")[bool(options.data)],
+    )
     console.print(arm_table(found))
     console.print(part_table(found))
     if options.out is not None:

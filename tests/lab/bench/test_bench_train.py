@@ -229,7 +229,7 @@ def test_the_plain_loop_takes_the_steps_that_gaf_takes_on_the_same_micro_batches
     parts = list(torch.arange(80).split(20))
     ours = iter([part.tolist() for part in parts])
     loop.draw = lambda: next(ours)  # type: ignore[method-assign]
-    model = fresh_model(SMALL, problem, CPU)
+    model = fresh_model(problem)
     accumulator = gaf.Accumulator(
         make_optimizer(SMALL, SMALL.lr, list(model.parameters())), gaf.GAF(2.0)
     )

@@ -95,3 +95,15 @@ def test_a_plan_of_the_paper_takes_no_task(words, tmp_path, capsys):
     shutil.copy(SOURCE, tmp_path / "plane.py")
     assert main(["sweep", *words, "--task", f"{tmp_path}/plane.py:regression", "--dry-run"]) == 2
     assert "task goes with a TOML file or a preset" in capsys.readouterr().err
+
+
+def test_its_steps_are_timed(tmp_path, capsys):
+    shutil.copy(SOURCE, tmp_path / "plane.py")
+    task = f"{tmp_path}/plane.py:regression"
+    out = tmp_path / "times.jsonl"
+    words = ["bench", "train", "--task", task, "--b", "8", "--rounds", "2", "--device", "cpu"]
+    assert main([*words, "--out", str(out)]) == 0
+    assert "plain loop" in capsys.readouterr().out
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert lines[0]["task"] == task
+    assert all(line["steps_per_second"] > 0 for line in lines if line["kind"] == "bench-train")
