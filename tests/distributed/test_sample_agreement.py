@@ -118,7 +118,22 @@ def the_report_covers_all_ranks_if_it_gathers() -> None:
     same_everywhere(torch.tensor(report["label_quality"]))
 
 
+def layers_that_are_sharded_cannot_vote() -> None:
+    """Their parameters in the losses' graph are not always the model's."""
+    x, y, _ = clusters(B)
+    for inner in (False, True):
+        model = fresh()
+        if inner:
+            fully_shard(model.body)
+        else:
+            fully_shard(model)
+        votes = criterion_for(model, score="vote", model=model)
+        with pytest.raises(TypeError, match="SampleAgreement: .* must be whole on each rank.*FSDP"):
+            votes(model(x), y)
+
+
 def all_of_it() -> None:
+    layers_that_are_sharded_cannot_vote()
     the_ranks_agree_with_one_process("ddp")
     the_ranks_agree_with_one_process("fsdp")
     the_same_samples_give_the_same_weights_as_one_process("prototype")

@@ -3,6 +3,7 @@
 from collections.abc import Collection
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from gaf.samples.layers import Call
@@ -36,6 +37,22 @@ def check_model(model: Any, subject: str) -> None:
             f"{subject}: model must be a torch.nn.Module; got {type(model).__name__}. "
             "Pass the model that made the losses."
         )
+
+
+def check_whole(model: nn.Module, subject: str) -> None:
+    """TypeError for a model whose parameters are sharded: others stand in for them in the graph."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule | FullyShardedDataParallel):
+            raise TypeError(
+                f"{subject}: the model's parameters must be whole on each rank; it is, or holds, a "
+                f"{type(module).__name__} whose parameters are sharded. Use "
+                "DistributedDataParallel, or gaf.SampleAgreement with a score that needs the head "
+                "alone."
+            )
 
 
 def choose_layers(
@@ -92,8 +109,7 @@ def check_any_use(uses: Collection[Tensor], layers: Collection[str] | None, subj
     which = "the model" if layers is None else f"the layers {sorted(layers)}"
     raise RuntimeError(
         f"{subject}: the losses must depend on trainable parameters of {which}; they depend on "
-        "none. Pass the model that made them, with plain parameters (fully_shard puts others in "
-        "their place during the forward pass), and layers that are trained."
+        "none. Pass the model that made them, and layers that are trained."
     )
 
 

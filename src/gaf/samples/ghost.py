@@ -15,6 +15,7 @@ from gaf.samples.checks import (
     check_losses,
     check_model,
     check_uses,
+    check_whole,
     choose_layers,
 )
 from gaf.samples.layers import Call, pieces_of_call, weight_and_bias
@@ -57,7 +58,8 @@ def ghost_gram(
 
     Raises:
         TypeError, ValueError: for what are no losses of single samples, or names of no modules;
-            for a layer whose input does not have the samples in its first dimension.
+            for a layer whose input does not have the samples in its first dimension; for a model
+            whose parameters are sharded (FSDP).
         RuntimeError: for a trainable parameter that is used by something else than a recorded call
             of a known layer; where the losses use none of the parameters; where what a layer was
             given has been written over.
@@ -81,6 +83,7 @@ class GhostPass:
     def __init__(
         self, model: nn.Module, losses: Tensor, layers: Collection[str] | None, subject: str
     ) -> None:
+        check_whole(model, subject)
         self.losses, self.subject, self.n = losses, subject, len(losses)
         self.graph = LossGraph(losses)
         self.names = {module: name for name, module in model.named_modules()}
