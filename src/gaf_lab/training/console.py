@@ -16,6 +16,7 @@ from rich.text import Text
 import gaf
 from gaf_lab.data.run_data import RunData
 from gaf_lab.progress import Pulse, format_duration
+from gaf_lab.records.score import ACCURACY
 from gaf_lab.settings.config import TrainConfig
 from gaf_lab.settings.task_source import name_task
 
@@ -147,6 +148,7 @@ class ConsoleListener:
 
     def __init__(self, console: Console) -> None:
         self.console, self.bar = console, make_bars(console)
+        self.score = ACCURACY  # until a run begins
         self.pulse = Pulse(console, self._how_far)
 
     def begin(self, problem: RunData, step: int, steps: int) -> None:
