@@ -36,7 +36,7 @@ CORE: dict[str, dict[str, Any]] = {
     "the same, the network's suspects": {**AUDIT, "suspects": "network"},
     "the same, no suspects": {**AUDIT, "suspects": "none"},
 }
-FEW = {name: CORE[name] for name in [*list(CORE)[:4], "audit, restart with ELR"]}
+FEW = {name: CORE[name] for name in ("averaging", "ELR", "prototype weights", *list(CORE)[5:6])}
 MORE: dict[str, dict[str, Any]] = {
     "label smoothing": {"label_smoothing": 0.1},
     "vote weights": {"agreement": "vote"},
@@ -73,15 +73,19 @@ def plan(seeds: int) -> Configs:
 
 def order() -> list[tuple[str, str, dict[str, dict[str, Any]]]]:
     """(data set, setting, arms), those first that are needed most."""
-    small, large = (
-        [(name, setting, CORE) for setting in ("class-dependent 40%", "symmetric 40%")]
-        for name in DATA
-    )
-    others = [("mnist5k", setting, FEW) for setting in ("clean", "long tail")]
-    last = [("fashion-mnist", "clean", FEW), ("mnist5k", "bad shard", FEW)]
-    last.append(("mnist5k", "bad shard", FILTER))
-    more = [(*where[:2], arms) for arms in (FILTER, MORE) for where in small + large]
-    return [*small, *others, *large, *last, *more]
+    next_class, symmetric = "class-dependent 40%", "symmetric 40%"
+    noisy = [(name, setting) for name in DATA for setting in (next_class, symmetric)]
+    shard = [("mnist5k", "bad shard", arms) for arms in (FEW, FILTER)]
+    return [
+        ("mnist5k", next_class, CORE),
+        ("mnist5k", "long tail", FEW),
+        ("mnist5k", "clean", FEW),
+        ("mnist5k", symmetric, CORE),
+        *((*where, CORE) for where in noisy[2:]),
+        ("fashion-mnist", "clean", FEW),
+        *shard,
+        *((*where, arms) for arms in (FILTER, MORE) for where in noisy),
+    ]
 
 
 def random_subset(gaf: TrainConfig) -> TrainConfig:
