@@ -31,12 +31,15 @@ CORE: dict[str, dict[str, Any]] = {
     "ELR": {"loss": "elr"},
     "prototype weights": {"agreement": "prototype"},
     "prototype weights, shuffled": {"agreement": "prototype", "shuffle_weights": True},
+    "audit, refined, restart with ELR": {**AUDIT, "suspects": "refined"},
     "audit, restart with ELR": AUDIT,
     "the same, random suspects": {**AUDIT, "suspects": "random"},
     "the same, the network's suspects": {**AUDIT, "suspects": "network"},
     "the same, no suspects": {**AUDIT, "suspects": "none"},
 }
-FEW = {name: CORE[name] for name in ("averaging", "ELR", "prototype weights", *list(CORE)[5:6])}
+NAMES = list(CORE)
+FEW = {name: CORE[name] for name in (NAMES[0], *NAMES[2:4], NAMES[5])}
+SOME = {name: CORE[name] for name in (*NAMES[:3], NAMES[5], *NAMES[7:])}
 MORE: dict[str, dict[str, Any]] = {
     "label smoothing": {"label_smoothing": 0.1},
     "vote weights": {"agreement": "vote"},
@@ -78,6 +81,7 @@ def order() -> list[tuple[str, str, dict[str, dict[str, Any]]]]:
     shard = [("mnist5k", "bad shard", arms) for arms in (FEW, FILTER)]
     return [
         ("mnist5k", next_class, CORE),
+        *((*where, SOME) for where in noisy[1:3]),
         ("mnist5k", "long tail", FEW),
         ("mnist5k", "clean", FEW),
         ("mnist5k", symmetric, CORE),

@@ -61,7 +61,11 @@ def techniques(config: SampleFields) -> list[str]:
 
 
 def name_audit(config: SampleFields) -> str:
-    suspects = {"network": ", network's suspects", "random": ", random suspects"}
+    suspects = {
+        "refined": ", refined",
+        "network": ", network's suspects",
+        "random": ", random suspects",
+    }
     name = f"audit {config.audit_passes:g}{suspects.get(config.suspects, '')}"
     return f"restart {config.audit_passes:g}" if config.suspects == "none" else name
 

@@ -6,7 +6,7 @@ from typing import Literal
 from gaf_lab.settings.fields import TrainFields
 
 AgreementName = Literal["none", "prototype", "vote", "loss"]
-SuspectsName = Literal["prototype", "network", "random", "none"]
+SuspectsName = Literal["prototype", "refined", "network", "random", "none"]
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,6 @@ class SampleFields(TrainFields):
     suspects: SuspectsName = "prototype"
     """For an audit: the samples whose label mostly differed from the nearest prototype
     (gaf.SampleAgreement), or from the network's answer; as many at random as by prototypes; none.
-    """
+    refined: by prototypes at the audit's end that leave out the labels that they contradict."""
     suspect_weight: float = 0.2
     """For an audit: weight of a suspect, in [0, 1]; others weigh 1."""

@@ -7,14 +7,12 @@ import torch
 from torch import Tensor, nn
 
 import gaf
+from gaf_lab.data.problem import Problem
 from gaf_lab.data.sampling import generator
 from gaf_lab.settings.config import TrainConfig
+from gaf_lab.training.prototypes import last_linear, refined_similarities, unit_features
 
 CROSS_ENTROPY = nn.CrossEntropyLoss(reduction="none")
-
-
-def last_linear(model: nn.Module) -> nn.Linear:
-    return [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
 
 
 class Agreement:
@@ -90,13 +88,20 @@ class Audit:
             self.criterion(scores, y, index=index)
         return self.each[index]
 
-    def end(self) -> None:
+    def end(self, model: nn.Module, problem: Problem) -> None:
         """Ends the audit, which fixes the weights."""
-        self.each = torch.where(self.suspects().to(self.each.device), self.config.suspect_weight, 1)
+        suspects = self.suspects(model, problem).to(self.each.device)
+        self.each = torch.where(suspects, self.config.suspect_weight, 1)
         self.watching = False
 
-    def suspects(self) -> Tensor:
+    def suspects(self, model: nn.Module, problem: Problem) -> Tensor:
         """(samples,) bool."""
+        if self.config.suspects == "refined":
+            labels = problem.train.observed
+            similarity = refined_similarities(
+                unit_features(model, problem), labels, problem.classes
+            )
+            return similarity.argmax(1) != labels
         report = self.criterion.report()
         found = torch.zeros(len(self.each), dtype=torch.bool)
         found[report["index"]] = torch.tensor(report["is_label_issue"])
