@@ -13,8 +13,7 @@ to the next one (asymmetric). The scores of each sample, from the visits of the 
 
 each at the last visit and as the mean over all visits (`history`), and the share of visits at which
 the network's answer (`disagreement`) or the nearest prototype (`prototype_disagreement`) was not
-the label. `refined` judges by prototypes that leave out the labels that they contradict, of the
-weights at the end (`gaf_lab.training.prototypes`). Beside it, the usual way with several trainings: five folds, each judged by a network
+the label. Beside it, the usual way with several trainings: five folds, each judged by a network
 that was trained on the other four (`folds`: the label's probability).
 
 The file has a line for each data set, noise, rate, seed and number of passes: the area under the
@@ -37,7 +36,6 @@ from torch import Tensor, nn
 
 import gaf
 from gaf.samples.history import DISAGREED, LOSS, SCORE
-from gaf.samples.scores import prototype_margins
 from gaf_lab.data import noise
 from gaf_lab.data.augment import normalise
 from gaf_lab.data.make_data import subset
@@ -45,7 +43,6 @@ from gaf_lab.data.sampling import generator
 from gaf_lab.data.sets import load_once
 from gaf_lab.records.measurements import write_measurements
 from gaf_lab.training.models import mlp
-from gaf_lab.training.prototypes import refined_similarities
 from gaf_lab.training.techniques import ema_model
 
 N, FOLDS, LIMIT = 160, 5, 5000
@@ -164,33 +161,6 @@ def watched(
     return lines
 
 
-def refined(data: Any, x: Tensor, given: Tensor, seed: int, at: list[int]) -> list[Line]:
-    """The same training, judged by refined prototypes of the weights after `at` passes."""
-    torch.manual_seed(seed)
-    model, optimizer = network(x, data.classes)
-    draw, lines, wrong = generator(seed, "batches"), [], given != data.train_y
-    for number in range(1, max(at) + 1):
-        for i in torch.randperm(len(x), generator=draw).split(N):
-            step(optimizer, nn.functional.cross_entropy(model(x[i]), given[i]))
-        if number not in at:
-            continue
-        with torch.no_grad():
-            features = nn.functional.normalize(model[:-1](x), dim=1)
-        near = refined_similarities(features, given, data.classes)
-        suspect = near.argmax(1) != given
-        lines.append(
-            Line(
-                passes=number,
-                suspects=int(suspect.sum()),
-                suspects_wrong=int((suspect & wrong).sum()),
-                wrong=int(wrong.sum()),
-                named=round(float((near.argmax(1) == data.train_y).double().mean()), 4),
-                scores={"refined": quality(-prototype_margins(near, given), wrong)},
-            )
-        )
-    return lines
-
-
 @torch.no_grad()
 def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
     return float((model(x).argmax(1) == y).double().mean())
@@ -251,7 +221,6 @@ def run(name: str, kind: str, rate: float, seed: int, at: list[int]) -> list[Lin
     given = flip(data, kind, rate, seed)
     plain = plain_seconds(data, x, given, at[-1])
     lines = [Line(way="watched", **line) for line in watched(data, x, test, given, seed, at)]
-    lines += [Line(way="refined", **line) for line in refined(data, x, given, seed, at)]
     if (kind, rate) in WITH_FOLDS:
         more = folds(data, x, given, seed, at[1:-1])
         lines += [Line(way="folds", **line) for line in more]

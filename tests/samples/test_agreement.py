@@ -25,9 +25,11 @@ def criterion_for(net: Net, score: Any = "prototype", **options: Any) -> gaf.Sam
 # --- numbers
 
 
-def test_prototypes_and_statistics_are_decayed_means_of_the_steps_before() -> None:
-    model, (x, y, _) = Net(), clusters(60)
-    criterion = criterion_for(model)
+@pytest.mark.parametrize("refine", [False, True])
+def test_prototypes_and_statistics_are_decayed_means_of_the_steps_before(refine: bool) -> None:
+    """Refined, a judged sample counts only where its label's prototype is the nearest."""
+    model, (x, y, _) = Net(), clusters(60, wrong=0.3)
+    criterion, left_out = criterion_for(model, refine=refine), 0
     labels = [y[:20].clamp(max=1), y[20:40], y[40:]]  # class 2 is not in the first batch
     sums, counts = torch.zeros(C, 8), torch.zeros(C)
     seen: list[tuple[Tensor, Tensor]] = []
@@ -41,9 +43,15 @@ def test_prototypes_and_statistics_are_decayed_means_of_the_steps_before() -> No
             scores[i] = similarity[i, y_[i]] - max(others)
         seen.append((scores, y_))
         members = one_hot(y_, C).float()
+        if refine and counts.any():
+            nearest = similarity.nan_to_num(nan=-9).argmax(1)
+            out = (nearest != y_) & ~scores.isnan()
+            members[out] = 0
+            left_out += int(out.sum())
         there = members.any(0)
         sums = torch.where(there[:, None], 0.9 * sums + members.T @ unit, sums)
         counts = torch.where(there, 0.9 * counts + members.sum(0), counts)
+    assert bool(left_out) == refine
     criterion.state_dict()  # adds the last step
     torch.testing.assert_close(criterion.statistics.prototypes(), sums / counts[:, None])
     (before, their), (scores, y_) = seen[1:]

@@ -18,14 +18,11 @@ from gaf.samples.agreement_checks import (
 )
 from gaf.samples.class_statistics import ClassStatistics
 from gaf.samples.history import History
-from gaf.samples.judge import Batch, Caught, gram_of_losses, judge, soft_weights
+from gaf.samples.judge import Batch, Caught, gram_of_losses, is_warm, judge, soft_weights
 from gaf.samples.recording import record_calls
 from gaf.samples.report import report_columns
 from gaf.samples.summing import Summing, finish_sum, ranks_of
 from gaf.shapes import Float
-
-VISITS_BEFORE = 2  # of a sample, until it is weighed
-STEPS_BEFORE = 500  # the same where samples are not told apart
 
 
 class SampleAgreement(nn.Module):
@@ -67,6 +64,8 @@ class SampleAgreement(nn.Module):
         num_classes: C; None for the head's outputs. With neither the targets are no classes.
         num_samples: of the data set, if known: `index` is then not waited for on an accelerator.
         weigh: whether to weigh; otherwise the loss is the plain mean.
+        refine: whether, after the warm-up, a sample counts for the mean features of its label only
+            where these are the nearest: a minority of wrong labels then drops out of them.
         warmup: steps in which all weights are 1. None: until a sample's third visit, or 500 steps
             without `index`.
         leave_own_rank_out: judge a rank's samples by the mean features of the other ranks', so that
@@ -92,6 +91,7 @@ class SampleAgreement(nn.Module):
         num_classes: int | None = None,
         num_samples: int | None = None,
         weigh: bool = True,
+        refine: bool = True,
         warmup: int | None = None,
         leave_own_rank_out: bool = False,
         group: dist.ProcessGroup | None = None,
@@ -99,6 +99,7 @@ class SampleAgreement(nn.Module):
         super().__init__()
         check_arguments(criterion, head, score, model, num_classes, num_samples, warmup)
         self.criterion, self.score, self.weigh, self.warmup = criterion, score, weigh, warmup
+        self.refine = refine
         self.classes = num_classes or getattr(head, "out_features", None)
         device = torch.device("cpu") if head is None else next(head.parameters()).device
         width = getattr(head, "in_features", 0) if score == "prototype" else 0
@@ -152,16 +153,16 @@ class SampleAgreement(nn.Module):
         left_out = self._summing.left_out
         scores, guesses, unit = judge(batch, self.score, self._caught, self.statistics, left_out)
         weights = soft_weights(scores, batch.labels, self.statistics, self.classes is not None)
+        visits, counted = None, batch.counted
         if index is not None:
             index = check_index(index, len(scores), self.history.limit).to(scores.device)
             visits = self.history.visits(index)
             self.history.add(index, scores, batch.losses, batch.labels, guesses)
         self.steps += 1
-        if index is not None and self.warmup is None:
-            ready = visits >= VISITS_BEFORE
-        else:
-            ready = self.steps > (STEPS_BEFORE if self.warmup is None else self.warmup)
-        seen = unit, scores, batch.labels, guesses, batch.counted
+        ready = is_warm(visits, self.steps, self.warmup)
+        if self.refine:
+            counted = counted * (~ready | (guesses == batch.labels) | scores.isnan())
+        seen = unit, scores, batch.labels, guesses, counted
         self._summing.start(self.statistics.sums_of(*seen, part=left_out or 0))
         return torch.where(ready & self.weigh, weights, 1.0)
 

@@ -11,11 +11,30 @@ from gaf.samples.agreement_checks import check_features, check_targets
 from gaf.samples.class_statistics import ClassStatistics
 from gaf.samples.ghost import GhostPass
 from gaf.samples.scores import class_votes, gram_cosines, head_cosines, prototype_margins
-from gaf.shapes import Float, Float64, Int
+from gaf.shapes import Bool, Float, Float64, Int
 
 SHARPNESS = 4.0  # of the weights, per standard deviation
 LARGEST_LOSS = 6.0
 DOUBTFUL = 0.3  # share of a class from which on its weights differ as far as they can
+
+
+VISITS_BEFORE = 2  # of a sample, until it is weighed
+STEPS_BEFORE = 500  # the same where samples are not told apart
+
+
+def is_warm(
+    visits: Float[Tensor, " n"] | None, steps: Int[Tensor, ""], warmup: int | None
+) -> Bool[Tensor, "..."]:
+    """Whether the warm-up is over, for each sample or for all.
+
+    Args:
+        visits: of each sample before; None where samples are not told apart.
+        steps: of the run, this one included.
+        warmup: in steps; None for the defaults.
+    """
+    if visits is not None and warmup is None:
+        return visits >= VISITS_BEFORE
+    return steps > (STEPS_BEFORE if warmup is None else warmup)
 
 
 class Caught:

@@ -62,7 +62,7 @@ def techniques(config: SampleFields) -> list[str]:
 
 def name_audit(config: SampleFields) -> str:
     suspects = {
-        "refined": ", refined",
+        "plain-prototype": ", plain prototypes",
         "network": ", network's suspects",
         "random": ", random suspects",
     }

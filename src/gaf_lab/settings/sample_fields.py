@@ -5,8 +5,8 @@ from typing import Literal
 
 from gaf_lab.settings.fields import TrainFields
 
-AgreementName = Literal["none", "prototype", "vote", "loss"]
-SuspectsName = Literal["prototype", "refined", "network", "random", "none"]
+AgreementName = Literal["none", "prototype", "plain-prototype", "vote", "loss"]
+SuspectsName = Literal["prototype", "plain-prototype", "network", "random", "none"]
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,7 @@ class SampleFields(TrainFields):
     Those between fall geometrically. Higher makes the last classes rarer."""
     agreement: AgreementName = "none"
     """Score by which gaf.SampleAgreement weighs the samples of each micro-batch. none: no weights.
+    plain-prototype: without its refinement (refine=False).
     The scores are taken from cross-entropy, whatever the loss."""
     shuffle_weights: bool = False
     """For agreement: gives the weights of a micro-batch to its samples at random.
@@ -27,7 +28,7 @@ class SampleFields(TrainFields):
     Suspects weigh `suspect_weight` from then on. 0: no audit."""
     suspects: SuspectsName = "prototype"
     """For an audit: the samples whose label mostly differed from the nearest prototype
-    (gaf.SampleAgreement), or from the network's answer; as many at random as by prototypes; none.
-    refined: by prototypes at the audit's end that leave out the labels that they contradict."""
+    (gaf.SampleAgreement, also with refine=False), or from the network's answer; as many at random
+    as by prototypes; none."""
     suspect_weight: float = 0.2
     """For an audit: weight of a suspect, in [0, 1]; others weigh 1."""

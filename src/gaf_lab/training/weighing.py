@@ -7,12 +7,14 @@ import torch
 from torch import Tensor, nn
 
 import gaf
-from gaf_lab.data.problem import Problem
 from gaf_lab.data.sampling import generator
 from gaf_lab.settings.config import TrainConfig
-from gaf_lab.training.prototypes import last_linear, refined_similarities, unit_features
 
 CROSS_ENTROPY = nn.CrossEntropyLoss(reduction="none")
+
+
+def last_linear(model: nn.Module) -> nn.Linear:
+    return [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
 
 
 class Agreement:
@@ -25,12 +27,10 @@ class Agreement:
 
     def __init__(self, config: TrainConfig, model: nn.Module, samples: int) -> None:
         self.config = config
-        head, score = last_linear(model), config.agreement
+        plain = config.agreement == "plain-prototype"
+        score: Any = "prototype" if plain else config.agreement
         self.criterion = gaf.SampleAgreement(
-            CROSS_ENTROPY,
-            head,
-            "prototype" if score == "none" else score,
-            num_samples=samples,
+            CROSS_ENTROPY, last_linear(model), score, num_samples=samples, refine=not plain
         )
 
     def weights(self, scores: Tensor, y: Tensor, index: Tensor, step: int, i: int) -> Tensor:
@@ -80,6 +80,7 @@ class Audit:
             num_classes=classes,
             num_samples=samples,
             weigh=False,
+            refine=config.suspects != "plain-prototype",
         )
 
     def weights(self, scores: Tensor, y: Tensor, index: Tensor, step: int, i: int) -> Tensor:
@@ -88,20 +89,13 @@ class Audit:
             self.criterion(scores, y, index=index)
         return self.each[index]
 
-    def end(self, model: nn.Module, problem: Problem) -> None:
+    def end(self) -> None:
         """Ends the audit, which fixes the weights."""
-        suspects = self.suspects(model, problem).to(self.each.device)
-        self.each = torch.where(suspects, self.config.suspect_weight, 1)
+        self.each = torch.where(self.suspects().to(self.each.device), self.config.suspect_weight, 1)
         self.watching = False
 
-    def suspects(self, model: nn.Module, problem: Problem) -> Tensor:
+    def suspects(self) -> Tensor:
         """(samples,) bool."""
-        if self.config.suspects == "refined":
-            labels = problem.train.observed
-            similarity = refined_similarities(
-                unit_features(model, problem), labels, problem.classes
-            )
-            return similarity.argmax(1) != labels
         report = self.criterion.report()
         found = torch.zeros(len(self.each), dtype=torch.bool)
         found[report["index"]] = torch.tensor(report["is_label_issue"])

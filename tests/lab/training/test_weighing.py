@@ -18,7 +18,6 @@ from gaf_lab.training.engines import check_ranks, obstacle
 from gaf_lab.training.loop import Training
 from gaf_lab.training.models import make_model
 from gaf_lab.training.objective import Objective
-from gaf_lab.training.prototypes import refined_similarities
 from gaf_lab.training.restart import restart_step, start_again_if_due
 from gaf_lab.training.run import train
 from helpers.fakes import Silent
@@ -62,14 +61,13 @@ def test_the_losses_of_the_samples_have_the_loss_as_their_mean(changes):
         assert torch.allclose(found.mean(), of.of(scores, y, index), rtol=1e-12)
 
 
-@pytest.mark.parametrize("score", ["prototype", "vote", "loss"])
+@pytest.mark.parametrize("score", ["prototype", "plain-prototype", "vote", "loss"])
 def test_the_loss_is_sample_agreements_own(score):
     torch.manual_seed(0)
     model = net()
     objective = Objective(changed(agreement=score), 40, 4, CPU, model)
-    direct = gaf.SampleAgreement(
-        nn.CrossEntropyLoss(reduction="none"), model[-1], score, num_samples=40
-    )
+    losses, kind = nn.CrossEntropyLoss(reduction="none"), score.removeprefix("plain-")
+    direct = gaf.SampleAgreement(losses, model[-1], kind, num_samples=40, refine=kind == score)
     x, y = torch.randn(40, 6), torch.randint(4, (40,))
     for step in range(24):
         index = torch.arange(20) + 20 * (step % 2)
@@ -121,10 +119,6 @@ def audited(**changes):
     return training
 
 
-def suspects_of(training):
-    return training.objective.weighing.suspects(training.model, training.problem)
-
-
 def test_an_audit_is_averaging_and_the_restart_has_new_weights_and_no_past():
     training, averaging = audited(), Training(SMALL, None)
     assert training.step == round(3 * 216 / 48)
@@ -161,54 +155,10 @@ def test_suspects_are_the_issues_of_the_report_and_weigh_less():
     assert torch.equal(weights, audit.each)
 
 
-def test_refined_prototypes_are_the_means_of_the_samples_that_they_do_not_contradict():
-    torch.manual_seed(0)
-    features = torch.randn(60, 5, dtype=torch.float64)
-    features = features / features.norm(dim=1, keepdim=True)
-    labels = torch.arange(60) % 3
-    found = refined_similarities(features, labels, 4)
-    prototypes = [features[labels == c].mean(0) for c in range(3)]
-    for _ in range(8):
-        nearest = [max(range(3), key=lambda c, h=h: float(h @ prototypes[c])) for h in features]
-        mine = [
-            [h for h, y, at in zip(features, labels, nearest, strict=True) if y == at == c]
-            for c in range(3)
-        ]
-        prototypes = [
-            torch.stack(some).mean(0) if some else old
-            for some, old in zip(mine, prototypes, strict=True)
-        ]
-    assert torch.allclose(found[:, :3], features @ torch.stack(prototypes).T)
-    assert (found[:, 3] == -1).all()  # a class without samples
-
-
-def test_refined_suspects_are_the_wrong_labels_of_classes_that_lie_apart():
-    """Two fifths of each label are of the next class: the plain means lie close together."""
-    torch.manual_seed(0)
-    truth = torch.arange(500) % 5
-    features = torch.nn.functional.normalize(2 * torch.eye(5)[truth] + torch.randn(500, 5), dim=1)
-    labels = torch.where(torch.rand(500) < 0.4, (truth + 1) % 5, truth)
-    means = torch.stack([features[labels == c].mean(0) for c in range(5)])
-    plain = (features @ means.T).argmax(1)
-    refined = refined_similarities(features, labels, 5).argmax(1)
-    assert (refined == truth).double().mean() > (plain == truth).double().mean() + 0.05
-
-
-def test_an_audits_refined_suspects_come_from_its_last_weights():
-    training = audited(suspects="refined")
-    problem, body = training.problem, training.model[:-1]
-    with torch.no_grad():
-        features = nn.functional.normalize(body(problem.inputs(problem.train.x)), dim=1)
-    labels = problem.train.observed
-    expected = refined_similarities(features, labels, 10).argmax(1) != labels
-    assert torch.equal(suspects_of(training), expected)
-    training.macro_batch()
-    assert torch.equal(training.objective.weighing.each < 1, expected)
-
-
 def test_random_suspects_are_as_many_and_none_are_none():
     by_prototype, random, none = (
-        suspects_of(audited(suspects=name)) for name in ("prototype", "random", "none")
+        audited(suspects=name).objective.weighing.suspects()
+        for name in ("prototype", "random", "none")
     )
     assert random.sum() == by_prototype.sum()
     assert not torch.equal(random, by_prototype)
@@ -227,7 +177,7 @@ def test_the_networks_suspects_are_those_it_mostly_disagreed_with():
             disagreed.index_add_(0, index, wrong.float())
             visits.index_add_(0, index, torch.ones(24))
         training.macro_batch()
-    found = suspects_of(training)
+    found = training.objective.weighing.suspects()
     sure = (disagreed == visits) | (disagreed == 0)
     assert sure.sum() > 40
     # a label that no answer agreed with is suspect, and one that all did is not
@@ -254,10 +204,10 @@ def test_a_micro_batch_of_nothing_but_dropped_suspects_has_no_loss():
         ({"agreement": "vote", "shuffle_weights": True, "policy": "gaf", "tau": 1.0}, 15),
         (AUDIT, 10),
         (AUDIT, 20),
-        ({**AUDIT, "suspects": "refined"}, 12),
+        ({**AUDIT, "suspects": "plain-prototype"}, 12),
         ({**AUDIT, "suspects": "random", "loss": "gce", "optimizer": "adamw", "lr": 0.002}, 13),
     ],
-    ids=["weights", "shuffled", "in the audit", "after it", "refined", "between"],
+    ids=["weights", "shuffled", "in the audit", "after it", "plain", "between"],
 )
 def test_an_interrupted_run_ends_bit_for_bit_as_an_undisturbed_one(tmp_path, changes, after):
     config = changed(**changes)
@@ -305,7 +255,7 @@ def test_arms_are_named_after_what_they_do():
         "audit 3 + ELR": AUDIT,
         "audit 3, random suspects + ELR": {**AUDIT, "suspects": "random"},
         "audit 3, network's suspects + ELR": {**AUDIT, "suspects": "network"},
-        "audit 3, refined + ELR": {**AUDIT, "suspects": "refined"},
+        "audit 3, plain prototypes + ELR": {**AUDIT, "suspects": "plain-prototype"},
         "restart 3 + ELR": {**AUDIT, "suspects": "none"},
     }
     assert {changed(ema=0.0, **changes).arm: changes for changes in names.values()} == names
