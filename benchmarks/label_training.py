@@ -38,9 +38,8 @@ CORE: dict[str, dict[str, Any]] = {
     "the same, the network's suspects": {**AUDIT, "suspects": "network"},
     "the same, no suspects": {**AUDIT, "suspects": "none"},
 }
-NAMES = list(CORE)
-FEW = {name: CORE[name] for name in (NAMES[0], *NAMES[2:4], NAMES[5])}
-SOME = {name: CORE[name] for name in (*NAMES[:3], NAMES[5], *NAMES[7:])}
+FEW = {name: CORE[name] for name in ("averaging", "prototype weights", "audit, restart with ELR")}
+SOME = {**FEW, **{name: CORE[name] for name in ("ELR", "the same, no suspects", "GCE")}}
 MORE: dict[str, dict[str, Any]] = {
     "label smoothing": {"label_smoothing": 0.1},
     "vote weights": {"agreement": "vote"},
@@ -83,10 +82,9 @@ def order() -> list[tuple[str, str, dict[str, dict[str, Any]]]]:
     return [
         ("mnist5k", next_class, CORE),
         *((*where, SOME) for where in noisy[1:3]),
-        ("mnist5k", "long tail", FEW),
         ("mnist5k", "clean", FEW),
-        ("mnist5k", symmetric, CORE),
-        *((*where, CORE) for where in noisy[2:]),
+        ("mnist5k", "long tail", FEW),
+        *((*where, CORE) for where in noisy[1:]),
         ("fashion-mnist", "clean", FEW),
         *shard,
         *((*where, arms) for arms in (FILTER, MORE) for where in noisy),
