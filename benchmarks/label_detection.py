@@ -9,6 +9,7 @@ to the next one (asymmetric). The scores of each sample, from the visits of the 
     loss        minus the loss
     teacher     the label's probability under the average of the weights (0.99 a step)
     prototype   the margin of `gaf.SampleAgreement`
+    plain       the same without its refinement (refine=False)
     vote        its class vote, in the last layer
 
 each at the last visit and as the mean over all visits (`history`), and the share of visits at which
@@ -18,10 +19,8 @@ that was trained on the other four (`folds`: the label's probability).
 
 The file has a line for each data set, noise, rate, seed and number of passes: the area under the
 ROC curve, the average precision, and the precision among the first 100 of each score; how many
-samples were suspects (the nearest prototypes over all visits, summed, are not the label's), how
-many of these were wrong, and for how many samples the nearest prototype `named` the true class; the
-issues of `report()`; and the CPU seconds of a plain training, of one that also scores, and of the
-folds. A run that is interrupted goes on with the same command.
+issues `report()` has, and how many of these are wrong; and the CPU seconds of a plain training, of
+one that also scores, and of the folds. A run that is interrupted goes on with the same command.
 """
 
 import argparse
@@ -84,25 +83,20 @@ def step(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
 class Watch:
     """Sums of each score over the visits of each sample, during a plain training."""
 
-    def __init__(self, model: nn.Module, n: int, classes: int) -> None:
+    def __init__(self, model: nn.Module, n: int) -> None:
         head = [m for m in model.modules() if isinstance(m, nn.Linear)][-1]
         each: dict[str, Any] = {"num_samples": n, "weigh": False}
         losses = nn.CrossEntropyLoss(reduction="none")
         self.prototype = gaf.SampleAgreement(losses, head, "prototype", **each)
+        self.plain = gaf.SampleAgreement(losses, head, "prototype", refine=False, **each)
         self.vote = gaf.SampleAgreement(losses, head, "vote", **each)
         self.teacher, self.probability = ema_model(model, 0.99), torch.zeros(n)
-        self.similarity = torch.zeros(n, classes)
-        head.register_forward_pre_hook(lambda _, given: setattr(self, "features", given[0]))
-        self.features = torch.zeros(0)
 
     @torch.no_grad()
     def look(self, x: Tensor, y: Tensor, i: Tensor) -> None:
-        """Before a step: the teacher's answer, and how near the prototypes are."""
+        """Before a step: the teacher's answer."""
         p = self.teacher(x).softmax(1)
         self.probability[i] += p.gather(1, y[:, None])[:, 0]
-        unit = nn.functional.normalize(self.features.detach(), dim=1)
-        near = unit @ self.prototype.statistics.prototypes().T
-        self.similarity[i] += near.nan_to_num(0)
 
     def sums(self) -> dict[str, Tensor]:
         """Higher for a trusted label."""
@@ -111,6 +105,7 @@ class Watch:
             "loss": -prototype[:, LOSS],
             "teacher": self.probability.clone(),
             "prototype": prototype[:, SCORE].clone(),
+            "plain": self.plain.history.table[:, SCORE].clone(),
             "vote": vote[:, SCORE].clone(),
             "disagreement": -vote[:, DISAGREED],
             "prototype_disagreement": -prototype[:, DISAGREED],
@@ -123,7 +118,7 @@ def watched(
     """A line for each number of passes in `at`, of one training."""
     torch.manual_seed(seed)
     model, optimizer = network(x, data.classes)
-    watch, draw, lines = Watch(model, len(x), data.classes), generator(seed, "batches"), []
+    watch, draw, lines = Watch(model, len(x)), generator(seed, "batches"), []
     wrong, spent = given != data.train_y, 0.0
     for number in range(1, max(at) + 1):
         before, started = watch.sums(), time.process_time()
@@ -131,16 +126,15 @@ def watched(
             outputs = model(x[i])
             watch.look(x[i], given[i], i)
             watch.vote(outputs, given[i], index=i)
+            watch.plain(outputs, given[i], index=i)
             step(optimizer, watch.prototype(outputs, given[i], index=i))
             watch.teacher.update_parameters(model)
         spent += time.process_time() - started
         if number in at:
             after = watch.sums()
             found = {f"history_{name}": -value for name, value in after.items()}
-            for name in ("loss", "teacher", "prototype", "vote"):
+            for name in ("loss", "teacher", "prototype", "plain", "vote"):
                 found[name] = before[name] - after[name]
-            nearest = watch.similarity.argmax(1)
-            suspect = nearest != given
             report = watch.prototype.report()  # without those that could not be judged
             issue = torch.zeros_like(wrong)
             issue[report["index"]] = torch.tensor(report["is_label_issue"])
@@ -148,12 +142,9 @@ def watched(
                 Line(
                     passes=number,
                     accuracy=round(accuracy(model, test, data.test_y), 4),
-                    suspects=int(suspect.sum()),
-                    suspects_wrong=int((suspect & wrong).sum()),
                     issues=int(issue.sum()),
                     issues_wrong=int((issue & wrong).sum()),
                     wrong=int(wrong.sum()),
-                    named=round(float((nearest == data.train_y).double().mean()), 4),
                     cpu_seconds=round(spent, 2),
                     scores={name: quality(v.nan_to_num(0), wrong) for name, v in found.items()},
                 )
@@ -211,12 +202,17 @@ def flip(data: Any, kind: str, rate: float, seed: int) -> Tensor:
     return make(data.train_y, rate, data.classes, seed)[0]
 
 
-def run(name: str, kind: str, rate: float, seed: int, at: list[int]) -> list[Line]:
+def limited(name: str) -> Any:
+    """The data set with at most `LIMIT` pictures to train on, and to test."""
     data = load_once(name, None)
     kept, tested = (subset(name, len(y), LIMIT) for y in (data.train_y, data.test_y))
     train = {"train_x": data.train_x[kept], "train_y": data.train_y[kept]}
     tests = {"test_x": data.test_x[tested], "test_y": data.test_y[tested]}
-    data = dataclasses.replace(data, human=None, **train, **tests)
+    return dataclasses.replace(data, human=None, **train, **tests)
+
+
+def run(name: str, kind: str, rate: float, seed: int, at: list[int]) -> list[Line]:
+    data = limited(name)
     x, test = (normalise(part, data.mean, data.std) for part in (data.train_x, data.test_x))
     given = flip(data, kind, rate, seed)
     plain = plain_seconds(data, x, given, at[-1])

@@ -16,7 +16,6 @@ from gaf_lab.settings.checks import ConfigError
 from gaf_lab.settings.config import TrainConfig
 from gaf_lab.training.engines import check_ranks, obstacle
 from gaf_lab.training.loop import Training
-from gaf_lab.training.models import make_model
 from gaf_lab.training.objective import Objective
 from gaf_lab.training.restart import restart_step, start_again_if_due
 from gaf_lab.training.run import train
@@ -130,7 +129,7 @@ def test_an_audit_is_averaging_and_the_restart_has_new_weights_and_no_past():
     assert not training.objective.early.targets.any()
     start_again_if_due(training)
     torch.manual_seed(derive_seed(0, "weights after the audit"))
-    fresh = make_model("mlp", training.problem.shape, 10, "cifar")
+    fresh = training.problem.new_model()
     pairs = zip(training.model.parameters(), fresh.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
     assert not training.optimizer.state
