@@ -84,8 +84,10 @@ def order() -> list[tuple[str, str, dict[str, dict[str, Any]]]]:
         *((*where, SOME) for where in noisy[1:3]),
         ("mnist5k", "clean", FEW),
         ("mnist5k", "long tail", FEW),
-        *((*where, CORE) for where in noisy[1:]),
+        (*noisy[3], SOME),
         ("fashion-mnist", "clean", FEW),
+        (*noisy[0], FILTER),
+        *((*where, CORE) for where in noisy[1:]),
         *shard,
         *((*where, arms) for arms in (FILTER, MORE) for where in noisy),
     ]
