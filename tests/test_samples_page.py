@@ -1,10 +1,9 @@
-"""The tables of docs/samples.md are the records in results/ and benchmarks/.
+"""The tables of costs in docs/samples.md are the records in benchmarks/.
 
 `python tests/test_samples_page.py` prints them.
 """
 
 import json
-import statistics
 from pathlib import Path
 from typing import Any
 
@@ -14,67 +13,6 @@ WAYS = ("gaf.ghost_gram", "vmap(grad)", "TorchJD autogram")
 
 def lines(path: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (ROOT / path).read_text().splitlines()][1:]
-
-
-def found_table() -> str:
-    """What a training without weights finds, by noise and passes."""
-    rows = [
-        "| label noise | passes | AUROC, prototype | AUROC, disagreement | AUROC, loss | "
-        "first 100, prototype | first 100, loss | issues | of these wrong | wrong in all |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for group in groups(weigh=False):
-        scores = [
-            *(f"auroc_{name}" for name in ("prototype", "disagreement", "loss")),
-            *(f"precision100_{name}" for name in ("prototype", "loss")),
-        ]
-        known = "auroc_loss" in group[0]
-        cells = [spread(group, name) if known else "" for name in scores]
-        counts = [f"{mean(group, name):.0f}" for name in ("issues", "issues_wrong", "wrong")]
-        rows.append(f"| {start(group)} | {' | '.join([*cells, *counts])} |")
-    return "\n".join(rows)
-
-
-def weighed_table() -> str:
-    """Accuracy of both ways of training, and what the weighed one finds."""
-    rows = [
-        "| label noise | passes | accuracy, plain | accuracy, weighed | "
-        "AUROC, prototype, weighed |",
-        "|---|---|---|---|---|",
-    ]
-    for plain, weighed in zip(groups(weigh=False), groups(weigh=True), strict=True):
-        known = "auroc_loss" in weighed[0]
-        cells = [percent(plain), percent(weighed)]
-        cells.append(spread(weighed, "auroc_prototype") if known else "")
-        rows.append(f"| {start(plain)} | {' | '.join(cells)} |")
-    return "\n".join(rows)
-
-
-def groups(weigh: bool) -> list[list[dict[str, Any]]]:
-    """The seeds of each noise and number of passes."""
-    found: dict[tuple[str, int], list[dict[str, Any]]] = {}
-    for line in lines("results/label-issues.jsonl"):
-        if line["weigh"] == weigh:
-            found.setdefault((line["noise"], line["passes"]), []).append(line)
-    return list(found.values())
-
-
-def start(group: list[dict[str, Any]]) -> str:
-    noise = group[0]["noise"]
-    return f"{noise if noise == 'none' else '40% ' + noise} | {group[0]['passes']}"
-
-
-def mean(group: list[dict[str, Any]], name: str) -> float:
-    return statistics.mean(line[name] for line in group)
-
-
-def spread(group: list[dict[str, Any]], name: str) -> str:
-    return f"{mean(group, name):.3f} ± {statistics.stdev(line[name] for line in group):.3f}"
-
-
-def percent(group: list[dict[str, Any]]) -> str:
-    values = [100 * line["accuracy"] for line in group]
-    return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
 
 
 def cost_table() -> str:
@@ -109,7 +47,7 @@ BENCH, STEPS = "benchmarks/samples.jsonl", "benchmarks/samples-step.jsonl"
 
 def test_the_tables_are_the_records() -> None:
     text = (ROOT / "docs" / "samples.md").read_text()
-    tables = (found_table(), weighed_table(), step_table(), cost_table())
+    tables = (step_table(), cost_table())
     assert [table for table in tables if table not in text] == []
 
 
@@ -130,4 +68,4 @@ def test_a_batch_of_128_takes_a_fifth_of_the_memory_of_per_sample_gradients() ->
 
 
 if __name__ == "__main__":
-    print(found_table(), weighed_table(), step_table(), cost_table(), sep="\n\n")
+    print(step_table(), cost_table(), sep="\n\n")
