@@ -54,7 +54,7 @@ def along_training() -> str:
                 group = groups[data, noise, 0.4, "watched", passes]
                 both = [
                     f"{cell(group, name, 'auroc')}, {cell(group, f'history_{name}', 'auroc')}"
-                    for name in ("loss", "teacher", "vote", "prototype")
+                    for name in ("loss", "teacher", "vote", "plain", "prototype")
                 ]
                 differed = [
                     cell(group, f"history_{name}", "auroc")
@@ -64,8 +64,8 @@ def along_training() -> str:
                 start = [f"{DATA[data]}, {NOISE[noise]}", passes]
                 rows.append([*start, *both, *differed, folds])
     return table(
-        "data, noise | passes | loss | teacher | vote | prototype | the network disagreed | "
-        "the nearest prototype did | five folds",
+        "data, noise | passes | loss | teacher | vote | plain prototype | prototype | "
+        "the network disagreed | the nearest prototype did | five folds",
         rows,
     )
 
@@ -79,7 +79,7 @@ def by_rate() -> str:
             folds = groups.get((data, noise, rate, "folds", BEST_OF_FOLDS))
             if len(group) < 5:
                 continue
-            cells = [three(group, f"history_{name}") for name in ("loss", "vote", "prototype")]
+            cells = [three(group, f"history_{name}") for name in ("loss", "plain", "prototype")]
             counts = [
                 round(statistics.mean(line[name] for line in group))
                 for name in ("wrong", "issues", "issues_wrong")
@@ -88,8 +88,8 @@ def by_rate() -> str:
             full = folds is not None and len(folds) >= 5
             rows.append([start, *cells, three(folds, "folds") if full else "", *counts])
     return table(
-        "data, noise | mean loss | mean vote | mean prototype | five folds, 3 passes | wrong | "
-        "issues of `report()` | of these wrong",
+        "data, noise | mean loss | mean plain prototype | mean prototype | "
+        "five folds, 3 passes | wrong | issues of `report()` | of these wrong",
         rows,
     )
 
@@ -108,14 +108,14 @@ def detection_differences() -> str:
             own = scores(group, "history_prototype", "auroc")
             others = {
                 name: scores(group, f"history_{name}", "auroc")
-                for name in ("loss", "teacher", "vote", "disagreement")
+                for name in ("loss", "teacher", "vote", "plain", "disagreement")
             }
             others["folds"] = scores(folds, "folds", "auroc")
             cells = [Paired.of(own, other).text(3) for other in others.values()]
             rows.append([f"{DATA[data]}, {NOISE[noise]}", *cells])
     return table(
-        "data, noise | against mean loss | mean teacher | mean vote | the network disagreed | "
-        "five folds, 3 passes",
+        "data, noise | against mean loss | mean teacher | mean vote | mean plain prototype | "
+        "the network disagreed | five folds, 3 passes",
         rows,
     )
 
