@@ -231,7 +231,7 @@ TABLES = (
     detection_differences,
     accuracy_table,
     training_differences,
-    rarest_table,
+    *([rarest_table] if any(setting.startswith("long") for _, setting in trained()) else []),
 )
 
 
