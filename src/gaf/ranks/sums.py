@@ -28,6 +28,7 @@ from gaf.rules.slices import CHUNK, flatten, half_to_float32, split
 from gaf.shapes import Float64
 
 CACHED = 2**17  # coordinates that stay in a CPU's cache from one look to the next
+LONG = 2**20  # coordinates from which errors of chunks cancel enough for larger ones
 
 
 class Sums(Exchange):
@@ -162,6 +163,7 @@ def inner_product(own: Sequence[Tensor], total: Sequence[Tensor]) -> float:
     """<g, S> of one piece, by dot products in float32."""
     inner = 0.0
     for g, s in zip(own, total, strict=True):
-        for a, b in split([half_to_float32(v) for v in flatten([g, s])], CHUNK):
+        chunk = 4 * CHUNK if g.numel() >= LONG else CHUNK
+        for a, b in split([half_to_float32(v) for v in flatten([g, s])], chunk):
             inner += a.dot(b).item()
     return inner
