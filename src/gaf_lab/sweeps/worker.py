@@ -10,6 +10,7 @@ import gaf
 from gaf_lab.data.run_data import RunData
 from gaf_lab.records import run as records
 from gaf_lab.records.locks import FolderBusy, file_lock, own_folder
+from gaf_lab.records.score import ACCURACY
 from gaf_lab.sweeps.jobs import Job, JobEnd, JobProgress, accuracies
 from gaf_lab.training.listener import Listener
 from gaf_lab.training.run import train_in_turns
@@ -54,7 +55,7 @@ class Reporter:
 
     def __init__(self, report: Callable[[JobProgress], None]) -> None:
         self.report = report
-        self.facts = ""
+        self.facts, self.score = "", ACCURACY
         self.steps = 1
         self.reported = 0.0
 

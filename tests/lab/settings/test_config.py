@@ -131,6 +131,8 @@ def test_no_field_takes_what_is_no_number(name, value):
 @pytest.mark.parametrize("text", ["[1, [2]]", '"?"', "{a = 1}", "1979-05-27", "true"])
 def test_a_wrong_type_is_told_in_the_words_of_toml(tmp_path, field, text):
     """Never in Python's: no field takes a mixed array, a table or a date."""
+    if (field.name, text) == ("task", '"?"'):
+        pytest.skip("a string, which must also name a function")
     path = tmp_path / "run.toml"
     path.write_text(f"{field.name} = {text}\n")
     if (text == "true" and field.type is bool) or (
