@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import gaf
-from gaf.rules.blas import gram_by_blas
+from gaf.rules.blas import gram_by_blas, gram_of_by_blas
 from gaf.rules.gram import gram_of
 from gaf.rules.slices import SLICE
 
@@ -277,12 +277,63 @@ def test_a_policy_refuses_what_is_no_gram_matrix(
         policy(gram)
 
 
+BLAS_WAYS = {
+    "matrix": gram_by_blas,
+    "parameters": lambda rows: gram_of_by_blas(
+        [row.split([7, 40_000, *[500] * 3]) for row in rows]
+    ),
+}
+
+
+@pytest.mark.parametrize("k", [1, 2, 5, 8, 70])
+@pytest.mark.parametrize("way", BLAS_WAYS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_by_blas_the_error_stays_below_1e_7(dtype: torch.dtype, way: str, k: int) -> None:
+    """Squares of bfloat16 have so few digits that their roundings have a bias."""
+    rows = (torch.randn(k, 41_507) + torch.randn(41_507)).to(dtype)
+    found = BLAS_WAYS[way](rows)
+    assert found.dtype == torch.float64
+    assert relative_error(found, dense(rows)) < (5e-7 if dtype == torch.bfloat16 else 1e-7)
+
+
+@pytest.mark.parametrize("way", BLAS_WAYS)
+def test_by_blas_the_error_stays_below_3e_5_where_few_coordinates_are_all_of_the_norm(
+    way: str,
+) -> None:
+    """One coordinate in 10,000 is 1; the squares of the others are rounded off beside it."""
+    rows = torch.full((3, 41_507), 1e-3)
+    rows[:, ::10_000] = 1.0
+    assert relative_error(BLAS_WAYS[way](rows), dense(rows)) < 3e-5  # PIECE x 2^-24
+
+
+@pytest.mark.parametrize("way", BLAS_WAYS)
+@pytest.mark.parametrize("scale", [1e25, 1e-25])
+def test_by_blas_numbers_out_of_range_are_multiplied_exactly(way: str, scale: float) -> None:
+    rows = torch.randn(3, 41_507) * scale
+    assert relative_error(BLAS_WAYS[way](rows), dense(rows)) < 1e-13
+
+
+def test_by_blas_a_row_that_is_not_finite_marks_its_own_diagonal_alone() -> None:
+    rows = torch.randn(3, 41_507)
+    rows[1, 2] = math.nan
+    for way in BLAS_WAYS.values():
+        assert way(rows).diagonal().isfinite().tolist() == [True, False, True]
+
+
+def test_by_blas_few_coordinates_are_exact_and_missing_ones_zeros() -> None:
+    a, b = torch.tensor([1.0, 2.0]), torch.tensor([[3.0]])
+    rows = [[a, None], [None, b], [a, b.double()]]
+    assert gram_of_by_blas(rows).tolist() == [[5, 0, 5], [0, 9, 9], [5, 9, 14]]
+    assert gram_of_by_blas([[None], [None]]).tolist() == [[0, 0], [0, 0]]
+
+
 def test_autocast_does_not_touch_the_matrix_products() -> None:
     """In bfloat16 they would be off by 3e-3."""
     rows = torch.randn(6, 5000)
     want = gram_by_blas(rows)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(gram_by_blas(rows), want)
+        assert torch.equal(gram_of_by_blas([[row] for row in rows]), want.tril() + want.tril(-1).T)
         assert torch.equal(gaf.gram(rows), gaf.gram(rows.clone()))
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import gaf
 from gaf.rules.ring import ring_orders
 from gaf.rules.sequential import Sequential, walk
-from gaf.rules.visits import PlainVisits, Visits, visits_for, walk_all
+from gaf.rules.visits import PlainVisits, Visits, plain_walk, visits_for
 
 CPU = torch.device("cpu")
 POLICIES = [gaf.Mean(), *(gaf.GAF(t, average=a) for t in (0.3, 1.0) for a in ("mean", "halving"))]
@@ -67,10 +67,35 @@ def test_every_start_is_walked_in_plain_numbers_as_in_tensors(
         rows = torch.randn(6, 3).double() + 0.3
         rows[2] *= bad
         gram, orders = gaf.gram(rows), ring_orders(6, CPU)
+        accepted, *numbers = gram.new_tensor(plain_walk(policy, gram, orders.tolist())).unbind(2)
         for found, want in zip(
-            walk_all(policy, gram, orders), walk(policy, gram, orders), strict=True
+            (accepted.bool(), *numbers), walk(policy, gram, orders), strict=True
         ):
             torch.testing.assert_close(found, want, rtol=0, atol=1e-14, equal_nan=True)
+
+
+@pytest.mark.parametrize("average", ["mean", "halving"])
+@pytest.mark.parametrize("start", ["first", "best", "worst"])
+@pytest.mark.parametrize("bad", [1.0, 0.0, math.nan])
+def test_the_host_decides_as_a_device_does(
+    monkeypatch: pytest.MonkeyPatch, average: Any, start: Any, bad: float
+) -> None:
+    """On random rows, and on rows of few values, whose starts often accept equally many."""
+    for trial in range(40):
+        policy = gaf.GAF(0.6 + 0.02 * (trial % 20), start=start, average=average)
+        rows = torch.randn(6, 3).double() if trial % 2 else torch.randint(-1, 2, (6, 3)).double()
+        rows[4] *= bad
+        gram = gaf.gram(rows)
+        found = policy(gram)
+        with monkeypatch.context() as patch:
+            patch.setattr("gaf.rules.visits.FEW_NUMBERS", 0)
+            want = policy(gram)
+        assert vars(found).keys() == vars(want).keys()
+        for name, value in vars(found).items():
+            if name == "distances":
+                torch.testing.assert_close(value, want.distances, equal_nan=True)
+            else:
+                assert torch.equal(value, getattr(want, name)), name
 
 
 def test_a_rule_of_its_own_is_asked_with_tensors() -> None:

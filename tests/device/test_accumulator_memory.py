@@ -44,7 +44,7 @@ def test_between_passes_streaming_holds_one_gradient_whatever_k_and_stacking_hol
     k: int, agree: bool
 ) -> None:
     """The running sum, after each backward, after decide and after step."""
-    params = [nn.Parameter(torch.zeros(1234)), nn.Parameter(torch.zeros(1234))]
+    params = [nn.Parameter(torch.zeros(12_345)), nn.Parameter(torch.zeros(12_345))]
 
     def most(rule: Any) -> float:
         acc, held = gaf.Accumulator(SGD(params, 0.1), rule), []

@@ -1,15 +1,18 @@
 """Rows as few vectors: packed, decided on and unpacked, they are the rows as they came."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim import SGD
 
 import gaf
 from gaf.device import packs
 from gaf.device.packs import packs_for
 from gaf.device.rows import rows_for, rows_without_waiting
+from helpers.accumulating import ENGINES
 
 SHAPES = [(3, 4), (), (5,), (0,), (2, 3, 4, 5), (40, 30), (7,)]
 
@@ -30,7 +33,7 @@ def gradients(params: list[nn.Parameter], seed: int) -> list[Tensor]:
 
 @pytest.fixture(autouse=True)
 def long_from_1000_on(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(packs, "DEVICE_SHORT", 1000)
+    monkeypatch.setattr(packs, "short_on", lambda device: 1000)
     packs.make_packs.cache_clear()
     yield
     packs.make_packs.cache_clear()
@@ -97,3 +100,50 @@ def test_packed_rows_give_the_decision_and_update_of_rows_apart(policy: gaf.GAF)
     assert expected[2] is None and found[2] is None
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+def losses_of(params: list[nn.Parameter], row: list[Tensor]) -> Tensor:
+    """Of which the row is the gradient."""
+    return torch.stack([(p * g).sum() for p, g in zip(params, row, strict=True)]).sum()
+
+
+@ENGINES
+def test_packed_rows_are_decided_on_as_one_vector(wrap: Any) -> None:
+    """Against gaf.aggregate on the stacked rows; a parameter that is left out has no say."""
+    params, policy = parameters()[:6], gaf.GAF(0.9)
+    common = gradients(params, 9)
+    rows = [[c + g for c, g in zip(common, gradients(params, i), strict=True)] for i in range(5)]
+    rows[2] = [-g for g in rows[2]]
+    named = nn.ParameterDict({f"p{j}": p for j, p in enumerate(params)})
+    acc = gaf.Accumulator(
+        SGD(params, 1.0), wrap(policy), model=named, leave_out=lambda name, _: name == "p4"
+    )
+    for row in rows:
+        acc.backward(losses_of(params, row))
+    decision = acc.decide()
+    flat = [torch.cat([row[j].reshape(-1) for j in (0, 1, 2, 3, 5)]) for row in rows]
+    _, want = gaf.aggregate(torch.stack(flat).double(), policy)
+    assert decision.accepted.tolist() == want.accepted.tolist() == [True, True, False, True, True]
+    torch.testing.assert_close(decision.distances, want.distances, rtol=0, atol=1e-7)
+    for j, p in enumerate(params):
+        assert p.grad is not None
+        mean = torch.tensordot(want.weights, torch.stack([row[j].double() for row in rows]), 1)
+        torch.testing.assert_close(p.grad, mean.float())
+
+
+def test_updates_that_share_a_vector_can_be_changed_one_by_one() -> None:
+    params = parameters()[:6]
+    before = [p.detach().clone() for p in params]
+    acc = gaf.Accumulator(SGD(params, 1.0), gaf.GAF(2.0))
+    rows = [gradients(params, seed) for seed in range(2)]
+    for row in rows:
+        acc.backward(losses_of(params, row))
+    acc.decide()
+    assert params[0].grad is not None
+    params[0].grad.zero_()
+    nn.utils.clip_grad_norm_(params[2:3], 1e-3)
+    acc.step()
+    assert torch.equal(params[0], before[0])
+    assert (params[2] - before[2]).norm().item() == pytest.approx(1e-3, rel=1e-3)
+    for j in (4, 5):
+        torch.testing.assert_close(params[j].detach(), before[j] - (rows[0][j] + rows[1][j]) / 2)

@@ -1,8 +1,7 @@
 """Packs a row: few long vectors in place of a tensor for each parameter.
 
-On an accelerator a small tensor costs a call and hardly any work, and a network has hundreds of
-them. Rows are multiplied, added up and weighted as vectors; only the update has a tensor for each
-parameter again.
+A small tensor costs a call and hardly any work, and a network has hundreds of them. Rows are
+multiplied, added up and weighted as vectors; only the update has a tensor for each parameter again.
 """
 
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gaf.device.buffers import Buffers
-from gaf.rules.slices import DEVICE_CHUNK, DEVICE_SHORT
+from gaf.rules.slices import DEVICE_CHUNK, short_on
 
 
 class Apart:
@@ -136,11 +135,12 @@ def groups_of(kinds: Sequence[Kind]) -> list[list[int]]:
     last: dict[tuple[object, ...], tuple[list[int], int]] = {}  # and how long it is
     for j, kind in enumerate(kinds):
         numel, like = kind.shape.numel(), (kind.device, kind.dtype, kind.votes)
+        short = numel < short_on(kind.device)
         group, size = last.get(like, ([], DEVICE_CHUNK))
-        if numel >= DEVICE_SHORT or size + numel > DEVICE_CHUNK:
+        if not short or size + numel > DEVICE_CHUNK:
             groups.append(group := [])
             size = 0
         group.append(j)
-        if numel < DEVICE_SHORT:
+        if short:
             last[like] = group, size + numel
     return groups

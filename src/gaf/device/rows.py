@@ -14,7 +14,7 @@ from gaf.device.buffers import Buffers, where_any, where_rooted
 from gaf.device.packs import Apart, Packs, packs_for
 from gaf.device.stacked import StackedRows
 from gaf.device.sums import SumOnCpu, SumOnDevice
-from gaf.rules.contract import Policy
+from gaf.rules.contract import Policy, merge_of
 from gaf.rules.decision import Decision, Evidence, check_decision
 from gaf.rules.enough import PairMeans
 from gaf.rules.judging import streams, tau_of
@@ -45,10 +45,12 @@ def rows_for(
         voters, roots = where_rooted(voters, roots)
         return StackedRows(policy, packs_for(params, voters), roots, decides_on_host=True)
     voters, roots = where_rooted(voters, roots)
+    # a rule by coordinate counts them in the order of the parameters
+    packs = packs_for(params, voters) if merge_of(policy) is None else Apart(voters)
     if not streams(policy):
-        return StackedRows(policy, Apart(voters), roots)
-    sum = SumOnCpu(voters, roots)
-    return StreamedRows(policy, sum, visits_for(policy, device), Apart(voters))
+        return StackedRows(policy, packs, roots)
+    sum = SumOnCpu(packs.votes, None if roots is None else packs.pack(list(roots)))
+    return StreamedRows(policy, sum, visits_for(policy, device), packs)
 
 
 def rows_without_waiting(

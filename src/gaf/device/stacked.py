@@ -4,10 +4,10 @@ from torch import Tensor
 
 from gaf.device.buffers import Buffers, norm2_of_rest, unshare_all, voting_part, where_any
 from gaf.device.packs import Apart, Packs
+from gaf.rules.blas import gram_of_by_blas
 from gaf.rules.combine import combine, weighted_sum
 from gaf.rules.contract import Policy, merge_of
 from gaf.rules.decision import Decision, Evidence
-from gaf.rules.gram import gram_of
 from gaf.rules.judging import decide_with_evidence
 from gaf.rules.merging import merged_parameters
 from gaf.shapes import Float64
@@ -42,11 +42,13 @@ class StackedRows:
     def add(self, row: Buffers) -> None:
         """Keeps a row."""
         self.had_gradient.append([grad is not None for grad in row])
+        row = self.packs.pack(row)
         unshare_all(row)
-        self.rows.append(self.packs.pack(row))
+        self.rows.append(row)
 
     def decide(self) -> tuple[Decision, Evidence]:
-        gram = gram_of([voting_part(row, self.packs.votes) for row in self.rows], self.roots)
+        parts = [voting_part(row, self.packs.votes) for row in self.rows]
+        gram = gram_of_by_blas(parts, self.roots)
         for own, row in zip(gram.diagonal(), self.rows, strict=True):
             own += norm2_of_rest(row, self.packs.votes)
         return decide_with_evidence(self.policy, gram.cpu() if self.decides_on_host else gram)

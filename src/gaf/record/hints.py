@@ -45,12 +45,11 @@ class Hints:
         if not steps[-1].compared:
             return
         self._count(steps[-1])
-        seen = [step for step in steps if step.compared]
         if self.steps_without_acceptance >= WINDOW:
-            self._warn_once("none", explain_none_accepted(policy, outcome, seen))
+            self._warn_once("none", explain_none_accepted(policy, outcome, seen_in(steps)))
         tau = given_tau(policy) if isinstance(given_tau(policy), Real) else 2
         if self.steps_all_accepted >= WINDOW and tau < 2:
-            self._warn_once("all", explain_all_accepted(tau, seen))
+            self._warn_once("all", explain_all_accepted(tau, seen_in(steps)))
 
     def _count(self, step: Recent) -> None:
         self.steps_without_acceptance += 1
@@ -64,6 +63,11 @@ class Hints:
         if reason not in self.warned:
             self.warned.add(reason)
             warnings.warn(f"gaf: {message}", stacklevel=frames_inside() + 1)
+
+
+def seen_in(steps: Iterable[Recent]) -> list[Recent]:
+    """The steps in which rows were compared."""
+    return [step for step in steps if step.compared]
 
 
 def explain_none_accepted(policy: Any, outcome: Outcome, seen: list[Recent]) -> str:

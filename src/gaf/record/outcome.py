@@ -30,7 +30,17 @@ class Outcome:
     @classmethod
     def fetch(cls, decision: Decision, evidence: Evidence) -> "Outcome":
         """The one transfer to the host that a step needs anyway, with all that is worth keeping."""
-        return cls.unpack(pack(decision, evidence).tolist())
+        if evidence.norms2.device.type != "cpu":
+            return cls.unpack(pack(decision, evidence).tolist())
+        return cls(
+            accepted=decision.accepted.tolist(),
+            distances=decision.distances.tolist(),
+            weights=decision.weights.tolist(),
+            norms2=evidence.norms2.tolist(),
+            stepped=decision.stepped.item(),  # type: ignore[arg-type]
+            signal=evidence.signal.item(),
+            tau=evidence.tau.item(),
+        )
 
     @classmethod
     def unpack(cls, flat: list[float]) -> "Outcome":

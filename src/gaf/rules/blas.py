@@ -1,17 +1,19 @@
 """The Gram matrix by BLAS: fast and less exact, for rows that a step has to look at in passing.
 
-Errors stay below 1e-6 on ordinary gradients and reach 2e-4 if few coordinates hold nearly all of
-the norm. The table in `gaf.rules.gram` shows who uses it.
+The table in `gaf.rules.gram` shows who uses it, and the errors.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 
 import torch
 from torch import Tensor
 
-from gaf.rules.gram import gram_of
+from gaf.rules.gram import blocks_of, gram_of
 from gaf.rules.slices import (
+    DEVICE_CHUNK,
+    HALF,
+    Row,
     Vectors,
     chunk_on,
     flatten,
@@ -22,6 +24,8 @@ from gaf.rules.slices import (
 )
 from gaf.shapes import Float, Float64
 
+PIECE = 2**9  # coordinates that are added up in float32 on a CPU
+BLOCK = 2**19  # numbers that are multiplied at a time on a CPU: they stay in its cache
 ARRIVING_CHUNK = 2**18  # coordinates in a partial sum of a row that is seen once, as it arrives
 
 
@@ -53,17 +57,56 @@ def in_range(norms2: Iterable[float]) -> bool:
     return all(1e-30 < norm2 < 1e38 for norm2 in norms2)
 
 
+def gram_of_by_blas(rows: Sequence[Row], roots: Row | None = None) -> Float64[Tensor, "k k"]:
+    """`gram_of` in half the time on a CPU.
+
+    The exact way is taken where `gram_by_blas` takes it, and on other devices.
+    """
+    on_cpu = all(t.device.type == "cpu" for row in rows for t in row if t is not None)
+    if not on_cpu or not full_precision():
+        return gram_of(rows, roots)
+    total = torch.zeros(len(rows), len(rows), dtype=torch.float64, device="cpu")
+    with no_autocast("cpu"):
+        for block in blocks_of(rows, roots, block_length(len(rows)), torch.float32):
+            total += product_of(block)
+    if not in_range(total.diagonal().tolist()):
+        return gram_of(rows, roots)
+    lower = total.tril(-1)
+    return lower + lower.T + total.diagonal().diag()
+
+
 def matrix_product(rows: Float[Tensor, "k c"]) -> Float64[Tensor, "k k"]:
-    """rows @ rows.T, slice by slice, whose products are added up in float64."""
+    """rows @ rows.T, block by block, whose products are added up in float64."""
     device = float64_device(rows.device)
     exact = torch.promote_types(rows.dtype, torch.float32)
+    length = block_length(len(rows)) if rows.device.type == "cpu" else DEVICE_CHUNK
     if rows.device.type != "cpu" and has_float64(rows.device):
         exact = torch.float64
     total = torch.zeros(len(rows), len(rows), dtype=torch.float64, device=device)
     with no_autocast(rows.device.type):  # it would multiply float32 rows in half precision
-        for chunk in rows.split(chunk_on(rows.device), dim=1):
-            block = chunk.to(exact)
-            total += (block @ block.T).to(device)
+        for block in rows.split(length, dim=1):
+            total += product_of(block.to(exact)).to(device)
+    return total
+
+
+def block_length(k: int) -> int:
+    """Coordinates of k rows that a CPU multiplies at a time."""
+    return max(BLOCK // k // PIECE, 1) * PIECE
+
+
+def product_of(block: Float[Tensor, "k c"]) -> Float[Tensor, "k k"]:
+    """block @ block.T; on a CPU in float64, from float32 products of pieces of the block.
+
+    What is left beside whole pieces is multiplied in float64, so that small problems are exact.
+    """
+    if block.device.type != "cpu":
+        return block @ block.T
+    whole = block.shape[1] // PIECE * PIECE
+    rest = block[:, whole:].double()
+    total = rest @ rest.T
+    if whole:
+        pieces = block[:, :whole].unflatten(1, (-1, PIECE)).transpose(0, 1)
+        total += torch.bmm(pieces, pieces.transpose(1, 2)).sum(0, dtype=torch.float64)
     return total
 
 
@@ -91,7 +134,9 @@ def products_by_blas(
     No s counts as zeros. Recomputes in float64 if a result leaves float32's range, or if g is zero
     or not finite.
     """
-    flat = [half_to_float32(v) for v in flatten([g] if s is None else [s, g])]
+    flat = flatten([g] if s is None else [s, g])
+    if g.dtype in HALF or (s is not None and s.dtype in HALF):
+        flat = [half_to_float32(v) for v in flat]
     inner, own = dot_products(flat, chunk)
     # s may be smaller still, and the product too small
     small = own < 1e-15 and abs(inner) < 1e-30 and s is not None
@@ -104,6 +149,8 @@ def dot_products(vectors: Vectors, chunk: int) -> tuple[float, float]:
     """Of (s, g): <s, g> and |g|^2; of (g,) alone: 0 and |g|^2."""
     inner = own = 0.0
     for piece in split(vectors, chunk):
-        inner += piece[0].dot(piece[1]).item() if len(piece) == 2 else 0.0
-        own += piece[-1].dot(piece[-1]).item()
+        g = piece[-1]
+        own += g.dot(g).item()
+        if len(piece) == 2:
+            inner += piece[0].dot(g).item()
     return inner, own

@@ -93,19 +93,16 @@ def combine_into(out: Tensor, rows: Tensor, weights: Sequence[float]) -> None:
 def weighted_sum(terms: Sequence[tuple[Tensor | None, float]]) -> Tensor | None:
     """The sum of weight x gradient over those terms that have a gradient; None if none has.
 
-    It rounds twice for each term, as `combine` does: then both take the same step to the bit.
+    The gradients are used up: fresh memory would cost a CPU more than the sum. It rounds twice for
+    each term, as `combine` does: then both take the same step to the bit.
     """
-    total, term, dtype = None, None, None
+    total, dtype = None, None
     for grad, weight in terms:
         if grad is None:
             continue
         dtype = grad.dtype
-        wide = grad.to(sum_dtype(dtype))
-        if total is None:
-            total = wide * weight
-        else:
-            term = torch.mul(wide, weight, out=term)  # in the memory of the term before
-            total.add_(term)
+        term = grad.to(sum_dtype(dtype)).mul_(weight)
+        total = term if total is None else total.add_(term)
     return None if total is None else total.to(dtype)
 
 

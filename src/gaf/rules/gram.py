@@ -6,13 +6,17 @@ ways:
 
     exact: multiplied and added in float64, errors below 1e-12, whatever the rows    (this file)
         gram               a matrix of rows              users, gaf.aggregate
-        gram_of            lists of tensors              rows that are kept on one device
+        gram_of            lists of tensors              rows that are kept on an accelerator
         products_of        one row with the sum          rows that stream by on an accelerator
 
-    by BLAS in float32, added in float64: below 1e-6 on ordinary gradients, 2e-4 if few coordinates
-    hold nearly all of the norm, and faster on a CPU                         (gaf.rules.blas)
+    by BLAS in float32, added in float64; faster on a CPU                        (gaf.rules.blas)
         gram_by_blas       a matrix of rows              ranks, gaf.probe
+        gram_of_by_blas    lists of tensors              rows that are kept on a CPU
         products_by_blas   one row with the sum          rows that stream by on a CPU, two ranks
+
+    errors by BLAS                on ordinary gradients     if few coordinates hold most of the norm
+        matrices, lists           below 1e-7, 5e-7 in bfloat16         below 3e-5
+        one row with the sum      below 1e-6                           below 2e-4
 
 Errors are relative to |g_i| |g_j|. On an accelerator both ways multiply in float64.
 """
@@ -24,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gaf.rules.slices import HALF, SLICE, Row, float64_device, slices_of
+from gaf.rules.slices import HALF, SLICE, Row, fill, float64_device, slices_of, widest
 from gaf.shapes import Bool, Float, Float64
 
 
@@ -81,24 +85,35 @@ def products_of(
     return inner, own
 
 
-def blocks_of(rows: Sequence[Row], roots: Row | None) -> Iterator[Float64[Tensor, "k c"]]:
-    """The slices as matrices in float64, which holds products of half and single precision exactly.
+def blocks_of(
+    rows: Sequence[Row],
+    roots: Row | None,
+    length: int = SLICE,
+    dtype: torch.dtype = torch.float64,
+) -> Iterator[Float[Tensor, "k c"]]:
+    """The slices as matrices.
 
     On a CPU each block takes the memory of the one before: new memory would cost page faults.
+
+    Args:
+        rows: k lists of tensors.
+        roots: to multiply each of them by.
+        length: of a slice on a CPU.
+        dtype: of a block on a CPU, or a wider one that holds the rows' numbers. On other devices it
+            is float64, which holds products of half and single precision exactly.
     """
     room: Tensor | None = None
-    for columns in slices_of(rows if roots is None else [*rows, roots]):
+    for columns in slices_of(rows if roots is None else [*rows, roots], length):
         vectors = [v.detach() for v in columns[: len(rows)]]
-        root = None if roots is None else columns[-1].double()
+        root = None if roots is None else columns[-1].to(widest([dtype, columns[-1].dtype]))
         if float64_device(vectors[0].device).type != "cpu":
             block = torch.stack(vectors).double()
             yield block if root is None else block.mul_(root)
             continue
-        if room is None:
-            room = torch.empty(len(rows), SLICE, dtype=torch.float64, device="cpu")
-        block = room[:, : len(vectors[0])]
-        for row, v in zip(block, vectors, strict=True):
-            row.copy_(v)
+        wide, c = widest([dtype, *(v.dtype for v in columns)]), len(vectors[0])
+        if room is None or room.dtype != wide or len(room) < len(rows) * c:
+            room = torch.empty(len(rows) * max(c, length), dtype=wide, device="cpu")
+        block = fill(room[: len(rows) * c].view(-1, c), vectors)
         yield block if root is None else block.mul_(root)
 
 

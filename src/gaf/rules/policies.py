@@ -14,16 +14,17 @@ import torch
 from torch import Tensor
 
 from gaf.arguments import ABOVE_0, one_of, real_number, whole_number
+from gaf.rules.concluding import decide_in_order, decide_on_host
 from gaf.rules.contract import describe_state
 from gaf.rules.decision import Decision
 from gaf.rules.gaf_arguments import as_norm_ratio, as_tau, check_scope_and_tau
 from gaf.rules.gram import check_gram, without_giants
-from gaf.rules.ring import choose_start, ring_orders
-from gaf.rules.sequential import Seen, Sequential, halving_weights, mean_weights
+from gaf.rules.ring import choose_start, ring_orders, walk_from_best
+from gaf.rules.sequential import Seen, Sequential, walk
 from gaf.rules.thresholds import Threshold
-from gaf.rules.visits import walk_all
+from gaf.rules.visits import are_few
 from gaf.rules.whitening import whiten
-from gaf.shapes import Bool, Float64, Int
+from gaf.shapes import Bool, Float64
 
 
 @dataclass(frozen=True)
@@ -159,8 +160,11 @@ class GAF(Sequential):
             self.tau.load_state_dict(state["tau"])
 
     def conclude(self, accepted: Bool[Tensor, " k"], distances: Float64[Tensor, " k"]) -> Decision:
-        order = torch.arange(len(accepted), device=accepted.device)
-        return self._decision(accepted, distances, order)
+        k, device = len(accepted), accepted.device
+        how = self.average, self._least(k)
+        if are_few(self, k, device):
+            return decide_on_host(accepted.tolist(), distances, range(k), *how)
+        return decide_in_order(accepted, distances, torch.arange(k, device=device), *how)
 
     def __call__(self, gram: Float64[Tensor, "k k"]) -> Decision:
         check_gram(gram)
@@ -174,26 +178,23 @@ class GAF(Sequential):
 
     def _try_all_starts(self, gram: Float64[Tensor, "k k"]) -> Decision:
         k, fewest = len(gram), self.start == "worst"
+        least = self._least(k) if fewest else 1
+        if are_few(self, k * gram.numel(), gram.device):
+            return self._try_all_on_host(gram, least)
         orders = ring_orders(k, gram.device)
-        visited = walk_all(self, gram, orders)
-        start = choose_start(gram, visited[0], self._least(k) if fewest else 1, fewest)
+        visited = walk(self, gram, orders)
+        start = choose_start(gram, visited[0], least, fewest)
         # an index of its own dimension: a scalar one would be fetched
-        accepted, distances, signals = (by_start[start[None]][0] for by_start in visited)
+        order, accepted, distances, signals = (x[start[None]][0] for x in (orders, *visited))
         self.learn(Seen(accepted, distances, gram.diagonal(), signals, gram))
-        return self._decision(accepted, distances, orders[start[None]][0])
+        return decide_in_order(accepted, distances, order, self.average, self._least(k))
+
+    def _try_all_on_host(self, gram: Float64[Tensor, "k k"], least: int) -> Decision:
+        fewest, k = self.start == "worst", len(gram)
+        order, accepted, (distances, signals) = walk_from_best(self, gram, least, fewest)
+        flags = torch.tensor(accepted, device="cpu")
+        self.learn(Seen(flags, distances, gram.diagonal(), signals, gram))
+        return decide_on_host(accepted, distances, order, self.average, self._least(k))
 
     def _least(self, k: int) -> int:
         return 1 if k == 1 else self.min_accepted
-
-    def _decision(
-        self,
-        accepted: Bool[Tensor, " k"],
-        distances: Float64[Tensor, " k"],
-        order: Int[Tensor, " k"],
-    ) -> Decision:
-        stepped = accepted.sum() >= self._least(len(accepted))
-        accepted = accepted & stepped
-        visit_weights = mean_weights if self.average == "mean" else halving_weights
-        weights = torch.zeros_like(distances)
-        weights[order] = visit_weights(accepted[order])
-        return Decision(weights, accepted, stepped, distances)

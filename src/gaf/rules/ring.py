@@ -4,12 +4,15 @@ Start s visits the rows s, s + 1, ... around the ring, and one start is kept.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from gaf.rules.agreement import cosines_of
 from gaf.rules.gram import is_present
+from gaf.rules.sequential import Sequential
+from gaf.rules.visits import plain_walk
 from gaf.shapes import Bool, Float64, Int
 
 
@@ -38,6 +41,40 @@ def choose_start(
         score = torch.where(left, score, -math.inf)
         left = left & (score == score.max())
     return left.int().argmax()
+
+
+def walk_from_best(
+    policy: Sequential, gram: Float64[Tensor, "k k"], least: int, fewest: bool
+) -> tuple[list[int], list[bool], Float64[Tensor, "2 k"]]:
+    """From the start to keep, on the host; arguments as for `choose_start`.
+
+    Returns:
+        The order of the visit; which rows were accepted; their distances and signals.
+    """
+    k = len(gram)
+    orders = [[(start + i) % k for i in range(k)] for start in range(k)]
+    visited = plain_walk(policy, gram, orders)
+    accepted = [[joins for joins, _, _ in rows] for rows in visited]
+    start = plain_start(gram, accepted, least, fewest)
+    numbers = [[row[1] for row in visited[start]], [row[2] for row in visited[start]]]
+    found = torch.tensor(numbers, dtype=torch.float64, device="cpu")
+    return orders[start], accepted[start], found
+
+
+def plain_start(
+    gram: Float64[Tensor, "k k"], accepted: Sequence[Sequence[bool]], least: int, fewest: bool
+) -> int:
+    """`choose_start` on the host, without cosines where the starts left accept the same rows."""
+    present, counts = is_present(gram.diagonal()).tolist(), list(map(sum, accepted))
+    left = [s for s, here in enumerate(present) if here and counts[s] >= least]
+    if not left:
+        return 0
+    wanted = (min if fewest else max)(counts[s] for s in left)
+    left = [s for s in left if counts[s] == wanted]
+    if all(accepted[s] == accepted[left[0]] for s in left):
+        return left[0]
+    start = choose_start(gram, torch.tensor(accepted, device="cpu"), least, fewest)
+    return int(start[None].tolist()[0])
 
 
 def mean_pairwise_cosine(

@@ -5,6 +5,7 @@ coordinates stand in the same order. Long tensors are split, and short ones join
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -21,10 +22,13 @@ Row = Sequence[Tensor | None]  # one micro-gradient, a tensor per parameter; Non
 Vectors = Sequence[Tensor]  # the same coordinates of all k rows, each (c,)
 
 
-def slices_of(rows: Sequence[Row]) -> Iterator[Vectors]:
-    """The rows slice by slice; long vectors as they lie in memory, short ones joined."""
+def slices_of(rows: Sequence[Row], length: int = SLICE) -> Iterator[Vectors]:
+    """The rows slice by slice; long vectors as they lie in memory, short ones joined.
+
+    length: of a slice on a CPU.
+    """
     waiting: list[Vectors] = []
-    for piece in pieces_of(rows):
+    for piece in pieces_of(rows, length):
         if piece[0].numel() >= short_on(piece[0].device):
             yield piece
             continue
@@ -47,17 +51,17 @@ def join(pieces: list[Vectors]) -> Vectors:
     return [torch.cat(vectors) for vectors in zip(*pieces, strict=True)]
 
 
-def pieces_of(rows: Sequence[Row]) -> Iterator[Vectors]:
+def pieces_of(rows: Sequence[Row], length: int) -> Iterator[Vectors]:
     """The rows parameter by parameter, in pieces of at most a slice."""
     for column in zip(*rows, strict=True):
         some = next((t for t in column if t is not None), None)
         if some is not None and some.numel():
             vectors = flatten([torch.zeros_like(some) if t is None else t for t in column])
-            yield from split(vectors, slice_on(some.device))
+            yield from split(vectors, slice_on(some.device, length))
 
 
-def slice_on(device: torch.device) -> int:
-    return SLICE if float64_device(device).type == "cpu" else DEVICE_CHUNK
+def slice_on(device: torch.device, length: int) -> int:
+    return length if float64_device(device).type == "cpu" else DEVICE_CHUNK
 
 
 def short_on(device: torch.device) -> int:
@@ -78,14 +82,27 @@ def split(vectors: Vectors, chunk: int) -> Iterable[Vectors]:
 
 def flatten(tensors: list[Tensor]) -> Vectors:
     """Vectors of the same coordinates in the same order; views of tensors that lie alike."""
-    first = tensors[0]
-    if all(t.is_contiguous() for t in tensors):
+    if all(map(Tensor.is_contiguous, tensors)):
         return [t.view(-1) for t in tensors]
+    first = tensors[0]
     if all(t.stride() == first.stride() for t in tensors):
         # channels_last becomes contiguous
         order = sorted(range(first.ndim), key=first.stride, reverse=True)
         tensors = [t.permute(order) for t in tensors]
     return [t.reshape(-1) for t in tensors]
+
+
+def fill(block: Tensor, vectors: Vectors) -> Tensor:
+    """Copies the vectors into the rows of the block; `stack` is slow where it converts."""
+    if all(v.dtype == block.dtype for v in vectors):
+        return torch.stack(list(vectors), out=block)
+    for row, v in zip(block, vectors, strict=True):
+        row.copy_(v)
+    return block
+
+
+def widest(dtypes: Sequence[torch.dtype]) -> torch.dtype:
+    return reduce(torch.promote_types, set(dtypes))
 
 
 def float64_device(device: torch.device) -> torch.device:

@@ -7,13 +7,16 @@ square root can differ, by one unit in the last place.
 
 import math
 from collections.abc import Sequence
+from operator import add
 
 import torch
 from torch import Tensor
 
 from gaf.rules.gram import is_present
-from gaf.rules.sequential import TIE, Seen, Sequential, norm2_after, signal_of, walk
-from gaf.shapes import Bool, Float64, Int
+from gaf.rules.sequential import TIE, Seen, Sequential, norm2_after, signal_of
+from gaf.shapes import Bool, Float64
+
+Visited = tuple[bool, float, float]  # whether a row was accepted, its distance and its signal
 
 FEW_NUMBERS = 2**12  # numbers that Python adds up faster than torch calls add up vectors of them
 
@@ -29,25 +32,30 @@ def is_plain(policy: Sequential, device: torch.device) -> bool:
     return device.type == "cpu" and common
 
 
-def walk_all(
-    policy: Sequential, gram: Float64[Tensor, "k k"], orders: Int[Tensor, "s k"]
-) -> Sequence[Tensor]:
-    """As `gaf.rules.sequential.walk`, in plain numbers if they are few."""
-    if orders.numel() * len(gram) > FEW_NUMBERS or not is_plain(policy, gram.device):
-        return walk(policy, gram, orders)
+def are_few(policy: Sequential, numbers: int, device: torch.device) -> bool:
+    """Whether Python is the faster one to decide from so many numbers on the device."""
+    return numbers <= FEW_NUMBERS and is_plain(policy, device)
+
+
+def plain_walk(
+    policy: Sequential, gram: Float64[Tensor, "k k"], orders: Sequence[Sequence[int]]
+) -> list[list[Visited]]:
+    """As `gaf.rules.sequential.walk` in orders of all rows: by order and row, what it gives."""
     sound = is_present(gram.diagonal())
     rows = torch.where(sound & sound[:, None], gram, 0.0).tolist()
     norms2, visited = gram.diagonal().tolist(), []
-    for order in orders.tolist():
+    for order in orders:
         visits, inner = PlainVisits(policy), [0.0] * len(rows)
         for i in order:
             joins, shrink = visits.visit(inner[i], norms2[i])
             if joins:
-                inner = [(a + b) * shrink for a, b in zip(inner, rows[i], strict=True)]
-        by_row = sorted(zip(order, visits.rows, strict=True))
-        visited.append([(joins, distance, signal) for _, (joins, distance, _, signal) in by_row])
-    accepted, distances, signals = gram.new_tensor(visited).unbind(2)
-    return accepted.bool(), distances, signals
+                inner = list(map(add, inner, rows[i]))
+            if joins and shrink != 1:
+                inner = [x * shrink for x in inner]
+        found = dict(zip(order, visits.rows, strict=True))
+        by_row = (found[i] for i in range(len(rows)))
+        visited.append([(joins, distance, signal) for joins, distance, _, signal in by_row])
+    return visited
 
 
 class Visits:
