@@ -68,6 +68,58 @@ def bench_table() -> str:
     return table(head, rows)
 
 
+# b, hidden; over plain accumulation, GAF and start="best": earlier figures, and the goals
+SMALL_MODELS = [
+    (20, 512, (1.58, 3.05), (1.15, 1.5)),
+    (20, 64, (2.57, 2.94), (1.4, 1.6)),
+    (100, 512, (1.26, 1.96), (1.08, 1.25)),
+]
+FIGURES = "<!-- figures: benchmarks/accumulate-mlp.jsonl -->\n"
+
+
+def small_models() -> dict[tuple[int, int, str], dict[str, Any]]:
+    """Lines of the record by b, hidden and way."""
+    return {(x["b"], x["hidden"], x["way"]): x for x in read_lines("accumulate-mlp.jsonl")}
+
+
+def small_models_table() -> str:
+    found, rows = small_models(), []
+    ways = [f"gaf.{way}" for way in ("Mean()", "GAF()", "GAF(start='best')")]
+    for hidden, b in ((512, 100), (512, 20), (64, 100), (64, 20)):
+        lines = [found[b, hidden, way] for way in ways]
+        plain = f"{sorted(line['plain_ms_median'] for line in lines)[1]:.1f}"
+        rows.append([hidden, b, plain, *map(ratio_in_hundredths, lines)])
+    return table("hidden | b | plain, ms | " + " | ".join(f"`{way}`" for way in ways), rows)
+
+
+def ratio_in_hundredths(line: dict[str, Any]) -> str:
+    low, high = line["ratio_p10"], line["ratio_p90"]
+    return f"{line['ratio_median']:.2f} ({low:.2f} to {high:.2f})"
+
+
+def before_after_table() -> str:
+    """GAF that accepts all rows, and start="best", over plain accumulation."""
+    found, rows = small_models(), []
+    for b, hidden, before, goals in SMALL_MODELS:
+        ways = ("gaf.GAF()", "gaf.GAF(start='best')")
+        after = [f"{found[b, hidden, way]['ratio_median']:.2f}" for way in ways]
+        pairs = zip(before, after, goals, strict=True)
+        rows.append([hidden, b, *(x for was, now, goal in pairs for x in (was, now, goal))])
+    names = ("`GAF()`", '`GAF(start="best")`')
+    heads = (f"{name} {when}" for name in names for when in ("before", "after", "goal"))
+    return table("hidden | b | " + " | ".join(heads), rows)
+
+
+def write_small_models() -> None:
+    """Writes both tables into docs/speed.md, each after its mark."""
+    page = ROOT / "docs" / "speed.md"
+    before, *parts = page.read_text().split(FIGURES)
+    tables = (small_models_table(), before_after_table())
+    rest = (part.partition("\n\n")[2] for part in parts)
+    filled = (f"{FIGURES}{one}\n\n{text}" for one, text in zip(tables, rest, strict=True))
+    page.write_text(before + "".join(filled))
+
+
 def ddp_table(name: str) -> str:
     """Of a file that `gaf bench ddp` or benchmarks/slow_network.py wrote."""
     rows = []
@@ -192,6 +244,12 @@ def test_the_figures_of_the_page_on_cost_are_the_records():
     assert [table for table in tables if table not in text] == []
 
 
+def test_the_page_on_speed_shows_the_record_of_small_models():
+    text = (ROOT / "docs" / "speed.md").read_text()
+    assert f"{FIGURES}{small_models_table()}\n" in text
+    assert f"{FIGURES}{before_after_table()}\n" in text
+
+
 def test_every_file_that_the_readme_points_to_exists():
     links = re.findall(r"\]\(([^)#]+)\)", README)
     assert [link for link in links if "://" not in link and not (ROOT / link).exists()] == []
@@ -226,6 +284,7 @@ def test_every_file_that_a_text_names_by_its_folder_exists():
 
 
 if __name__ == "__main__":
+    write_small_models()
     print(
         demo_table(),
         bench_table(),
