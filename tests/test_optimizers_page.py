@@ -1,0 +1,162 @@
+"""The tables of docs/optimizers.md are those of the records in results/.
+
+`python tests/test_optimizers_page.py` prints them anew.
+"""
+
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from gaf_lab.records import packs
+from gaf_lab.records.run import Run
+from gaf_lab.report import measures
+from gaf_lab.report.arms import Arm
+from gaf_lab.report.measures import Measure
+from gaf_lab.settings.arms import OPTIMIZER_NAMES
+from helpers.tables import by_name, percent, points_between, table
+
+ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "docs" / "optimizers.md"
+SEEDS = [0, 1, 2, 3, 4]
+POLICIES = ("averaging", "GAF", "random subset", "random skip")
+UNSTABLE = "shampoo"  # some of its runs on clean labels blow up
+COMPARED = ["sgd", "adamw", "muon", "lamb", "lion", "soap", "shampoo", "schedule-free"]
+
+
+@cache
+def runs(name: str) -> list[Run]:
+    return packs.read_pack(ROOT / "results" / f"{name}.jsonl")
+
+
+def arms_of(optimizer: str, rate: float) -> dict[str, Arm]:
+    """The arms of an optimizer by the name of their policy."""
+    chosen = [
+        run
+        for run in runs("optimizers")
+        if run.header["config"]["optimizer"] == optimizer
+        and run.header["config"]["noise_rate"] == rate
+    ]
+    return {name.split(",")[0]: arm for name, arm in by_name(chosen).items()}
+
+
+def accuracies(rate: float, measure: Measure) -> str:
+    rows = []
+    for optimizer in compared(rate):
+        arms = arms_of(optimizer, rate)
+        gaps = (points_between(arms["GAF"], arms[name], measure) for name in POLICIES[:3:2])
+        cells = (percent(arms[name], measure) for name in POLICIES)
+        rows.append([OPTIMIZER_NAMES[optimizer], *cells, *gaps])
+    head = f"optimizer | {' | '.join(POLICIES)} | GAF - averaging | GAF - random subset"
+    return table(head, rows)
+
+
+def compared(rate: float) -> list[str]:
+    """The optimizers with a row at a noise level."""
+    return [name for name in COMPARED if rate or name != UNSTABLE]
+
+
+def shares(rate: float) -> str:
+    """What GAF accepts before each optimizer, and what it and averaging memorise."""
+    rows = []
+    for optimizer in COMPARED:
+        arms = arms_of(optimizer, rate)
+        found = (
+            percent(arms["GAF"], measure)
+            for measure in (measures.ACCEPTANCE, measures.STEPS_TAKEN, measures.MEMORISED)
+        )
+        plain = percent(arms["averaging"], measures.MEMORISED)
+        rows.append([OPTIMIZER_NAMES[optimizer], *found, plain])
+    return table("optimizer | accepted | steps taken | memorised, GAF | memorised, averaging", rows)
+
+
+def moments() -> str:
+    """AdamW whose second moments see the update, or all micro-gradients."""
+    rows = []
+    for rate in (0.4, 0.0):
+        usual, seeing = arms_of("adamw", rate), arms_of("adamw-all", rate)
+        for name in ("GAF", "random subset"):
+            for measure in (measures.SELECTED, measures.LAST):
+                pair = (percent(usual[name], measure), percent(seeing[name], measure))
+                gap = points_between(seeing[name], usual[name], measure)
+                rows.append([f"{rate:.0%}", name, measure.name, *pair, gap])
+    return table("wrong | arm | measure | of the update | of all rows | all - update", rows)
+
+
+def rates() -> str:
+    """The search: the best held-out accuracy, mean over seeds; - where a run diverged."""
+    rows = []
+    for optimizer in COMPARED:
+        found = search(optimizer)
+        cells = ", ".join(f"{rate:g}: {show(value)}" for rate, value in sorted(found.items()))
+        rows.append([OPTIMIZER_NAMES[optimizer], cells, f"{best_rate(optimizer):g}"])
+    return table("optimizer | learning rate: held-out accuracy | chosen", rows)
+
+
+def show(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f}"
+
+
+def search(optimizer: str) -> dict[float, float | None]:
+    found: dict[float, list[float]] = {}
+    diverged = set()
+    for run in runs("optimizers-rates"):
+        if run.header["config"]["optimizer"] == optimizer:
+            rate = run.header["config"]["lr"]
+            if measures.status(run) != "finished":
+                diverged.add(rate)
+            best = max(line["heldout_accuracy"] for line in run.evals) if run.evals else 0.0
+            found.setdefault(rate, []).append(best)
+    return {
+        rate: None if rate in diverged else sum(values) / len(values)
+        for rate, values in found.items()
+    }
+
+
+def best_rate(optimizer: str) -> float:
+    """The rate of the highest accuracy; of equals the lowest."""
+    found = {rate: value for rate, value in search(optimizer).items() if value is not None}
+    return min(found, key=lambda rate: (-round(found[rate], 4), rate))
+
+
+TABLES = {
+    "rates": rates,
+    "last 40": lambda: accuracies(0.4, measures.LAST),
+    "selected 40": lambda: accuracies(0.4, measures.SELECTED),
+    "last 0": lambda: accuracies(0.0, measures.LAST),
+    "selected 0": lambda: accuracies(0.0, measures.SELECTED),
+    "shares 40": lambda: shares(0.4),
+    "moments": moments,
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_the_pages_tables_are_the_records(name):
+    assert TABLES[name]() in PAGE.read_text()
+
+
+def test_every_arm_has_five_finished_runs_with_the_same_seeds_at_the_chosen_rate():
+    for rate in (0.0, 0.4):
+        for optimizer in compared(rate):
+            arms = arms_of(optimizer, rate)
+            assert set(arms) == set(POLICIES)
+            for arm in arms.values():
+                assert sorted(arm.seeds) == SEEDS
+                assert {measures.status(run) for run in arm.runs} == {"finished"}
+            assert {arm.config["lr"] for arm in arms.values()} == {best_rate(optimizer)}
+
+
+def test_on_clean_labels_shampoo_blows_up_in_as_many_runs_as_the_page_says():
+    found = [
+        run
+        for run in runs("optimizers")
+        if (run.header["config"]["optimizer"], run.header["config"]["noise_rate"])
+        == (UNSTABLE, 0.0)
+    ]
+    lost = [run for run in found if run.evals[-1]["test_accuracy"] < 0.5]
+    assert f"{len(lost)} of its {len(found)} runs" in PAGE.read_text()
+
+
+if __name__ == "__main__":
+    for name, table_of in TABLES.items():
+        print(f"\n{name}\n\n{table_of()}")
