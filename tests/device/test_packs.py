@@ -1,7 +1,7 @@
 """Rows as few vectors: packed, decided on and unpacked, they are the rows as they came."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import torch
@@ -12,6 +12,7 @@ import gaf
 from gaf.device import packs
 from gaf.device.packs import packs_for
 from gaf.device.rows import rows_for, rows_without_waiting
+from gaf.rules.gram import gram_of, products_of
 from helpers.accumulating import ENGINES
 
 SHAPES = [(3, 4), (), (5,), (0,), (2, 3, 4, 5), (40, 30), (7,)]
@@ -147,3 +148,22 @@ def test_updates_that_share_a_vector_can_be_changed_one_by_one() -> None:
     assert (params[2] - before[2]).norm().item() == pytest.approx(1e-3, rel=1e-3)
     for j in (4, 5):
         torch.testing.assert_close(params[j].detach(), before[j] - (rows[0][j] + rows[1][j]) / 2)
+
+
+@pytest.mark.parametrize("given", [torch.zeros(0, device="meta"), None], ids=["empty", "missing"])
+def test_products_of_nothing_are_on_the_rows_device(given: Tensor | None) -> None:
+    """Else layers could not be joined, or would wait for a transfer."""
+
+    def policy(K: Tensor) -> NoReturn:
+        raise LookupError(K.device.type)
+
+    rows = rows_without_waiting(policy, [True], [torch.zeros(0, device="meta")])
+    rows.add([given])
+    with pytest.raises(LookupError, match="meta"):
+        rows.decide()
+
+
+def test_the_inner_products_of_empty_parameters_are_on_their_device() -> None:
+    empty = [torch.zeros(0, device="meta")]
+    assert [found.device.type for found in products_of(empty, empty)] == ["meta", "meta"]
+    assert gram_of([empty, empty]).device.type == "meta"

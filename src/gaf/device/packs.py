@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gaf.device.buffers import Buffers
-from gaf.rules.slices import DEVICE_CHUNK, short_on
+from gaf.rules.slices import DEVICE_CHUNK, float64_device, short_on
 
 
 class Apart:
@@ -23,10 +23,11 @@ class Apart:
 
     Attributes:
         votes: which vectors take part in the decision.
+        device: of products of the rows.
     """
 
     def __init__(self, voters: Sequence[bool]) -> None:
-        self.votes = list(voters)
+        self.votes, self.device = list(voters), torch.device("cpu")
 
     def pack(self, row: Buffers) -> Buffers:
         """The row's vectors."""
@@ -69,9 +70,11 @@ class Packs:
     Attributes:
         members: of each vector, the parameters whose coordinates it holds.
         votes: which vectors take part in the decision.
+        device: of products of the rows.
     """
 
     def __init__(self, kinds: Sequence[Kind]) -> None:
+        self.device = float64_device(kinds[0].device)
         self.layouts = [Layout(kind) for kind in kinds]
         self.members = groups_of(kinds)
         self.votes = [kinds[group[0]].votes for group in self.members]

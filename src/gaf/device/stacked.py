@@ -48,7 +48,8 @@ class StackedRows:
 
     def decide(self) -> tuple[Decision, Evidence]:
         parts = [voting_part(row, self.packs.votes) for row in self.rows]
-        gram = gram_of_by_blas(parts, self.roots)
+        # a layer that no row has a gradient for has its products on the CPU otherwise
+        gram = gram_of_by_blas(parts, self.roots).to(self.packs.device)
         for own, row in zip(gram.diagonal(), self.rows, strict=True):
             own += norm2_of_rest(row, self.packs.votes)
         return decide_with_evidence(self.policy, gram.cpu() if self.decides_on_host else gram)

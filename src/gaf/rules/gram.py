@@ -64,7 +64,7 @@ def gram_of(rows: Sequence[Row], roots: Row | None = None) -> Float64[Tensor, "k
     """
     shares = [lower_products(block) for block in blocks_of(rows, roots)]
     if not shares:
-        return torch.zeros(len(rows), len(rows), dtype=torch.float64, device="cpu")
+        return torch.zeros(len(rows), len(rows), dtype=torch.float64, device=home_of(rows))
     lower = torch.stack(shares).sum(0)
     return lower + lower.tril(-1).T
 
@@ -80,9 +80,15 @@ def products_of(
             a, b = a * factor, b * factor
         shares += [a.dot(b), b.dot(b)]
     if not shares:
-        return (zero := torch.zeros((), dtype=torch.float64, device="cpu")), zero
+        return (zero := torch.zeros((), dtype=torch.float64, device=home_of([g]))), zero
     inner, own = torch.stack(shares).view(-1, 2).sum(0).unbind()
     return inner, own
+
+
+def home_of(rows: Sequence[Row]) -> torch.device:
+    """Where the products of these rows are: of empty ones too, without a transfer."""
+    some = next((t for row in rows for t in row if t is not None), None)
+    return torch.device("cpu") if some is None else float64_device(some.device)
 
 
 def blocks_of(
