@@ -92,7 +92,7 @@ def exchange_policies() -> None:
     for policy, message in (
         (gaf.GAF, "handle.policy: policy must be a callable"),
         (gaf.GAF(scope="layer"), "must be 'all' or 'group'; got 'layer'"),
-        (gaf.GAF(min_accepted=3), "must be at most the number of rows.*got 3 and 2 rows"),
+        (gaf.GAF(min_accepted=3), "needs 3, and there are 2. Lower min_accepted"),
     ):
         with pytest.raises((TypeError, ValueError), match=message):
             handle.policy = policy

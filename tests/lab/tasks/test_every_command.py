@@ -38,7 +38,8 @@ def test_killed_resumed_swept_probed_and_reported(tmp_path, monkeypatch, capsys)
     monkeypatch.chdir(tmp_path)
     shutil.copy(SOURCE, "plane.py")
     task = ["--task", "plane.py:regression"]
-    words = ["-m", "gaf_lab", "train", *task, *SMALL, "--passes", "40", "--eval-every", "1"]
+    whole_path = ["--task", f"{tmp_path}/plane.py:regression"]  # other processes are elsewhere
+    words = ["-m", "gaf_lab", "train", *whole_path, *SMALL, "--passes", "40", "--eval-every", "1"]
     whole = WARM.start_program(*words, "--out", tmp_path / "whole", out=tmp_path / "said")
     assert whole.finish()
     assert whole.returncode == 0, whole.text()

@@ -325,10 +325,7 @@ def test_torchrun_with_four_ranks_is_one_run_and_equals_one_process(torchrun, tm
         "torchrun --nproc-per-node 4 -m gaf_lab train --dataset digits"
     )
     assert (
-        out.count("held-out   test")
-        == out.count("training pictures")
-        == out.count("Records: ")
-        == 1
+        out.count("held-out   test") == out.count("training samples") == out.count("Records: ") == 1
     )
     assert sum(
         line.split()[:2] == [f"{e['passes']:.2f}", str(e["step"])]
@@ -395,7 +392,7 @@ def test_kill_minus_9_of_a_worker_brings_the_run_back_and_to_the_same_end(
 
     def begun():
         # the records begin before this line is printed: the kill must not come between
-        return "training pictures" in printed.read_text()
+        return "training samples" in printed.read_text()
 
     def evaluated():
         return kept.exists() and torch.load(kept, weights_only=True)["step"] > 0
@@ -415,7 +412,7 @@ def test_kill_minus_9_of_a_worker_brings_the_run_back_and_to_the_same_end(
     _, err = process.communicate(timeout=900)
     assert process.returncode == 0, err
     out = printed.read_text()
-    assert out.count("training pictures") == 3
+    assert out.count("training samples") == 3
     assert " ".join(out.split()).count("162 steps, from step 81 ") == 1
     assert_same_run(ranks[0] / "long", tmp_path / "cut")
     kinds = [
