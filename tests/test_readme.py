@@ -205,7 +205,7 @@ def claims() -> Iterator[str]:
 
 
 HSDP = ("hsdp.jsonl", "hsdp-slow.jsonl")
-DDP = ("ddp.jsonl", "ddp-b32.jsonl", "slow_network.jsonl")
+DDP = ("ddp.jsonl", "ddp-b32.jsonl", "ddp-b32-amd.jsonl", "slow_network.jsonl")
 
 
 @pytest.mark.parametrize("block", BLOCKS)
