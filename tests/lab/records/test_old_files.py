@@ -70,7 +70,7 @@ def test_an_old_checkpoint_is_read(config):
 
 
 def measures_of(line: dict[str, Any]) -> dict[str, Any]:
-    """What an evaluation line says of inner products."""
+    """The values of an evaluation line that are computed from inner products."""
     names = "distance_mean", "distance_min", "distance_pairs", "noise_scale", "norm_dispersion"
     return {name: line[name] for name in names}
 
