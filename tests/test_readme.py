@@ -54,9 +54,9 @@ def demo_table() -> str:
 
 
 def read_lines(name: str) -> list[dict[str, Any]]:
-    """Of a benchmark's file, without the conditions in its first line."""
-    text = (ROOT / "benchmarks" / name).read_text()
-    return [json.loads(line) for line in text.splitlines()[1:]]
+    """Of a benchmark's file, without the conditions before the lines of each run."""
+    lines = map(json.loads, (ROOT / "benchmarks" / name).read_text().splitlines())
+    return [line for line in lines if line["kind"] != "conditions"]
 
 
 def bench_table() -> str:
