@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from gaf_lab.records import run as records
+from gaf_lab.records.output import make_file
 from gaf_lab.settings.checks import ConfigError, check_count
 
 # more than these only takes time
@@ -34,4 +34,4 @@ def check_rounds(options: Any) -> None:
     """Refuses too few or too many rounds, and an output file that cannot be written."""
     check_count("rounds", options.rounds, 2, MOST_ROUNDS, "A spread needs two.")
     if options.out is not None:
-        records.make_file(options.out)
+        make_file(options.out)

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from gaf_lab.commands.bench_checks import MOST_BATCH, check_counts
 from gaf_lab.commands.common import Words, say
-from gaf_lab.records import run as records
+from gaf_lab.records.output import make_file
 from gaf_lab.settings.checks import check_count
 
 MOST_WORKERS, MOST_SEEDS, MOST_STEPS = 64, 100, 1_000_000
@@ -43,7 +43,7 @@ def run_bench_guard(words: Words, console: Console) -> int:
     for name in ("before", "after", "clean"):
         check_count(name, getattr(options, name), 1, MOST_STEPS)
     if options.out is not None:
-        records.make_file(options.out)
+        make_file(options.out)
     from gaf_lab.bench.guard import GuardLengths, measure_false_alarms, measure_faults
     from gaf_lab.bench.guard_results import guard_tables
     from gaf_lab.bench.guard_tasks import load_guard_tasks

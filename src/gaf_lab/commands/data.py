@@ -59,7 +59,7 @@ def show_dataset(options: DataOptions, console: Console) -> int:
 def convert_own(options: DataOptions, console: Console) -> int:
     from gaf_lab.data.arrays import describe_arrays, write_arrays
     from gaf_lab.data.convert import read_from
-    from gaf_lab.records.run import make_file, replace_whole
+    from gaf_lab.records.output import make_file, replace_whole
 
     found = read_from(options.source, options.label, options.size)
     show_facts(describe_arrays(found), console)

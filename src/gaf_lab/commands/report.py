@@ -9,6 +9,7 @@ from tyro.conf import Positional
 
 from gaf_lab.commands.common import Words, say
 from gaf_lab.records import run as records
+from gaf_lab.records.output import make_folder
 from gaf_lab.settings.checks import ConfigError
 
 
@@ -43,7 +44,7 @@ def run_report(words: Words, console: Console) -> int:
         raise ConfigError("report needs a run with at least one evaluation; these have none yet.")
     out = options.out or page_folder(options.runs[0])
     console.print(results_table(found))
-    records.make_folder(out)
+    make_folder(out)
     with Progress(console, "figure") as progress:
         path = write_report(found, out, title=options.title, tell=progress)
     say(console, f"Page: {path}")

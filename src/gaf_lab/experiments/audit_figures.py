@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gaf_lab.experiments.audit_result import AuditResult
 from gaf_lab.experiments.probe_figure import legend_on_top
-from gaf_lab.records import run as records
+from gaf_lab.records.output import replace_whole
 from gaf_lab.report.figures import DPI, canvas, plain_axes
 from gaf_lab.report.palette import INK, SOFT
 
@@ -41,7 +41,7 @@ def draw_audit(found: AuditResult, path: Path) -> None:
     draw_quality(axes[0], found)
     if known:
         draw_roc(axes[1], found)
-    with records.replace_whole(path) as part:
+    with replace_whole(path) as part:
         figure.savefig(part, dpi=DPI)
 
 
@@ -107,7 +107,7 @@ def draw_suspects(found: AuditResult, path: Path) -> bool:
         if known:
             color = WRONG if found.flipped[row] else RIGHT
         draw_suspect(ax, found, row, pictures[found.index[row]], color)
-    with records.replace_whole(path) as part:
+    with replace_whole(path) as part:
         figure.savefig(part, dpi=DPI)
     return True
 

@@ -10,7 +10,7 @@ from rich import box
 from rich.table import Table
 
 from gaf_lab.experiments.audit_result import AuditLine, AuditResult
-from gaf_lab.records import run as records
+from gaf_lab.records.output import replace_whole
 
 SCORES = {
     "quality": "label quality",
@@ -32,7 +32,7 @@ def write_samples(found: AuditResult, path: Path) -> None:
         "true_label": found.truth if known and found.problem.classes else unknown,
         "flipped": found.flipped.int().tolist() if known else unknown,
     }
-    with records.replace_whole(path) as part, part.open("w", newline="") as file:
+    with replace_whole(path) as part, part.open("w", newline="") as file:
         out = csv.writer(file)
         out.writerow(columns)
         for row in found.order:

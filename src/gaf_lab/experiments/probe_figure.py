@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gaf_lab.experiments.probe_point import BINS, CURVE_TAUS, ProbeLine
-from gaf_lab.records import run as records
+from gaf_lab.records.output import replace_whole
 from gaf_lab.report.figures import DPI, canvas, plain_axes
 from gaf_lab.report.palette import INK, SOFT
 
@@ -35,7 +35,7 @@ def draw_probe(lines: Sequence[ProbeLine], path: Path) -> None:
         draw_distances(row[0], group)
         draw_acceptance(row[1], group)
         draw_layers(row[2], group[0])
-    with records.replace_whole(path) as part:
+    with replace_whole(path) as part:
         figure.savefig(part, dpi=DPI)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from gaf_lab.records import run as records
+from gaf_lab.records.output import make_folder
 from gaf_lab.settings.checks import ConfigError
 
 LOCK = "lock"
@@ -57,7 +57,7 @@ def own_folder(folder: Path, command: str | None = None) -> Iterator[None]:
         ConfigError: if the folder cannot be written.
     """
     new = not folder.exists()
-    records.make_folder(folder)
+    make_folder(folder)
     with (folder / LOCK).open("a+") as file:
         if not take_if_locks_exist(file):
             file.seek(0)

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 
 from gaf_lab.records import environment
-from gaf_lab.records import run as records
+from gaf_lab.records.output import replace_whole
 
 
 class Measurement(Protocol):
@@ -43,5 +43,5 @@ def write_measurements(
         "commit": environment.commit(),
     }
     lines = [{"kind": "conditions", **conditions, **where}, *(each.line() for each in found)]
-    with records.replace_whole(path) as part:
+    with replace_whole(path) as part:
         part.write_text("".join(json.dumps(line) + "\n" for line in lines))

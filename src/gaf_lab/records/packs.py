@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from gaf_lab.records.run import Run, as_json, replace_whole
+from gaf_lab.records.output import replace_whole
+from gaf_lab.records.run import Run, as_json
 
 SHARED_KEYS = ("config", "versions", "machine", "commit", "command")
 DIGITS = 5

@@ -38,16 +38,14 @@ ranks: processes that computed the micro-batches. launch: the torchrun command t
     or null.
 """
 
-import contextlib
 import json
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gaf_lab.records.output import replace_whole
 from gaf_lab.records.score import Score, score_in
-from gaf_lab.settings.checks import ConfigError
 
 FILE = "records.jsonl"
 
@@ -93,48 +91,19 @@ class Run:
         return self.evals[-1] if best is None else best[1]
 
 
-def make_folder(folder: Path) -> None:
-    """Makes an output folder; ConfigError if it cannot be written."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".writable"
-        probe.touch()
-        probe.unlink(missing_ok=True)  # another process may try the same folder
-    except FileExistsError:
-        raise ConfigError(
-            f"output folder {folder}: must be a folder; it is a file. Give another one with --out."
-        ) from None
-    except OSError as error:
-        seen = f"it is not ({error.filename}: {error.strerror})"
-        raise ConfigError(
-            f"output folder {folder}: must be writable; {seen}. Give another one with --out."
-        ) from None
-
-
-def make_file(path: Path) -> None:
-    """Makes the folder of an output file; ConfigError if the file cannot be written there."""
-    if path.is_dir():
-        raise ConfigError(
-            f"output file {path}: must be a file; it is a folder. "
-            "Give a file's name in it with --out."
-        )
-    make_folder(path.parent)
-
-
-@contextlib.contextmanager
-def replace_whole(path: Path) -> Iterator[Path]:
-    """A temporary path, which replaces the file at the end; an error leaves the old file."""
-    part = path.with_name(f".part-{path.name}")  # the suffix stays: it names a picture's format
-    try:
-        yield part
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+def begin(folder: Path, header: dict[str, Any]) -> None:
+    """Makes the records with their header, at once: no reader sees a file without one."""
+    with replace_whole(folder / FILE) as part:
+        part.write_text(as_line(header))
 
 
 def append(folder: Path, line: dict[str, Any]) -> None:
     with (folder / FILE).open("a") as file:
-        file.write(json.dumps(as_json(line), allow_nan=False) + "\n")
+        file.write(as_line(line))
+
+
+def as_line(record: dict[str, Any]) -> str:
+    return json.dumps(as_json(record), allow_nan=False) + "\n"
 
 
 def as_json(value: Any) -> Any:

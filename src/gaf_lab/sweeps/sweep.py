@@ -20,6 +20,7 @@ from typing import Literal
 from rich.console import Console
 
 from gaf_lab.records import run as records
+from gaf_lab.records.output import make_folder
 from gaf_lab.settings.checks import MOST_WORKERS, ConfigError, check_count
 from gaf_lab.settings.config import TrainConfig
 from gaf_lab.sweeps.board import Board
@@ -79,7 +80,7 @@ def sweep(
     """
     if engine != "ray":
         check_count("workers", workers, 1, MOST_WORKERS, "One for each core is usual.")
-    records.make_folder(out)
+    make_folder(out)
     if engine == "ray":
         out, data_folder = out.resolve(), data_folder and data_folder.resolve()
     plan = jobs(

@@ -10,6 +10,7 @@ from typing import Any
 from gaf_lab.data.run_data import RunData
 from gaf_lab.records import checkpoint, environment
 from gaf_lab.records import run as records
+from gaf_lab.records.output import make_folder
 from gaf_lab.settings.checks import ConfigError
 from gaf_lab.settings.config import TrainConfig
 from gaf_lab.training.ranks import Group, launch
@@ -31,7 +32,7 @@ def prepare_folder(folder: Path, resume: bool) -> None:
     """Makes the folder if it is missing. Refuses one with a run, or without one to resume."""
     if resume and not never_began(folder):
         checkpoint.find_checkpoint(folder)
-    records.make_folder(folder)
+    make_folder(folder)
     if not resume and (folder / records.FILE).exists() and not never_began(folder):
         raise ConfigError(
             f"output folder {folder}: must not hold a run yet; it does. "
@@ -90,7 +91,7 @@ def begin_records(
     if state is not None:
         truncate_records(folder / records.FILE, state["records_size"])
         return
-    records.append(folder, header(config, folder, data, command, group))
+    records.begin(folder, header(config, folder, data, command, group))
     if first is not None:
         checkpoint.save(folder, first())
 

@@ -12,6 +12,7 @@ import gaf
 from gaf_lab.bench import accumulate
 from gaf_lab.commands import main as cli
 from gaf_lab.records import run as records
+from gaf_lab.records.output import replace_whole
 from gaf_lab.settings.presets import PRESETS
 from gaf_lab.training.console import COLUMNS, ConsoleListener, table_line
 
@@ -456,11 +457,11 @@ def test_a_bench_refuses_a_folder_as_its_file_before_it_measures(run, tmp_path, 
 
 def test_a_file_is_replaced_as_a_whole_or_not_at_all(tmp_path):
     path = tmp_path / "samples.csv"
-    with records.replace_whole(path) as part:
+    with replace_whole(path) as part:
         part.write_text("first")
 
     def fail():
-        with records.replace_whole(path) as part:
+        with replace_whole(path) as part:
             part.write_text("sec")
             raise OSError("full")
 

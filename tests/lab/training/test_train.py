@@ -405,6 +405,22 @@ def test_a_record_line_cut_off_by_a_kill_is_left_out_and_a_broken_one_is_named(t
         records.read(tmp_path)
 
 
+def test_records_appear_with_their_header_for_those_who_read_while_a_run_begins(
+    tmp_path, monkeypatch
+):
+    seen, replace = [], Path.replace
+
+    def look_first(part, target):
+        if target == tmp_path / records.FILE:
+            seen.append((target.exists(), json.loads(part.read_text())))
+        return replace(part, target)
+
+    monkeypatch.setattr(Path, "replace", look_first)
+    run = train(SMALL, tmp_path, Silent(), steps=1)
+    assert seen == [(False, run.header)]
+    assert sorted(path.name for path in tmp_path.glob(".part*")) == []
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
