@@ -4,7 +4,13 @@
 
 A multilayer perceptron (784-512-512-10, SGD 0.05 with momentum 0.9, n = 160, no augmentation) is
 trained by plain averaging on labels of which a share is flipped to any other class (symmetric) or
-to the next one (asymmetric). The scores of each sample, from the visits of the training alone:
+to the next one (asymmetric). On CIFAR-100N the labels are those given by people (human), all 50,000
+pictures, shifted and mirrored at random, and the network is ResNet18 with the ImageNet stem:
+
+    python benchmarks/label_detection.py --datasets cifar100n cifar100n-coarse --seeds 1 \
+        --passes 1 3 6 12 --data FOLDER
+
+The scores of each sample, from the visits of the training alone:
 
     loss        minus the loss
     teacher     the label's probability under the average of the weights (0.99 a step)
@@ -20,13 +26,15 @@ that was trained on the other four (`folds`: the label's probability).
 The file has a line for each data set, noise, rate, seed and number of passes: the area under the
 ROC curve, the average precision, and the precision among the first 100 of each score; how many
 issues `report()` has, and how many of these are wrong; and the CPU seconds of a plain training, of
-one that also scores, and of the folds. A run that is interrupted goes on with the same command.
+one that also scores, and of the folds. Human labels have neither folds nor a plain training. A run
+that is interrupted goes on with the same command.
 """
 
 import argparse
 import dataclasses
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,18 +44,19 @@ from torch import Tensor, nn
 import gaf
 from gaf.samples.history import DISAGREED, LOSS, SCORE
 from gaf_lab.data import noise
-from gaf_lab.data.augment import normalise
+from gaf_lab.data.augment import crop_and_flip, normalise
 from gaf_lab.data.make_data import subset
 from gaf_lab.data.sampling import generator
 from gaf_lab.data.sets import load_once
 from gaf_lab.records.measurements import write_measurements
-from gaf_lab.training.models import mlp
+from gaf_lab.training.models import make_model, mlp
 from gaf_lab.training.techniques import ema_model
 
 N, FOLDS, LIMIT = 160, 5, 5000
 GRID = [("symmetric", 0.4), ("asymmetric", 0.4), ("asymmetric", 0.2), ("symmetric", 0.2)]
 GRID += [("symmetric", 0.1), ("symmetric", 0.6)]
 WITH_FOLDS = GRID[:3]
+HUMAN = {"cifar100n": 0.402, "cifar100n-coarse": 0.256}  # the share of wrong labels
 
 
 class Line(dict[str, Any]):
@@ -69,9 +78,19 @@ def quality(suspicion: Tensor, wrong: Tensor) -> dict[str, float]:
     return {name: round(float(value), 5) for name, value in found.items()}
 
 
-def network(x: Tensor, classes: int) -> tuple[nn.Module, torch.optim.Optimizer]:
-    model = mlp(x[0].numel(), classes)
+def network(data: Any) -> tuple[nn.Module, torch.optim.Optimizer]:
+    shape = data.train_x.shape[1:]
+    if data.name in HUMAN:
+        model = make_model("resnet18", shape, data.classes, "imagenet")
+    else:
+        model = mlp(shape.numel(), data.classes)
     return model, torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+
+
+def pictures(data: Any, i: Tensor, draw: torch.Generator) -> Tensor:
+    """Those of a batch (n, C, H, W), augmented if the data set is large."""
+    x = data.train_x[i]
+    return normalise(crop_and_flip(x, draw) if data.name in HUMAN else x, data.mean, data.std)
 
 
 def step(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
@@ -90,7 +109,7 @@ class Watch:
         self.prototype = gaf.SampleAgreement(losses, head, "prototype", **each)
         self.plain = gaf.SampleAgreement(losses, head, "prototype", refine=False, **each)
         self.vote = gaf.SampleAgreement(losses, head, "vote", **each)
-        self.teacher, self.probability = ema_model(model, 0.99), torch.zeros(n)
+        self.teacher, self.probability = ema_model(model, 0.99).eval(), torch.zeros(n)
 
     @torch.no_grad()
     def look(self, x: Tensor, y: Tensor, i: Tensor) -> None:
@@ -112,19 +131,19 @@ class Watch:
         }
 
 
-def watched(
-    data: Any, x: Tensor, test: Tensor, given: Tensor, seed: int, at: list[int]
-) -> list[Line]:
+def watched(data: Any, given: Tensor, seed: int, at: list[int]) -> list[Line]:
     """A line for each number of passes in `at`, of one training."""
     torch.manual_seed(seed)
-    model, optimizer = network(x, data.classes)
-    watch, draw, lines = Watch(model, len(x)), generator(seed, "batches"), []
+    model, optimizer = network(data)
+    watch, lines = Watch(model, len(given)), []
+    draw, moved = generator(seed, "batches"), generator(seed, "augmentation")
     wrong, spent = given != data.train_y, 0.0
     for number in range(1, max(at) + 1):
         before, started = watch.sums(), time.process_time()
-        for i in torch.randperm(len(x), generator=draw).split(N):
-            outputs = model(x[i])
-            watch.look(x[i], given[i], i)
+        for i in torch.randperm(len(given), generator=draw).split(N):
+            x = pictures(data, i, moved)
+            outputs = model(x)
+            watch.look(x, given[i], i)
             watch.vote(outputs, given[i], index=i)
             watch.plain(outputs, given[i], index=i)
             step(optimizer, watch.prototype(outputs, given[i], index=i))
@@ -141,7 +160,7 @@ def watched(
             lines.append(
                 Line(
                     passes=number,
-                    accuracy=round(accuracy(model, test, data.test_y), 4),
+                    accuracy=round(accuracy(model, data), 4),
                     issues=int(issue.sum()),
                     issues_wrong=int((issue & wrong).sum()),
                     wrong=int(wrong.sum()),
@@ -153,17 +172,22 @@ def watched(
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
-    return float((model(x).argmax(1) == y).double().mean())
+def accuracy(model: nn.Module, data: Any) -> float:
+    """Of the test pictures, in evaluation mode."""
+    model.eval()
+    answers = [model(normalise(x, data.mean, data.std)).argmax(1) for x in data.test_x.split(LIMIT)]
+    model.train()
+    return float((torch.cat(answers) == data.test_y).double().mean())
 
 
-def folds(data: Any, x: Tensor, given: Tensor, seed: int, at: list[int]) -> list[Line]:
+def folds(data: Any, given: Tensor, seed: int, at: list[int]) -> list[Line]:
     """The same by five folds: a line for each length of their trainings."""
+    x = normalise(data.train_x, data.mean, data.std)
     order = torch.randperm(len(x), generator=generator(seed, "folds"))
     trust, spent = {number: torch.zeros(len(x)) for number in at}, dict.fromkeys(at, 0.0)
     for fold, out in enumerate(order.chunk(FOLDS)):
         torch.manual_seed(seed * FOLDS + fold)
-        model, optimizer = network(x, data.classes)
+        model, optimizer = network(data)
         within = torch.ones(len(x), dtype=torch.bool)
         within[out] = False
         rest, draw = within.nonzero()[:, 0], generator(seed, "batches", fold)
@@ -187,41 +211,51 @@ def folds(data: Any, x: Tensor, given: Tensor, seed: int, at: list[int]) -> list
     ]
 
 
-def plain_seconds(data: Any, x: Tensor, given: Tensor, passes: int) -> float:
+def plain_seconds(data: Any, given: Tensor, passes: int) -> float:
     """CPU seconds of a training that scores nothing."""
-    model, optimizer = network(x, data.classes)
-    started = time.process_time()
+    model, optimizer = network(data)
+    started, draw = time.process_time(), torch.Generator()
     for _ in range(passes):
-        for i in torch.randperm(len(x)).split(N):
-            step(optimizer, nn.functional.cross_entropy(model(x[i]), given[i]))
+        for i in torch.randperm(len(given)).split(N):
+            step(optimizer, nn.functional.cross_entropy(model(pictures(data, i, draw)), given[i]))
     return round(time.process_time() - started, 2)
 
 
 def flip(data: Any, kind: str, rate: float, seed: int) -> Tensor:
+    if kind == "human":
+        return data.human
     make = noise.symmetric if kind == "symmetric" else noise.asymmetric
     return make(data.train_y, rate, data.classes, seed)[0]
 
 
-def limited(name: str) -> Any:
-    """The data set with at most `LIMIT` pictures to train on, and to test."""
-    data = load_once(name, None)
+def limited(name: str, folder: Path | None) -> Any:
+    """The data set, with at most `LIMIT` pictures to train on and to test where an MLP does it."""
+    data = load_once(name, folder)
+    if name in HUMAN:
+        return data
     kept, tested = (subset(name, len(y), LIMIT) for y in (data.train_y, data.test_y))
     train = {"train_x": data.train_x[kept], "train_y": data.train_y[kept]}
     tests = {"test_x": data.test_x[tested], "test_y": data.test_y[tested]}
     return dataclasses.replace(data, human=None, **train, **tests)
 
 
-def run(name: str, kind: str, rate: float, seed: int, at: list[int]) -> list[Line]:
-    data = limited(name)
-    x, test = (normalise(part, data.mean, data.std) for part in (data.train_x, data.test_x))
+def run(data: Any, kind: str, rate: float, seed: int, at: list[int]) -> list[Line]:
     given = flip(data, kind, rate, seed)
-    plain = plain_seconds(data, x, given, at[-1])
-    lines = [Line(way="watched", **line) for line in watched(data, x, test, given, seed, at)]
+    where = {"dataset": data.name, "noise": kind, "rate": rate, "seed": seed}
+    if kind != "human":
+        where["plain_cpu_seconds"] = plain_seconds(data, given, at[-1])
+    lines = [Line(way="watched", **line) for line in watched(data, given, seed, at)]
     if (kind, rate) in WITH_FOLDS:
-        more = folds(data, x, given, seed, at[1:-1])
-        lines += [Line(way="folds", **line) for line in more]
-    where = {"dataset": name, "noise": kind, "rate": rate, "seed": seed}
-    return [Line(where, plain_cpu_seconds=plain, **line) for line in lines]
+        lines += [Line(way="folds", **line) for line in folds(data, given, seed, at[1:-1])]
+    return [Line(where | line) for line in lines]
+
+
+def settings(options: argparse.Namespace) -> Iterator[tuple[str, str, float, int]]:
+    """Data set, noise, its rate and seed of each training, in their order."""
+    human = [(name, "human", HUMAN[name]) for name in options.datasets if name in HUMAN]
+    flipped = [name for name in options.datasets if name not in HUMAN]
+    grid = [(name, *setting) for setting in GRID[: options.settings] for name in flipped]
+    return ((*place, seed) for place in grid + human for seed in range(options.seeds))
 
 
 def recorded(path: Path) -> list[Line]:
@@ -237,19 +271,24 @@ def main() -> None:
     parser.add_argument("--settings", type=int, default=len(GRID), help="only the first ones")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--passes", type=int, nargs="+", default=[1, 3, 6, 12, 24])
+    parser.add_argument("--data", type=Path, help="folder of the files of a data set")
     parser.add_argument("--out", type=Path, default=Path("results/label-detection.jsonl"))
     options = parser.parse_args()
     lines = recorded(options.out)
     done = {(line["dataset"], line["noise"], line["rate"], line["seed"]) for line in lines}
-    conditions = {"model": "mlp", "n": N, "limit": LIMIT, "folds": FOLDS, "seeds": options.seeds}
-    for kind, rate in GRID[: options.settings]:
-        for name in options.datasets:
-            for seed in range(options.seeds):
-                if (name, kind, rate, seed) in done:
-                    continue
-                lines += run(name, kind, rate, seed, options.passes)
-                write_measurements(lines, options.out, conditions)
-                print(name, kind, rate, seed, flush=True)
+    conditions = {
+        "model": "mlp",
+        "model_of_human": "resnet18, imagenet stem",
+        "n": N,
+        "limit": LIMIT,
+        "folds": FOLDS,
+        "seeds": options.seeds,
+    }
+    for name, *setting in settings(options):
+        if (name, *setting) not in done:
+            lines += run(limited(name, options.data), *setting, options.passes)
+            write_measurements(lines, options.out, conditions)
+            print(name, *setting, flush=True)
 
 
 if __name__ == "__main__":
