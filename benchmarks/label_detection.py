@@ -5,7 +5,8 @@
 A multilayer perceptron (784-512-512-10, SGD 0.05 with momentum 0.9, n = 160, no augmentation) is
 trained by plain averaging on labels of which a share is flipped to any other class (symmetric) or
 to the next one (asymmetric). On CIFAR-100N the labels are those given by people (human), all 50,000
-pictures, shifted and mirrored at random, and the network is ResNet18 with the ImageNet stem:
+pictures, shifted and mirrored at random, and the network is ResNet18 with the ImageNet stem, in
+bfloat16:
 
     python benchmarks/label_detection.py --datasets cifar100n cifar100n-coarse --seeds 1 \
         --passes 1 3 6 12 --data FOLDER
@@ -82,6 +83,7 @@ def network(data: Any) -> tuple[nn.Module, torch.optim.Optimizer]:
     shape = data.train_x.shape[1:]
     if data.name in HUMAN:
         model = make_model("resnet18", shape, data.classes, "imagenet")
+        model = model.to(memory_format=torch.channels_last)
     else:
         model = mlp(shape.numel(), data.classes)
     return model, torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
@@ -89,8 +91,10 @@ def network(data: Any) -> tuple[nn.Module, torch.optim.Optimizer]:
 
 def pictures(data: Any, i: Tensor, draw: torch.Generator) -> Tensor:
     """Those of a batch (n, C, H, W), augmented if the data set is large."""
-    x = data.train_x[i]
-    return normalise(crop_and_flip(x, draw) if data.name in HUMAN else x, data.mean, data.std)
+    if data.name not in HUMAN:
+        return normalise(data.train_x[i], data.mean, data.std)
+    x = normalise(crop_and_flip(data.train_x[i], draw), data.mean, data.std)
+    return x.contiguous(memory_format=torch.channels_last)
 
 
 def step(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
@@ -114,7 +118,7 @@ class Watch:
     @torch.no_grad()
     def look(self, x: Tensor, y: Tensor, i: Tensor) -> None:
         """Before a step: the teacher's answer."""
-        p = self.teacher(x).softmax(1)
+        p = self.teacher(x).float().softmax(1)
         self.probability[i] += p.gather(1, y[:, None])[:, 0]
 
     def sums(self) -> dict[str, Tensor]:
@@ -142,8 +146,9 @@ def watched(data: Any, given: Tensor, seed: int, at: list[int]) -> list[Line]:
         before, started = watch.sums(), time.process_time()
         for i in torch.randperm(len(given), generator=draw).split(N):
             x = pictures(data, i, moved)
-            outputs = model(x)
-            watch.look(x, given[i], i)
+            with torch.autocast("cpu", torch.bfloat16, data.name in HUMAN):
+                outputs = model(x).float()
+                watch.look(x, given[i], i)
             watch.vote(outputs, given[i], index=i)
             watch.plain(outputs, given[i], index=i)
             step(optimizer, watch.prototype(outputs, given[i], index=i))

@@ -7,6 +7,12 @@ over nine tenths of the data, no augmentation) on MNIST-5k and on 5,000 pictures
 Every run evaluates both the weights and their average (0.99 a step). The runs are configs of the
 lab (`gaf train`), so each is also one command, and a sweep that is interrupted goes on with the
 same command.
+
+    python benchmarks/label_training.py --human --seeds 1 --data FOLDER \
+        --out runs/label-training-human --pack results/label-training-human.jsonl
+
+The most important arms on CIFAR-100N: 100 classes, labels given by people, ResNet18 with the
+ImageNet stem, 12 passes over nine tenths of the 50,000 pictures, shifted and mirrored at random.
 """
 
 import argparse
@@ -47,6 +53,7 @@ MORE: dict[str, dict[str, Any]] = {
     "prototype weights with ELR": {"agreement": "prototype", "loss": "elr"},
     "prototype weights with GCE": {"agreement": "prototype", "loss": "gce"},
 }
+PLAIN = {name: CORE[name] for name in ("plain prototype weights", "the same, plain prototypes")}
 FILTER = {"GAF": {"policy": "gaf", "k": 8, "b": 20}}
 SHARD: dict[str, Any] = {"noise": "symmetric", "noise_rate": 0.125, "sampler": "sharded"}
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -60,6 +67,32 @@ DATA: dict[str, dict[str, Any]] = {
     "mnist5k": {"dataset": "mnist5k"},
     "fashion-mnist": {"dataset": "fashion-mnist", "limit": 5000},
 }
+HUMAN: dict[str, Any] = {
+    "dataset": "cifar100n",
+    "noise": "human",
+    "model": "resnet18",
+    "stem": "imagenet",
+    "augment": True,
+    "passes": 12.0,
+    "eval_every": 3.0,
+    "probe": 1000,
+    "autocast": "bfloat16",
+    "channels_last": True,
+}
+ON_HUMAN: dict[str, dict[str, Any]] = {
+    "averaging": {},
+    "audit, restart with ELR": {**AUDIT, "audit_passes": 5.0},
+    **{name: CORE[name] for name in ("ELR", "GCE", "prototype weights")},
+    "the same, no suspects": {**AUDIT, "audit_passes": 5.0, "suspects": "none"},
+}
+
+
+def plan_human(seeds: int) -> Configs:
+    return [
+        dataclasses.replace(BASE, **HUMAN, **arm, seed=seed, label=label)
+        for seed in range(seeds)
+        for label, arm in ON_HUMAN.items()
+    ]
 
 
 def plan(seeds: int) -> Configs:
@@ -90,6 +123,7 @@ def order() -> list[tuple[str, str, dict[str, dict[str, Any]]]]:
         *((*where, CORE) for where in noisy[1:]),
         *shard,
         *((*where, arms) for arms in (FILTER, MORE) for where in noisy),
+        ("mnist5k", "long tail", PLAIN),
     ]
 
 
@@ -104,13 +138,15 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--out", type=Path, default=Path("runs/label-training"))
     parser.add_argument("--pack", type=Path, help="file for the finished runs")
+    parser.add_argument("--human", action="store_true", help="CIFAR-100N, not the other data")
+    parser.add_argument("--data", type=Path, help="folder of the files of a data set")
     parser.add_argument("--workers", type=int, default=1)
     options = parser.parse_args()
     how: dict[str, Any] = {"workers": options.workers, "engine": "together"}
     runs = sweep(
-        plan(options.seeds),
+        (plan_human if options.human else plan)(options.seeds),
         options.out,
-        data_folder=None,
+        data_folder=options.data,
         console=Console(),
         command="python benchmarks/label_training.py",
         keep_checkpoints=False,
