@@ -11,21 +11,31 @@ same command.
     python benchmarks/label_training.py --human --seeds 1 --data FOLDER \
         --out runs/label-training-human --pack results/label-training-human.jsonl
 
-The most important arms on CIFAR-100N: 100 classes, labels given by people, ResNet18 with the
+The most important rules on CIFAR-100N: 100 classes, labels given by people, ResNet18 with the
 ImageNet stem, 12 passes over nine tenths of the 50,000 pictures, shifted and mirrored at random.
+
+    python benchmarks/label_training.py --cost results/label-training-cost.jsonl
+
+What each rule costs: the CPU time of ten passes as a multiple of averaging's in the same round.
 """
 
 import argparse
 import dataclasses
+import statistics
+import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from gaf_lab.records.measurements import write_measurements
 from gaf_lab.records.packs import write_pack
 from gaf_lab.settings.config import TrainConfig
 from gaf_lab.settings.plan import Configs, follow
 from gaf_lab.sweeps.sweep import sweep
+from gaf_lab.training.listener import Listeners
+from gaf_lab.training.run import train
 
 BASE = TrainConfig(
     k=1, b=160, passes=30.0, eval_every=5.0, probe=500, ema=0.99, policy="mean", device="cpu"
@@ -133,6 +143,39 @@ def random_subset(gaf: TrainConfig) -> TrainConfig:
     return follow(like, gaf)
 
 
+@dataclasses.dataclass
+class Cost:
+    rule: str
+    cpu_ratios: list[float]
+
+    def line(self) -> dict[str, Any]:
+        median = statistics.median(self.cpu_ratios)
+        return {"kind": "label-training-cost", **vars(self), "cpu_ratio_median": median}
+
+
+def cpu_seconds(arm: dict[str, Any]) -> float:
+    """Of ten passes, evaluations included; of an audit and a restart in the same proportion."""
+    setting = {**DATA["mnist5k"], **SETTINGS["class-dependent 40%"], **arm, "passes": 10.0}
+    config = dataclasses.replace(
+        BASE, **setting | {"audit_passes": setting.get("audit_passes", 0) / 3}
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        started = time.process_time()
+        train(config, Path(folder) / "run", Listeners(), keep_checkpoints=False)
+        return time.process_time() - started
+
+
+def measure_costs(path: Path, rounds: int = 3) -> None:
+    arms = {**CORE, **MORE, **FILTER}
+    found = {name: Cost(name, []) for name in arms}
+    cpu_seconds({})  # reads the data
+    for _ in range(rounds):
+        seconds = {name: cpu_seconds(arm) for name, arm in arms.items()}
+        for name, cost in found.items():
+            cost.cpu_ratios.append(round(seconds[name] / seconds["averaging"], 3))
+        write_measurements(list(found.values()), path, {"passes": 10, "rounds": rounds})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seeds", type=int, default=5)
@@ -140,8 +183,12 @@ def main() -> None:
     parser.add_argument("--pack", type=Path, help="file for the finished runs")
     parser.add_argument("--human", action="store_true", help="CIFAR-100N, not the other data")
     parser.add_argument("--data", type=Path, help="folder of the files of a data set")
+    parser.add_argument("--cost", type=Path, help="only measure CPU times, for this file")
     parser.add_argument("--workers", type=int, default=1)
     options = parser.parse_args()
+    if options.cost is not None:
+        measure_costs(options.cost)
+        return
     how: dict[str, Any] = {"workers": options.workers, "engine": "together"}
     runs = sweep(
         (plan_human if options.human else plan)(options.seeds),

@@ -4,6 +4,7 @@ As a person starts them they are slow.
 """
 
 import ast
+import json
 import os
 import re
 import socket
@@ -100,6 +101,23 @@ def check_accuracies(name, printed):
     assert 0 < metrics["gaf/acceptance"] < 1
     assert 0 < metrics["gaf/stepped"] < 1
     assert metrics["gaf/tau"] == 0.8
+
+
+def test_one_training_finds_more_wrong_labels_than_cleanlabs_five(tmp_path):
+    """On class-dependent noise; cleanlab is no dependency, so this mostly only compiles."""
+    text = (EXAMPLES / "cleanlab_compare.py").read_text()
+    compile(text, "cleanlab_compare.py", "exec")
+    pytest.importorskip("cleanlab", reason="pip install cleanlab: it is no dependency")
+    program = tmp_path / "cleanlab_compare.py"
+    program.write_text(text.replace("in NOISE for s in range(SEEDS)", "in NOISE[:1] for s in (0,)"))
+    found = [json.loads(line) for line in fork(program, tmp_path).splitlines()]
+    assert [(line["way"], line["passes"]) for line in found] == [
+        ("agreement", 12),
+        ("cleanlab", 6),
+        ("cleanlab", 12),
+    ]
+    ours, *others = (line["auroc"] for line in found)
+    assert ours > 0.97 > 0.9 > max(others) > 0.5
 
 
 def test_an_outer_step_withstands_a_bad_process(tmp_path):
