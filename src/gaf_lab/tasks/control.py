@@ -1,4 +1,4 @@
-"""Balancing a pole by policy gradient: CartPole, where a micro-batch is a batch of episodes.
+"""CartPole and Acrobot by policy gradient, where a micro-batch is a batch of episodes.
 
 A sample is an episode: its number, from which start and actions are drawn, and the sign of its
 reward. The model plays the episodes of a micro-batch when it is called, and returns a loss for each
@@ -6,21 +6,18 @@ reward. The model plays the episodes of a micro-batch when it is called, and ret
 reward of a share `noise_rate` of the episodes has the wrong sign.
 """
 
-from typing import Any
+from functools import partial
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from gaf_lab.data.problem import Metric, Problem
 from gaf_lab.data.sampling import generator
-from gaf_lab.settings.checks import ConfigError
 from gaf_lab.settings.config import TrainConfig
+from gaf_lab.tasks.games import ACROBOT, CARTPOLE, Game, Games
 
 EPISODES, TESTED = 50_000, 50
-EPISODE_STEPS = 200  # of an episode, at most
 DISCOUNT = 0.99
-START = 0.05  # largest number of a state that an episode begins in
 
 
 def cartpole(config: TrainConfig) -> Problem:
@@ -29,16 +26,25 @@ def cartpole(config: TrainConfig) -> Problem:
     `limit` in the config is the number of episodes. Actions are drawn in training; in an evaluation
     they are the likelier ones.
     """
+    return play_episodes(config, CARTPOLE, "cartpole")
+
+
+def acrobot(config: TrainConfig) -> Problem:
+    """Episodes of Acrobot, as in `cartpole`; the return is -500 at least."""
+    return play_episodes(config, ACROBOT, "acrobot")
+
+
+def play_episodes(config: TrainConfig, game: Game, name: str) -> Problem:
     train, test = episodes(0, EPISODES, config), episodes(EPISODES, TESTED)
     return Problem(
-        model=PolicyGradient,
+        model=partial(PolicyGradient, game),
         train=(train, train[:, 1]),
         test=(test, test[:, 1]),
         clean=torch.ones(EPISODES, dtype=torch.int64),
         loss=surrogate_of,
         metric=Metric("return", return_of),
         classes=0,
-        name="cartpole",
+        name=name,
     )
 
 
@@ -60,65 +66,59 @@ def return_of(output: Tensor, target: Tensor) -> Tensor:
 
 
 class PolicyGradient(nn.Module):
-    """A network 4-32-2 that plays: episodes (b, 2) to their losses and returns (b, 2)."""
+    """A network with 32 hidden units that plays: episodes (b, 2) to losses and returns (b, 2)."""
 
-    def __init__(self, width: int = 32) -> None:
+    def __init__(self, game: Game, width: int = 32) -> None:
         super().__init__()
-        self.network = nn.Sequential(nn.Linear(4, width), nn.Tanh(), nn.Linear(width, 2))
-        self.environments: dict[int, Any] = {}
+        self.game = game
+        self.network = nn.Sequential(
+            nn.Linear(game.seen, width), nn.Tanh(), nn.Linear(width, game.actions)
+        )
+        self.games: dict[int, Games] = {}
 
     def forward(self, x: Tensor) -> Tensor:
-        states, actions, alive = (part.to(x.device) for part in self.play(x[:, 0]))
+        states, actions, rewards, alive = (part.to(x.device) for part in self.play(x[:, 0]))
         log_p = self.network(states).log_softmax(2).gather(2, actions[..., None])[..., 0]
         sign = x[:, 1].to(log_p.dtype)
-        advantage = advantages(alive * sign[:, None], alive)
+        advantage = advantages(rewards * sign[:, None], alive)
         losses = -(log_p * advantage).sum(1) * len(x) / alive.sum()
-        return torch.stack([losses, alive.sum(1)], 1)
+        return torch.stack([losses, rewards.sum(1)], 1)
 
     @torch.no_grad()
-    def play(self, numbers: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """States (b, t, 4), actions (b, t), and 1 where an episode was not over (b, t), on the CPU.
+    def play(self, numbers: Tensor) -> tuple[Tensor, ...]:
+        """Plays episodes: what the policy saw (b, t, s), its actions, the rewards, and where an
+        episode was not over (1, else 0), each (b, t) and on the CPU.
 
         numbers: of the episodes (b,).
         """
-        environment = self._environment(len(numbers))
-        environment.reset(seed=0)
+        games, steps = self._games(len(numbers)), self.game.steps
         draws = [generator(0, "episode", number) for number in numbers.tolist()]
         start = torch.stack([torch.rand(4, generator=draw) for draw in draws])
-        luck = torch.stack([torch.rand(EPISODE_STEPS, generator=draw) for draw in draws])
-        environment.state = ((2 * start - 1) * START).double().numpy().T.copy()
-        state = environment.state.T.astype(np.float32)
+        luck = torch.stack([torch.rand(steps, generator=draw) for draw in draws])
+        seen = games.begin(((2 * start - 1) * self.game.start).double().numpy())
         alive, found = torch.ones(len(numbers)), []
-        for t in range(EPISODE_STEPS):
-            here = torch.from_numpy(state)
-            right = self.network(here.to(numbers.device)).softmax(1)[:, 1].cpu()
-            action = (right > (luck[:, t] if self.training else 0.5)).long()
-            found.append((here, action, alive))
-            state, _, fallen, *_ = environment.step(action.numpy())
-            alive = alive * torch.from_numpy(~fallen)
+        for t in range(steps):
+            here = torch.from_numpy(seen)
+            chances = self.network(here.to(numbers.device)).softmax(1).cpu()
+            action = draw_actions(chances, luck[:, t]) if self.training else chances.argmax(1)
+            seen, reward, over = games.step(action.numpy())
+            found.append((here, action, alive * torch.from_numpy(reward).float(), alive))
+            alive = alive * torch.from_numpy(~over)
             if not alive.any():
                 break
-        states, actions, lives = zip(*found, strict=True)
-        return torch.stack(states, 1), torch.stack(actions, 1), torch.stack(lives, 1)
+        return tuple(torch.stack(part, 1) for part in zip(*found, strict=True))
 
-    def _environment(self, count: int) -> Any:
-        """`count` environments that step together; never restarted within EPISODE_STEPS."""
-        if count not in self.environments:
-            self.environments[count] = make_environments(count)
-        return self.environments[count]
+    def _games(self, count: int) -> Games:
+        """`count` games that step together."""
+        if count not in self.games:
+            self.games[count] = self.game.make(count)
+        return self.games[count]
 
 
-def make_environments(count: int) -> Any:
-    try:
-        import gymnasium
-    except ImportError:
-        raise ConfigError(
-            "cartpole needs gymnasium; it is not installed. Install it with pip install '.[tasks]'."
-        ) from None
-    made = gymnasium.make_vec(
-        "CartPole-v1", num_envs=count, vectorization_mode="vector_entry_point"
-    )
-    return made.unwrapped
+def draw_actions(chances: Tensor, luck: Tensor) -> Tensor:
+    """Actions (b,) by their chances (b, a), from numbers (b,) that are uniform in [0, 1)."""
+    or_later = chances.flip(1).cumsum(1).flip(1)[:, 1:]  # the chance of this action or a later one
+    return (or_later > luck[:, None]).sum(1)
 
 
 def advantages(rewards: Tensor, alive: Tensor) -> Tensor:

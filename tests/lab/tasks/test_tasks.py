@@ -2,12 +2,13 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
 from gaf_lab.settings.config import TrainConfig
-from gaf_lab.tasks import control, genres, language, speech
+from gaf_lab.tasks import control, games, genres, language, speech
 from gaf_lab.training.loop import Training
 from gaf_lab.training.run import train
 from helpers.fakes import Silent
@@ -144,21 +145,63 @@ def test_advantages_are_scaled_sums_of_discounted_rewards():
 def test_an_episode_is_the_same_in_any_batch_and_its_return_counts_its_steps():
     pytest.importorskip("gymnasium")
     torch.manual_seed(0)
-    model = control.PolicyGradient()
+    model = control.PolicyGradient(control.CARTPOLE)
     x = control.episodes(0, 6)
     output = model(x)
     assert torch.equal(output[2:4, 1], model(x[2:4])[:, 1])
     assert (output[:, 1] >= 8).all()  # no pole falls sooner
-    assert (output[:, 1] <= control.EPISODE_STEPS).all()
-    _, _, alive = model.play(x[:, 0])
+    assert (output[:, 1] <= control.CARTPOLE.steps).all()
+    *_, alive = model.play(x[:, 0])
     assert torch.equal(alive.sum(1), output[:, 1])
     assert (alive.diff(dim=1) <= 0).all()
+
+
+def test_an_action_is_drawn_by_the_chances():
+    chances, luck = torch.tensor([0.2, 0.5, 0.3]), (torch.arange(1000) + 0.5) / 1000
+    action = control.draw_actions(chances.expand(1000, 3), luck)
+    assert action.bincount().tolist() == [200, 500, 300]
+
+
+def test_acrobots_move_as_gymnasiums_own_and_see_the_same():
+    gymnasium = pytest.importorskip("gymnasium")
+    states = np.random.default_rng(0).uniform(-0.1, 0.1, (3, 4))
+    actions = np.random.default_rng(1).integers(0, 3, (40, 3))
+    several = games.Acrobots(3)
+    seen = [several.begin(states), *(several.step(action)[0] for action in actions)]
+    assert not several.over.any()
+    for i, state in enumerate(states):
+        one = gymnasium.make("Acrobot-v1").unwrapped
+        one.reset()
+        one.state = state
+        assert np.allclose(one._get_ob(), seen[0][i], atol=1e-7)
+        for action, here in zip(actions[:, i], seen[1:], strict=True):
+            for _ in range(games.HELD):
+                there, *_ = one.step(action)
+            assert np.array_equal(there, here[i])
+
+
+def test_an_acrobots_return_counts_its_steps_until_it_is_high_enough():
+    pytest.importorskip("gymnasium")
+    high, low = np.array([3.0, 0.0, 0.5, 0.0]), np.zeros(4)
+    several = games.Acrobots(2)
+    several.begin(np.stack([high, low]))
+    _, rewards, over = several.step(np.array([1, 1]))
+    assert over.tolist() == [True, False]
+    assert rewards.tolist() == [0.0, -games.HELD]  # high after its first step
+    torch.manual_seed(0)
+    output = control.PolicyGradient(games.ACROBOT)(control.episodes(0, 3))
+    assert output[:, 1].min() >= -500
+    never = control.PolicyGradient(games.ACROBOT).requires_grad_(False)
+    for weight in never.parameters():
+        weight.zero_()
+    never.network[2].bias[1] = 100.0  # no push
+    assert never(control.episodes(0, 2))[:, 1].tolist() == [-500.0, -500.0]
 
 
 def test_wrong_signs_of_all_rewards_turn_the_gradient_round():
     pytest.importorskip("gymnasium")
     torch.manual_seed(0)
-    model = control.PolicyGradient()
+    model = control.PolicyGradient(control.CARTPOLE)
     x = control.episodes(0, 4)
     grads = []
     for sign in (1, -1):
@@ -204,12 +247,21 @@ def run_and_resume(config, folder):
     return run
 
 
-def test_cartpole_trains_and_resumes_to_the_bit(tmp_path):
+def untrained(game):
+    """The mean return of the first weights."""
+    problem = getattr(control, game)(CONFIG)
+    torch.manual_seed(CONFIG.seed)
+    return problem.new_model().eval()(problem.test[0])[:, 1].mean().item()
+
+
+@pytest.mark.parametrize("game", ["cartpole", "acrobot"])
+def test_control_trains_and_resumes_to_the_bit(game, tmp_path, monkeypatch):
     pytest.importorskip("gymnasium")
+    monkeypatch.setattr(control, "TESTED", 10)
     options = {"limit": 128, "heldout": 0.0, "optimizer": "adam", "lr": 0.02}
-    run = run_and_resume(of_task("control:cartpole", **options), tmp_path)
+    run = run_and_resume(of_task(f"control:{game}", **options), tmp_path)
     assert run.score.name == "return"
-    assert run.evals[-1]["test_metric"] > run.evals[0]["test_metric"]
+    assert run.evals[-1]["test_metric"] > untrained(game)
 
 
 def test_the_plays_train_and_resume_to_the_bit(texts, tmp_path):
