@@ -13,14 +13,14 @@ import numpy as np
 from gaf_lab.settings.checks import ConfigError
 
 HELD = 4  # steps that an action of Acrobot lasts
-Step = tuple[np.ndarray, np.ndarray, np.ndarray]
+Moved = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 class Games(Protocol):
     def begin(self, states: np.ndarray) -> np.ndarray:
         """Puts the games into states (b, 4); what the policy sees (b, s)."""
 
-    def step(self, actions: np.ndarray) -> Step: ...
+    def step(self, actions: np.ndarray) -> Moved: ...
 
 
 class Poles:
@@ -37,7 +37,7 @@ class Poles:
         self.environment.state = states.T.copy()
         return states.astype(np.float32)
 
-    def step(self, actions: np.ndarray) -> Step:
+    def step(self, actions: np.ndarray) -> Moved:
         seen, _, fallen, *_ = self.environment.step(actions)
         return seen, np.ones(len(actions)), fallen
 
@@ -63,7 +63,7 @@ class Acrobots:
         self.over = np.zeros(len(states), dtype=bool)
         return self.seen.copy()
 
-    def step(self, actions: np.ndarray) -> Step:
+    def step(self, actions: np.ndarray) -> Moved:
         rewards = np.zeros(len(actions))
         for i in np.flatnonzero(~self.over):
             found = play_on(self.environments[i], actions[i])
