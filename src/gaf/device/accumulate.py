@@ -62,7 +62,7 @@ class Accumulator(Recorded):
         policy: `gaf.GAF(...)`, or any callable from a Gram matrix to a Decision or to weights.
             With `GAF(start="first")` (the default), Mean and RandomSkip the micro-gradients are
             added up as they come: one gradient-sized buffer more than plain accumulation, whatever
-            k. Others keep all k.
+            k. Others keep all k; on a CPU the memory of k - 1 stays from step to step.
         model: needed for bn="accepted"; also gives parameters their names in messages, in `layers`
             and in `leave_out`.
         scaler: a torch.amp.GradScaler. `backward` scales, `decide` unscales, `step` steps and
@@ -219,6 +219,7 @@ class Accumulator(Recorded):
             self._skip_layers()
         if outcome.stepped:
             self._params.place(rows.update(outcome.weights))
+        self._backward.spare = rows.spare() if isinstance(rows, StackedRows) else []
         self._batch.learn(rows, scale)
         self._rows = None
         self._scaling.unscale(overflow)

@@ -17,10 +17,12 @@ class BackwardPass:
     Attributes:
         missing: trainable parameters without a gradient at the last graph check; a change
             triggers a new check.
+        spare: rows of the last macro-batch. Each pass frees one, and its gradients take the memory.
     """
 
     def __init__(self) -> None:
         self.missing: list[bool] | None = None
+        self.spare: list[Buffers] = []
 
     def run(self, loss: Tensor, parameters: Parameters, retain_graph: bool) -> Buffers:
         """Runs the backward pass and takes the gradients out of the parameters."""
@@ -30,6 +32,7 @@ class BackwardPass:
                 "Accumulator: the optimizer must hold at least one parameter that requires a "
                 "gradient; all are frozen. Set requires_grad on some of them."
             )
+        del self.spare[:1]
         torch.autograd.backward(loss, inputs=trained, retain_graph=retain_graph)
         row = parameters.take_gradients()
         check_row(loss, row, parameters)

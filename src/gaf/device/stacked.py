@@ -65,6 +65,15 @@ class StackedRows:
         had = [had for had, w in zip(self.had_gradient, weights, strict=True) if w]
         return where_any(had, self.packs.unpack(total))
 
+    def spare(self) -> list[Buffers]:
+        """Rows to hold until their memory is needed again; see `BackwardPass`.
+
+        Freed together they would go back to the system, and fresh memory costs a CPU a page fault
+        for every 4 KiB. The first row is left out: the update takes its memory.
+        """
+        on_cpu = all(t is None or t.device.type == "cpu" for row in self.rows for t in row)
+        return self.rows[1:] if on_cpu else []
+
     def update_on_device(self, weights: Float64[Tensor, " k"]) -> list[Tensor]:
         """w^T G for weights that stay on the device, as `StreamedRows.update_on_device`."""
         assert merge_of(self.policy) is None
