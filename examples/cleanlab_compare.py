@@ -16,15 +16,16 @@ from torch import Tensor, nn
 
 import gaf
 
-SEEDS, NOISE = 5, ("class-dependent", "symmetric")  # 40% of the next digit, or of any other
+# 40% of the labels are the next digit's, or any other's; whether pixels are standardised
+CASES = [(noise, s) for noise in ("class-dependent", "symmetric") for s in (True, False)]
 
 
-def digits(noise: str, seed: int) -> tuple[Tensor, Tensor, Tensor]:  # pictures, labels, wrong?
+def digits(noise: str, standardised: bool, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     x, y = (torch.tensor(part) for part in mnist_data())
+    x = ((x - x.mean()) / x.std() if standardised else x / 255).float()
     torch.manual_seed(seed)
-    wrong = torch.rand(len(y)) < 0.4
-    other = torch.randint(1, 10, y.shape) if noise == "symmetric" else 1
-    return (x / 255).float(), torch.where(wrong, (y + other) % 10, y), wrong
+    wrong = torch.rand(n := len(y)) < 0.4
+    return x, (y + wrong * (torch.randint(1, 10, (n,)) if noise == "symmetric" else 1)) % 10, wrong
 
 
 def train(x: Tensor, y: Tensor, passes: int, judged: bool = False) -> Any:
@@ -41,8 +42,8 @@ def train(x: Tensor, y: Tensor, passes: int, judged: bool = False) -> Any:
 
 
 def agreement(x: Tensor, y: Tensor, passes: int) -> Any:
-    report = train(x, y, passes, judged=True)[1].report()
-    return report["label_quality"], report["is_label_issue"]
+    _, criterion = train(x, y, passes, judged=True)
+    return (criterion.report()[name] for name in ("label_quality", "is_label_issue"))
 
 
 def cleanlab(x: Tensor, y: Tensor, passes: int) -> Any:
@@ -54,12 +55,11 @@ def cleanlab(x: Tensor, y: Tensor, passes: int) -> Any:
 
 
 WAYS = ((agreement, 12), (cleanlab, 6), (cleanlab, 12))
-for noise, seed, (way, passes) in ((n, s, w) for n in NOISE for s in range(SEEDS) for w in WAYS):
-    x, y, wrong = digits(noise, seed)
-    started = time.process_time()
+for case, seed, (way, passes) in ((c, s, w) for c in CASES for s in range(5) for w in WAYS):
+    (x, y, wrong), started = digits(*case, seed), time.process_time()
     quality, issues = (torch.as_tensor(part) for part in way(x, y, passes))
-    line = {"noise": noise, "seed": seed, "way": way.__name__, "passes": passes}
-    line |= {"cpu_seconds": time.process_time() - started, "auroc": roc_auc_score(wrong, -quality)}
+    line = {"noise": case[0], "standardised": case[1], "seed": seed, "passes": passes}
+    line |= {"way": way.__name__, "cpu_seconds": time.process_time() - started}
+    line |= {"auroc": roc_auc_score(wrong, -quality), "issues": int(issues.sum())}
     line |= {"first100": int(wrong[quality.argsort()[:100]].sum()), "wrong": int(wrong.sum())}
-    line |= {"issues": int(issues.sum()), "issues_wrong": int((issues & wrong).sum())}
-    print(json.dumps(line), flush=True)
+    print(json.dumps(line | {"issues_wrong": int((issues & wrong).sum())}), flush=True)

@@ -1,12 +1,13 @@
 """What docs/samples.md says was measured is in the records in results/.
 
 `python tests/test_samples_evidence.py` prints the tables. The records are made by
-benchmarks/label_detection.py and benchmarks/label_training.py.
+benchmarks/label_detection.py, benchmarks/label_training.py and examples/cleanlab_compare.py.
 """
 
 import json
 import statistics
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from helpers.tables import table
 
 ROOT = Path(__file__).parents[1]
 DATA = {"mnist5k": "MNIST-5k", "fashion-mnist": "Fashion-MNIST"}
+HUMAN = {"cifar100n": "CIFAR-100N, 100 classes", "cifar100n-coarse": "CIFAR-100N, 20 classes"}
 NOISE = {"symmetric": "symmetric", "asymmetric": "class-dependent"}
 Lines = list[dict[str, Any]]
 
@@ -73,20 +75,17 @@ def along_training() -> str:
 def by_rate() -> str:
     """AUROC, average precision and precision among the first 100 after 12 passes."""
     groups, rows = found(), []
-    for data in DATA:
-        for noise, rate in sorted({key[1:3] for key in groups if key[0] == data}, reverse=True):
-            group = groups[data, noise, rate, "watched", 12]
-            folds = groups.get((data, noise, rate, "folds", BEST_OF_FOLDS))
-            if len(group) < 5:
-                continue
-            cells = [three(group, f"history_{name}") for name in ("loss", "plain", "prototype")]
-            counts = [
-                round(statistics.mean(line[name] for line in group))
-                for name in ("wrong", "issues", "issues_wrong")
-            ]
-            start = f"{DATA[data]}, {NOISE[noise]} {100 * rate:.0f}%"
-            full = folds is not None and len(folds) >= 5
-            rows.append([start, *cells, three(folds, "folds") if full else "", *counts])
+    for data, noise, rate in settings(groups):
+        group = groups[data, noise, rate, "watched", 12]
+        folds = groups.get((data, noise, rate, "folds", BEST_OF_FOLDS))
+        cells = [three(group, f"history_{name}") for name in ("loss", "plain", "prototype")]
+        counts = [
+            round(statistics.mean(line[name] for line in group))
+            for name in ("wrong", "issues", "issues_wrong")
+        ]
+        start = f"{DATA[data]}, {NOISE[noise]} {100 * rate:.0f}%"
+        folded = "" if folds is None else three(folds, "folds")
+        rows.append([start, *cells, folded, *counts])
     return table(
         "data, noise | mean loss | mean plain prototype | mean prototype | "
         "five folds, 3 passes | wrong | issues of `report()` | of these wrong",
@@ -94,30 +93,88 @@ def by_rate() -> str:
     )
 
 
+def on_human_labels() -> str:
+    """The same scores on human labels, one seed."""
+    rows = []
+    for (data, _, _, _, passes), (line,) in (
+        (key, group) for key, group in found().items() if key[0] in HUMAN
+    ):
+        given = line["scores"]
+        both = [
+            f"{given[name]['auroc']:.3f}, {given[f'history_{name}']['auroc']:.3f}"
+            for name in ("loss", "teacher", "vote", "plain", "prototype")
+        ]
+        differed = [
+            f"{given[f'history_{name}']['auroc']:.3f}"
+            for name in ("disagreement", "prototype_disagreement")
+        ]
+        cells = [f"{100 * line['accuracy']:.1f}", *both, *differed]
+        rows.append([HUMAN[data], passes, *cells])
+    return table(
+        "data | passes | test accuracy | loss | teacher | vote | plain prototype | prototype | "
+        "the network disagreed | the nearest prototype did",
+        rows,
+    )
+
+
+def reported_on_human_labels() -> str:
+    """AUROC, average precision, precision among the first 100, and issues, at the end."""
+    rows = []
+    for data in HUMAN:
+        lines = [group[0] for key, group in found().items() if key[0] == data]
+        for line in sorted(lines, key=lambda line: line["passes"])[-1:]:
+            cells = [
+                ", ".join(f"{line['scores'][f'history_{name}'][measure]:.3f}" for measure in THREE)
+                for name in ("loss", "teacher", "plain", "prototype", "disagreement")
+            ]
+            counts = [line[name] for name in ("wrong", "issues", "issues_wrong")]
+            rows.append([HUMAN[data], line["passes"], *cells, *counts])
+    return table(
+        "data | passes | mean loss | mean teacher | mean plain prototype | mean prototype | "
+        "the network disagreed | wrong | issues of `report()` | of these wrong",
+        rows,
+    )
+
+
+THREE = ("auroc", "ap", "first100")
+
+
 def three(group: Lines | None, name: str) -> str:
-    return ", ".join(cell(group, name, measure) for measure in ("auroc", "ap", "first100"))
+    return ", ".join(cell(group, name, measure) for measure in THREE)
 
 
 def detection_differences() -> str:
     """AUROC of the mean prototype score after 12 passes, less that of others."""
     groups, rows = found(), []
-    for data in DATA:
-        for noise in NOISE:
-            group = groups[data, noise, 0.4, "watched", 12]
-            folds = groups[data, noise, 0.4, "folds", BEST_OF_FOLDS]
-            own = scores(group, "history_prototype", "auroc")
-            others = {
-                name: scores(group, f"history_{name}", "auroc")
-                for name in ("loss", "teacher", "vote", "plain", "disagreement")
-            }
+    for data, noise, rate in settings(groups):
+        group = groups[data, noise, rate, "watched", 12]
+        folds = groups.get((data, noise, rate, "folds", BEST_OF_FOLDS))
+        own = scores(group, "history_prototype", "auroc")
+        others = {
+            name: scores(group, f"history_{name}", "auroc")
+            for name in ("loss", "teacher", "vote", "plain", "disagreement")
+        }
+        if folds is not None:
             others["folds"] = scores(folds, "folds", "auroc")
-            cells = [Paired.of(own, other).text(3) for other in others.values()]
-            rows.append([f"{DATA[data]}, {NOISE[noise]}", *cells])
+        cells = [Paired.of(own, other).text(3) for other in others.values()]
+        blank = [""] if folds is None else []
+        rows.append([f"{DATA[data]}, {NOISE[noise]} {100 * rate:.0f}%", *cells, *blank])
     return table(
         "data, noise | against mean loss | mean teacher | mean vote | mean plain prototype | "
         "the network disagreed | five folds, 3 passes",
         rows,
     )
+
+
+def settings(groups: dict[tuple[str, str, float, str, int], Lines]) -> list[tuple[str, str, float]]:
+    """Data set, noise and rate, of which five seeds are there."""
+    return [
+        (data, noise, rate)
+        for data in DATA
+        for noise in NOISE
+        for rate in (0.1, 0.2, 0.4, 0.6)
+        if len(groups.get((data, noise, rate, "watched", 12), [])) >= 5
+    ]
 
 
 def seconds() -> tuple[float, float]:
@@ -132,9 +189,45 @@ def seconds() -> tuple[float, float]:
     return mean("watched", 24), mean("folds", 12) * 24 / 12
 
 
+# ------------------------------------------------------------------------------------ cleanlab
+
+WAYS = {
+    ("agreement", 12): "`report()`, one training of 12 passes",
+    ("cleanlab", 6): "cleanlab, five folds of 6 passes",
+    ("cleanlab", 12): "cleanlab, five folds of 12 passes",
+}
+
+
+def beside_cleanlab() -> str:
+    """Means over the seeds, and the AUROC of one training less that of the folds."""
+    groups: dict[tuple[str, bool, str, int], Lines] = {}
+    for line in map(json.loads, (ROOT / "results" / "cleanlab.jsonl").read_text().splitlines()):
+        case = line["noise"], line["standardised"], line["way"], line["passes"]
+        groups.setdefault(case, []).append(line)
+    rows = []
+    for (noise, standardised, way, passes), group in groups.items():
+        ours = groups[noise, standardised, "agreement", 12]
+        gain = Paired.of(*([line["auroc"] for line in some] for some in (ours, group))).text(3)
+        means = [
+            f"{statistics.mean(line[name] for line in group):.{digits}f}"
+            for name, digits in COUNTED.items()
+        ]
+        start = f"{noise}, {'standardised' if standardised else 'in [0, 1]'}"
+        rows.append([start, WAYS[way, passes], *means, "" if group is ours else gain])
+    return table(
+        "noise, pixels | way | AUROC | wrong among the first 100 | wrong | issues | "
+        "of these wrong | CPU seconds | AUROC of one training less this",
+        rows,
+    )
+
+
+COUNTED = {"auroc": 3, "first100": 0, "wrong": 0, "issues": 0, "issues_wrong": 0, "cpu_seconds": 1}
+
+
 # ------------------------------------------------------------------------------------ training
 
 OURS = "audit, restart with ELR"
+BOTH = "prototype weights with ELR"
 SETTINGS = (
     ("asymmetric", 1.0, "iid", "class-dependent 40%"),
     ("symmetric", 1.0, "iid", "symmetric 40%"),
@@ -185,6 +278,54 @@ def spread(values: list[float]) -> str:
     return f"{100 * statistics.mean(values):.1f} ± {100 * statistics.stdev(values):.1f}"
 
 
+def at_a_glance() -> str:
+    """Mean accuracy at the end, averaged weights: a row for each rule."""
+    return glance(lambda arm: last)
+
+
+def at_equal_time() -> str:
+    """The same at the evaluation nearest to the time that averaging takes for all passes."""
+    spent = costs()
+
+    def measure(arm: str) -> Callable[[Run], float] | None:
+        return partial(within, 1 / spent[arm]) if arm in spent else None
+
+    return glance(measure)
+
+
+def within(share: float, run: Run) -> float:
+    """Test accuracy of the averaged weights after about this share of the passes."""
+    passes = share * run.evals[-1]["passes"]
+    nearest = min(run.evals, key=lambda line: abs(line["passes"] - passes))
+    return float(nearest["test_accuracy"])
+
+
+def glance(measure_of: Callable[[str], Callable[[Run], float] | None]) -> str:
+    places = trained()
+    rows = []
+    for arm in dict.fromkeys(arm for found in places.values() for arm in found):
+        measure = measure_of(arm)
+        if measure is not None:
+            means = (
+                f"{100 * statistics.mean(map(measure, found[arm])):.1f}" if arm in found else ""
+                for found in places.values()
+            )
+            rows.append([arm, *means])
+    heads = [f"{DATA[data]}, {setting}" for data, setting in places]
+    return table(" | ".join(["rule", *heads]), rows)
+
+
+def costs() -> dict[str, float]:
+    """CPU time of each rule, in that of averaging."""
+    lines = (ROOT / "results" / "label-training-cost.jsonl").read_text().splitlines()[1:]
+    found = map(json.loads, lines)
+    return {line["rule"]: line["cpu_ratio_median"] for line in found}
+
+
+def cost_table() -> str:
+    return table("rule | CPU time", ([rule, f"{ratio:.2f}"] for rule, ratio in costs().items()))
+
+
 def accuracy_table() -> str:
     rows = []
     for (data, setting), arms in trained().items():
@@ -196,18 +337,34 @@ def accuracy_table() -> str:
 
 def training_differences() -> str:
     """Of audit and restart against every other rule, in points."""
+    return differences(OURS, None)
+
+
+def elr_differences() -> str:
+    """Of prototype weights with ELR against rivals, and against either alone, in points."""
+    rivals = ("averaging", "GCE", "ELR", "prototype weights", OURS, "the same, no suspects", "GAF")
+    return differences(BOTH, rivals)
+
+
+def weights_differences() -> str:
+    """Of prototype weights against averaging and controls, in points."""
+    controls = ("averaging", "plain prototype weights", "prototype weights, shuffled")
+    return differences("prototype weights", controls)
+
+
+def differences(own: str, others: tuple[str, ...] | None) -> str:
     rows = []
     for (data, setting), arms in trained().items():
         for arm, runs in arms.items():
-            if arm == OURS or OURS not in arms:
+            if arm == own or own not in arms or (others and arm not in others):
                 continue
             cells = [
-                Paired.of(*([100 * measure(run) for run in some] for some in (arms[OURS], runs)))
+                Paired.of(*([100 * measure(run) for run in some] for some in (arms[own], runs)))
                 for measure in (MEASURES["last"], last, selected)
             ]
             rows.append([f"{DATA[data]}, {setting}", arm, *(cell.text(1) for cell in cells)])
     return table(
-        "data, labels | audit, restart with ELR, against | last | last, averaged weights | "
+        f"data, labels | {own}, against | last | last, averaged weights | "
         "selected, averaged weights",
         rows,
     )
@@ -226,12 +383,20 @@ def rarest_table() -> str:
 
 
 TABLES = (
-    along_training,
     by_rate,
+    on_human_labels,
+    reported_on_human_labels,
+    beside_cleanlab,
+    at_a_glance,
+    cost_table,
+    at_equal_time,
+    along_training,
     detection_differences,
     accuracy_table,
+    elr_differences,
     training_differences,
-    *([rarest_table] if any(setting.startswith("long") for _, setting in trained()) else []),
+    weights_differences,
+    rarest_table,
 )
 
 

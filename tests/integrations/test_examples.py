@@ -109,7 +109,7 @@ def test_one_training_finds_more_wrong_labels_than_cleanlabs_five(tmp_path):
     compile(text, "cleanlab_compare.py", "exec")
     pytest.importorskip("cleanlab", reason="pip install cleanlab: it is no dependency")
     program = tmp_path / "cleanlab_compare.py"
-    program.write_text(text.replace("in NOISE for s in range(SEEDS)", "in NOISE[:1] for s in (0,)"))
+    program.write_text(text.replace("in CASES for s in range(5)", "in CASES[:1] for s in (0,)"))
     found = [json.loads(line) for line in fork(program, tmp_path).splitlines()]
     assert [(line["way"], line["passes"]) for line in found] == [
         ("agreement", 12),
