@@ -44,7 +44,7 @@ def test_between_passes_streaming_holds_one_gradient_whatever_k_and_stacking_hol
     k: int, agree: bool
 ) -> None:
     """The running sum, after each backward, after decide and after step."""
-    params = [nn.Parameter(torch.zeros(12_345)), nn.Parameter(torch.zeros(12_345))]
+    params = [nn.Parameter(torch.zeros(76_543)), nn.Parameter(torch.zeros(76_543))]
 
     def most(rule: Any) -> float:
         acc, held = gaf.Accumulator(SGD(params, 0.1), rule), []
@@ -68,7 +68,7 @@ def test_between_passes_streaming_holds_one_gradient_whatever_k_and_stacking_hol
 @pytest.mark.usefixtures("only_new_objects")
 def test_a_rows_memory_is_free_before_the_next_backward_pass() -> None:
     """On a CPU k - 1 rows stay from step to step, and each pass begins with one block less."""
-    p = nn.Parameter(torch.zeros(12_345))
+    p = nn.Parameter(torch.zeros(76_543))
     acc, held = gaf.Accumulator(SGD([p], 0.1), stacked(gaf.GAF(0.5))), []
     for _ in range(2):
         for _ in range(4):

@@ -34,7 +34,7 @@ def gradients(params: list[nn.Parameter], seed: int) -> list[Tensor]:
 
 @pytest.fixture(autouse=True)
 def long_from_1000_on(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(packs, "short_on", lambda device: 1000)
+    monkeypatch.setattr(packs, "packed_below", lambda device: 1000)
     packs.make_packs.cache_clear()
     yield
     packs.make_packs.cache_clear()

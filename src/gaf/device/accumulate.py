@@ -156,10 +156,9 @@ class Accumulator(Recorded):
             with torch.no_grad():
                 rows.add(row)
         except BaseException:
+            self._params.clear()
             self._forget(rows)
             raise
-        finally:
-            self._params.clear()
         self._bn.note()
 
     def _rows_in_progress(self) -> Rows:

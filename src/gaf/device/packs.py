@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from gaf.device.buffers import Buffers
-from gaf.rules.slices import DEVICE_CHUNK, float64_device, short_on
+from gaf.rules.slices import DEVICE_CHUNK, DEVICE_SHORT, float64_device
+
+CPU_SHORT = 2**16 + 1  # a CPU copies less than that in the time that a vector costs in calls
 
 
 class Apart:
@@ -138,7 +140,7 @@ def groups_of(kinds: Sequence[Kind]) -> list[list[int]]:
     last: dict[tuple[object, ...], tuple[list[int], int]] = {}  # and how long it is
     for j, kind in enumerate(kinds):
         numel, like = kind.shape.numel(), (kind.device, kind.dtype, kind.votes)
-        short = numel < short_on(kind.device)
+        short = numel < packed_below(kind.device)
         group, size = last.get(like, ([], DEVICE_CHUNK))
         if not short or size + numel > DEVICE_CHUNK:
             groups.append(group := [])
@@ -147,3 +149,8 @@ def groups_of(kinds: Sequence[Kind]) -> list[list[int]]:
         if short:
             last[like] = group, size + numel
     return groups
+
+
+def packed_below(device: torch.device) -> int:
+    """The length from which on a parameter is a vector by itself."""
+    return CPU_SHORT if float64_device(device).type == "cpu" else DEVICE_SHORT

@@ -111,7 +111,7 @@ class StreamedRows:
         decision = self.policy.conclude(seen.accepted, seen.distances)
         check_decision(decision, self.policy, len(self), seen.accepted.device)
         self.policy.learn(seen)
-        return decision, Evidence(seen.norms2, seen.signals.nanmean(), tau)
+        return decision, Evidence(seen.norms2, self.visits.signal(), tau)
 
     def pair_means(self) -> PairMeans:
         """K's mean off the diagonal and on it, over accepted rows, from |s|^2 and sum |g_i|^2.

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -70,7 +71,7 @@ class Outcome:
         """Whether the rows were looked at."""
         return bool(self.distances)
 
-    @property
+    @cached_property
     def absences(self) -> list[bool]:
         """Which rows were zero, NaN or infinite.
 
@@ -109,7 +110,7 @@ class Outcome:
         """
         return self.distances.index(0.0) if 0.0 in self.distances else None
 
-    @property
+    @cached_property
     def compared(self) -> list[float]:
         """Distances of the rows that were compared with others, in ascending order.
 

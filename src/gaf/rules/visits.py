@@ -103,6 +103,10 @@ class Visits:
         )
         return Seen(accepted, distances, norms2, signals, gram=None)
 
+    def signal(self) -> Float64[Tensor, ""]:
+        """The mean of the known signals; NaN without any."""
+        return torch.stack([signal for *_, signal in self.rows]).nanmean()
+
 
 class PlainVisits:
     """Plain numbers, operation by operation as in `gaf.rules.sequential`.
@@ -146,3 +150,9 @@ class PlainVisits:
         accepted, *numbers = zip(*self.rows, strict=True)
         distances, norms2, signals = torch.tensor(numbers, dtype=torch.float64, device="cpu")
         return Seen(torch.tensor(accepted, device="cpu"), distances, norms2, signals, gram=None)
+
+    def signal(self) -> Float64[Tensor, ""]:
+        """As `Visits.signal`."""
+        known = [signal for *_, signal in self.rows if not math.isnan(signal)]
+        mean = sum(known) / len(known) if known else math.nan
+        return torch.tensor(mean, dtype=torch.float64, device="cpu")
