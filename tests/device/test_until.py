@@ -243,6 +243,16 @@ def test_what_does_not_go_with_until_is_refused() -> None:
     with pytest.raises(RuntimeError, match="enough needs a rule .* until is None"):
         assert gaf.Accumulator(optimizer, gaf.Mean()).enough
 
+    class Named(gaf.Accumulator):
+        subject = "Named"
+
+    with pytest.raises(TypeError, match="^Named: until must be a gaf.Agreement or None"):
+        Named(optimizer, gaf.Mean(), until=0.5)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="^Named: until goes with a policy that averages"):
+        Named(optimizer, gaf.GAF(0.8), until=until)
+    with pytest.raises(RuntimeError, match="^Named: enough needs a rule"):
+        assert Named(optimizer, gaf.Mean()).enough
+
 
 def test_a_state_of_another_kind_is_refused_and_nothing_is_taken() -> None:
     p = vector(2)

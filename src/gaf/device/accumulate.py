@@ -100,7 +100,7 @@ class Accumulator(Recorded):
         until: Agreement | None = None,
     ) -> None:
         self.optimizers = check_optimizers(optimizer, self.subject)
-        check_until(until)
+        check_until(until, self.subject)
         ledger = Ledger(check_policy(policy, self.subject))
         super().__init__(ledger, GrowingBatch(until, self.optimizers, self.subject))
         check_types(model, scaler, leave_out, self.subject)

@@ -34,7 +34,7 @@ class GrowingBatch:
         check_metric(policy, self.optimizers, self.subject)
         if self.until is not None and not averages(policy):
             raise ValueError(
-                "Accumulator: until goes with a policy that averages all micro-gradients; got "
+                f"{self.subject}: until goes with a policy that averages all micro-gradients; got "
                 f"{policy!r}. Use gaf.Mean(), or leave until out."
             )
 
@@ -42,8 +42,9 @@ class GrowingBatch:
         """Whether the macro-batch in progress is large enough; rows: it has none if None."""
         if self.until is None:
             raise RuntimeError(
-                "Accumulator: enough needs a rule by which a macro-batch is large enough; until is "
-                "None. Pass until=gaf.Agreement(rho=0.7, at_most=64), or count micro-batches."
+                f"{self.subject}: enough needs a rule by which a macro-batch is large enough; "
+                "until is None. Pass until=gaf.Agreement(rho=0.7, at_most=64), or count "
+                "micro-batches."
             )
         return rows is not None and self.until.suffices(len(rows), rows.pair_means)
 
@@ -94,11 +95,11 @@ class GrowingBatch:
             self.until.load_state_dict(state["until"])
 
 
-def check_until(until: Any) -> None:
+def check_until(until: Any, subject: str) -> None:
     """TypeError for what is no Agreement."""
     if until is not None and not isinstance(until, Agreement):
         raise TypeError(
-            f"Accumulator: until must be a gaf.Agreement or None; got {until!r}. "
+            f"{subject}: until must be a gaf.Agreement or None; got {until!r}. "
             "Use gaf.Agreement(rho=0.7, at_most=64)."
         )
 

@@ -80,12 +80,12 @@ class Parameters:
             if self.model is None:
                 fix = "Pass model= for the model's own names"
             raise ValueError(
-                "Accumulator: leave_out must be true for at least one parameter; it is for none, "
-                f"and is given names such as {self.name(0)!r}. {fix}."
+                f"{self.subject}: leave_out must be true for at least one parameter; it is for "
+                f"none, and is given names such as {self.name(0)!r}. {fix}."
             )
         if not any(voters):
             raise ValueError(
-                "Accumulator: leave_out must leave at least one parameter to decide on; "
+                f"{self.subject}: leave_out must leave at least one parameter to decide on; "
                 "it is true for all of them."
             )
         return voters

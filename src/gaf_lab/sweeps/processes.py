@@ -15,6 +15,9 @@ import torch
 from gaf_lab.sweeps.jobs import Job, JobEnd, JobProgress
 from gaf_lab.sweeps.worker import Reporter, work
 
+# what each worker would import at its first run: torch._dynamo by way of an optimizer
+PRELOADED = (__name__, "torch._dynamo", "gaf_lab.tasks.pictures")
+
 
 @dataclass(eq=False)
 class Worker:
@@ -28,13 +31,13 @@ class Worker:
 class Processes:
     """Workers that stay, so that each reads a data set once; one that dies is replaced.
 
-    They are forks of a process that has imported torch.
+    They are forks of a process that has imported all that a run needs.
     """
 
     def __init__(self, workers: int) -> None:
         self.limit, self.threads = workers, max(1, (os.cpu_count() or 1) // workers)
         self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload([__name__])
+        self.context.set_forkserver_preload(list(PRELOADED))
         self.workers: list[Worker] = []
 
     def room(self) -> int:

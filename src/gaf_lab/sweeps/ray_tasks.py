@@ -3,8 +3,10 @@
 import logging
 import os
 import socket
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -30,6 +32,7 @@ class Tasks:
         connect(address)
         self.limit, self.jobs, self.read = workers, dict[Any, Job](), time.monotonic()
         self.task = ray.remote(run_task)
+        self.path = [str(Path(place).absolute()) for place in sys.path]
 
     def room(self) -> int:
         return self.limit - len(self.jobs)
@@ -41,7 +44,7 @@ class Tasks:
             "max_retries": 0,
             "name": job.name,
         }
-        self.jobs[self.task.options(**options).remote(job)] = job
+        self.jobs[self.task.options(**options).remote(job, self.path)] = job
 
     def events(self, seconds: float) -> Iterator[tuple[str, JobProgress | JobEnd]]:
         if not self.jobs:
@@ -70,8 +73,12 @@ def connect(address: str) -> None:
         ) from None
 
 
-def run_task(job: Job) -> JobEnd:
-    """What runs on a node."""
+def run_task(job: Job, path: Sequence[str]) -> JobEnd:
+    """What runs on a node.
+
+    path: where the sweep finds modules, such as its task's, if the node does not find them itself.
+    """
+    sys.path += [place for place in path if place not in sys.path]
     torch.set_num_threads(1)
     return work(job, Silent())
 

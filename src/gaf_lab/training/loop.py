@@ -29,6 +29,7 @@ from gaf_lab.training.make import (
 )
 from gaf_lab.training.objective import make_objective
 from gaf_lab.training.optimizers import evaluated_weights, make_optimizer
+from gaf_lab.training.over_ranks import check_same_on_ranks
 from gaf_lab.training.ranks import ALONE, Group
 from gaf_lab.training.restart import start_again_if_due
 from gaf_lab.training.resume import check_same_data
@@ -45,6 +46,7 @@ class Training:
         self.device = group.each(lambda: pick_device(config.device, group))
         given = config, data_folder, self.device, group.world
         self.problem = group.each(lambda: make_run_data(*given))
+        check_same_on_ranks(self.problem, group)
         torch.manual_seed(derive_seed(config.seed, "weights"))
         self.model = self.problem.new_model()
         self.average = ema_model(self.model, config.ema) if config.ema else None

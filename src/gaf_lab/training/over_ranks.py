@@ -1,4 +1,4 @@
-"""The model and the optimizer of a run on several ranks."""
+"""The data, the model and the optimizer of a run on several ranks."""
 
 from typing import Any
 
@@ -10,6 +10,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 import gaf
 from gaf_lab.data.run_data import RunData
+from gaf_lab.settings.checks import ConfigError
 from gaf_lab.training.objective import Objective
 from gaf_lab.training.ranks import PATIENCE, Group
 
@@ -46,6 +47,31 @@ class OverRanks:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Accepts an Accumulator's state too, which counts nothing per rank."""
         self.handle.load_state_dict({"rejected": [], "absent": []} | state)
+
+
+def check_same_on_ranks(data: RunData, group: Group) -> None:
+    """Refuses ranks whose tasks gave them different training data.
+
+    Their micro-batches would be drawn from different samples, and the ranks could take different
+    numbers of steps.
+
+    Raises:
+        ConfigError: on the first rank whose data are not those of rank 0.
+        Elsewhere: on the others.
+    """
+    if group.world == 1:
+        return
+    first = group.on_rank_0(lambda: data.checksum)
+
+    def check() -> None:
+        if data.checksum != first:
+            raise ConfigError(
+                f"training data: must be the same on all ranks; rank {group.rank} has those of "
+                f"checksum {data.checksum}, rank 0 of {first}. In the task's function, draw random "
+                "numbers from config.seed, and sort what comes from a set or a folder."
+            )
+
+    group.each(check)
 
 
 def data_parallel(

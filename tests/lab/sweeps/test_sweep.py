@@ -165,17 +165,15 @@ def assert_index_is_whole(out):
     assert sorted(line["name"] for line in lines) == names
     for line in lines:
         run = records.read(out / line["name"])
-        accuracies = {
-            "test_last": run.evals[-1]["test_accuracy"],
-            "test_selected": run.selected["test_accuracy"],
-        }
+        key = f"test_{run.score.key}"
+        scores = {"test_last": run.evals[-1][key], "test_selected": run.selected[key]}
         what = {
             "name": run.folder.name,
             "arm": run.arm,
             "seed": run.seed,
             "hash": run.header["config_hash"],
         }
-        assert line == what | accuracies | {"seconds": run.end["seconds"]}
+        assert line == what | scores | {"seconds": run.end["seconds"]}
 
 
 def state_of(folders):

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import io
 import os
+import shutil
 import signal
 import threading
 from pathlib import Path
@@ -16,6 +17,7 @@ from gaf_lab.records import checkpoint
 from gaf_lab.records import run as records
 from gaf_lab.records.locks import LOCK
 from gaf_lab.settings.checks import ConfigError
+from gaf_lab.settings.config import TrainConfig
 from gaf_lab.settings.plan import folder_name
 from gaf_lab.sweeps.sweep import sweep
 from gaf_lab.training.run import train
@@ -27,6 +29,7 @@ pytestmark = pytest.mark.distributed
 
 LONG = dataclasses.replace(BASE, passes=8.0)  # a checkpoint after each pass
 PLAN = [LONG, dataclasses.replace(LONG, policy="mean", passes=2.0), subset(LONG)]
+SOURCE = Path(__file__).parents[2] / "helpers" / "regression.py"
 
 
 @pytest.fixture
@@ -56,12 +59,22 @@ def ancestors(pid):
         pid = int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
 
 
+def own_tasks(folder, monkeypatch):
+    """A task by its file, and one by its module, which only the sweep's own process finds."""
+    folder.mkdir()
+    file = shutil.copy(SOURCE, folder / "plane_of_ray.py")
+    monkeypatch.syspath_prepend(folder)
+    own = TrainConfig(noise="none", k=2, b=10, passes=2.0, task=f"{file}:regression")
+    return [own, dataclasses.replace(own, task="plane_of_ray:regression", task_source="")]
+
+
 @pytest.mark.skipif(not Path("/proc/locks").exists(), reason="finds a run's node in /proc")
-def test_a_node_that_is_killed_loses_no_run(cluster, tmp_path):
+def test_a_node_that_is_killed_loses_no_run(cluster, tmp_path, monkeypatch):
     nodes = {
         node.all_processes["raylet"][0].process.pid: node
         for node in (cluster.add_node(num_cpus=1), cluster.add_node(num_cpus=1))
     }
+    plan = [*PLAN, *own_tasks(tmp_path / "modules", monkeypatch)]
     folder, console = tmp_path / "cut" / folder_name(LONG), Console(file=io.StringIO())
     seen = []
 
@@ -79,13 +92,13 @@ def test_a_node_that_is_killed_loses_no_run(cluster, tmp_path):
     killer = threading.Thread(target=kill)
     killer.start()
     shared = {"engine": "ray", "address": cluster.address, "data_folder": None, "console": console}
-    swept = sweep(PLAN, tmp_path / "cut", workers=len(PLAN), **shared)
+    swept = sweep(plan, tmp_path / "cut", workers=len(plan), **shared)
     killer.join()
     assert not swept.failed
     assert f"{folder.name}: its node or process died (" in console.file.getvalue()
     assert seen[0].end is None
     assert swept.runs[0].header["started"] == seen[0].header["started"]  # not begun anew
-    for config in PLAN:
+    for config in plan:
         undisturbed = dataclasses.replace(
             config, replay=config.replay and tmp_path / "whole" / config.replay
         )

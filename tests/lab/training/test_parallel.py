@@ -51,6 +51,19 @@ SMALL = TrainConfig(
     tau=0.9,
     augment=True,
 )
+OWN = TrainConfig(
+    task="helpers.regression:regression", noise="none", k=WORLD, b=10, passes=4.0, lr=0.02
+)
+# a task whose data differ from rank to rank, as those of numpy's global generator would
+UNLIKE = """
+import os
+from helpers.regression import regression
+
+def unlike(config):
+    problem = regression(config)
+    problem.train[1][0] += float(os.environ["LOCAL_RANK"])
+    return problem
+"""
 TIMING = ("seconds", "samples_per_second")
 
 
@@ -163,6 +176,8 @@ def jobs(folder):
         "one-gaf": (nets["gaf"], {"resume": True}),
         "long": (dataclasses.replace(SMALL, passes=6.0, eval_every=3.0), {}),
         "diverged": (dataclasses.replace(SMALL, policy="mean", momentum=0.0, lr=1e30), {}),
+        "own": (OWN, {}),
+        "unlike": (dataclasses.replace(OWN, task=f"{folder}/unlike.py:unlike", task_source=""), {}),
     }
 
 
@@ -206,6 +221,7 @@ def work(pipe, rank, store, folder):
 def ranks(tmp_path_factory):
     """A folder with all jobs' runs by ranks, and what each rank was told."""
     folder = tmp_path_factory.mktemp("ranks")
+    (folder / "unlike.py").write_text(UNLIKE)
     train(SMALL, folder / "recorded", Silent())
     train(SMALL, folder / "one-gaf", Silent(), steps=11)
     store = str(folder / "store")
@@ -298,6 +314,22 @@ def test_an_error_on_one_rank_is_raised_there_and_ends_the_others(ranks):
     assert [t["there"] for t in told[1:]] == ["Elsewhere: "] * 2
 
 
+def test_a_task_of_the_users_own_ends_where_one_process_ends(ranks, tmp_path):
+    one = train(OWN, tmp_path, Silent())
+    assert_close(ranks[0] / "own", tmp_path)
+    for a, b in zip(records.read(ranks[0] / "own").evals, one.evals, strict=True):
+        for key in ("train_loss", "heldout_loss", "test_loss", "distance_mean"):
+            assert a[key] == pytest.approx(b[key], rel=10 * TOLERANCE)
+
+
+def test_a_task_that_gives_the_ranks_different_data_is_refused(ranks):
+    told = [each["unlike"] for each in ranks[1]]
+    assert told[1].startswith(
+        "ConfigError: training data: must be the same on all ranks; rank 1 has those of checksum"
+    )
+    assert (told[0], told[2]) == ("Elsewhere: ", "Elsewhere: ")
+
+
 def test_every_rank_gets_the_run_that_rank_0_recorded(ranks):
     folder, told = ranks
     assert [t["gaf"] for t in told] == [str(len(records.read(folder / "gaf").rows))] * 3
@@ -332,6 +364,24 @@ def test_torchrun_with_four_ranks_is_one_run_and_equals_one_process(torchrun, tm
         for line in out.splitlines()
         for e in run.evals
     ) == len(run.evals)
+
+
+def test_torchrun_takes_a_task_in_a_file_by_its_path_from_here(torchrun, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(Path(__file__).parents[2] / "helpers" / "regression.py", "plane.py")
+    own = ["--task", "plane.py:regression", "--k", "2", "--b", "10", "--lr", "0.02"]
+    process = torchrun(2, *own, "--passes", "4", "--out", "two")
+    out, err = process.communicate(timeout=900)
+    assert process.returncode == 0, err
+    assert out.startswith("plane.py:regression: 216 training samples")
+    config = dataclasses.replace(OWN, task=f"{tmp_path}/plane.py:regression", task_source="", k=2)
+    one = train(config, tmp_path / "one", Silent())
+    assert_close(tmp_path / "two", tmp_path / "one")
+    run = records.read(tmp_path / "two")
+    assert run.header["config_hash"] == config.hash
+    assert run.evals[-1]["test_loss"] == pytest.approx(
+        one.evals[-1]["test_loss"], rel=10 * TOLERANCE
+    )
 
 
 @pytest.mark.parametrize(
