@@ -49,7 +49,13 @@ def run_audit(words: Words, console: Console) -> int:
 def audit_and_write(options: AuditOptions, command: str, console: Console) -> int:
     from gaf_lab.experiments.audit import audit_labels
     from gaf_lab.experiments.audit_figures import SUSPECTS, draw_audit, draw_suspects
-    from gaf_lab.experiments.audit_report import closing_words, table, with_truth, write_samples
+    from gaf_lab.experiments.audit_report import (
+        closing_words,
+        first_suspects,
+        table,
+        with_truth,
+        write_samples,
+    )
     from gaf_lab.records.measurements import write_measurements
     from gaf_lab.training.console import Progress, describe_data, describe_training
     from gaf_lab.training.make import pick_device
@@ -69,6 +75,8 @@ def audit_and_write(options: AuditOptions, command: str, console: Console) -> in
     write_measurements(found, out / "audit.jsonl", conditions, pick_device(config.device))
     if known := with_truth(lines):
         console.print(table(known))
+    if (suspects := first_suspects(found[0])) is not None:
+        console.print(suspects)
     say(console, closing_words(lines))
     say(console, f"Samples: {out / 'samples.csv'}. Figure: {out / 'audit.png'}")
     if sheet:

@@ -1,5 +1,6 @@
 """Data of the user's own as arrays: an .npz file that `gaf data --from` writes and tasks read."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,9 @@ from gaf_lab.data.sources import DataError
 SPLIT_OFF = 0.2  # of each class, where the data have no test set of their own
 SPLIT_NAMES = ("x_train", "y_train", "x_test", "y_test")
 ONE_PART = ("x", "y")
+NAMES = ("names_train", "names_test")
+Pair = tuple[Tensor, Tensor]
+Names = tuple[list[str], list[str]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,11 +27,14 @@ class Arrays:
     Attributes:
         train, test: inputs (N, ...) and targets (N,): int64 for classes, float32 for numbers.
         classes: their names, in the order of their numbers; empty for numbers.
+        names: of the training and of the test samples, such as a file's path in the folder or a
+            table's "line 7"; empty if they have none.
     """
 
-    train: tuple[Tensor, Tensor]
-    test: tuple[Tensor, Tensor]
+    train: Pair
+    test: Pair
     classes: list[str]
+    names: Names = ([], [])
 
 
 def read_arrays(path: Path | None) -> Arrays:
@@ -57,13 +64,14 @@ def read_arrays(path: Path | None) -> Arrays:
 def from_arrays(arrays: dict[str, Any], name: str) -> Arrays:
     """name: of the file, in messages."""
     classes = [str(label) for label in arrays.get("classes", ())]
+    train_names, test_names = ([str(each) for each in arrays.get(key, ())] for key in NAMES)
     if all(key in arrays for key in SPLIT_NAMES):
         x, y, other_x, other_y = (arrays[key] for key in SPLIT_NAMES)
         parts = (as_inputs(x), as_targets(y, name)), (as_inputs(other_x), as_targets(other_y, name))
     elif all(key in arrays for key in ONE_PART):
         x, y = as_inputs(arrays["x"]), as_targets(arrays["y"], name)
         check_lengths(x, y, name)
-        parts = split(x, y)
+        return split(x, y, classes)
     else:
         raise DataError(
             f"{name}: must hold arrays x and y, or {', '.join(SPLIT_NAMES)}; "
@@ -71,7 +79,7 @@ def from_arrays(arrays: dict[str, Any], name: str) -> Arrays:
         )
     for x, y in parts:
         check_lengths(x, y, name)
-    return Arrays(*parts, classes)
+    return Arrays(*parts, classes, (train_names, test_names))
 
 
 def check_lengths(x: Tensor, y: Tensor, name: str) -> None:
@@ -102,7 +110,7 @@ def as_targets(y: Any, name: str) -> Tensor:
     return found.float() if flat.dtype.kind == "f" else found.long()
 
 
-def split(x: Tensor, y: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+def split(x: Tensor, y: Tensor, classes: list[str], names: Sequence[str] = ()) -> Arrays:
     """A fifth for the test, of each class if there are classes; always the same."""
     draw, test = generator(0, "test set"), torch.zeros(len(y), dtype=torch.bool)
     groups = y.unique().tolist() if not y.is_floating_point() else [None]
@@ -110,7 +118,10 @@ def split(x: Tensor, y: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Te
         members = torch.arange(len(y)) if label is None else (y == label).nonzero().flatten()
         order = torch.randperm(len(members), generator=draw)
         test[members[order[: round(len(members) * SPLIT_OFF)]]] = True
-    return (x[~test], y[~test]), (x[test], y[test])
+    named: Names = ([], [])
+    for name, tested in zip(names, test.tolist(), strict=False):
+        named[tested].append(name)
+    return Arrays((x[~test], y[~test]), (x[test], y[test]), classes, named)
 
 
 def write_arrays(found: Arrays, path: Path) -> None:
@@ -119,7 +130,8 @@ def write_arrays(found: Arrays, path: Path) -> None:
     content: dict[str, Any] = dict(
         zip(SPLIT_NAMES, (x.numpy(), y.numpy(), test_x.numpy(), test_y.numpy()), strict=True)
     )
-    content["classes"] = np.array(found.classes, dtype=np.str_)
+    for key, words in zip(("classes", *NAMES), (found.classes, *found.names), strict=True):
+        content[key] = np.array(words, dtype=np.str_)
     with path.open("wb") as file:
         np.savez(file, **content)
 
@@ -132,9 +144,11 @@ def describe_arrays(found: Arrays) -> dict[str, str]:
         "training samples": f"{len(y):,}",
         "test samples": f"{len(test_y):,}",
     }
+    if found.names[0]:
+        facts["names"] = f"{', '.join(found.names[0][:2])}, ..."
     if y.is_floating_point():
         return facts | {"targets": f"numbers, {float(y.min()):.4g} to {float(y.max()):.4g}"}
-    counts = torch.bincount(y).tolist()
+    counts = torch.bincount(y, minlength=len(found.classes)).tolist()
     names = found.classes or [str(label) for label in range(len(counts))]
     each = [f"{name}: {count:,}" for name, count in zip(names, counts, strict=False)]
     shown = ", ".join(each[:10]) + (", ..." if len(each) > 10 else "")

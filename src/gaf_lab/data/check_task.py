@@ -1,5 +1,7 @@
 """What a task must be to run under a config. Each message has the fix."""
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 
 from gaf_lab.data.problem import Problem, count_samples
@@ -18,6 +20,8 @@ def check_task(
     """
     check_loss_of(config, problem, classes)
     check_clean(problem)
+    check_names("class_names", problem.class_names, classes)
+    check_names("sample_names", problem.sample_names, count_samples(problem.train))
     check_restart(config, problem)
     if not classes:
         check_without_classes(config, train)
@@ -66,6 +70,14 @@ def check_clean(problem: Problem) -> None:
         "clean must be a tensor like the targets of train; "
         f"got {seen}. Leave it out if the true targets are not known."
     )
+
+
+def check_names(field: str, names: Sequence[str], count: int) -> None:
+    if len(names) not in (0, count):
+        raise ConfigError(
+            f"{field} must name each of {count:,}; got {len(names):,} names. "
+            "Leave it out if they have none."
+        )
 
 
 def check_without_classes(config: TrainConfig, train: Samples) -> None:

@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from gaf_lab.data.arrays import Arrays, read_arrays
-from gaf_lab.data.convert_pictures import read_folders, read_hugging_face
+from gaf_lab.data.convert_hugging_face import read_hugging_face
+from gaf_lab.data.convert_pictures import read_folders
 from gaf_lab.data.convert_table import read_table
 from gaf_lab.settings.checks import ConfigError, nearest
 

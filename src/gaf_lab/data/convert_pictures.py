@@ -1,15 +1,14 @@
-"""Pictures in folders of classes, and a Hugging Face dataset on disk, as arrays."""
+"""Pictures as arrays: those in folders of classes."""
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from gaf_lab.data.arrays import Arrays, as_inputs, split
+from gaf_lab.data.arrays import Arrays, split
 from gaf_lab.data.sources import DataError
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
@@ -19,7 +18,7 @@ TESTS = ("test", "val", "valid", "validation")
 def read_folders(folder: Path, size: int | None) -> Arrays:
     """The pictures (N, C, H, W) uint8 of FOLDER/CLASS/*, or FOLDER/train/CLASS/* and .../test.
 
-    They have three channels, or one if all are grey.
+    They have three channels, or one if all are grey. A sample's name is its file's path in FOLDER.
 
     Args:
         folder: as above.
@@ -27,16 +26,23 @@ def read_folders(folder: Path, size: int | None) -> Arrays:
     """
     if not folder.is_dir():
         raise DataError(f"{folder}: must be a folder of pictures; it is not. Is the path right?")
-    inner = {place.name: place for place in sorted(folder.iterdir()) if place.is_dir()}
-    test = next((inner[name] for name in TESTS if name in inner and "train" in inner), None)
-    first = inner["train"] if test is not None else folder
-    classes = [place.name for place in sorted(first.iterdir()) if place.is_dir()]
+    inner = subfolders(folder)
+    test = next((folder / name for name in TESTS if name in inner and "train" in inner), None)
+    first = folder if test is None else folder / "train"
+    classes = subfolders(first)
     files, y = labelled_files(first, classes)
+    others, other_y = ([], y[:0]) if test is None else labelled_files(test, classes)
+    names = [path.relative_to(folder).as_posix() for path in [*files, *others]]
+    pictures = zip(names, map(open_picture, [*files, *others]), strict=True)
+    x, n = stack(pictures, size, folder), len(y)
     if test is None:
-        return Arrays(*split(stack(map(open_picture, files), size, folder), y), classes)
-    others, other_y = labelled_files(test, classes)
-    every = stack(map(open_picture, [*files, *others]), size, folder)
-    return Arrays((every[: len(y)], y), (every[len(y) :], other_y), classes)
+        return split(x, y, classes, names)
+    return Arrays((x[:n], y), (x[n:], other_y), classes, (names[:n], names[n:]))
+
+
+def subfolders(folder: Path) -> list[str]:
+    """The names of the folders in a folder, but for hidden ones."""
+    return sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
 
 
 def labelled_files(folder: Path, classes: list[str]) -> tuple[list[Path], Tensor]:
@@ -52,7 +58,23 @@ def labelled_files(folder: Path, classes: list[str]) -> tuple[list[Path], Tensor
             f"{folder}: must hold a folder of pictures for each class; it has none. "
             f"Put them into {folder}/CLASS/ ({', '.join(PICTURE_SUFFIXES)})."
         )
+    check_folders(folder, classes, labels)
     return files, torch.tensor(labels)
+
+
+def check_folders(folder: Path, classes: list[str], labels: list[int]) -> None:
+    """Refuses a class's folder without pictures, and one of a class that is not trained on."""
+    for name in subfolders(folder):
+        if name not in classes:
+            raise DataError(
+                f"{folder / name}: must be a class of the training pictures; it is none of "
+                f"{', '.join(classes[:10])}. Rename it, or take it out."
+            )
+        if classes.index(name) not in labels:
+            raise DataError(
+                f"{folder / name}: a class's folder must hold pictures; it has none "
+                f"({', '.join(PICTURE_SUFFIXES)}). Take it out."
+            )
 
 
 def open_picture(path: Path) -> Image.Image:
@@ -64,14 +86,16 @@ def open_picture(path: Path) -> Image.Image:
         raise DataError(f"{path}: must be a picture; {error}. Take it out.") from None
 
 
-def stack(pictures: Iterable[Image.Image], size: int | None, source: Path) -> Tensor:
-    """(N, C, H, W) uint8."""
-    found = list(pictures)
-    sizes = {picture.size for picture in found}
+def stack(pictures: Iterable[tuple[str, Image.Image]], size: int | None, source: Path) -> Tensor:
+    """(N, C, H, W) uint8, of pictures with their names."""
+    named = list(pictures)
+    found = [flatten(name, picture) for name, picture in named]
+    sizes = {picture.size: name for name, picture in reversed(named)}
     if size is None and len(sizes) > 1:
+        shown = " and ".join(f"{w} x {h} ({name})" for (w, h), name in sorted(sizes.items())[:2])
         raise DataError(
-            f"{source}: pictures must have one size; these have {len(sizes)}, such as "
-            f"{' and '.join(f'{w} x {h}' for w, h in sorted(sizes)[:2])}. Give one with --size 64."
+            f"{source}: pictures must have one size; these have {len(sizes)}, such as {shown}. "
+            "Give one with --size 64."
         )
     mode = "L" if all(picture.mode in ("L", "1") for picture in found) else "RGB"
     arrays = []
@@ -83,58 +107,16 @@ def stack(pictures: Iterable[Image.Image], size: int | None, source: Path) -> Te
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
 
 
-def read_hugging_face(folder: Path, label: str | None, size: int | None) -> Arrays:
-    """A dataset that `save_to_disk` wrote: a column of pictures or numbers, and one of labels.
-
-    label: the column of labels; None for the only one of the type ClassLabel.
-    """
-    try:
-        from datasets import load_from_disk
-    except ModuleNotFoundError:
+def flatten(name: str, picture: Image.Image) -> Image.Image:
+    """The picture, on white where it is transparent. Refuses more than 8 bits: they would clip."""
+    if picture.mode[0] in "IF":
         raise DataError(
-            "hf: needs the package datasets, which is not installed. pip install datasets"
-        ) from None
-    found: Any = load_from_disk(str(folder))
-    parts = {name: found[name] for name in found} if hasattr(found, "keys") else {"train": found}
-    if "train" not in parts:
-        raise DataError(f"{folder}: must have a split 'train'; it has {', '.join(parts)}.")
-    train = parts["train"]
-    label = label or label_column(train, folder)
-    inputs = [name for name in train.column_names if name != label]
-    names = getattr(train.features[label], "names", None) or []
-    test = next((parts[name] for name in TESTS if name in parts), None)
-    x, y = columns_of(train, inputs, label, size, folder)
-    if test is None:
-        return Arrays(*split(x, y), list(names))
-    return Arrays((x, y), columns_of(test, inputs, label, size, folder), list(names))
-
-
-def label_column(part: Any, folder: Path) -> str:
-    found = [name for name, kind in part.features.items() if hasattr(kind, "names")]
-    if len(found) != 1:
-        raise DataError(
-            f"{folder}: the column of labels must be known; {len(found)} are of type ClassLabel. "
-            f"Give one of {', '.join(part.column_names)} with --label."
+            f"{name}: a picture must have 8 bits per channel; it has the mode {picture.mode!r}. "
+            "Save it with 8, or write a task of your own (docs/your-task.md)."
         )
-    return str(found[0])
-
-
-def columns_of(
-    part: Any, inputs: list[str], label: str, size: int | None, folder: Path
-) -> tuple[Tensor, Tensor]:
-    """Inputs and labels; the inputs are one column of pictures, or columns of numbers."""
-    first = part[0]
-    pictures = [name for name in inputs if isinstance(first[name], Image.Image)]
-    y = torch.tensor(part[label])
-    if pictures:
-        return stack((row[pictures[0]] for row in part), size, folder), y
-    try:
-        columns = [
-            np.asarray(part[name], dtype=np.float32).reshape(len(part), -1) for name in inputs
-        ]
-    except (ValueError, TypeError):
-        raise DataError(
-            f"{folder}: inputs must be pictures or numbers; they are {', '.join(inputs)}. "
-            "Write a task of your own (docs/your-task.md)."
-        ) from None
-    return as_inputs(np.concatenate(columns, 1)), y
+    if not picture.has_transparency_data:
+        return picture
+    grey = picture.mode in ("L", "LA", "La")
+    seen = picture.convert("RGBA")
+    whole = Image.alpha_composite(Image.new("RGBA", seen.size, "white"), seen)
+    return whole.convert("L" if grey else "RGB")

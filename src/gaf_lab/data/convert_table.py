@@ -1,7 +1,10 @@
 """A table in a CSV file as arrays: a column of targets, and all others as inputs."""
 
 import csv
+import dataclasses
+import io
 import math
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +17,9 @@ from gaf_lab.settings.checks import nearest
 
 MOST_KINDS = 100  # different words in a column of inputs
 MOST_CLASSES = 1000
+Column = dict[int, str]  # by line number
+Lines = dict[int, list[str]]
+MISSING = ("", "na", "nan", "n/a", "<na>", "?")
 
 
 def read_table(path: Path, label: str | None) -> Arrays:
@@ -21,7 +27,7 @@ def read_table(path: Path, label: str | None) -> Arrays:
 
     Columns of numbers are scaled to mean 0 and deviation 1 over the training samples; a column of
     words becomes a column of 0 and 1 for each word. The targets are classes if they are words or
-    whole numbers, else numbers.
+    whole numbers, else numbers. A sample's name is its line, "line 2" for the first.
 
     Args:
         path: of the file.
@@ -30,61 +36,78 @@ def read_table(path: Path, label: str | None) -> Arrays:
     Raises:
         DataError: if it is no such table, or a value is missing.
     """
-    names, rows = read_rows(path)
+    names, table = read_rows(path)
     label = names[-1] if label is None else label
     if label not in names:
         raise DataError(
             f"{path}: label must be a column; got {label!r}.{nearest(label, names)} "
             f"Columns: {', '.join(names)}."
         )
-    columns = {name: [row[i] for row in rows] for i, name in enumerate(names)}
+    columns = {
+        name: {number: row[i] for number, row in table.items()} for i, name in enumerate(names)
+    }
     check_filled(path, columns)
     targets = columns.pop(label)
     if not columns:
         raise DataError(f"{path}: must have a column beside {label!r}; it has none.")
     x = torch.cat([as_columns(path, name, values) for name, values in columns.items()], 1)
-    y, classes = as_labels(path, label, targets)
-    train, test = split(x, y)
-    mean, deviation = train[0].mean(0), train[0].std(0, unbiased=False)
+    y, classes = as_labels(path, label, list(targets.values()))
+    found = split(x, y, classes, [f"line {number}" for number in table])
+    mean, deviation = found.train[0].mean(0), found.train[0].std(0, unbiased=False)
     scale = torch.where(deviation > 0, deviation, 1.0)
-    train, test = (((part - mean) / scale, y) for part, y in (train, test))
-    return Arrays(train, test, classes)
+    train, test = (((part - mean) / scale, y) for part, y in (found.train, found.test))
+    return dataclasses.replace(found, train=train, test=test)
 
 
-def read_rows(path: Path) -> tuple[list[str], list[list[str]]]:
-    """The column names and the rows of a CSV file; its separator is found."""
+def read_rows(path: Path) -> tuple[list[str], Lines]:
+    """The column names and the rows of a CSV file by line number; its separator is found."""
     if not path.is_file():
         raise DataError(f"{path}: must be a CSV file; it is not there. Is the path right?")
-    text = path.read_text(encoding="utf-8-sig", errors="replace")
-    first = text.split("\n", 1)[0]
-    separator = max(",;\t", key=first.count)
-    table = [row for row in csv.reader(text.splitlines(), delimiter=separator) if row]
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: must be text in UTF-8; {error}. Save it so.") from None
+    separator = max(",;\t", key=text.split("\n", 1)[0].count)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator)
+    numbered = ((reader.line_num, row) for row in reader)
+    table = {number: [value.strip() for value in row] for number, row in numbered if row}
     if len(table) < 2:
         raise DataError(
             f"{path}: must have a line of column names and rows beneath it; "
             f"it has {len(table)} lines. Is it a CSV file?"
         )
-    names, rows = [name.strip() for name in table[0]], table[1:]
-    for number, row in enumerate(rows, 2):
+    names = table.pop(min(table))
+    for number, row in table.items():
         if len(row) != len(names):
             raise DataError(
                 f"{path}: every line must have {len(names)} values, as the first one names them; "
                 f"line {number} has {len(row)}. Is a separator inside a value?"
             )
-    return names, [[value.strip() for value in row] for row in rows]
+    check_header(path, names)
+    return names, table
 
 
-def check_filled(path: Path, columns: dict[str, list[str]]) -> None:
+def check_header(path: Path, names: list[str]) -> None:
+    """Refuses a first line that holds values, and two columns of one name."""
+    double = {name for name in names if names.count(name) > 1}
+    if double or as_numbers(names) is not None:
+        raise DataError(
+            f"{path}: the first line must name the columns, each differently; "
+            f"it is {', '.join(names[:5])}. Write names there."
+        )
+
+
+def check_filled(path: Path, columns: dict[str, Column]) -> None:
     for name, values in columns.items():
-        missing = [i for i, value in enumerate(values) if value.lower() in ("", "na", "nan", "?")]
+        missing = [number for number, value in values.items() if value.lower() in MISSING]
         if missing:
             raise DataError(
                 f"{path}: every value must be there; column {name!r} lacks {len(missing)}, "
-                f"the first in line {missing[0] + 2}. Leave out such lines or the column."
+                f"the first in line {missing[0]}. Leave out such lines or the column."
             )
 
 
-def as_numbers(values: list[str]) -> list[float] | None:
+def as_numbers(values: Iterable[str]) -> list[float] | None:
     """The values as finite numbers; None if one is none."""
     try:
         numbers = [float(value) for value in values]
@@ -93,18 +116,30 @@ def as_numbers(values: list[str]) -> list[float] | None:
     return numbers if all(map(math.isfinite, numbers)) else None
 
 
-def as_columns(path: Path, name: str, values: list[str]) -> Tensor:
+def as_columns(path: Path, name: str, values: Column) -> Tensor:
     """(N, columns) float32."""
-    numbers = as_numbers(values)
+    numbers = as_numbers(values.values())
     if numbers is not None:
         return torch.tensor(numbers)[:, None]
-    words, places = np.unique(values, return_inverse=True)
+    check_kind(path, name, values)
+    words, places = np.unique(list(values.values()), return_inverse=True)
     if len(words) > MOST_KINDS:
         raise DataError(
             f"{path}: a column of words must have at most {MOST_KINDS} different ones; "
             f"{name!r} has {len(words):,}. Leave the column out."
         )
     return torch.eye(len(words))[torch.from_numpy(places)]
+
+
+def check_kind(path: Path, name: str, values: Column) -> None:
+    """Refuses a column that is mostly numbers: each of them would become a word."""
+    others = [number for number, value in values.items() if as_numbers([value]) is None]
+    if len(others) < len(values) / 2:
+        raise DataError(
+            f"{path}: a column must hold finite numbers or words; {name!r} is numbers but for "
+            f"{len(others)}, the first {values[others[0]]!r} in line {others[0]}. "
+            "Leave out such lines or the column."
+        )
 
 
 def as_labels(path: Path, name: str, values: list[str]) -> tuple[Tensor, list[str]]:

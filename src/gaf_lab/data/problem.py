@@ -1,7 +1,7 @@
 """A task as its function gives it: a model, a loss, and samples to train and test on."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -89,6 +89,8 @@ class Problem:
         read_ahead: whether worker processes read a Dataset ahead.
         captures: whether nothing here waits for the device, so that engine "auto" may capture it.
         name: of the data; changes which samples `limit` takes.
+        class_names: by number, for `gaf audit`; empty if they have none.
+        sample_names: of the training samples, such as files, for `gaf audit`; empty as above.
     """
 
     model: nn.Module | Callable[[], nn.Module]
@@ -106,6 +108,8 @@ class Problem:
     read_ahead: bool = False
     captures: bool = False
     name: str = ""
+    class_names: Sequence[str] = ()
+    sample_names: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         if not callable(self.model):

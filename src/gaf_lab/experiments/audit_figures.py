@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 SUSPECTS = 50  # on the sheet
 PER_ROW = 10  # pictures in a row of it
+NAME_LENGTH = 18  # letters above a picture
 RIGHT, WRONG = "#1559c9", "#e0561b"
 ROC_CURVES = {
     "quality": ("label quality", "#1559c9"),
@@ -81,7 +82,7 @@ def name_axes(ax: "Axes", title: str, across: str) -> None:
 
 
 def draw_suspects(found: AuditResult, path: Path) -> bool:
-    """Draws the first suspects, each with its index, given and predicted label. A PNG of 150 dpi.
+    """Draws the first suspects, each with its index or name, given and predicted label, at 150 dpi.
 
     The labels' colour shows whether the given one is wrong, if that is known.
 
@@ -99,7 +100,7 @@ def draw_suspects(found: AuditResult, path: Path) -> bool:
     figure.subplots_adjust(
         left=0.01, right=0.99, top=1 - 1.15 / height, bottom=0.02, wspace=0.08, hspace=0.5
     )
-    write_title(figure, len(first), known, height)
+    write_title(figure, found, len(first), height)
     for ax in axes:
         ax.axis("off")
     for ax, row in zip(axes, first, strict=False):
@@ -112,13 +113,11 @@ def draw_suspects(found: AuditResult, path: Path) -> bool:
     return True
 
 
-def write_title(figure: "Figure", count: int, known: bool, height: float) -> None:
-    title = (
-        f"The {count} samples of lowest label quality: "
-        "given label → predicted label, #index in the data set"
-    )
+def write_title(figure: "Figure", found: AuditResult, count: int, height: float) -> None:
+    what = "name" if found.samples else "#index in the data set"
+    title = f"The {count} samples of lowest label quality: given label → predicted label, {what}"
     figure.text(0.01, 1 - 0.3 / height, title, fontsize=11, color=INK)
-    if known:
+    if found.flipped.any():
         at = 1 - 0.55 / height
         figure.text(0.01, at, "in orange: the given label is wrong", fontsize=10, color=WRONG)
         figure.text(0.28, at, "in blue: the given label is right", fontsize=10, color=RIGHT)
@@ -126,14 +125,32 @@ def write_title(figure: "Figure", count: int, known: bool, height: float) -> Non
 
 def draw_suspect(ax: "Axes", found: AuditResult, row: int, picture: Tensor, color: str) -> None:
     ax.imshow(pixels(picture), cmap="gray", interpolation="nearest")
-    ax.set_title(labels_of(found, row), fontsize=10, color=color, pad=12)
+    labels = labels_of(found, row)
+    ax.set_title(labels, fontsize=10 if len(labels) <= 9 else 6.5, color=color, pad=12)
     place: dict[str, Any] = {"ha": "center", "transform": ax.transAxes}
-    ax.text(0.5, 1.03, f"#{found.origin[row]}", fontsize=7, color=SOFT, **place)
+    name = f"#{found.origin[row]}"
+    if found.samples:
+        name = last_part(found.samples[row], NAME_LENGTH)
+    ax.text(0.5, 1.03, name, fontsize=7, color=SOFT, **place)
 
 
 def labels_of(found: AuditResult, row: int) -> str:
-    """The given label and the suggested one."""
-    return f"{found.report['given_label'][row]} → {found.report['predicted_label'][row]}"
+    """The given label and the suggested one; on two lines if they are long."""
+    given, other = (
+        found.name_class(found.report[f"{which}_label"][row]) for which in ("given", "predicted")
+    )
+    if len(given) + len(other) <= NAME_LENGTH - 3:
+        return f"{given} → {other}"
+    return f"{first_part(given, NAME_LENGTH)}\n→ {first_part(other, NAME_LENGTH - 2)}"
+
+
+def first_part(text: str, length: int) -> str:
+    return text if len(text) <= length else f"{text[: length - 1]}…"
+
+
+def last_part(text: str, length: int) -> str:
+    """The text, or its end, which tells files apart."""
+    return text if len(text) <= length else f"…{text[1 - length :]}"
 
 
 def pictures_of(found: AuditResult) -> Tensor | None:

@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich import box
+from rich.markup import escape
 from rich.table import Table
 
 from gaf_lab.experiments.audit_result import AuditLine, AuditResult
 from gaf_lab.records.output import replace_whole
 
+FIRST_SHOWN = 10  # samples on the console
 SCORES = {
     "quality": "label quality",
     "loss": "mean loss",
@@ -22,7 +24,8 @@ SCORES = {
 def write_samples(found: AuditResult, path: Path) -> None:
     """Writes a line per judged sample, the most suspect first; index is the data set's own.
 
-    true_label and flipped are empty if no label is known to be wrong.
+    true_label and flipped are empty if no label is known to be wrong. If the task names classes
+    and samples, these follow: given_class, predicted_class and sample.
     """
     known, unknown = bool(found.flipped.any()), [""] * len(found.index)
     columns: dict[str, Sequence[object]] = {
@@ -31,6 +34,7 @@ def write_samples(found: AuditResult, path: Path) -> None:
         "is_label_issue": [int(issue) for issue in found.report["is_label_issue"]],
         "true_label": found.truth if known and found.problem.classes else unknown,
         "flipped": found.flipped.int().tolist() if known else unknown,
+        **named_columns(found),
     }
     with replace_whole(path) as part, part.open("w", newline="") as file:
         out = csv.writer(file)
@@ -38,6 +42,34 @@ def write_samples(found: AuditResult, path: Path) -> None:
         for row in found.order:
             values = [column[row] for column in columns.values()]
             out.writerow([f"{v:.6g}" if isinstance(v, float) else v for v in values])
+
+
+def named_columns(found: AuditResult) -> dict[str, Sequence[object]]:
+    """The names that the task gives: of each sample's given and predicted class, and its own."""
+    columns: dict[str, Sequence[object]] = {}
+    if found.problem.problem.class_names and "predicted_label" in found.report:
+        for which in ("given", "predicted"):
+            labels = found.report[f"{which}_label"]
+            columns[f"{which}_class"] = [found.name_class(label) for label in labels]
+    return columns | ({"sample": found.samples} if found.samples else {})
+
+
+def first_suspects(found: AuditResult) -> Table | None:
+    """The first samples of the list by name; None if the task names none."""
+    columns = named_columns(found)
+    if "sample" not in columns:
+        return None
+    result = Table(title="The first suspects", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    result.add_column("sample", overflow="fold")
+    titles = {"given_class": "given label", "predicted_class": "predicted label"}
+    shown = {title: columns[name] for name, title in titles.items() if name in columns}
+    for title in shown:
+        result.add_column(title)
+    result.add_column("label quality", justify="right")
+    for row in found.order[:FIRST_SHOWN]:
+        cells = [str(values[row]) for values in (found.samples, *shown.values())]
+        result.add_row(*map(escape, cells), f"{float(found.quality[row]):.3f}")
+    return result
 
 
 def with_truth(lines: Sequence[AuditLine]) -> list[AuditLine]:

@@ -51,6 +51,17 @@ class AuditResult:
         return found
 
     @cached_property
+    def samples(self) -> list[str]:
+        """Their names, such as files; empty if the task names none."""
+        names = self.problem.problem.sample_names
+        return [names[i] for i in self.origin] if names else []
+
+    def name_class(self, label: int) -> str:
+        """The name of a class; its number if the task names none."""
+        names = self.problem.problem.class_names
+        return names[label] if names else str(label)
+
+    @cached_property
     def truth(self) -> list[int]:
         """Their true labels, of targets that are classes."""
         found: list[int] = self.problem.train.truth.cpu()[self.index].tolist()

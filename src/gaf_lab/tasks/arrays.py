@@ -2,6 +2,7 @@
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -43,24 +44,32 @@ def of_pictures(config: TrainConfig, found: Arrays) -> Problem:
         augment=Augmentation(draw_shifts, shift) if config.augment else None,
         prepare=Normalise(*moments(x)) if not x.is_floating_point() else None,
         captures=True,
+        class_names=found.classes,
+        sample_names=found.names[0],
     )
 
 
 def of_rows(config: TrainConfig, found: Arrays) -> Problem:
     (x, y), (test_x, test_y) = found.train, found.test
     width = 128 if config.model == "mlp-small" else 512
-    train, test, inputs = (x.float(), y), (test_x.float(), test_y), x[0].numel()
+    inputs = x[0].numel()
+    both: dict[str, Any] = {
+        "train": (x.float(), y),
+        "test": (test_x.float(), test_y),
+        "captures": True,
+        "sample_names": found.names[0],
+    }
     if not y.is_floating_point():
         classes = count(found)
         model = partial(mlp, inputs, classes, width)
-        return Problem(model=model, train=train, test=test, classes=classes, captures=True)
-    return Problem(
-        model=lambda: nn.Sequential(mlp(inputs, 1, width), nn.Flatten(0)),
-        loss=squared_error,
-        train=train,
-        test=test,
-        captures=True,
-    )
+        return Problem(model=model, classes=classes, class_names=found.classes, **both)
+    network = partial(one_number, inputs, width)
+    return Problem(model=network, loss=squared_error, **both)
+
+
+def one_number(inputs: int, width: int) -> nn.Module:
+    """A network that predicts a number for each sample."""
+    return nn.Sequential(mlp(inputs, 1, width), nn.Flatten(0))
 
 
 def squared_error(output: Tensor, target: Tensor) -> Tensor:

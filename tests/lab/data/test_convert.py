@@ -83,7 +83,10 @@ def test_pictures_in_folders_are_grey_or_coloured_and_of_one_size(tmp_path):
     assert torch.equal(x[:, 0, 0, 0].long() // 100, y)
     save_pictures(tmp_path / "red" / "train", ((8, 8), (12, 9)), "RGB")
     save_pictures(tmp_path / "red" / "test", ((8, 8),), "RGB")
-    with pytest.raises(DataError, match="one size; these have 2, such as 8 x 8 and 12 x 9.*--size"):
+    with pytest.raises(
+        DataError,
+        match=r"one size; these have 2, such as 8 x 8 \(train/ant/0.png\) and 12 x 9 .*--size",
+    ):
         read_from(f"folder:{tmp_path}/red")
     split = read_from(f"folder:{tmp_path}/red", size=8)
     assert (split.train[0].shape, split.test[0].shape) == ((20, 3, 8, 8), (20, 3, 8, 8))
