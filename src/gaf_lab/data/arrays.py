@@ -15,8 +15,8 @@ from gaf_lab.data.sources import DataError
 SPLIT_OFF = 0.2  # of each class, where the data have no test set of their own
 SPLIT_NAMES = ("x_train", "y_train", "x_test", "y_test")
 ONE_PART = ("x", "y")
-NAMES = ("names_train", "names_test")
-Pair = tuple[Tensor, Tensor]
+SAMPLE_NAMES = ("names_train", "names_test")
+Tensors = tuple[Tensor, Tensor]
 Names = tuple[list[str], list[str]]
 
 
@@ -31,8 +31,8 @@ class Arrays:
             table's "line 7"; empty if they have none.
     """
 
-    train: Pair
-    test: Pair
+    train: Tensors
+    test: Tensors
     classes: list[str]
     names: Names = ([], [])
 
@@ -64,7 +64,7 @@ def read_arrays(path: Path | None) -> Arrays:
 def from_arrays(arrays: dict[str, Any], name: str) -> Arrays:
     """name: of the file, in messages."""
     classes = [str(label) for label in arrays.get("classes", ())]
-    train_names, test_names = ([str(each) for each in arrays.get(key, ())] for key in NAMES)
+    train_names, test_names = ([str(each) for each in arrays.get(key, ())] for key in SAMPLE_NAMES)
     if all(key in arrays for key in SPLIT_NAMES):
         x, y, other_x, other_y = (arrays[key] for key in SPLIT_NAMES)
         parts = (as_inputs(x), as_targets(y, name)), (as_inputs(other_x), as_targets(other_y, name))
@@ -130,7 +130,7 @@ def write_arrays(found: Arrays, path: Path) -> None:
     content: dict[str, Any] = dict(
         zip(SPLIT_NAMES, (x.numpy(), y.numpy(), test_x.numpy(), test_y.numpy()), strict=True)
     )
-    for key, words in zip(("classes", *NAMES), (found.classes, *found.names), strict=True):
+    for key, words in zip(("classes", *SAMPLE_NAMES), (found.classes, *found.names), strict=True):
         content[key] = np.array(words, dtype=np.str_)
     with path.open("wb") as file:
         np.savez(file, **content)

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from gaf_lab.data.arrays import Arrays, Pair, as_inputs, split
+from gaf_lab.data.arrays import Arrays, Tensors, as_inputs, split
 from gaf_lab.data.convert_pictures import TESTS, stack
 from gaf_lab.data.sources import DataError
 from gaf_lab.settings.checks import nearest
@@ -81,7 +81,7 @@ def class_names(part: Any, label: str, folder: Path) -> list[str]:
     return sorted(set(values)) if all(isinstance(value, str) for value in values) else []
 
 
-def labels_of(part: Any, label: str, classes: list[str], folder: Path) -> Tensor:
+def read_labels(part: Any, label: str, classes: list[str], folder: Path) -> Tensor:
     """(N,): the number of each label's class, or numbers."""
     values = list(part[label])
     if not values or not isinstance(values[0], str):
@@ -101,9 +101,11 @@ def labels_of(part: Any, label: str, classes: list[str], folder: Path) -> Tensor
     return torch.tensor([place[value] for value in values])
 
 
-def columns_of(part: Any, label: str, classes: list[str], size: int | None, folder: Path) -> Pair:
+def columns_of(
+    part: Any, label: str, classes: list[str], size: int | None, folder: Path
+) -> Tensors:
     """Inputs and labels; the inputs are one column of pictures, or columns of numbers."""
-    first, y = part[0], labels_of(part, label, classes, folder)
+    first, y = part[0], read_labels(part, label, classes, folder)
     inputs = [name for name in part.column_names if name != label]
     pictures = [name for name in inputs if isinstance(first[name], Image.Image)]
     if pictures:

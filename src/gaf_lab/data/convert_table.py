@@ -17,7 +17,7 @@ from gaf_lab.settings.checks import nearest
 
 MOST_KINDS = 100  # different words in a column of inputs
 MOST_CLASSES = 1000
-Column = dict[int, str]  # by line number
+Values = dict[int, str]  # by line number
 Lines = dict[int, list[str]]
 MISSING = ("", "na", "nan", "n/a", "<na>", "?")
 
@@ -97,7 +97,7 @@ def check_header(path: Path, names: list[str]) -> None:
         )
 
 
-def check_filled(path: Path, columns: dict[str, Column]) -> None:
+def check_filled(path: Path, columns: dict[str, Values]) -> None:
     for name, values in columns.items():
         missing = [number for number, value in values.items() if value.lower() in MISSING]
         if missing:
@@ -116,7 +116,7 @@ def as_numbers(values: Iterable[str]) -> list[float] | None:
     return numbers if all(map(math.isfinite, numbers)) else None
 
 
-def as_columns(path: Path, name: str, values: Column) -> Tensor:
+def as_columns(path: Path, name: str, values: Values) -> Tensor:
     """(N, columns) float32."""
     numbers = as_numbers(values.values())
     if numbers is not None:
@@ -131,7 +131,7 @@ def as_columns(path: Path, name: str, values: Column) -> Tensor:
     return torch.eye(len(words))[torch.from_numpy(places)]
 
 
-def check_kind(path: Path, name: str, values: Column) -> None:
+def check_kind(path: Path, name: str, values: Values) -> None:
     """Refuses a column that is mostly numbers: each of them would become a word."""
     others = [number for number, value in values.items() if as_numbers([value]) is None]
     if len(others) < len(values) / 2:
