@@ -17,7 +17,7 @@ from gaf_lab.settings.checks import nearest
 
 MOST_KINDS = 100  # different words in a column of inputs
 MOST_CLASSES = 1000
-Values = dict[int, str]  # by line number
+ByLine = dict[int, str]  # by line number
 Lines = dict[int, list[str]]
 MISSING = ("", "na", "nan", "n/a", "<na>", "?")
 
@@ -69,8 +69,12 @@ def read_rows(path: Path) -> tuple[list[str], Lines]:
         raise DataError(f"{path}: must be text in UTF-8; {error}. Save it so.") from None
     separator = max(",;\t", key=text.split("\n", 1)[0].count)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator)
-    numbered = ((reader.line_num, row) for row in reader)
-    table = {number: [value.strip() for value in row] for number, row in numbered if row}
+    table: Lines = {}
+    number = 1
+    for row in reader:
+        if row:
+            table[number] = [value.strip() for value in row]
+        number = reader.line_num + 1
     if len(table) < 2:
         raise DataError(
             f"{path}: must have a line of column names and rows beneath it; "
@@ -97,7 +101,7 @@ def check_header(path: Path, names: list[str]) -> None:
         )
 
 
-def check_filled(path: Path, columns: dict[str, Values]) -> None:
+def check_filled(path: Path, columns: dict[str, ByLine]) -> None:
     for name, values in columns.items():
         missing = [number for number, value in values.items() if value.lower() in MISSING]
         if missing:
@@ -116,7 +120,7 @@ def as_numbers(values: Iterable[str]) -> list[float] | None:
     return numbers if all(map(math.isfinite, numbers)) else None
 
 
-def as_columns(path: Path, name: str, values: Values) -> Tensor:
+def as_columns(path: Path, name: str, values: ByLine) -> Tensor:
     """(N, columns) float32."""
     numbers = as_numbers(values.values())
     if numbers is not None:
@@ -131,7 +135,7 @@ def as_columns(path: Path, name: str, values: Values) -> Tensor:
     return torch.eye(len(words))[torch.from_numpy(places)]
 
 
-def check_kind(path: Path, name: str, values: Values) -> None:
+def check_kind(path: Path, name: str, values: ByLine) -> None:
     """Refuses a column that is mostly numbers: each of them would become a word."""
     others = [number for number, value in values.items() if as_numbers([value]) is None]
     if len(others) < len(values) / 2:

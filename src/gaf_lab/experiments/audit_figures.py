@@ -11,6 +11,7 @@ from gaf_lab.experiments.audit_result import AuditResult
 from gaf_lab.experiments.probe_figure import legend_on_top
 from gaf_lab.records.output import replace_whole
 from gaf_lab.report.figures import DPI, canvas, plain_axes
+from gaf_lab.report.labels import shorten
 from gaf_lab.report.palette import INK, SOFT
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 SUSPECTS = 50  # on the sheet
 PER_ROW = 10  # pictures in a row of it
-NAME_LENGTH = 18  # letters above a picture
+NAME_LENGTH = 16  # letters above a picture
 RIGHT, WRONG = "#1559c9", "#e0561b"
 ROC_CURVES = {
     "quality": ("label quality", "#1559c9"),
@@ -114,8 +115,8 @@ def draw_suspects(found: AuditResult, path: Path) -> bool:
 
 
 def write_title(figure: "Figure", found: AuditResult, count: int, height: float) -> None:
-    what = "name" if found.samples else "#index in the data set"
-    title = f"The {count} samples of lowest label quality: given label → predicted label, {what}"
+    name = "the sample's name" if found.samples else "#index in the data set"
+    title = f"The {count} samples of lowest label quality: given label → predicted label, {name}"
     figure.text(0.01, 1 - 0.3 / height, title, fontsize=11, color=INK)
     if found.flipped.any():
         at = 1 - 0.55 / height
@@ -125,13 +126,18 @@ def write_title(figure: "Figure", found: AuditResult, count: int, height: float)
 
 def draw_suspect(ax: "Axes", found: AuditResult, row: int, picture: Tensor, color: str) -> None:
     ax.imshow(pixels(picture), cmap="gray", interpolation="nearest")
-    labels = labels_of(found, row)
-    ax.set_title(labels, fontsize=10 if len(labels) <= 9 else 6.5, color=color, pad=12)
+    size = 7 if found.problem.problem.class_names else 10
+    ax.set_title(labels_of(found, row), fontsize=size, color=color, pad=12)
     place: dict[str, Any] = {"ha": "center", "transform": ax.transAxes}
-    name = f"#{found.origin[row]}"
-    if found.samples:
-        name = last_part(found.samples[row], NAME_LENGTH)
-    ax.text(0.5, 1.03, name, fontsize=7, color=SOFT, **place)
+    ax.text(0.5, 1.03, name_of(found, row), fontsize=6 if found.samples else 7, color=SOFT, **place)
+
+
+def name_of(found: AuditResult, row: int) -> str:
+    """The end of a sample's name without folders, which tells files apart; or #index."""
+    if not found.samples:
+        return f"#{found.origin[row]}"
+    name = found.samples[row].rsplit("/", 1)[-1]
+    return name if len(name) <= NAME_LENGTH else f"…{name[1 - NAME_LENGTH :]}"
 
 
 def labels_of(found: AuditResult, row: int) -> str:
@@ -141,16 +147,7 @@ def labels_of(found: AuditResult, row: int) -> str:
     )
     if len(given) + len(other) <= NAME_LENGTH - 3:
         return f"{given} → {other}"
-    return f"{first_part(given, NAME_LENGTH)}\n→ {first_part(other, NAME_LENGTH - 2)}"
-
-
-def first_part(text: str, length: int) -> str:
-    return text if len(text) <= length else f"{text[: length - 1]}…"
-
-
-def last_part(text: str, length: int) -> str:
-    """The text, or its end, which tells files apart."""
-    return text if len(text) <= length else f"…{text[1 - length :]}"
+    return f"{shorten(given, NAME_LENGTH)}\n→ {shorten(other, NAME_LENGTH - 2)}"
 
 
 def pictures_of(found: AuditResult) -> Tensor | None:

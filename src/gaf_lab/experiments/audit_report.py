@@ -13,7 +13,7 @@ from rich.table import Table
 from gaf_lab.experiments.audit_result import AuditLine, AuditResult
 from gaf_lab.records.output import replace_whole
 
-FIRST_SHOWN = 10  # samples on the console
+FIRST_SHOWN = 5  # samples on the console
 SCORES = {
     "quality": "label quality",
     "loss": "mean loss",

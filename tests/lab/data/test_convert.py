@@ -45,6 +45,16 @@ def test_a_table_becomes_scaled_numbers_and_numbered_classes(tmp_path, separator
     assert numbers.classes == []
     values = torch.cat([numbers.train[1], numbers.test[1]]).sort().values
     assert torch.equal(values, torch.arange(40) + 0.5)
+    for (_, targets), names in zip((numbers.train, numbers.test), numbers.names, strict=True):
+        assert names == [f"line {int(size) + 2}" for size in targets]
+
+
+def test_a_sample_of_a_table_is_named_by_its_line_in_the_file(tmp_path):
+    lines = ["size,kind", "1.5,cat", "", '"2\n.5",cat', '"3.5","dog\n', 'gy"', "4.5,cat"]
+    (tmp_path / "t.csv").write_text("\n".join(lines).replace("2\n.5", "2.5") + "\n")
+    found = read_from(f"csv:{tmp_path}/t.csv")
+    assert found.classes == ["cat", "dog\n\ngy"]
+    assert sorted([*found.names[0], *found.names[1]]) == ["line 2", "line 4", "line 5", "line 8"]
 
 
 def test_written_arrays_are_a_task_for_classes_and_for_numbers(tmp_path, capsys):
@@ -55,6 +65,9 @@ def test_written_arrays_are_a_task_for_classes_and_for_numbers(tmp_path, capsys)
     assert "2 (cat: 16, dog: 16)" in said
     assert f"--task {ARRAYS}" in said
     again, data = read_arrays(out), run_data(out)
+    assert again.names == read_from(f"csv:{tmp_path}/t.csv").names
+    assert data.problem.class_names == ["cat", "dog"]
+    assert data.problem.sample_names == again.names[0]
     for part, same in zip(
         (*again.train, *again.test), (*data.problem.train, *data.problem.test), strict=True
     ):
@@ -81,6 +94,9 @@ def test_pictures_in_folders_are_grey_or_coloured_and_of_one_size(tmp_path):
     x, y = found.train
     assert (x.shape, x.dtype, found.classes) == ((16, 1, 8, 8), torch.uint8, ["ant", "bee"])
     assert torch.equal(x[:, 0, 0, 0].long() // 100, y)
+    for (x_part, _), names in zip((found.train, found.test), found.names, strict=True):
+        fills = x_part[:, 0, 0, 0].tolist()
+        assert names == [f"{['ant', 'bee'][fill // 100]}/{fill % 100}.png" for fill in fills]
     save_pictures(tmp_path / "red" / "train", ((8, 8), (12, 9)), "RGB")
     save_pictures(tmp_path / "red" / "test", ((8, 8),), "RGB")
     with pytest.raises(
@@ -90,9 +106,65 @@ def test_pictures_in_folders_are_grey_or_coloured_and_of_one_size(tmp_path):
         read_from(f"folder:{tmp_path}/red")
     split = read_from(f"folder:{tmp_path}/red", size=8)
     assert (split.train[0].shape, split.test[0].shape) == ((20, 3, 8, 8), (20, 3, 8, 8))
+    assert [names[11] for names in split.names] == ["train/bee/1.png", "test/bee/1.png"]
     np.savez(tmp_path / "p.npz", x=x.numpy(), y=y.numpy())
     data = run_data(tmp_path / "p.npz", model="convnet", augment=True)
     assert data.new_model()(data.micro_batch(0, 0)[0]).shape == (2, 2)
+
+
+def test_pictures_of_any_mode_have_the_colours_that_a_viewer_shows(tmp_path):
+    """Transparent parts are white."""
+    folder = tmp_path / "one"
+    folder.mkdir()
+    red = (200, 10, 20)
+    pink = tuple(round(0.4 * channel + 0.6 * 255) for channel in red)
+    seen = {
+        "RGB": ("RGB", red, red),
+        "L": ("L", 70, (70, 70, 70)),
+        "1": ("1", 1, (255, 255, 255)),
+        "LA": ("LA", (0, 102), (153, 153, 153)),
+        "RGBA": ("RGBA", (*red, 102), pink),
+        "clear": ("RGBA", (0, 0, 0, 0), (255, 255, 255)),
+        "P": ("P", None, red),
+    }
+    for name, (mode, fill, _) in seen.items():
+        picture = Image.new("RGB" if mode == "P" else mode, (2, 2), red if fill is None else fill)
+        (picture.convert("P") if mode == "P" else picture).save(folder / f"{name}.png")
+    (tmp_path / ".hidden").mkdir()
+    found = read_from(f"folder:{tmp_path}")
+    for (x, _), names in zip((found.train, found.test), found.names, strict=True):
+        for picture, name in zip(x, names, strict=True):
+            expected = seen[name[4:-4]][2]
+            tolerance = 20 if name == "one/P.png" else 1  # the palette is that of the web
+            for channel, value in zip(picture[:, 0, 0].tolist(), expected, strict=True):
+                assert abs(channel - value) <= tolerance, name
+
+
+def deep(folder):
+    Image.new("I;16", (8, 8), 40_000).save(folder / "ant" / "deep.png")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda folder: (folder / "cow").mkdir(), "cow: a class's folder must hold pictures; it"),
+        (deep, r"ant/deep.png: a picture must have 8 bits per channel; it has the mode 'I;16'"),
+        (
+            lambda folder: (folder / "ant" / "no.png").write_text("no"),
+            "no.png: must be a picture; cannot identify",
+        ),
+    ],
+)
+def test_pictures_that_are_none_are_refused(tmp_path, change, message):
+    save_pictures(tmp_path)
+    change(tmp_path)
+    with pytest.raises(DataError, match=message):
+        read_from(f"folder:{tmp_path}")
+    save_pictures(tmp_path / "own" / "train")
+    save_pictures(tmp_path / "own" / "test")
+    (tmp_path / "own" / "test" / "wasp").mkdir()
+    with pytest.raises(DataError, match="wasp: must be a class of the training .* of ant, bee"):
+        read_from(f"folder:{tmp_path}/own")
 
 
 @pytest.mark.parametrize(
@@ -102,6 +174,11 @@ def test_pictures_in_folders_are_grey_or_coloured_and_of_one_size(tmp_path):
         ("a,b\n1,2\n3\n", "every line must have 2 values.*; line 3 has 1"),
         ("a,b\n1,x\n,y\n", "every value must be there; column 'a' lacks 1, the first in line 3"),
         ("b\n1\n2\n", "must have a column beside 'b'"),
+        ("a,b\n1,x\n\n2,y\n,y\n", "column 'a' lacks 1, the first in line 5"),
+        ("a,b\n1,x\n2,y\n3,y\nnull,y\n", "'a' is numbers but for 1, the first 'null' in line 5"),
+        ("a,b\n1,x\n2,y\ninf,y\n", "must hold finite numbers or words; 'a' is .* 'inf' in line 4"),
+        ("1,2\n1,2\n3,4\n", "the first line must name the columns, each differently; it is 1, 2"),
+        ("a,a,b\n1,2,x\n1,2,y\n", "must name the columns, each differently; it is a, a, b"),
     ],
 )
 def test_a_table_that_is_none_is_refused(tmp_path, text, message):

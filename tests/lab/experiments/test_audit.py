@@ -13,9 +13,11 @@ from typing import Any
 import pytest
 import torch
 from matplotlib.image import imread
+from PIL import Image
 from torch import nn
 
 from gaf_lab.commands.main import main
+from gaf_lab.data.arrays import read_arrays
 from gaf_lab.data.make_data import make_run_data
 from gaf_lab.data.sets import load_dataset
 from gaf_lab.experiments import audit_figures
@@ -29,6 +31,7 @@ from gaf_lab.training.run import train
 from helpers.fakes import Silent
 
 ROOT = Path(__file__).parents[3]
+WHICH = ("given", "predicted")
 SMALL = TrainConfig(dataset="digits", policy="mean", k=1, b=32, passes=6.0, eval_every=1.0)
 
 
@@ -220,6 +223,50 @@ def test_the_sheet_has_a_picture_for_each_suspect_with_both_labels(
         assert ax.texts[0].get_text() == f"#{int(found.problem.origin[i])}"
         pixels = torch.as_tensor(ax.images[0].get_array().filled())
         assert pixels.reshape(*pixels.shape[:2], -1).permute(2, 0, 1).equal(train.x[i])
+
+
+def test_own_pictures_are_listed_by_file_and_class(tmp_path: Path, capsys: Any) -> None:
+    """Three classes of squares in folders; three files of each lie in the wrong one."""
+    shades, wrong = {"cat": 40, "dog": 120, "West Highland terrier": 220}, []
+    for name in shades:
+        (tmp_path / "own" / name).mkdir(parents=True)
+    for i, (name, shade) in enumerate(shades.items()):
+        for j in range(40):
+            place = name if j >= 3 else list(shades)[(i + 1) % 3]
+            file = Path(place) / f"{name[:3]} {j:02d}.png"
+            Image.new("L", (6, 6), shade + j // 2).save(tmp_path / "own" / file)
+            wrong += [file.as_posix()] if j < 3 else []
+    out, npz = tmp_path / "audit", tmp_path / "own.npz"
+    assert main(["data", "--from", f"folder:{tmp_path}/own", "--out", str(npz)]) == 0
+    words = ["--task", "gaf_lab.tasks.arrays:arrays", "--data", str(npz), "--b", "10"]
+    assert main(["audit", *words, "--heldout", "0", "--out", str(out)]) == 0
+    rows = list(csv.DictReader((out / "samples.csv").open()))
+    kept = read_arrays(npz)
+    assert {row["sample"] for row in rows} == set(kept.names[0])
+    for row in rows:
+        assert row["sample"] == kept.names[0][int(row["index"])]
+        assert row["sample"].split("/")[0] == row["given_class"]
+        assert kept.classes[int(row["predicted_label"])] == row["predicted_class"]
+    moved = {row["sample"] for row in rows} & set(wrong)
+    assert {row["sample"] for row in rows[: len(moved)]} == moved
+    said = capsys.readouterr().out
+    assert "The first suspects" in said
+    assert rows[0]["sample"] in " ".join(said.split())
+    assert (out / "suspects.png").exists()
+
+
+def test_names_above_a_picture_fit_and_keep_what_tells_them_apart() -> None:
+    found = audit(passes=1.0, limit=300)
+    row, (given, other) = found.order[0], (found.report[f"{w}_label"] for w in WHICH)
+    assert audit_figures.labels_of(found, row) == f"{given[row]} → {other[row]}"
+    assert audit_figures.name_of(found, row) == f"#{found.origin[row]}"
+    names = [f"class number {i}, of ten" for i in range(10)]
+    files = [f"train/{i}/holiday picture {i:04d}.jpg" for i in range(1500)]
+    named = dataclasses.replace(found.problem.problem, class_names=names, sample_names=files)
+    found = AuditResult(dataclasses.replace(found.problem, problem=named), found.report, 0.0)
+    first, second = audit_figures.labels_of(found, row).split("\n")
+    assert len(first) <= 16 and len(second) <= 16 and second.startswith("→ class")
+    assert audit_figures.name_of(found, row) == f"…icture {found.origin[row]:04d}.jpg"
 
 
 def test_what_mixes_samples_or_repeats_them_is_refused() -> None:
