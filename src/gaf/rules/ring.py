@@ -12,7 +12,7 @@ from torch import Tensor
 from gaf.rules.agreement import cosines_of
 from gaf.rules.gram import is_present
 from gaf.rules.sequential import Sequential
-from gaf.rules.visits import plain_walk
+from gaf.rules.visits import Visited, plain_walk
 from gaf.shapes import Bool, Float64, Int
 
 
@@ -53,9 +53,16 @@ def walk_from_best(
     """
     k = len(gram)
     orders = [[(start + i) % k for i in range(k)] for start in range(k)]
-    visited = plain_walk(policy, gram, orders)
-    accepted = [[joins for joins, _, _ in rows] for rows in visited]
-    start = plain_start(gram, accepted, least, fewest)
+    present = is_present(gram.diagonal()).tolist()
+    visited: list[list[Visited]] = []
+    accepted: list[list[bool]] = []
+    for start, rows in enumerate(plain_walk(policy, gram, orders)):
+        visited.append(rows)
+        accepted.append([joins for joins, _, _ in rows])
+        if not fewest and present[start] and accepted[start] == present:
+            break  # none accepts more, and of equals the lowest start is kept
+    else:
+        start = plain_start(gram, accepted, least, fewest)
     numbers = [[row[1] for row in visited[start]], [row[2] for row in visited[start]]]
     found = torch.tensor(numbers, dtype=torch.float64, device="cpu")
     return orders[start], accepted[start], found

@@ -6,7 +6,7 @@ square root can differ, by one unit in the last place.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from operator import add
 
 import torch
@@ -39,11 +39,11 @@ def are_few(policy: Sequential, numbers: int, device: torch.device) -> bool:
 
 def plain_walk(
     policy: Sequential, gram: Float64[Tensor, "k k"], orders: Sequence[Sequence[int]]
-) -> list[list[Visited]]:
-    """As `gaf.rules.sequential.walk` in orders of all rows: by order and row, what it gives."""
+) -> Iterator[list[Visited]]:
+    """As `gaf.rules.sequential.walk` in orders of all rows: one after the other, by row."""
     sound = is_present(gram.diagonal())
     rows = torch.where(sound & sound[:, None], gram, 0.0).tolist()
-    norms2, visited = gram.diagonal().tolist(), []
+    norms2 = gram.diagonal().tolist()
     for order in orders:
         visits, inner = PlainVisits(policy), [0.0] * len(rows)
         for i in order:
@@ -54,8 +54,7 @@ def plain_walk(
                 inner = [x * shrink for x in inner]
         found = dict(zip(order, visits.rows, strict=True))
         by_row = (found[i] for i in range(len(rows)))
-        visited.append([(joins, distance, signal) for joins, distance, _, signal in by_row])
-    return visited
+        yield [(joins, distance, signal) for joins, distance, _, signal in by_row]
 
 
 class Visits:
