@@ -29,7 +29,7 @@ class AuditOptions:
     """A TOML file with config keys."""
     data: Path | None = None
     """Folder with the data set's archive or its unpacked folder.
-    Without it, the data set is downloaded."""
+    Without it, the data set is downloaded. With --task: the file or folder that it reads."""
     seeds: int = 1
     """Paired seeds, at least 1, starting at the config's own.
     samples.csv and the pictures are from the first seed."""

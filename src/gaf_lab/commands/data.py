@@ -39,6 +39,11 @@ def run_data(words: Words, console: Console) -> int:
             "data needs the name of a data set, or --from for your own, and not both; "
             f"got {options.name!r} and {options.source!r}. See gaf data --help."
         )
+    given = [name for name in ("label", "size", "out") if getattr(options, name) is not None]
+    if options.name and given:
+        raise ConfigError(
+            f"{given[0]} goes with --from alone; got it with {options.name!r}. Leave it out."
+        )
     return convert_own(options, console) if options.source else show_dataset(options, console)
 
 
@@ -69,7 +74,9 @@ def convert_own(options: DataOptions, console: Console) -> int:
     with replace_whole(options.out) as part:
         write_arrays(found, part)
     say(console, f"Written: {options.out}")
-    say(console, f"Train: gaf train --task gaf_lab.tasks.arrays:arrays --data {options.out}")
+    for command in ("train", "audit"):
+        task = "--task gaf_lab.tasks.arrays:arrays"
+        say(console, f"{command.title()}: gaf {command} {task} --data {options.out}")
     return 0
 
 

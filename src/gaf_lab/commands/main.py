@@ -1,6 +1,9 @@
 """The command `gaf`: finds the command, runs it, and turns errors into messages and exit codes."""
 
 import sys
+import sysconfig
+import traceback
+from pathlib import Path
 
 from rich.console import Console
 
@@ -79,12 +82,26 @@ def exit_code(name: str, words: Words, console: Console) -> int:
     except BrokenPipeError:  # the reader of the output, such as head, has exited
         return 1
     except user_errors() as error:
-        return refuse(name, str(error))
+        return refuse(name, f"{error}{own_place(error)}")
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
         fault = f"the machine must have more memory; {first_line(error)}."
         return refuse(name, f"{fault} {SMALLER}")
+
+
+def own_place(error: Exception) -> str:
+    """Where code of the user's own, such as a task, has raised or caused the error; else empty."""
+    lines = traceback.extract_tb(error.__traceback__)
+    own = [line for line in lines if not is_installed(line.filename)]
+    return f" ({Path(own[-1].filename).name}, line {own[-1].lineno})" if own else ""
+
+
+def is_installed(file: str) -> bool:
+    """Whether a file of code is part of Python, a package, or gaf."""
+    ours = Path(__file__).parents[2]
+    python = sysconfig.get_path("stdlib")
+    return file.startswith(("<", str(ours), python)) or "site-packages" in Path(file).parts
 
 
 def refuse(name: str, message: str) -> int:

@@ -25,7 +25,7 @@ class ProbeOptions:
     """A TOML file with config keys."""
     data: Path | None = None
     """Folder with the data set's archive or its unpacked folder.
-    Without it, the data set is downloaded."""
+    Without it, the data set is downloaded. With --task: the file or folder that it reads."""
     after: tuple[int, ...] = (0, 100)
     """Steps of training, with the config's own policy and tau, before each measurement.
     0: the initial weights, which agree most."""

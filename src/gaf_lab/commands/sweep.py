@@ -32,7 +32,8 @@ class SweepOptions:
     task: str = ""
     """A task of your own for all runs of a file or preset, as in gaf train."""
     data: Path | None = None
-    """Folder with the data sets' archives; without it, they are downloaded."""
+    """Folder with the data sets' archives; without it, they are downloaded.
+    With --task: the file or folder that it reads."""
     scale: Literal["smoke", "small", "full"] = "smoke"
     """For a figure or table of the paper: as in gaf paper."""
     reading: Literal["paper", "code"] = "paper"

@@ -32,7 +32,7 @@ class TrainOptions:
     """A TOML file with config keys."""
     data: Path | None = None
     """Folder with the data set's archive or its unpacked folder.
-    Without it, the data set is downloaded."""
+    Without it, the data set is downloaded. With --task: the file or folder that it reads."""
     steps: int | None = None
     """Ends the run at this step."""
     resume: bool = False

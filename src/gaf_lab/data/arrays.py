@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile, is_zipfile
 
 import numpy as np
 import torch
@@ -48,16 +49,19 @@ def read_arrays(path: Path | None) -> Arrays:
     """
     if path is None:
         raise DataError("data must be an .npz file; got none. Give it with --data FILE.")
-    if not path.is_file():
+    if not is_zipfile(path):
+        seen = "it is none" if path.is_file() else "it is not there"
         raise DataError(
-            f"data {path}: must be an .npz file; it is not there. "
-            "gaf data --from csv:FILE --out FILE.npz writes one."
+            f"data {path}: must be an .npz file; {'it is a folder' if path.is_dir() else seen}. "
+            "gaf data --from folder:DIR (or csv:FILE, hf:DIR) --out FILE.npz writes one."
         )
     try:
         with np.load(path, allow_pickle=False) as found:
             arrays = {name: found[name] for name in found.files}
-    except (ValueError, OSError) as error:
-        raise DataError(f"data {path}: must be an .npz file of plain arrays; {error}.") from None
+    except (ValueError, OSError, BadZipFile) as error:
+        raise DataError(
+            f"data {path}: must be an .npz file of plain arrays; {str(error).rstrip('.')}."
+        ) from None
     return from_arrays(arrays, str(path))
 
 

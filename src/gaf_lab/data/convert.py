@@ -9,6 +9,7 @@ from gaf_lab.data.convert_table import read_table
 from gaf_lab.settings.checks import ConfigError, nearest
 
 FORMS = ("folder", "csv", "npz", "hf")
+USES = {"label": ("csv", "hf"), "size": ("folder", "hf")}  # which forms an option goes with
 
 
 def read_from(source: str, label: str | None = None, size: int | None = None) -> Arrays:
@@ -29,6 +30,14 @@ def read_from(source: str, label: str | None = None, size: int | None = None) ->
             f"from must be {', '.join(f'{name}:PATH' for name in FORMS)}; got {source!r}."
             f"{nearest(form, FORMS)}"
         )
+    for name, value in {"label": label, "size": size}.items():
+        if value is not None and form not in USES[name]:
+            raise ConfigError(
+                f"{name} goes with {' and '.join(USES[name])} alone; got {value!r} with {form}. "
+                "Leave it out."
+            )
+    if size is not None and size < 1:
+        raise ConfigError(f"size must be at least 1; got {size}. 64 is usual.")
     if form == "csv":
         return read_table(Path(place), label)
     if form == "folder":

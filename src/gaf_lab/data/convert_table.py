@@ -66,7 +66,7 @@ def read_rows(path: Path) -> tuple[list[str], Lines]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: must be text in UTF-8; {error}. Save it so.") from None
+        raise DataError(f"{path}: must be text in UTF-8; {error}. Save it in UTF-8.") from None
     separator = max(",;\t", key=text.split("\n", 1)[0].count)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator)
     table: Lines = {}

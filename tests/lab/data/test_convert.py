@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from gaf_lab.commands.main import main
-from gaf_lab.data.arrays import read_arrays
+from gaf_lab.data.arrays import describe_arrays, read_arrays
 from gaf_lab.data.convert import read_from
 from gaf_lab.data.make_data import make_run_data
 from gaf_lab.data.run_data import RunData
@@ -211,6 +211,8 @@ def test_arrays_that_are_none_are_refused(tmp_path, arrays, message):
         ("csv:none.csv", DataError, "must be a CSV file; it is not there"),
         ("folder:none", DataError, "must be a folder of pictures; it is not"),
         ("npz:none.npz", DataError, "must be an .npz file; it is not there"),
+        ("npz:.", DataError, "data .: must be an .npz file; it is a folder. gaf data --from"),
+        (f"npz:{__file__}", DataError, "must be an .npz file; it is none. gaf data --from"),
     ],
 )
 def test_a_source_that_is_not_there_is_refused(source, error, message):
@@ -224,3 +226,31 @@ def test_data_takes_a_name_or_a_source(capsys):
     assert main(["data"]) == 2
     assert main(["data", "digits", "--from", "csv:a"]) == 2
     assert "needs the name of a data set, or --from" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["digits", "--out", "d.npz"], "out goes with --from alone; got it with 'digits'"),
+        (["--from", "folder:a", "--label", "b"], "label goes with csv and hf alone; got 'b' with"),
+        (["--from", "csv:a", "--size", "8"], "size goes with folder and hf alone; got 8 with csv"),
+        (["--from", "folder:a", "--size", "0"], "size must be at least 1; got 0"),
+    ],
+)
+def test_an_option_that_would_do_nothing_is_refused(words, message, capsys):
+    assert main(["data", *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_table_in_another_encoding_is_refused(tmp_path):
+    (tmp_path / "t.csv").write_bytes("a,b\n1,Käse\n".encode("latin-1"))
+    with pytest.raises(DataError, match="must be text in UTF-8; .* Save it in UTF-8"):
+        read_from(f"csv:{tmp_path}/t.csv")
+
+
+def test_a_class_without_training_samples_is_listed(tmp_path):
+    arrays = {"x_train": np.zeros((4, 2)), "y_train": [0, 0, 1, 1]}
+    arrays |= {"x_test": np.zeros((1, 2)), "y_test": [0], "classes": ["ant", "bee", "cow"]}
+    np.savez(tmp_path / "a.npz", **{name: np.asarray(values) for name, values in arrays.items()})
+    facts = describe_arrays(read_arrays(tmp_path / "a.npz"))
+    assert facts["classes"] == "3 (ant: 2, bee: 2, cow: 0)"

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from gaf_lab.commands.main import main
 from gaf_lab.records import checkpoint
 from gaf_lab.settings.checks import ConfigError
 from gaf_lab.settings.config import TrainConfig
@@ -138,6 +139,8 @@ def task(config):
             "good(train=(X.tolist(), Y))",
             r"train must be a tuple of tensors .*; got \(list, Tensor\)",
         ),
+        ("good(class_names=['a', 'b'])", "class_names must name each of 0; got 2 names"),
+        ("good(sample_names=['a'] * 39)", "sample_names must name each of 40; got 39 names"),
         ("good(model=3)", "model must be a torch.nn.Module, or a function .*; got int"),
         ("good(clean=Y[:9])", r"clean must be a tensor like the targets of train; got \(9,\)"),
         (
@@ -156,3 +159,13 @@ def test_what_is_no_problem_is_refused(tmp_path, returns, message):
     )
     with pytest.raises(ConfigError, match=f"task bad.py:task: .*{message}|{message}"):
         train(own(file, task=f"{file}:task", b=4), tmp_path / "run", Silent())
+
+
+def test_an_error_of_the_tasks_own_names_its_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("own.py").write_text("def task(config):\n\n    return int('seven')\n")
+    assert main(["train", "--task", "own.py:task", "--out", "run"]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert said.endswith("invalid literal for int() with base 10: 'seven' (own.py, line 3)")
+    assert main(["train", "--task", "own.py:task", "--tau", "0.5", "--resume", "--out", "no"]) == 2
+    assert "own.py" not in capsys.readouterr().err

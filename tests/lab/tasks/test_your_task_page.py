@@ -1,5 +1,6 @@
 """docs/your-task.md from the CSV to the report: its blocks in order, with less training."""
 
+import csv
 import re
 import shlex
 from pathlib import Path
@@ -46,5 +47,10 @@ def test_the_page_goes_from_a_csv_to_a_report(folder, capsys):
     assert all(run.evals[-1]["memorised"] is not None for run in runs)
     for name in ("report.html", "accuracy.png", "memorisation.png"):
         assert (folder / "runs" / "cancer" / name).exists()
+    table = list(csv.reader(Path("cancer.csv").read_text().splitlines()))
+    listed = list(csv.DictReader(Path("runs/audit/samples.csv").read_text().splitlines()))
+    assert len(listed) > 400
+    for row in listed:
+        assert table[int(row["sample"].removeprefix("line ")) - 1][-1] == row["given_class"]
     (own,) = find_runs([folder / "runs" / "own"])
     assert own.evals[-1]["test_accuracy"] > 0.8
