@@ -75,6 +75,7 @@ SMALL_MODELS = [
     (100, 512, (1.26, 1.96), (1.08, 1.25)),
 ]
 FIGURES = "<!-- figures: benchmarks/accumulate-mlp.jsonl -->\n"
+PRODUCTS = "<!-- figures: benchmarks/products.jsonl -->\n"
 
 
 def small_models() -> dict[tuple[int, int, str], dict[str, Any]]:
@@ -110,9 +111,22 @@ def before_after_table() -> str:
     return table("hidden | b | " + " | ".join(heads), rows)
 
 
+def products_table() -> str:
+    """Of a row's arithmetic, in milliseconds of CPU time."""
+    found = {(x["rows"], x["way"]): x for x in read_lines("products.jsonl")}
+    columns = list(dict.fromkeys(rows for rows, _ in found))
+    rows = [
+        [way, *(f"{found[name, way]['ms_median']:.2f}" for name in columns)]
+        for way in dict.fromkeys(way for _, way in found)
+    ]
+    return table("CPU ms | " + " | ".join(columns), rows)
+
+
 def write_small_models() -> None:
-    """Writes both tables into docs/speed.md, each after its mark."""
+    """Writes the tables into docs/speed.md, each after its mark."""
     page = ROOT / "docs" / "speed.md"
+    mark = PRODUCTS + page.read_text().split(PRODUCTS)[1].partition("\n\n")[0]
+    page.write_text(page.read_text().replace(mark, PRODUCTS + products_table()))
     before, *parts = page.read_text().split(FIGURES)
     tables = (small_models_table(), before_after_table())
     rest = (part.partition("\n\n")[2] for part in parts)
@@ -248,6 +262,7 @@ def test_the_page_on_speed_shows_the_record_of_small_models():
     text = (ROOT / "docs" / "speed.md").read_text()
     assert f"{FIGURES}{small_models_table()}\n" in text
     assert f"{FIGURES}{before_after_table()}\n" in text
+    assert f"{PRODUCTS}{products_table()}\n" in text
 
 
 def test_every_file_that_the_readme_points_to_exists():
