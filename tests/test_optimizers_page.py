@@ -21,7 +21,11 @@ PAGE = ROOT / "docs" / "optimizers.md"
 SEEDS = [0, 1, 2, 3, 4]
 POLICIES = ("averaging", "GAF", "random subset", "random skip")
 UNSTABLE = "shampoo"  # some of its runs on clean labels blow up
-COMPARED = ["sgd", "adamw", "muon", "lamb", "lion", "soap", "shampoo", "schedule-free"]
+DIGITS, MNIST = "optimizers", "optimizers-mnist5k"
+COMPARED = {
+    DIGITS: ["sgd", "adamw", "muon", "lamb", "lion", "soap", "shampoo", "schedule-free"],
+    MNIST: ["sgd", "adamw", "muon", "lamb", "lion", "schedule-free"],
+}
 
 
 @cache
@@ -29,21 +33,21 @@ def runs(name: str) -> list[Run]:
     return packs.read_pack(ROOT / "results" / f"{name}.jsonl")
 
 
-def arms_of(optimizer: str, rate: float) -> dict[str, Arm]:
+def arms_of(optimizer: str, rate: float, pack: str = DIGITS) -> dict[str, Arm]:
     """The arms of an optimizer by the name of their policy."""
     chosen = [
         run
-        for run in runs("optimizers")
+        for run in runs(pack)
         if run.header["config"]["optimizer"] == optimizer
         and run.header["config"]["noise_rate"] == rate
     ]
     return {name.split(",")[0]: arm for name, arm in by_name(chosen).items()}
 
 
-def accuracies(rate: float, measure: Measure) -> str:
+def accuracies(rate: float, measure: Measure, pack: str = DIGITS) -> str:
     rows = []
-    for optimizer in compared(rate):
-        arms = arms_of(optimizer, rate)
+    for optimizer in compared(rate, pack):
+        arms = arms_of(optimizer, rate, pack)
         gaps = (points_between(arms["GAF"], arms[name], measure) for name in POLICIES[:3:2])
         cells = (percent(arms[name], measure) for name in POLICIES)
         rows.append([OPTIMIZER_NAMES[optimizer], *cells, *gaps])
@@ -51,16 +55,16 @@ def accuracies(rate: float, measure: Measure) -> str:
     return table(head, rows)
 
 
-def compared(rate: float) -> list[str]:
+def compared(rate: float, pack: str = DIGITS) -> list[str]:
     """The optimizers with a row at a noise level."""
-    return [name for name in COMPARED if rate or name != UNSTABLE]
+    return [name for name in COMPARED[pack] if rate or name != UNSTABLE]
 
 
-def shares(rate: float) -> str:
+def shares(rate: float, pack: str = DIGITS) -> str:
     """What GAF accepts before each optimizer, and what it and averaging memorise."""
     rows = []
-    for optimizer in COMPARED:
-        arms = arms_of(optimizer, rate)
+    for optimizer in COMPARED[pack]:
+        arms = arms_of(optimizer, rate, pack)
         found = (
             percent(arms["GAF"], measure)
             for measure in (measures.ACCEPTANCE, measures.STEPS_TAKEN, measures.MEMORISED)
@@ -83,13 +87,13 @@ def moments() -> str:
     return table("wrong | arm | measure | of the update | of all rows | all - update", rows)
 
 
-def rates() -> str:
+def rates(pack: str = DIGITS) -> str:
     """The search: the best held-out accuracy, mean over seeds; - where a run diverged."""
     rows = []
-    for optimizer in COMPARED:
-        found = search(optimizer)
+    for optimizer in COMPARED[pack]:
+        found = search(optimizer, pack)
         cells = ", ".join(f"{rate:g}: {show(value)}" for rate, value in sorted(found.items()))
-        rows.append([OPTIMIZER_NAMES[optimizer], cells, f"{best_rate(optimizer):g}"])
+        rows.append([OPTIMIZER_NAMES[optimizer], cells, f"{best_rate(optimizer, pack):g}"])
     return table("optimizer | learning rate: held-out accuracy | chosen", rows)
 
 
@@ -97,10 +101,10 @@ def show(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.1f}"
 
 
-def search(optimizer: str) -> dict[float, float | None]:
+def search(optimizer: str, pack: str) -> dict[float, float | None]:
     found: dict[float, list[float]] = {}
     diverged = set()
-    for run in runs("optimizers-rates"):
+    for run in runs(f"{pack}-rates"):
         if run.header["config"]["optimizer"] == optimizer:
             rate = run.header["config"]["lr"]
             if measures.status(run) != "finished":
@@ -113,9 +117,9 @@ def search(optimizer: str) -> dict[float, float | None]:
     }
 
 
-def best_rate(optimizer: str) -> float:
+def best_rate(optimizer: str, pack: str) -> float:
     """The rate of the highest accuracy; of equals the lowest."""
-    found = {rate: value for rate, value in search(optimizer).items() if value is not None}
+    found = {rate: value for rate, value in search(optimizer, pack).items() if value is not None}
     return min(found, key=lambda rate: (-round(found[rate], 4), rate))
 
 
@@ -127,6 +131,12 @@ TABLES = {
     "selected 0": lambda: accuracies(0.0, measures.SELECTED),
     "shares 40": lambda: shares(0.4),
     "moments": moments,
+    "MNIST-5k, rates": lambda: rates(MNIST),
+    "MNIST-5k, last 40": lambda: accuracies(0.4, measures.LAST, MNIST),
+    "MNIST-5k, selected 40": lambda: accuracies(0.4, measures.SELECTED, MNIST),
+    "MNIST-5k, last 0": lambda: accuracies(0.0, measures.LAST, MNIST),
+    "MNIST-5k, selected 0": lambda: accuracies(0.0, measures.SELECTED, MNIST),
+    "MNIST-5k, shares 40": lambda: shares(0.4, MNIST),
 }
 
 
@@ -135,21 +145,22 @@ def test_the_pages_tables_are_the_records(name):
     assert TABLES[name]() in PAGE.read_text()
 
 
-def test_every_arm_has_five_finished_runs_with_the_same_seeds_at_the_chosen_rate():
+@pytest.mark.parametrize("pack", COMPARED)
+def test_every_arm_has_five_finished_runs_with_the_same_seeds_at_the_chosen_rate(pack):
     for rate in (0.0, 0.4):
-        for optimizer in compared(rate):
-            arms = arms_of(optimizer, rate)
+        for optimizer in compared(rate, pack):
+            arms = arms_of(optimizer, rate, pack)
             assert set(arms) == set(POLICIES)
             for arm in arms.values():
                 assert sorted(arm.seeds) == SEEDS
                 assert {measures.status(run) for run in arm.runs} == {"finished"}
-            assert {arm.config["lr"] for arm in arms.values()} == {best_rate(optimizer)}
+            assert {arm.config["lr"] for arm in arms.values()} == {best_rate(optimizer, pack)}
 
 
 def test_on_clean_labels_shampoo_blows_up_in_as_many_runs_as_the_page_says():
     found = [
         run
-        for run in runs("optimizers")
+        for run in runs(DIGITS)
         if (run.header["config"]["optimizer"], run.header["config"]["noise_rate"])
         == (UNSTABLE, 0.0)
     ]
