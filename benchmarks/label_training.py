@@ -65,6 +65,9 @@ MORE: dict[str, dict[str, Any]] = {
 }
 PLAIN = {name: CORE[name] for name in ("plain prototype weights", "the same, plain prototypes")}
 WITH_ELR = {"ELR": CORE["ELR"], "prototype weights with ELR": MORE["prototype weights with ELR"]}
+CONTROLS = {
+    name: CORE[name] for name in ("the same, no suspects", "GCE", "prototype weights, shuffled")
+}
 FILTER = {"GAF": {"policy": "gaf", "k": 8, "b": 20}}
 SHARD: dict[str, Any] = {"noise": "symmetric", "noise_rate": 0.125, "sampler": "sharded"}
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -138,6 +141,8 @@ def order() -> list[tuple[str, str, dict[str, dict[str, Any]]]]:
         ("mnist5k", "long tail", PLAIN),
         *(("mnist5k", setting, WITH_ELR) for setting in ("clean", "long tail", "bad shard")),
         ("fashion-mnist", "clean", WITH_ELR),
+        *(("mnist5k", setting, CONTROLS) for setting in ("bad shard", "clean", "long tail")),
+        ("fashion-mnist", "clean", CONTROLS),
     ]
 
 

@@ -315,6 +315,15 @@ def glance(measure_of: Callable[[str], Callable[[Run], float] | None]) -> str:
     return table(" | ".join(["rule", *heads]), rows)
 
 
+def trained_on_human_labels() -> str:
+    """CIFAR-100N, one run of each rule."""
+    runs = read_pack(ROOT / "results" / "label-training-human.jsonl")
+    rows = [
+        [run.arm, *(f"{100 * measure(run):.1f}" for measure in MEASURES.values())] for run in runs
+    ]
+    return table(f"rule | {' | '.join(MEASURES)}", rows)
+
+
 def costs() -> dict[str, float]:
     """CPU time of each rule, in that of averaging."""
     lines = (ROOT / "results" / "label-training-cost.jsonl").read_text().splitlines()[1:]
@@ -388,6 +397,7 @@ TABLES = (
     reported_on_human_labels,
     beside_cleanlab,
     at_a_glance,
+    trained_on_human_labels,
     cost_table,
     at_equal_time,
     along_training,
