@@ -100,7 +100,8 @@ def test_every_arm_has_finished_runs_with_the_same_seeds():
     for task, scenario in MEASURED:
         arms = arms_of(task, scenario)
         assert len(arms) == len(ARMS) - (scenario == "everywhere")
-        assert {tuple(arm.seeds) for arm in arms.values()} == {(0, 1, 2, 3, 4)}
+        seeds = 10 if (task, scenario) == ("acrobot", "everywhere") else 5
+        assert {tuple(arm.seeds) for arm in arms.values()} == {tuple(range(seeds))}
     assert {measures.status(run) for run in runs()} == {"finished"}
 
 
