@@ -50,7 +50,7 @@ LATER = {
 
 @dataclass(frozen=True)
 class TrainConfig(SampleFields):
-    """One training run. The defaults are those of the demo."""
+    """One training run. The defaults are those of the demo; `gaf audit` has its own."""
 
     def __post_init__(self) -> None:
         check_tau(self.tau)
