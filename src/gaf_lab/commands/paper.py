@@ -1,6 +1,5 @@
 """`gaf paper`: figures and tables of the paper."""
 
-import os
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from tyro.conf import Positional
 
 from gaf_lab.commands.common import Words, say
 from gaf_lab.settings.checks import MOST_WORKERS, check_count
+from gaf_lab.settings.cores import cores
 
 
 @dataclass
@@ -51,7 +51,7 @@ def run_paper(words: Words, console: Console) -> int:
     from gaf_lab.paper.reproduce import reproduce
     from gaf_lab.records.locks import own_folder
 
-    workers = options.workers if options.workers is not None else os.cpu_count() or 1
+    workers = options.workers if options.workers is not None else cores()
     check_count("workers", workers, 1, MOST_WORKERS, "One for each core is usual.")
     names = [items.find_item(name).id for name in options.ids if name != "all"]
     if options.ids == ("all",):

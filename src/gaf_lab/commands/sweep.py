@@ -1,6 +1,5 @@
 """`gaf sweep`: a plan of runs, several at a time."""
 
-import os
 import shlex
 import time
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from rich.console import Console
 from tyro.conf import Positional
 
 from gaf_lab.commands.common import Words, say
+from gaf_lab.settings.cores import cores
 
 
 @dataclass
@@ -88,4 +88,4 @@ def run_sweep(words: Words, console: Console) -> int:
 def runs_at_once(options: SweepOptions, runs: int) -> int:
     if options.workers is not None:
         return options.workers
-    return runs if options.engine == "ray" else os.cpu_count() or 1
+    return runs if options.engine == "ray" else cores()

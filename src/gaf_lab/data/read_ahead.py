@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from gaf_lab.data.sources import DataError
+from gaf_lab.settings.cores import cores
 
 PREFETCH = 2  # items that each worker has read and not handed over
 MOST_READERS = 16  # worker processes
@@ -102,13 +103,6 @@ def reader_count() -> int:
     """Worker processes for one rank: one per core of its share, at most MOST_READERS."""
     share = cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return max(1, min(share, MOST_READERS))
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def worker_died(error: RuntimeError) -> Exception:

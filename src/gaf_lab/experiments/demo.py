@@ -5,7 +5,6 @@ process of one thread; the network is too small to gain from a second thread.
 """
 
 import dataclasses
-import os
 import re
 import shutil
 from pathlib import Path
@@ -16,6 +15,7 @@ from gaf_lab.paper.estimate import announce
 from gaf_lab.records import run as records
 from gaf_lab.settings.checks import ConfigError
 from gaf_lab.settings.config import TrainConfig
+from gaf_lab.settings.cores import cores
 from gaf_lab.settings.presets import DEMO
 from gaf_lab.sweeps.jobs import is_finished
 from gaf_lab.sweeps.sweep import sweep
@@ -66,7 +66,7 @@ def demo(
     """
     plan = demo_plan(seeds, base)
     configs = list(plan.values())
-    workers = workers or os.cpu_count() or 1
+    workers = workers or cores()
     seconds = announce(configs, workers, console)
     sweep(
         configs,

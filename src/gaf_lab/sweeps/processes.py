@@ -2,7 +2,6 @@
 
 import contextlib
 import multiprocessing
-import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -35,7 +34,7 @@ class Processes:
     """
 
     def __init__(self, workers: int) -> None:
-        self.limit, self.threads = workers, max(1, (os.cpu_count() or 1) // workers)
+        self.limit, self.threads = workers, max(1, torch.get_num_threads() // workers)
         self.context = multiprocessing.get_context("forkserver")
         self.context.set_forkserver_preload(list(PRELOADED))
         self.workers: list[Worker] = []

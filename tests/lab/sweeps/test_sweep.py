@@ -305,6 +305,12 @@ def test_while_a_run_goes_on_nobody_else_can_begin_it(tmp_path):
     assert len(seen) == 2
 
 
+@pytest.mark.parametrize(("threads", "workers", "each"), [(4, 2, 2), (1, 1, 1), (1, 2, 1)])
+def test_the_workers_share_the_threads_that_torch_was_given(threads, workers, each, monkeypatch):
+    monkeypatch.setattr("torch.get_num_threads", lambda: threads)  # as OMP_NUM_THREADS makes it
+    assert processes.Processes(workers).threads == each
+
+
 def one(plan):
     (job,) = plan.values()
     return job
