@@ -12,6 +12,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ Batch = tuple[Tensor, Tensor]
 Found = Iterator[tuple[str, Any, Any, float]]  # what, value, expected, tolerance
 Step = Callable[[], object]
 
+ROOT = Path(__file__).parents[2]
 K, BATCH, CLASSES = 8, 32, 10
 TAU = 0.9  # of the small network's rows some are accepted, some are not
 EXACT = 0.0
@@ -81,7 +83,7 @@ def failed(name: str, value: str, trace: str = "") -> Line:
         "value": value[-1000:],
         "expected": "no exception",
         "tolerance": 0.0,
-        "trace": trace[-2000:],
+        "trace": trace.replace(f"{ROOT}/", "")[-2000:],
     }
 
 
