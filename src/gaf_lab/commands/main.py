@@ -99,9 +99,9 @@ def own_place(error: Exception) -> str:
 
 def is_installed(file: str) -> bool:
     """Whether a file of code is part of Python, a package, or gaf."""
-    ours = Path(__file__).parents[2]
-    python = sysconfig.get_path("stdlib")
-    return file.startswith(("<", str(ours), python)) or "site-packages" in Path(file).parts
+    path, roots = Path(file), (Path(__file__).parents[2], Path(sysconfig.get_path("stdlib")))
+    known = "site-packages" in path.parts or any(path.is_relative_to(root) for root in roots)
+    return known or file.startswith("<")
 
 
 def refuse(name: str, message: str) -> int:

@@ -20,8 +20,9 @@ def check_task(
     """
     check_loss_of(config, problem, classes)
     check_clean(problem)
-    check_names("class_names", problem.class_names, classes)
-    check_names("sample_names", problem.sample_names, count_samples(problem.train))
+    check_names("class_names", problem.class_names, classes, "classes")
+    samples = count_samples(problem.train)
+    check_names("sample_names", problem.sample_names, samples, "training samples")
     check_restart(config, problem)
     if not classes:
         check_without_classes(config, train)
@@ -72,11 +73,11 @@ def check_clean(problem: Problem) -> None:
     )
 
 
-def check_names(field: str, names: Sequence[str], count: int) -> None:
+def check_names(field: str, names: Sequence[str], count: int, what: str) -> None:
     if len(names) not in (0, count):
         raise ConfigError(
-            f"{field} must name each of {count:,}; got {len(names):,} names. "
-            "Leave it out if they have none."
+            f"{field} must be as many as the {what}, {count:,}; got {len(names):,}. "
+            "Give one for each, in their order, or leave them out."
         )
 
 

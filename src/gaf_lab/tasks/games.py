@@ -102,6 +102,7 @@ def import_gymnasium() -> Any:
         import gymnasium
     except ImportError:
         raise ConfigError(
-            "control needs gymnasium; it is not installed. Install it with pip install '.[tasks]'."
+            "CartPole and Acrobot need gymnasium; it is not installed. "
+            "Install it with pip install '.[tasks]'."
         ) from None
     return gymnasium

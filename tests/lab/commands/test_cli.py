@@ -4,6 +4,7 @@ import io
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -563,3 +564,11 @@ def test_the_columns_of_a_run_stay_apart_and_fit_78():
     ConsoleListener(Console(file=screen, width=80)).evaluated(wide | shares)
     cells = ["2000.00", "500,000", "12.346", *["100.0%"] * 4, "1.234", "1,234,567"]
     assert screen.getvalue().splitlines()[-1].split() == cells
+
+
+def test_a_file_beside_the_sources_is_the_users_own():
+    ours = Path(cli.__file__).parents[2]
+    assert cli.is_installed(str(ours / "gaf" / "probe.py"))
+    assert cli.is_installed(json.__file__)
+    assert cli.is_installed(pytest.__file__)
+    assert not cli.is_installed(f"{ours}_of_mine/task.py")

@@ -139,8 +139,14 @@ def task(config):
             "good(train=(X.tolist(), Y))",
             r"train must be a tuple of tensors .*; got \(list, Tensor\)",
         ),
-        ("good(class_names=['a', 'b'])", "class_names must name each of 0; got 2 names"),
-        ("good(sample_names=['a'] * 39)", "sample_names must name each of 40; got 39 names"),
+        (
+            "good(class_names=['a', 'b'])",
+            "class_names must be as many as the classes, 0; got 2. Give",
+        ),
+        (
+            "good(sample_names=['a'] * 39)",
+            "sample_names must be as many as the training samples, 40; got 39",
+        ),
         ("good(model=3)", "model must be a torch.nn.Module, or a function .*; got int"),
         ("good(clean=Y[:9])", r"clean must be a tensor like the targets of train; got \(9,\)"),
         (
