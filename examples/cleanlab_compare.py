@@ -16,15 +16,17 @@ from torch import Tensor, nn
 
 import gaf
 
-# 40% of the labels are the next digit's, or any other's; whether pixels are standardised
-CASES = [(noise, s) for noise in ("class-dependent", "symmetric") for s in (True, False)]
+# a share of the labels is the next digit's, or any other's; whether pixels are standardised
+NOISE = [("class-dependent", 0.4), ("symmetric", 0.4), ("class-dependent", 0.2)]
+NOISE += [("symmetric", 0.1), ("symmetric", 0.2), ("symmetric", 0.6)]
+CASES = [(*noise, standardised) for noise in NOISE for standardised in (True, False)]
 
 
-def digits(noise: str, standardised: bool, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+def digits(noise: str, rate: float, standardised: bool, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     x, y = (torch.tensor(part) for part in mnist_data())
     x = ((x - x.mean()) / x.std() if standardised else x / 255).float()
     torch.manual_seed(seed)
-    wrong = torch.rand(n := len(y)) < 0.4
+    wrong = torch.rand(n := len(y)) < rate
     return x, (y + wrong * (torch.randint(1, 10, (n,)) if noise == "symmetric" else 1)) % 10, wrong
 
 
@@ -58,7 +60,8 @@ WAYS = ((agreement, 12), (cleanlab, 6), (cleanlab, 12))
 for case, seed, (way, passes) in ((c, s, w) for c in CASES for s in range(5) for w in WAYS):
     (x, y, wrong), started = digits(*case, seed), time.process_time()
     quality, issues = (torch.as_tensor(part) for part in way(x, y, passes))
-    line = {"noise": case[0], "standardised": case[1], "seed": seed, "passes": passes}
+    line: dict[str, Any] = dict(zip(("noise", "rate", "standardised"), case, strict=True))
+    line |= {"seed": seed, "passes": passes}
     line |= {"way": way.__name__, "cpu_seconds": time.process_time() - started}
     line |= {"auroc": roc_auc_score(wrong, -quality), "issues": int(issues.sum())}
     line |= {"first100": int(wrong[quality.argsort()[:100]].sum()), "wrong": int(wrong.sum())}
