@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import gaf
 from gaf.device import packs
@@ -161,6 +162,55 @@ def test_products_of_nothing_are_on_the_rows_device(given: Tensor | None) -> Non
     rows.add([given])
     with pytest.raises(LookupError, match="meta"):
         rows.decide()
+
+
+class Transfers(TorchDispatchMode):
+    """Copies from one device to another: on an accelerator each waits, or lets another wait."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func._schema.name in ("aten::_to_copy", "aten::copy_"):
+            devices = {t.device.type for t in (*args, result) if isinstance(t, Tensor)}
+            self.seen += [f"{func}: {devices}"] if len(devices) > 1 else []
+        return result
+
+
+class Unused(nn.Module):
+    """Layers that get no gradient, an empty one, or one that does not count."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.unused, self.bias = nn.Linear(3, 2), nn.Linear(2, 2), nn.Linear(1, 4)
+        self.empty = nn.Parameter(torch.zeros(0))
+
+    def forward(self) -> Tensor:
+        used = self.used.weight.sum() + self.used.bias.sum()
+        return used + self.bias.weight.sum() + self.bias.bias.sum() + self.empty.sum()
+
+
+@pytest.mark.parametrize("scope", ["all", "layer"])
+@pytest.mark.parametrize("start", ["first", "best"])
+@pytest.mark.parametrize("average", ["mean", "halving"])
+def test_rows_are_held_and_multiplied_where_they_are(scope: Any, start: Any, average: Any) -> None:
+    """The meta device stands in for an accelerator."""
+    model = Unused().to("meta")
+    options: dict[str, Any] = {"model": model}
+    if scope == "all":
+        options["leave_out"] = lambda name, p: name.startswith("bias")
+    policy = gaf.GAF(2.0, start=start, average=average, scope=scope)
+    acc = gaf.Accumulator(SGD(model.parameters(), 0.1), policy, **options)
+    with Transfers() as transfers:
+        for _ in range(3):
+            acc.backward(model())
+        with pytest.raises(NotImplementedError, match="meta"):  # what a decision needs on the host
+            acc.decide()
+    assert transfers.seen == []
 
 
 def test_the_inner_products_of_empty_parameters_are_on_their_device() -> None:

@@ -13,6 +13,8 @@ from torch.nn.functional import cross_entropy, mse_loss, normalize, one_hot
 from torch.optim import SGD
 
 import gaf
+from gaf.samples.class_statistics import ClassStatistics
+from gaf.samples.judge import soft_weights
 from helpers.comparing import same
 from helpers.samples import C, Net, auroc, clusters, per_sample_rows, train
 
@@ -23,6 +25,10 @@ def criterion_for(net: Net, score: Any = "prototype", **options: Any) -> gaf.Sam
 
 
 # --- numbers
+
+
+def strength(doubtful: Tensor) -> Tensor:
+    return (doubtful.minimum(1 - doubtful) / 0.3).clamp(max=1)
 
 
 @pytest.mark.parametrize("refine", [False, True])
@@ -81,7 +87,7 @@ def test_the_loss_is_the_weighted_mean_by_the_formula() -> None:
     similarity = normalize(model.body(x_), dim=1) @ twin.prototypes().T
     own = similarity.gather(1, y_[:, None])[:, 0]
     s = own - similarity.masked_fill(one_hot(y_, C).bool(), -9).amax(1)
-    a = (twin.doubt[y_] / 0.3).clamp(max=1)
+    a = strength(twin.doubt[y_])
     w = 1 - a * (1 - torch.sigmoid(4 * (s - twin.mean[y_]) / twin.deviation[y_]))
     assert w.min() < 0.9 < w.max()
     torch.testing.assert_close(criterion.weights, w.detach())
@@ -89,6 +95,19 @@ def test_the_loss_is_the_weighted_mean_by_the_formula() -> None:
     (grad,) = torch.autograd.grad(loss, [model.head.weight], retain_graph=True)
     direct = torch.autograd.grad((w.detach() * losses).sum() / w.detach().sum(), model.head.weight)
     torch.testing.assert_close(grad, direct[0])
+
+
+@pytest.mark.parametrize(
+    ("doubtful", "lightest"), [(0, 1), (0.15, 0.5), (0.3, 0), (0.7, 0), (0.9, 2 / 3), (1, 1)]
+)
+def test_weights_fade_where_nearly_all_labels_look_right_or_nearly_all_wrong(
+    doubtful: float, lightest: float
+) -> None:
+    """The weight of a score far below its class's mean, which is 0 here, with deviation 1."""
+    statistics = ClassStatistics(1, 0, 1, torch.device("cpu"))
+    statistics.scores.copy_(torch.tensor([[100.0, 0.0, 100.0, 100.0 * doubtful]]))
+    found = soft_weights(torch.tensor([-50.0]), torch.tensor([0]), statistics, True)
+    torch.testing.assert_close(found, torch.tensor([float(lightest)]))
 
 
 @pytest.mark.parametrize("layers", ["head", "all"])
@@ -123,7 +142,7 @@ def test_all_layers_vote_in_the_weights_too() -> None:
         unit = normalize(per_sample_rows(model, x, c), dim=1)
         same_label = (y == y[:, None]) & known & ~torch.eye(40, dtype=torch.bool)
         s = torch.where(same_label, unit @ unit.T, 0).sum(1) / same_label.sum(1)
-        a = (statistics.doubt[c] / 0.3).clamp(max=1)
+        a = strength(statistics.doubt[c])
         w = 1 - a * (1 - torch.sigmoid(4 * (s - statistics.mean[c]) / statistics.deviation[c]))
         w = torch.where(w.isfinite(), w, 1) * known
         torch.testing.assert_close(criterion.weights, w)

@@ -47,6 +47,11 @@ def voting_part(row: Sequence[Tensor | None], voters: Sequence[bool]) -> Buffers
     return [t for t, votes in zip(row, voters, strict=True) if votes]
 
 
+def is_missing(row: Sequence[Tensor | None]) -> bool:
+    """Whether there is a gradient for no parameter."""
+    return all(t is None for t in row)
+
+
 def where_any(had_gradient: Sequence[Sequence[bool]], update: Buffers) -> Buffers:
     """The update, without the parameters that none of these rows has a gradient for."""
     columns = zip(*had_gradient, strict=True)
@@ -68,7 +73,7 @@ def norm2_of_rest(row: Sequence[Tensor | None], voters: Sequence[bool]) -> Tenso
     NaN where one of them is not finite: the row then counts as absent.
     """
     rest = [t for t, votes in zip(row, voters, strict=True) if not votes]
-    if all(t is None for t in rest):
+    if is_missing(rest):
         return 0.0
     return 0.0 * gram_of([rest])[0, 0]
 

@@ -1,8 +1,16 @@
 """The micro-gradients of one macro-batch, all k of them kept apart until the decision."""
 
+import torch
 from torch import Tensor
 
-from gaf.device.buffers import Buffers, norm2_of_rest, unshare_all, voting_part, where_any
+from gaf.device.buffers import (
+    Buffers,
+    is_missing,
+    norm2_of_rest,
+    unshare_all,
+    voting_part,
+    where_any,
+)
 from gaf.device.packs import Apart, Packs
 from gaf.rules.blas import gram_of_by_blas
 from gaf.rules.combine import combine, weighted_sum
@@ -47,12 +55,17 @@ class StackedRows:
         self.rows.append(row)
 
     def decide(self) -> tuple[Decision, Evidence]:
-        parts = [voting_part(row, self.packs.votes) for row in self.rows]
-        # a layer that no row has a gradient for has its products on the CPU otherwise
-        gram = gram_of_by_blas(parts, self.roots).to(self.packs.device)
+        gram = self._gram()
         for own, row in zip(gram.diagonal(), self.rows, strict=True):
             own += norm2_of_rest(row, self.packs.votes)
         return decide_with_evidence(self.policy, gram.cpu() if self.decides_on_host else gram)
+
+    def _gram(self) -> Float64[Tensor, "k k"]:
+        """Of the parameters that take part, on the device of the rows' products."""
+        parts, device = [voting_part(row, self.packs.votes) for row in self.rows], self.packs.device
+        if all(map(is_missing, parts)):  # moving products of nothing to the device would wait
+            return torch.zeros(len(parts), len(parts), dtype=torch.float64, device=device)
+        return gram_of_by_blas(parts, self.roots).to(device)
 
     def update(self, weights: list[float]) -> Buffers:
         """w^T G; None for a parameter that no accepted row has a gradient for."""

@@ -8,6 +8,7 @@ from torch import Tensor
 from gaf.device.buffers import (
     Buffers,
     add_in_place,
+    is_missing,
     norm2_of_rest,
     unshare_all,
     voting_part,
@@ -103,7 +104,10 @@ class SumOnDevice:
 
     def measure(self, row: Buffers) -> tuple[Float64[Tensor, ""], Float64[Tensor, ""]]:
         pair = [voting_part(self.total, self.voters), voting_part(row, self.voters)]
-        inner, own = products_of(pair[0], pair[1], self.roots)
+        if is_missing(pair[1]):  # moving products of nothing to the device would wait for it
+            inner = own = torch.zeros((), dtype=torch.float64, device=self.device)
+        else:
+            inner, own = products_of(pair[0], pair[1], self.roots)
         return inner.to(self.device), own.to(self.device) + norm2_of_rest(row, self.voters)
 
     def absorb(

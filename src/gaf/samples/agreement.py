@@ -43,10 +43,12 @@ class SampleAgreement(nn.Module):
     - "loss": minus its loss, at least -6; for any loss function, and the control.
 
     Its weight is 1 - a (1 - sigmoid(4 (s - m) / d)): m and d are the running mean and deviation of
-    the scores with its label, and a in [0, 1] the running share of samples with its label that
-    seemed to be of another class, over 0.3. So where nearly all labels look right, all weights are
-    near 1. The loss is sum w_i loss_i / sum w_i. A run that the weights steer judges less well: to
-    find wrong labels, train with weigh=False, and look at `report` before they are memorised.
+    the scores with its label, and a is min(q, 1 - q) / 0.3, at most 1, for the running share q of
+    samples with its label that seemed to be of another class. So where nearly all labels look
+    right, all weights are near 1, and where nearly all look wrong too: there the features do not
+    tell the class from others, as early in training or for a rare class. The loss is
+    sum w_i loss_i / sum w_i. A run that the weights steer judges less well: to find wrong labels,
+    train with weigh=False, and look at `report` before they are memorised.
 
     The mean features and the scores' statistics are buffers. In a distributed job they are summed
     over the ranks, one small all-reduce that each step starts and the next one waits for, and so

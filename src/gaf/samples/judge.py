@@ -15,8 +15,7 @@ from gaf.shapes import Bool, Float, Float64, Int
 
 SHARPNESS = 4.0  # of the weights, per standard deviation
 LARGEST_LOSS = 6.0
-DOUBTFUL = 0.3  # share of a class from which on its weights differ as far as they can
-
+DOUBTFUL = 0.3  # share of a class that must look doubtful, and share that must not, for full effect
 
 VISITS_BEFORE = 2  # of a sample, until it is weighed
 STEPS_BEFORE = 500  # the same where samples are not told apart
@@ -142,16 +141,18 @@ def soft_weights(
     statistics: ClassStatistics,
     has_classes: bool,
 ) -> Float[Tensor, " n"]:
-    """1 - a (1 - sigmoid(4 (s - m) / d)): the more labels of the class are doubtful, the softer.
+    """1 - a (1 - sigmoid(4 (s - m) / d)).
 
-    m and d are mean and deviation of the class's scores, and a in [0, 1] the share of its samples
-    that seem to be of another class, over `DOUBTFUL`. Without classes a is 1, and m lower by 3 d.
-    1 where there is no score or deviation yet.
+    m and d are mean and deviation of the class's scores. a is min(q, 1 - q) / `DOUBTFUL`, at most
+    1, for the share q of the class's samples that seem to be of another class: if few do, the
+    labels are right, and if nearly all do, the judge knows nothing of the class. Without classes a
+    is 1, and m lower by 3 d. 1 where there is no score or deviation yet.
     """
     distance = (scores - statistics.mean[labels]) / statistics.deviation[labels]
     if has_classes:
-        doubt = (statistics.doubt[labels] / DOUBTFUL).clamp(max=1)
-        weights = 1 - doubt * (1 - (SHARPNESS * distance).sigmoid())
+        doubtful = statistics.doubt[labels]
+        strength = (torch.minimum(doubtful, 1 - doubtful) / DOUBTFUL).clamp(max=1)
+        weights = 1 - strength * (1 - (SHARPNESS * distance).sigmoid())
     else:
         weights = (SHARPNESS * (distance + 3)).sigmoid()
     return torch.where(weights.isfinite(), weights, 1.0)
