@@ -1,7 +1,7 @@
 """What the commands share: lines on the console, and the config behind a command's options."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from pathlib import Path
 
 from rich.console import Console
@@ -20,6 +20,18 @@ Command = Callable[[Words, Console], int]
 def say(console: Console, text: str) -> None:
     """Prints a line unchanged; a terminal wraps it if it is too long."""
     console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def failures_code(console: Console, failed: Sized) -> int:
+    """The exit code of a sweep with these failed runs, each of which was shown when it failed."""
+    if not failed:
+        return 0
+    say(
+        console,
+        f"Failed: {len(failed)}, each shown above with its reason. Mend that, and give the same "
+        "command: it tries them again, and repeats no run that is finished.",
+    )
+    return 1
 
 
 def show_file(console: Console, what: str, path: Path) -> None:

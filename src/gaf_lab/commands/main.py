@@ -1,9 +1,6 @@
 """The command `gaf`: finds the command, runs it, and turns errors into messages and exit codes."""
 
 import sys
-import sysconfig
-import traceback
-from pathlib import Path
 
 from rich.console import Console
 
@@ -18,6 +15,7 @@ from gaf_lab.commands.probe import ProbeOptions, run_probe
 from gaf_lab.commands.report import ReportOptions, run_report
 from gaf_lab.commands.sweep import SweepOptions, run_sweep
 from gaf_lab.commands.train import TrainOptions, run_train, under_torchrun
+from gaf_lab.own_code import own_place
 from gaf_lab.settings.checks import ConfigError, first_line, nearest
 
 COMMANDS: dict[str, tuple[Command, str | None]] = {
@@ -88,20 +86,6 @@ def exit_code(name: str, words: Words, console: Console) -> int:
             raise
         fault = f"the machine must have more memory; {first_line(error)}."
         return refuse(name, f"{fault} {SMALLER}")
-
-
-def own_place(error: Exception) -> str:
-    """Where code of the user's own, such as a task, has raised or caused the error; else empty."""
-    lines = traceback.extract_tb(error.__traceback__)
-    own = [line for line in lines if not is_installed(line.filename)]
-    return f" ({Path(own[-1].filename).name}, line {own[-1].lineno})" if own else ""
-
-
-def is_installed(file: str) -> bool:
-    """Whether a file of code is part of Python, a package, or gaf."""
-    path, roots = Path(file), (Path(__file__).parents[2], Path(sysconfig.get_path("stdlib")))
-    known = "site-packages" in path.parts or any(path.is_relative_to(root) for root in roots)
-    return known or file.startswith("<")
 
 
 def refuse(name: str, message: str) -> int:

@@ -9,7 +9,7 @@ import tyro
 from rich.console import Console
 from tyro.conf import Positional
 
-from gaf_lab.commands.common import Words, say
+from gaf_lab.commands.common import Words, failures_code, say
 from gaf_lab.settings.checks import MOST_WORKERS, check_count
 from gaf_lab.settings.cores import cores
 
@@ -72,10 +72,8 @@ def run_paper(words: Words, console: Console) -> int:
     except KeyboardInterrupt:
         say(console, f"\nStopped. Go on with: {command}")
         return 130
-    for name, why in swept.failed.items():
-        say(console, f"{name}: {why}")
     say(console, f"Page: {page}")
-    return 1 if swept.failed else 0
+    return failures_code(console, swept.failed)
 
 
 def list_items(options: Any, console: Console) -> int:

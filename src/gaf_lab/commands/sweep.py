@@ -10,7 +10,7 @@ import tyro
 from rich.console import Console
 from tyro.conf import Positional
 
-from gaf_lab.commands.common import Words, say
+from gaf_lab.commands.common import Words, failures_code, say
 from gaf_lab.settings.cores import cores
 
 
@@ -74,15 +74,13 @@ def run_sweep(words: Words, console: Console) -> int:
     except KeyboardInterrupt:
         say(console, f"\nStopped. Go on with the same command: {command}")
         return 130
-    for name, why in swept.failed.items():
-        say(console, f"{name} failed: {why}")
     say(
         console,
         f"{len(swept.runs)} of {len(swept.runs) + len(swept.failed)} runs are finished, "
         f"in {time.perf_counter() - started:.0f} s. "
         f"Index: {out / INDEX}. Page: gaf report {out}",
     )
-    return 1 if swept.failed else 0
+    return failures_code(console, swept.failed)
 
 
 def runs_at_once(options: SweepOptions, runs: int) -> int:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gaf_lab.data.arrays import Arrays, Tensors, as_inputs, split
 from gaf_lab.data.convert_pictures import TESTS, stack
+from gaf_lab.data.jpeg import upright
 from gaf_lab.data.sources import DataError
 from gaf_lab.settings.checks import nearest
 
@@ -109,7 +110,7 @@ def columns_of(
     inputs = [name for name in part.column_names if name != label]
     pictures = [name for name in inputs if isinstance(first[name], Image.Image)]
     if pictures:
-        named = zip(row_names(part), (row[pictures[0]] for row in part), strict=True)
+        named = zip(row_names(part), (upright(row[pictures[0]]) for row in part), strict=True)
         return stack(named, size, folder), y
     try:
         columns = [

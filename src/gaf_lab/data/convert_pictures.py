@@ -9,6 +9,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from gaf_lab.data.arrays import Arrays, split
+from gaf_lab.data.jpeg import upright
 from gaf_lab.data.sources import DataError
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
@@ -78,12 +79,16 @@ def check_folders(folder: Path, classes: list[str], labels: list[int]) -> None:
 
 
 def open_picture(path: Path) -> Image.Image:
+    """A file's picture, upright."""
     try:
-        with Image.open(path) as picture:
-            picture.load()
-            return picture
-    except (UnidentifiedImageError, OSError) as error:
-        raise DataError(f"{path}: must be a picture; {error}. Take it out.") from None
+        # by its name Pillow maps plain TIFFs into memory, and mixes up the pixels of turned ones
+        with path.open("rb") as file, Image.open(file) as picture:
+            return upright(picture)
+    except UnidentifiedImageError:
+        why = "its format is none that is known"
+    except OSError as error:
+        why = str(error)
+    raise DataError(f"{path}: must be a picture; {why}. Take it out.")
 
 
 def stack(pictures: Iterable[tuple[str, Image.Image]], size: int | None, source: Path) -> Tensor:

@@ -1,11 +1,12 @@
-"""From a JPEG or PNG file to a picture of one size: decoding, random crops, the middle."""
+"""From a JPEG or PNG file to an upright picture of one size: decoding, random crops, the middle."""
 
 import math
+import struct
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from torch import Tensor
 
 from gaf_lab.data.sources import DataError
@@ -15,23 +16,44 @@ AREA, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
 CROP_TRIES = 10  # crops drawn before the middle of the picture is taken
 MIDDLE = 224 / 256  # a test picture shows this share of the shorter side
 
+# of a picture stored with this EXIF orientation, to what a viewer shows
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
 Box = tuple[float, float, float, float]  # left, top, right, bottom
 
 
 def decode(path: Path) -> Image.Image:
-    """A JPEG or PNG file as RGB, even if it is grey or CMYK.
+    """A JPEG or PNG file as RGB, even if it is grey or CMYK, and upright.
 
     Raises:
         DataError: if it is missing, cut off or something else.
     """
     try:
         with Image.open(path, formats=("JPEG", "PNG")) as image:
-            return image.convert("RGB")
+            return upright(image).convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(
             f"imagenet: {path} must be a whole JPEG or PNG file; it cannot be read ({error}). "
             "Unpack it again."
         ) from None
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """The picture as a viewer shows it: turned as its EXIF data say, if they can be read."""
+    image.load()  # of a PNG, EXIF data may follow the pixels
+    try:
+        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except (SyntaxError, ValueError, TypeError, struct.error):
+        return image
+    return image if turn is None else image.transpose(turn)
 
 
 def draw_crops(n: int, generator: torch.Generator) -> Tensor:

@@ -30,6 +30,7 @@ OPTIMIZER_NAMES = {
     "shampoo": "Shampoo",
     "schedule-free": "ScheduleFree",
     "adamw-all": "AdamW of all rows",
+    "rmsprop-all": "RMSprop of all rows",
 }
 
 

@@ -10,7 +10,8 @@ ModelName = Literal[
     "mlp", "mlp-small", "convnet", "resnet18", "resnet34", "preact-resnet34", "vit-l16", "vit-tiny"
 ]
 PackagedName = Literal["lamb", "lion", "soap", "shampoo", "schedule-free"]
-OptimizerName = Literal["sgd", "adam", "adamw", "rmsprop", "muon", PackagedName, "adamw-all"]
+OfAllRowsName = Literal["adamw-all", "rmsprop-all"]
+OptimizerName = Literal["sgd", "adam", "adamw", "rmsprop", "muon", PackagedName, OfAllRowsName]
 MetricName = Literal["euclidean", "optimizer", "whitened"]
 ThresholdName = Literal["fixed", "auto", "signal", "noise-floor", "quantile", "moving-average"]
 ControlName = Literal["random-skip", "replay-skip", "random-subset", "scaled-lr"]

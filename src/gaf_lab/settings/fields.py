@@ -79,11 +79,11 @@ class TrainFields:
     optimizer: OptimizerName = "sgd"
     """Optimizer. muon: torch's, for matrices, and adamw for the rest.
     lamb, lion, soap, shampoo and schedule-free (AdamW's) are of the package pytorch-optimizer.
-    adamw-all: adamw whose second moments see rejected micro-gradients too."""
+    adamw-all, rmsprop-all: those whose second moments see rejected micro-gradients too."""
     lr: float = 0.05
     """Learning rate, above 0. Higher learns and memorises faster."""
     momentum: float = 0.9
-    """Momentum of sgd, rmsprop and muon, in [0, 1)."""
+    """Momentum of sgd, rmsprop, rmsprop-all and muon, in [0, 1)."""
     nesterov: bool = False
     """Nesterov momentum, for sgd and muon."""
     weight_decay: float = 0.0

@@ -84,12 +84,18 @@ class Job:
         return JobProgress(0.0, "")
 
     def state(self) -> str:
-        """finished, 40% with the accuracies, or not begun; and the run that it replays."""
+        """finished, diverged, 40% and the accuracies, or not begun; and the run that it replays."""
         text = "finished"
         if not self.finished_run():
             progress = self.recorded_progress()
             text = f"{progress.share:.0%}, {progress.facts}" if progress.facts else "not begun"
+            text = "diverged" if self.has_diverged() else text
         return f"{text}; replays {self.after}" if self.after else text
+
+    def has_diverged(self) -> bool:
+        with contextlib.suppress(ValueError):
+            return (records.read(self.folder).end or {}).get("status") == "diverged"
+        return False
 
 
 class Engine(Protocol):

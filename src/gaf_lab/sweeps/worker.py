@@ -8,6 +8,7 @@ from typing import Any
 
 import gaf
 from gaf_lab.data.run_data import RunData
+from gaf_lab.own_code import own_place
 from gaf_lab.records import run as records
 from gaf_lab.records.locks import FolderBusy, file_lock, own_folder
 from gaf_lab.records.score import ACCURACY
@@ -33,7 +34,7 @@ def work_in_turns(job: Job, listener: Listener) -> Turns[JobEnd]:
     except FolderBusy:
         return JobEnd("busy")
     except Exception as error:
-        return JobEnd("failed", f"{type(error).__name__}: {error}")
+        return JobEnd("failed", f"{type(error).__name__}: {error}{own_place(error)}")
     return JobEnd("finished")
 
 

@@ -112,7 +112,7 @@ def check_ranks(config: TrainConfig, world: int) -> None:
             f"clip must be 0 on several ranks; got {config.clip:g} on {world}. "
             "Set it to 0, or run one process."
         )
-    if config.optimizer in (*PACKAGED, "adamw-all"):
+    if config.optimizer in (*PACKAGED, "adamw-all", "rmsprop-all"):
         raise ConfigError(
             "optimizer must be one of torch's on several ranks, because the others count skipped "
             f"steps or see one rank's rows alone; got {config.optimizer!r} on {world} ranks. "

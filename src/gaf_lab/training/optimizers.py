@@ -13,7 +13,7 @@ from torch.optim import AdamW, Muon, Optimizer
 
 from gaf_lab.settings.checks import ConfigError
 from gaf_lab.settings.config import TrainConfig
-from gaf_lab.training.all_rows import AdamWOfAllRows
+from gaf_lab.training.all_rows import AdamWOfAllRows, RMSpropOfAllRows
 
 PACKAGED: dict[
     str, tuple[str, dict[str, Any]]
@@ -39,6 +39,8 @@ def make_optimizer(
     moving: dict[str, Any] = {"momentum": config.momentum, "nesterov": config.nesterov}
     if config.optimizer == "muon":
         return MuonAndAdamW(params, **shared, **moving)
+    if config.optimizer == "rmsprop-all":
+        return RMSpropOfAllRows(params, momentum=config.momentum, **shared)
     if config.optimizer == "rmsprop":
         return torch.optim.RMSprop(params, momentum=config.momentum, **shared)
     if config.optimizer == "sgd":

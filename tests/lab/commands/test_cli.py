@@ -12,6 +12,7 @@ from rich.console import Console
 import gaf
 from gaf_lab.bench import accumulate
 from gaf_lab.commands import main as cli
+from gaf_lab.own_code import is_installed
 from gaf_lab.records import run as records
 from gaf_lab.records.output import replace_whole
 from gaf_lab.settings.presets import PRESETS
@@ -568,7 +569,7 @@ def test_the_columns_of_a_run_stay_apart_and_fit_78():
 
 def test_a_file_beside_the_sources_is_the_users_own():
     ours = Path(cli.__file__).parents[2]
-    assert cli.is_installed(str(ours / "gaf" / "probe.py"))
-    assert cli.is_installed(json.__file__)
-    assert cli.is_installed(pytest.__file__)
-    assert not cli.is_installed(f"{ours}_of_mine/task.py")
+    assert is_installed(str(ours / "gaf" / "probe.py"))
+    assert is_installed(json.__file__)
+    assert is_installed(pytest.__file__)
+    assert not is_installed(f"{ours}_of_mine/task.py")

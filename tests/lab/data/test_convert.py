@@ -140,6 +140,24 @@ def test_pictures_of_any_mode_have_the_colours_that_a_viewer_shows(tmp_path):
                 assert abs(channel - value) <= tolerance, name
 
 
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "tif"])
+def test_pictures_stand_as_a_viewer_shows_them_whatever_way_they_are_stored(tmp_path, suffix):
+    """Stored on their side, with EXIF orientation 6: column 0 is the top."""
+    exif, stored = Image.Exif(), np.full((24, 16), 30, dtype=np.uint8)
+    exif[0x0112] = 6
+    stored[:, :8] = 200
+    for name in ("ant", "bee"):
+        (tmp_path / name).mkdir()
+        Image.fromarray(stored).save(tmp_path / name / f"1.{suffix}", exif=exif)
+        Image.fromarray(np.rot90(stored, -1)).save(tmp_path / name / "2.png")
+    found = read_from(f"folder:{tmp_path}")
+    pictures = torch.cat([found.train[0], found.test[0]])
+    assert pictures.shape[2:] == (16, 24)
+    for picture in pictures[:, 0].int():
+        assert (picture[:8] - 200).abs().max() <= 3  # what JPEG and WebP lose
+        assert (picture[8:] - 30).abs().max() <= 3
+
+
 def deep(folder):
     Image.new("I;16", (8, 8), 40_000).save(folder / "ant" / "deep.png")
 
@@ -151,7 +169,7 @@ def deep(folder):
         (deep, r"ant/deep.png: a picture must have 8 bits per channel; it has the mode 'I;16'"),
         (
             lambda folder: (folder / "ant" / "no.png").write_text("no"),
-            "no.png: must be a picture; cannot identify",
+            "no.png: must be a picture; its format is none that is known. Take it out",
         ),
     ],
 )

@@ -83,3 +83,33 @@ def test_where_no_try_fits_the_crop_is_the_largest_in_the_middle():
     assert jpeg.random_box(100, 400, wide) == pytest.approx(
         (0, 400 / 2 - 200 / 3, 100, 400 / 2 + 200 / 3)
     )
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("form", ["JPEG", "PNG"])
+def test_a_picture_is_turned_as_its_exif_orientation_says(tmp_path, form, orientation):
+    # EXIF 2.3, tag 0x0112: the sides of the picture at which the stored row 0 and column 0 are
+    sides = ("top left", "top right", "bottom right", "bottom left")
+    sides += ("left top", "right top", "right bottom", "left bottom")
+    row, column = sides[orientation - 1].split()
+    seen = np.zeros((16, 32, 3), dtype=np.uint8)
+    seen[:8, :16], seen[:8, 16:], seen[8:, :16] = 240, 160, 80
+    stored = seen if row in ("top", "bottom") else seen.transpose(1, 0, 2)
+    stored = stored[::-1] if row in ("bottom", "right") else stored
+    stored = stored[:, ::-1] if column in ("right", "bottom") else stored
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    options = {"quality": 95} if form == "JPEG" else {}
+    path = save(
+        tmp_path / "x.JPEG", np.ascontiguousarray(stored), format=form, exif=exif, **options
+    )
+    found = np.asarray(jpeg.decode(path)).astype(int)
+    assert found.shape == seen.shape
+    assert np.abs(found - seen).max() <= 2  # blocks of 8 x 8 of one shade each
+
+
+@pytest.mark.parametrize("exif", [b"", b"Exif\0\0", b"Exif\0\0MM\0*", b"nothing", b"\0" * 40])
+def test_a_picture_whose_exif_data_cannot_be_read_is_as_it_is_stored(tmp_path, exif):
+    pixels = random_pixels(6, 4)
+    path = save(tmp_path / "x.png", pixels, exif=exif)
+    assert np.array_equal(np.asarray(jpeg.decode(path)), pixels)

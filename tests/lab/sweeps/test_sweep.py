@@ -389,6 +389,17 @@ def test_runs_that_cannot_be_finished_are_told_with_the_reason_and_are_not_retri
     assert sum(f"{folder_name(diverging)} failed: Diverged" in line for line in lines) == 1
     assert len(lines) == 4
     assert lines[-1].startswith(f"1 of 4: {folder_name(MEAN)}: test ")
+    planned = jobs(
+        [diverging, MEAN], tmp_path, data_folder=None, keep_checkpoints=True, command=None
+    )
+    assert [job.state() for job in planned.values()] == ["diverged", "finished"]
+
+
+def test_a_failed_run_names_the_line_of_the_users_own_file_in_which_it_failed(here, tmp_path):
+    (tmp_path / "own.py").write_text("def own(config):\n    return {}['no such key']\n")
+    config = TrainConfig(task=f"{tmp_path / 'own.py'}:own", noise="none", policy="mean")
+    (why,) = sweep([config], tmp_path / "out", **ALONE).failed.values()
+    assert why == "KeyError: 'no such key' (own.py, line 2)"
 
 
 def test_without_a_checkpoint_a_run_that_was_cut_off_starts_anew(here, tmp_path):
@@ -506,8 +517,11 @@ def test_the_command_shows_the_plan_runs_it_and_says_what_failed(
     assert cli.main([*words, "--workers", "1"]) == 1
     out = capsys.readouterr().out
     assert "3 of 4 runs are finished, in" in out
-    # when it happens, and at the end
-    assert out.count(f"{large} failed: ConfigError: b must not exceed the training samples") == 2
+    assert out.count(f"{large} failed: ConfigError: b must not exceed the training samples") == 1
+    assert out.splitlines()[-1] == (
+        "Failed: 1, each shown above with its reason. Mend that, and give the same command: it "
+        "tries them again, and repeats no run that is finished."
+    )
     assert (
         records.read(tmp_path / "out" / gaf).header["command"]
         == f"gaf {' '.join(words)} --workers 1"

@@ -53,7 +53,7 @@ def regression():
     return model, differentiate
 
 
-@pytest.mark.parametrize("name", ["muon", "adamw-all", *PACKAGED])
+@pytest.mark.parametrize("name", ["muon", "adamw-all", "rmsprop-all", *PACKAGED])
 def test_a_run_with_skips_resumes_to_the_bit(tmp_path, name):
     if name in PACKAGED:
         pytest.importorskip("pytorch_optimizer")
@@ -114,34 +114,44 @@ def test_muon_refuses_a_closure():
         optimizer.step(lambda: 0.0)
 
 
-def test_adamw_of_all_rows_is_adamw_under_averaging():
+@pytest.mark.parametrize("name", ["adamw", "rmsprop"])
+def test_an_optimizer_of_all_rows_is_the_plain_one_under_averaging(name):
     model, _ = regression()
     twin = copy.deepcopy(model)
     params, others = list(model.parameters()), list(twin.parameters())
-    optimizer = make_optimizer(changed(optimizer="adamw-all", weight_decay=0.1), 0.01, params)
+    optimizer = make_optimizer(changed(optimizer=f"{name}-all", weight_decay=0.1), 0.01, params)
     accumulator = gaf.Accumulator(optimizer, gaf.Mean())
-    adamw = torch.optim.AdamW(others, lr=0.01, weight_decay=0.1)
+    plain = make_optimizer(changed(optimizer=name, weight_decay=0.1), 0.01, others)
     for step in range(6):
         x = torch.randn(3, 7, 5, dtype=torch.float64)
         for part in x:
             accumulator.backward(model(part).square().mean())
         accumulator.step()
-        adamw.zero_grad()
+        plain.zero_grad()
         (sum(twin(part).square().mean() for part in x) / 3).backward()
-        adamw.step()
+        plain.step()
         for p, other in zip(params, others, strict=True):
             assert torch.allclose(p, other, rtol=1e-10), step
 
 
-def test_adamw_of_all_rows_divides_the_kept_row_by_the_length_of_all():
-    # one coordinate, one step from zero moments: lr m / (1 - b1) / sqrt(v / (1 - b2))
+@pytest.mark.parametrize(("name", "share"), [("adamw-all", 1.0), ("rmsprop-all", 0.01)])
+def test_an_optimizer_of_all_rows_divides_the_kept_row_by_the_length_of_all(name, share):
+    # one coordinate, one step from zero moments: lr 3 / sqrt(v), v a share of 4^2
     p = nn.Parameter(torch.zeros(1, dtype=torch.float64))
-    optimizer = make_optimizer(changed(optimizer="adamw-all"), 0.1, [p])
+    optimizer = make_optimizer(changed(optimizer=name), 0.1, [p])
     accumulator = gaf.Accumulator(optimizer, lambda gram: torch.tensor([1.0, 0.0]).double())
     for slope in (3.0, 5.0):
         accumulator.backward((slope * p).sum())
     accumulator.step()
-    assert p.item() == pytest.approx(-0.1 * 3.0 / 4.0, rel=1e-6)
+    assert p.item() == pytest.approx(-0.1 * 3.0 / (4.0 * share**0.5), rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["adamw-all", "rmsprop-all"])
+def test_an_optimizer_of_all_rows_refuses_a_closure(name):
+    model, _ = regression()
+    optimizer = make_optimizer(changed(optimizer=name), 0.1, list(model.parameters()))
+    with pytest.raises(ValueError, match="OfAllRows: closure must be None; got one"):
+        optimizer.step(lambda: 0.0)
 
 
 def test_a_schedule_free_run_is_evaluated_at_the_average_of_its_steps():
@@ -197,7 +207,7 @@ def test_schedule_free_goes_with_no_other_average(changes):
         changed(optimizer="schedule-free", **changes)
 
 
-@pytest.mark.parametrize("name", ["muon", "adamw-all", *PACKAGED])
+@pytest.mark.parametrize("name", ["muon", "adamw-all", "rmsprop-all", *PACKAGED])
 def test_the_device_engine_refuses_them_and_several_ranks_the_packages(name):
     config = changed(optimizer=name, engine="device")
     found = obstacle(config)
