@@ -102,9 +102,9 @@ ON_HUMAN: dict[str, dict[str, Any]] = {
 }
 
 
-def plan_human(seeds: int) -> Configs:
+def plan_human(seeds: int, device: str) -> Configs:
     return [
-        dataclasses.replace(BASE, **HUMAN, **arm, seed=seed, label=label)
+        dataclasses.replace(BASE, **HUMAN, **arm, seed=seed, label=label, device=device)
         for seed in range(seeds)
         for label, arm in ON_HUMAN.items()
     ]
@@ -193,14 +193,17 @@ def main() -> None:
     parser.add_argument("--human", action="store_true", help="CIFAR-100N, not the other data")
     parser.add_argument("--data", type=Path, help="folder of the files of a data set")
     parser.add_argument("--cost", type=Path, help="only measure CPU times, for this file")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda, with --human")
     parser.add_argument("--workers", type=int, default=1)
     options = parser.parse_args()
     if options.cost is not None:
         measure_costs(options.cost)
         return
-    how: dict[str, Any] = {"workers": options.workers, "engine": "together"}
+    engine = "local" if options.device == "cuda" else "together"  # one launches while others wait
+    how: dict[str, Any] = {"workers": options.workers, "engine": engine}
+    human = options.human
     runs = sweep(
-        (plan_human if options.human else plan)(options.seeds),
+        plan_human(options.seeds, options.device) if human else plan(options.seeds),
         options.out,
         data_folder=options.data,
         console=Console(),
