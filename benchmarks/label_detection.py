@@ -56,7 +56,6 @@ from gaf_lab.training.techniques import ema_model
 N, FOLDS, LIMIT = 160, 5, 5000
 GRID = [("symmetric", 0.4), ("asymmetric", 0.4), ("asymmetric", 0.2), ("symmetric", 0.2)]
 GRID += [("symmetric", 0.1), ("symmetric", 0.6)]
-WITH_FOLDS = GRID[:3]
 HUMAN = {"cifar100n": 0.402, "cifar100n-coarse": 0.264}  # the share of wrong labels
 
 
@@ -244,23 +243,26 @@ def limited(name: str, folder: Path | None) -> Any:
     return dataclasses.replace(data, human=None, **train, **tests)
 
 
-def run(data: Any, kind: str, rate: float, seed: int, at: list[int]) -> list[Line]:
+def run(data: Any, kind: str, rate: float, seed: int, way: str, at: list[int]) -> list[Line]:
     given = flip(data, kind, rate, seed)
     where = {"dataset": data.name, "noise": kind, "rate": rate, "seed": seed}
     if kind != "human":
         where["plain_cpu_seconds"] = plain_seconds(data, given, at[-1])
-    lines = [Line(way="watched", **line) for line in watched(data, given, seed, at)]
-    if (kind, rate) in WITH_FOLDS:
-        lines += [Line(way="folds", **line) for line in folds(data, given, seed, at[1:-1])]
-    return [Line(where | line) for line in lines]
+    judge, passes = (watched, at) if way == "watched" else (folds, at[1:-1])
+    return [Line(where | {"way": way} | line) for line in judge(data, given, seed, passes)]
 
 
-def settings(options: argparse.Namespace) -> Iterator[tuple[str, str, float, int]]:
-    """Data set, noise, its rate and seed of each training, in their order."""
+def settings(options: argparse.Namespace) -> Iterator[tuple[str, str, float, int, str]]:
+    """Data set, noise, its rate, seed and way of each training, in their order."""
     human = [(name, "human", HUMAN[name]) for name in options.datasets if name in HUMAN]
     flipped = [name for name in options.datasets if name not in HUMAN]
     grid = [(name, *setting) for setting in GRID[: options.settings] for name in flipped]
-    return ((*place, seed) for place in grid + human for seed in range(options.seeds))
+    return (
+        (*place, seed, way)
+        for place in grid + human
+        for seed in range(options.seeds)
+        for way in (("watched",) if place in human else ("watched", "folds"))
+    )
 
 
 def recorded(path: Path) -> list[Line]:
@@ -280,7 +282,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("results/label-detection.jsonl"))
     options = parser.parse_args()
     lines = recorded(options.out)
-    done = {(line["dataset"], line["noise"], line["rate"], line["seed"]) for line in lines}
+    done = {
+        tuple(line[key] for key in ("dataset", "noise", "rate", "seed", "way")) for line in lines
+    }
     conditions = {
         "model": "mlp",
         "model_of_human": "resnet18, imagenet stem",

@@ -1,6 +1,7 @@
 """Ranks that judge each other's labels: `gaf.SampleAgreement(leave_own_rank_out=True)`.
 
-    python benchmarks/label_ranks.py --out results/label-ranks.jsonl
+    python benchmarks/label_ranks.py --datasets mnist5k
+    python benchmarks/label_ranks.py --datasets fashion-mnist --rules 3
 
 Eight ranks train the multilayer perceptron of benchmarks/label_training.py on the same data: the
 same split, wrong labels, weights at the start, rate, 30 passes, and 20 samples of each rank a step.
@@ -70,8 +71,8 @@ class Line(dict[str, Any]):
 class AsRank(Summing):
     """What one rank adds to the statistics, of a job in which each is judged by the others."""
 
-    def __init__(self, rank: int) -> None:
-        super().__init__(None, True)
+    def __init__(self, group: Any, rank: int) -> None:
+        super().__init__(group, True)
         self.rank = rank
 
     @property
@@ -94,7 +95,8 @@ class Judges:
         self.each = [gaf.SampleAgreement(CROSS_ENTROPY, head, **given) for _ in range(ranks)]
         shape = head.out_features, head.in_features, ranks, CPU
         for rank, judge in enumerate(self.each if apart else []):
-            judge._summing, judge.statistics = AsRank(rank), ClassStatistics(*shape)
+            judge._summing = AsRank(judge._summing.group, rank)
+            judge.statistics = ClassStatistics(*shape)
 
     def weights(self, rank: int, outputs: Tensor, y: Tensor, index: Tensor) -> Tensor:
         """Of the samples of a rank, right after the model's forward pass with them."""
@@ -200,6 +202,7 @@ def recorded(path: Path) -> list[Line]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--datasets", nargs="+", default=list(DATA))
+    parser.add_argument("--rules", type=int, default=len(RULES), help="only the first ones")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--data", type=Path, help="folder of the files of a data set")
     parser.add_argument("--out", type=Path, default=Path("results/label-ranks.jsonl"))
@@ -209,7 +212,7 @@ def main() -> None:
     conditions = {"ranks": RANKS, "b": BASE.b // RANKS, "model": "mlp", "seeds": options.seeds}
     for name, setting, seed in settings(options):
         data = make_data(name, setting, seed, options.data)
-        for label, rule in RULES.items():
+        for label, rule in list(RULES.items())[: options.rules]:
             if (name, setting, seed, label) in done:
                 continue
             where = {"dataset": name, "setting": setting, "seed": seed, "rule": label}

@@ -62,7 +62,7 @@ for case, seed, (way, passes) in ((c, s, w) for c in CASES for s in range(5) for
     quality, issues = (torch.as_tensor(part) for part in way(x, y, passes))
     line: dict[str, Any] = dict(zip(("noise", "rate", "standardised"), case, strict=True))
     line |= {"seed": seed, "passes": passes}
-    line |= {"way": way.__name__, "cpu_seconds": time.process_time() - started}
-    line |= {"auroc": roc_auc_score(wrong, -quality), "issues": int(issues.sum())}
+    line |= {"way": way.__name__, "cpu_seconds": round(time.process_time() - started, 2)}
+    line |= {"auroc": round(roc_auc_score(wrong, -quality), 5), "issues": int(issues.sum())}
     line |= {"first100": int(wrong[quality.argsort()[:100]].sum()), "wrong": int(wrong.sum())}
     print(json.dumps(line | {"issues_wrong": int((issues & wrong).sum())}), flush=True)

@@ -198,22 +198,50 @@ WAYS = {
 }
 
 
-def beside_cleanlab() -> str:
-    """Means over the seeds, and the AUROC of one training less that of the folds."""
-    groups: dict[tuple[str, bool, str, int], Lines] = {}
-    for line in map(json.loads, (ROOT / "results" / "cleanlab.jsonl").read_text().splitlines()):
-        case = line["noise"], line["standardised"], line["way"], line["passes"]
+def cleanlab() -> dict[tuple[str, float, bool, str, int], Lines]:
+    """The seeds of each noise, rate, kind of pixels, way and number of passes."""
+    groups: dict[tuple[str, float, bool, str, int], Lines] = {}
+    lines = map(json.loads, (ROOT / "results" / "cleanlab.jsonl").read_text().splitlines())
+    for line in lines:
+        case = line["noise"], line["rate"], line["standardised"], line["way"], line["passes"]
         groups.setdefault(case, []).append(line)
-    rows = []
-    for (noise, standardised, way, passes), group in groups.items():
-        ours = groups[noise, standardised, "agreement", 12]
+    order = sorted(groups, key=lambda case: (case[0], case[1], not case[2]))
+    return {case: groups[case] for case in order}
+
+
+def case_name(noise: str, rate: float, standardised: bool) -> str:
+    return f"{noise} {100 * rate:.0f}%, {'standardised' if standardised else 'in [0, 1]'}"
+
+
+def beside_cleanlab() -> str:
+    """AUROC, the first 100, and precision and recall of the issues of each way."""
+    groups, rows = cleanlab(), []
+    for case in dict.fromkeys(case[:3] for case in groups):
+        rows.append([case_name(*case), *(in_short(groups[(*case, *way)]) for way in WAYS)])
+    return table(" | ".join(["noise, pixels", *WAYS.values()]), rows)
+
+
+def in_short(group: Lines) -> str:
+    shares = [
+        statistics.mean(line["issues_wrong"] / line[of] for line in group)
+        for of in ("issues", "wrong")
+    ]
+    auroc, first = (statistics.mean(line[name] for line in group) for name in ("auroc", "first100"))
+    return f"{auroc:.3f}, {first:.0f}, {100 * shares[0]:.0f}%, {100 * shares[1]:.0f}%"
+
+
+def cleanlab_table() -> str:
+    """Means over the seeds, and the AUROC of one training less that of the folds."""
+    groups, rows = cleanlab(), []
+    for (*case, way, passes), group in groups.items():
+        ours = groups[(*case, "agreement", 12)]
         gain = Paired.of(*([line["auroc"] for line in some] for some in (ours, group))).text(3)
         means = [
             f"{statistics.mean(line[name] for line in group):.{digits}f}"
             for name, digits in COUNTED.items()
         ]
-        start = f"{noise}, {'standardised' if standardised else 'in [0, 1]'}"
-        rows.append([start, WAYS[way, passes], *means, "" if group is ours else gain])
+        start = [case_name(*case), WAYS[way, passes]]
+        rows.append([*start, *means, "" if group is ours else gain])
     return table(
         "noise, pixels | way | AUROC | wrong among the first 100 | wrong | issues | "
         "of these wrong | CPU seconds | AUROC of one training less this",
@@ -402,6 +430,7 @@ TABLES = (
     at_equal_time,
     along_training,
     detection_differences,
+    cleanlab_table,
     accuracy_table,
     elr_differences,
     training_differences,

@@ -1,5 +1,8 @@
 """gaf.SampleAgreement across ranks: the same buffers everywhere, those of one process."""
 
+import importlib
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +19,7 @@ from helpers.ranks import World
 from helpers.samples import C, Net, clusters
 
 B = 12  # samples of a rank
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
 def criterion_for(net: nn.Module, **options: Any) -> gaf.SampleAgreement:
@@ -100,6 +104,37 @@ def a_rank_can_be_judged_by_the_others() -> None:
     torch.testing.assert_close(torch.tensor(criterion.report()["prototype"]), want)
 
 
+def benchmark(name: str) -> Any:
+    if str(BENCHMARKS) not in sys.path:
+        sys.path.append(str(BENCHMARKS))
+    return importlib.import_module(name)
+
+
+def one_process_does_the_work_of_the_ranks(apart: bool) -> None:
+    """As benchmarks/label_ranks.py has it."""
+    rank, W = dist.get_rank(), dist.get_world_size()
+    x, y, _ = clusters(4 * B * W, wrong=0.4)
+    model = fresh()
+    criterion = criterion_for(model, leave_own_rank_out=apart)
+    own = dist.new_group([rank], use_local_synchronization=True)
+    judges = benchmark("label_ranks").Judges(model.head, len(x), apart, W, warmup=0, group=own)
+    for i in (i for _ in range(2) for i in torch.arange(len(x)).split(B * W)):
+        for r in range(W):
+            index = i[r::W]
+            outputs = model(x[index])
+            if r == rank:
+                criterion(outputs, y[index], index=index)
+            weights = judges.weights(r, outputs, y[index], index)
+            if r == rank:
+                torch.testing.assert_close(criterion.weights, weights, rtol=1e-5, atol=1e-5)
+        judges.end_step()
+    assert criterion.weights.min() < 0.9
+    report, want = criterion.report(gather=True), torch.zeros(len(x))
+    for judge in judges.each:
+        want[judge.report()["index"]] = torch.tensor(judge.report()["prototype"])
+    torch.testing.assert_close(torch.tensor(report["prototype"]), want, rtol=1e-5, atol=1e-5)
+
+
 def the_report_covers_all_ranks_if_it_gathers() -> None:
     rank, W = dist.get_rank(), dist.get_world_size()
     x, y, _ = clusters(200, wrong=0.3)
@@ -139,6 +174,8 @@ def all_of_it() -> None:
     the_same_samples_give_the_same_weights_as_one_process("prototype")
     the_same_samples_give_the_same_weights_as_one_process("vote")
     a_rank_can_be_judged_by_the_others()
+    one_process_does_the_work_of_the_ranks(apart=False)
+    one_process_does_the_work_of_the_ranks(apart=True)
     the_report_covers_all_ranks_if_it_gathers()
 
 
