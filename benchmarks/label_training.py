@@ -68,6 +68,7 @@ WITH_ELR = {"ELR": CORE["ELR"], "prototype weights with ELR": MORE["prototype we
 CONTROLS = {
     name: CORE[name] for name in ("the same, no suspects", "GCE", "prototype weights, shuffled")
 }
+RIVALS = {**FEW, **WITH_ELR, "GCE": CORE["GCE"]}
 FILTER = {"GAF": {"policy": "gaf", "k": 8, "b": 20}}
 SHARD: dict[str, Any] = {"noise": "symmetric", "noise_rate": 0.125, "sampler": "sharded"}
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -77,6 +78,15 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "long tail": {"noise": "none", "noise_rate": 0.0, "imbalance": 50.0},
     "bad shard": SHARD,
 }
+RATES: dict[str, dict[str, Any]] = {
+    f"{name} {rate}%": {"noise": noise, "noise_rate": rate / 100}
+    for name, noise, rates in (
+        ("symmetric", "symmetric", (10, 20, 60)),
+        ("class-dependent", "asymmetric", (20,)),
+    )
+    for rate in rates
+}
+SETTINGS |= RATES
 DATA: dict[str, dict[str, Any]] = {
     "mnist5k": {"dataset": "mnist5k"},
     "fashion-mnist": {"dataset": "fashion-mnist", "limit": 5000},
@@ -143,6 +153,7 @@ def order() -> list[tuple[str, str, dict[str, dict[str, Any]]]]:
         ("fashion-mnist", "clean", WITH_ELR),
         *(("mnist5k", setting, CONTROLS) for setting in ("bad shard", "clean", "long tail")),
         ("fashion-mnist", "clean", CONTROLS),
+        *((name, setting, RIVALS) for setting in RATES for name in DATA),
     ]
 
 
