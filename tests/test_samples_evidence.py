@@ -344,12 +344,17 @@ def glance(measure_of: Callable[[str], Callable[[Run], float] | None]) -> str:
 
 
 def trained_on_human_labels() -> str:
-    """CIFAR-100N, one run of each rule."""
+    """CIFAR-100N, paired seeds: accuracy, and the difference to averaging in points."""
+    arms: Cells = {}
     runs = read_pack(ROOT / "results" / "label-training-human.jsonl")
-    rows = [
-        [run.arm, *(f"{100 * measure(run):.1f}" for measure in MEASURES.values())] for run in runs
-    ]
-    return table(f"rule | {' | '.join(MEASURES)}", rows)
+    for run in sorted(runs, key=lambda run: run.seed):
+        arms.setdefault(run.arm, []).append(run)
+    rows = []
+    for arm, found in arms.items():
+        cells = [spread([measure(run) for run in found]) for measure in (MEASURES["last"], last)]
+        pair = ([100 * last(run) for run in some] for some in (found, arms["averaging"]))
+        rows.append([arm, *cells, "" if arm == "averaging" else Paired.of(*pair).text(1)])
+    return table("rule | last | last, averaged weights | averaged weights, less averaging", rows)
 
 
 def costs() -> dict[str, float]:

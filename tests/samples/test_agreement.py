@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import warnings
 import weakref
 from typing import Any
 
@@ -233,6 +234,22 @@ def test_weighing_resists_memorising_and_leaves_clean_labels_alone() -> None:
         found[share] = criterion.weights
     assert found[0.0].min() > 0.8 and found[0.0].mean() > 0.98
     assert found[0.4][wrong].mean() < 0.5 * found[0.4][~wrong].mean()
+
+
+@pytest.mark.parametrize("wrong", [1, 2])
+def test_a_report_that_doubts_over_half_of_the_labels_says_what_that_means(wrong: int) -> None:
+    """Of three samples, each at a class's mean features."""
+    head = nn.Linear(3, 3)
+    criterion = gaf.SampleAgreement(nn.CrossEntropyLoss(reduction="none"), head, num_classes=3)
+    criterion(head(torch.eye(3)), torch.arange(3))
+    y = torch.arange(3)
+    y[:wrong] = 2
+    criterion(head(torch.eye(3)), y, index=range(3))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert criterion.count_issues() == wrong
+    said = [str(one.message).split(".")[0] for one in caught]
+    assert said == (["gaf: 2 of 3 labels look wrong"] if wrong == 2 else [])
 
 
 def test_losses_that_are_of_no_classes() -> None:

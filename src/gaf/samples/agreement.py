@@ -44,11 +44,10 @@ class SampleAgreement(nn.Module):
 
     Its weight is 1 - a (1 - sigmoid(4 (s - m) / d)): m and d are the running mean and deviation of
     the scores with its label, and a is min(q, 1 - q) / 0.3, at most 1, for the running share q of
-    samples with its label that seemed to be of another class. So where nearly all labels look
-    right, all weights are near 1, and where nearly all look wrong too: there the features do not
-    tell the class from others, as early in training or for a rare class. The loss is
-    sum w_i loss_i / sum w_i. A run that the weights steer judges less well: to find wrong labels,
-    train with weigh=False, and look at `report` before they are memorised.
+    samples with its label that seemed to be of another class. So all weights are near 1 where
+    nearly all labels look right, and where nearly all look wrong: there the features do not tell
+    the class from others. The loss is sum w_i loss_i / sum w_i. A run that the weights steer judges
+    less well: to find wrong labels, train with weigh=False, and `report` before it memorises them.
 
     The mean features and the scores' statistics are buffers. In a distributed job they are summed
     over the ranks, one small all-reduce that each step starts and the next one waits for, and so
@@ -179,7 +178,8 @@ class SampleAgreement(nn.Module):
         (`disagreement`); `visits`, those that were judged. For targets that are no classes an issue
         is a mean loss that is far out by Tukey's rule, and there are no labels.
 
-        Samples that were never judged are left out. Of several ranks each has seen its own.
+        Samples that were never judged are left out. Of several ranks each has seen its own. It
+        warns where over half are issues: then rank by `label_quality`.
 
         Args:
             gather: add up what all ranks have seen: to be called on all of them.

@@ -127,3 +127,14 @@ def warn_of_part(ranks: int) -> None:
         "report(gather=True) on every rank.",
         stacklevel=3,
     )
+
+
+def warn_of_most(issues: int, judged: int) -> None:
+    """If over half of the judged labels look wrong."""
+    if 2 * issues > judged:
+        warnings.warn(
+            f"gaf: {issues:,} of {judged:,} labels look wrong. Over half mostly means that the "
+            "features do not tell the classes apart: rank by label_quality, use neither "
+            "is_label_issue nor count_issues(), and train longer before you report.",
+            stacklevel=4,
+        )

@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
+from gaf.samples.agreement_checks import warn_of_most
 from gaf.samples.history import DISAGREED, GUESS, LABEL, LOSS, SCORE, VISITS
 from gaf.shapes import Bool, Float
 
@@ -33,6 +34,7 @@ def report_columns(table: Float[Tensor, "N 7"], kind: str, classes: bool) -> dic
     }
     if not classes:
         del columns["disagreement"]
+    warn_of_most(int(columns["is_label_issue"].sum()), len(index))
     return {name: column.tolist() for name, column in columns.items()}
 
 

@@ -4,6 +4,7 @@ It watches without effect: the run is that of `gaf train`.
 """
 
 import dataclasses
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,10 @@ def audit_labels(
         if problem.evaluation(training.step) or training.step == problem.steps:
             accuracies.append(float(training.evaluation()["heldout_accuracy"] or 0))
         progress(training.step, problem.steps)
-    return AuditResult(problem, criterion.report(), max(accuracies))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "gaf: .* labels look wrong")  # `closing_words` says it
+        report = criterion.report()
+    return AuditResult(problem, report, max(accuracies))
 
 
 def watch(training: Training) -> gaf.SampleAgreement:

@@ -105,6 +105,21 @@ def closing_words(lines: Sequence[AuditLine]) -> str:
     Averages over the seeds.
     """
     marked = statistics.fmean(line["issues"]["count"] for line in lines)
+    return words_on_ranking(lines, marked) + doubt_of_marks(lines, marked)
+
+
+def doubt_of_marks(lines: Sequence[AuditLine], marked: float) -> str:
+    """A sentence if is_label_issue marks over half of the samples."""
+    samples = statistics.fmean(line["samples"] for line in lines)
+    if 2 * marked <= samples:
+        return ""
+    return (
+        f" That is {100 * marked / samples:.0f}% of all samples. Over half mostly means that the "
+        "features do not tell the classes apart: go by the ranking, and train longer (--passes)."
+    )
+
+
+def words_on_ranking(lines: Sequence[AuditLine], marked: float) -> str:
     known = with_truth(lines)
     if not known:
         return (

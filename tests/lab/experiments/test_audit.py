@@ -186,6 +186,7 @@ def line_of(**auroc: float) -> dict[str, Any]:
         "auroc": dict.fromkeys(SCORES, 0.6) | auroc,
         "first100": dict.fromkeys(SCORES, 0.97),
         "issues": {"count": 40, "precision": 0.9, "recall": 0.75},
+        "samples": 80,
     }
 
 
@@ -199,6 +200,14 @@ def test_the_closing_words_by_hand() -> None:
     line = line_of()
     line["issues"] = {"count": 0, "precision": None, "recall": 0.0}
     assert closing_words([line]).endswith(" is_label_issue marks no line.")
+
+
+def test_the_closing_words_doubt_the_marks_if_they_are_over_half() -> None:
+    line = line_of() | {"samples": 50}
+    assert closing_words([line]).endswith(
+        " That is 80% of all samples. Over half mostly means that the features do not tell the "
+        "classes apart: go by the ranking, and train longer (--passes)."
+    )
 
 
 @pytest.mark.parametrize(
