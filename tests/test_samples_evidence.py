@@ -6,7 +6,7 @@ benchmarks/label_detection.py, benchmarks/label_training.py and examples/cleanla
 
 import json
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -256,27 +256,33 @@ COUNTED = {"auroc": 3, "first100": 0, "wrong": 0, "issues": 0, "issues_wrong": 0
 
 OURS = "audit, restart with ELR"
 BOTH = "prototype weights with ELR"
+# noise, its rate, imbalance, sampler, and how the page calls it
 SETTINGS = (
-    ("asymmetric", 1.0, "iid", "class-dependent 40%"),
-    ("symmetric", 1.0, "iid", "symmetric 40%"),
-    ("none", 1.0, "iid", "clean"),
-    ("none", 50.0, "iid", "long tail 50 : 1"),
-    ("symmetric", 1.0, "sharded", "one bad shard of eight"),
+    ("asymmetric", 0.4, 1.0, "iid", "class-dependent 40%"),
+    ("symmetric", 0.4, 1.0, "iid", "symmetric 40%"),
+    ("none", 0.0, 1.0, "iid", "clean"),
+    ("none", 0.0, 50.0, "iid", "long tail 50 : 1"),
+    ("symmetric", 0.125, 1.0, "sharded", "one bad shard of eight"),
+)
+OTHER_RATES = (
+    ("asymmetric", 0.2, 1.0, "iid", "class-dependent 20%"),
+    *(("symmetric", rate, 1.0, "iid", f"symmetric {100 * rate:.0f}%") for rate in (0.1, 0.2, 0.6)),
 )
 Cells = dict[str, list[Run]]  # arm -> runs in the order of their seeds
 
 
-def trained() -> dict[tuple[str, str], Cells]:
+def trained(settings: Sequence[tuple[Any, ...]] = SETTINGS) -> dict[tuple[str, str], Cells]:
     """(data set, setting) -> the arms of which five seeds are finished."""
-    names = {setting[:3]: setting[3] for setting in SETTINGS}
+    names = {setting[:-1]: setting[-1] for setting in (*SETTINGS, *OTHER_RATES)}
     places: dict[tuple[str, str], Cells] = {}
     runs = read_pack(ROOT / "results" / "label-training.jsonl")
     for run in sorted(runs, key=lambda run: run.seed):
         config = run.header["config"]
-        name = names[config["noise"], config["imbalance"], config["sampler"]]
+        keys = ("noise", "noise_rate", "imbalance", "sampler")
+        name = names[tuple(config[key] for key in keys)]
         place = places.setdefault((config["dataset"], name), {})
         place.setdefault(run.arm, []).append(run)
-    wanted = [(data, setting[3]) for data in DATA for setting in SETTINGS]
+    wanted = [(data, setting[-1]) for data in DATA for setting in settings]
     return {
         place: {arm: runs for arm, runs in places[place].items() if len(runs) == 5}
         for place in wanted
@@ -328,8 +334,16 @@ def within(share: float, run: Run) -> float:
     return float(nearest["test_accuracy"])
 
 
-def glance(measure_of: Callable[[str], Callable[[Run], float] | None]) -> str:
-    places = trained()
+def at_other_rates() -> str:
+    """As `at_a_glance`."""
+    return glance(lambda arm: last, OTHER_RATES)
+
+
+def glance(
+    measure_of: Callable[[str], Callable[[Run], float] | None],
+    settings: Sequence[tuple[Any, ...]] = SETTINGS,
+) -> str:
+    places = trained(settings)
     rows = []
     for arm in dict.fromkeys(arm for found in places.values() for arm in found):
         measure = measure_of(arm)

@@ -135,6 +135,15 @@ def judge(
     return torch.where(known, scores, torch.nan), guesses, unit
 
 
+def strength(doubtful: Float[Tensor, "*s"]) -> Float[Tensor, "*s"]:
+    """How far doubts in a class's labels are believed, in [0, 1], by the share of doubtful ones.
+
+    If few are doubtful, the labels are right. If nearly all are, the judge cannot tell the class
+    from others.
+    """
+    return (torch.minimum(doubtful, 1 - doubtful) / DOUBTFUL).clamp(max=1)
+
+
 def soft_weights(
     scores: Float[Tensor, " n"],
     labels: Int[Tensor, " n"],
@@ -143,16 +152,14 @@ def soft_weights(
 ) -> Float[Tensor, " n"]:
     """1 - a (1 - sigmoid(4 (s - m) / d)).
 
-    m and d are mean and deviation of the class's scores. a is min(q, 1 - q) / `DOUBTFUL`, at most
-    1, for the share q of the class's samples that seem to be of another class: if few do, the
-    labels are right, and if nearly all do, the judge knows nothing of the class. Without classes a
-    is 1, and m lower by 3 d. 1 where there is no score or deviation yet.
+    m and d are mean and deviation of the class's scores, and a is `strength` for the share of the
+    class's samples that seem to be of another class. Without classes a is 1, and m lower by 3 d.
+    1 where there is no score or deviation yet.
     """
     distance = (scores - statistics.mean[labels]) / statistics.deviation[labels]
     if has_classes:
-        doubtful = statistics.doubt[labels]
-        strength = (torch.minimum(doubtful, 1 - doubtful) / DOUBTFUL).clamp(max=1)
-        weights = 1 - strength * (1 - (SHARPNESS * distance).sigmoid())
+        a = strength(statistics.doubt[labels])
+        weights = 1 - a * (1 - (SHARPNESS * distance).sigmoid())
     else:
         weights = (SHARPNESS * (distance + 3)).sigmoid()
     return torch.where(weights.isfinite(), weights, 1.0)

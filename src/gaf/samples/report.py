@@ -2,11 +2,13 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from gaf.samples.agreement_checks import warn_of_most
 from gaf.samples.history import DISAGREED, GUESS, LABEL, LOSS, SCORE, VISITS
-from gaf.shapes import Bool, Float
+from gaf.samples.judge import strength
+from gaf.shapes import Bool, Float, Int
 
 
 def report_columns(table: Float[Tensor, "N 7"], kind: str, classes: bool) -> dict[str, list[Any]]:
@@ -32,10 +34,19 @@ def report_columns(table: Float[Tensor, "N 7"], kind: str, classes: bool) -> dic
         "disagreement": means[:, DISAGREED],
         "visits": table[:, VISITS].long(),
     }
-    if not classes:
+    if classes:
+        columns["doubt"] = doubt_of(labels, columns["is_label_issue"])
+    else:
         del columns["disagreement"]
     warn_of_most(int(columns["is_label_issue"].sum()), len(index))
     return {name: column.tolist() for name, column in columns.items()}
+
+
+def doubt_of(labels: Int[Tensor, " N"], issues: Bool[Tensor, " N"]) -> Float[Tensor, " N"]:
+    """0 for no issue, else `strength` for the share of issues with the label."""
+    issue = issues.float()
+    shares = torch.bincount(labels, weights=issue) / torch.bincount(labels)
+    return issue * strength(shares[labels])
 
 
 def quality_of(scores: Float[Tensor, " N"], kind: str) -> Float[Tensor, " N"]:

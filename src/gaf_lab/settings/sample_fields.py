@@ -31,4 +31,6 @@ class SampleFields(TrainFields):
     (gaf.SampleAgreement, also with refine=False), or from the network's answer; as many at random
     as by prototypes; none."""
     suspect_weight: float = 0.2
-    """For an audit: weight of a suspect, in [0, 1]; others weigh 1."""
+    """For an audit: weight of a suspect, in [0, 1]; others weigh 1.
+
+    It is nearer to 1 where under 30% of a class's labels are suspect, or over 70%."""

@@ -91,18 +91,19 @@ class Audit:
 
     def end(self) -> None:
         """Ends the audit, which fixes the weights."""
-        self.each = torch.where(self.suspects().to(self.each.device), self.config.suspect_weight, 1)
+        doubts = self.doubts().to(self.each.device)
+        self.each = 1 - (1 - self.config.suspect_weight) * doubts
         self.watching = False
 
-    def suspects(self) -> Tensor:
-        """(samples,) bool."""
+    def doubts(self) -> Tensor:
+        """(samples,) in [0, 1]: 0 for no suspect."""
         report = self.criterion.report()
-        found = torch.zeros(len(self.each), dtype=torch.bool)
-        found[report["index"]] = torch.tensor(report["is_label_issue"])
+        found = torch.zeros(len(self.each))
+        found[report["index"]] = torch.tensor(report["doubt"])
         if self.config.suspects == "random":
             draw = generator(self.config.seed, "random suspects")
             return found[torch.randperm(len(found), generator=draw)]
-        return found & (self.config.suspects != "none")
+        return found * (self.config.suspects != "none")
 
     def state_dict(self) -> dict[str, Any]:
         return {

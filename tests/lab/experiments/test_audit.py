@@ -151,7 +151,8 @@ def test_the_command_writes_a_ranked_list_figures_and_lines(
     assert main(["audit", *words.split(), "--out", str(tmp_path)]) == 0
     rows = list(csv.DictReader((tmp_path / "samples.csv").open()))
     columns = "index given_label predicted_label label_quality is_label_issue prototype loss"
-    assert list(rows[0]) == [*columns.split(), "disagreement", "visits", "true_label", "flipped"]
+    columns += " disagreement visits doubt true_label flipped"
+    assert list(rows[0]) == columns.split()
     quality = [float(row["label_quality"]) for row in rows]
     assert quality == sorted(quality) and all(0 <= value <= 1 for value in quality)
     data = load_dataset("digits", None).train_y.tolist()

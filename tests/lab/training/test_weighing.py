@@ -144,22 +144,26 @@ def test_suspects_are_the_issues_of_the_report_and_weigh_less():
     expected = torch.zeros(216, dtype=torch.bool)
     expected[report["index"]] = torch.tensor(report["is_label_issue"])
     assert 40 < expected.sum() < 140
+    doubt = torch.zeros(216)
+    doubt[report["index"]] = torch.tensor(report["doubt"])
+    assert torch.equal(doubt > 0, expected)
     # more of them are wrong than by chance
     train_set = training.problem.train
     wrong = train_set.observed != train_set.clean
     assert wrong[expected].double().mean() > 1.3 * wrong.double().mean()
     training.macro_batch()
-    assert torch.equal(audit.each, torch.where(expected, 0.3, 1.0))
+    torch.testing.assert_close(audit.each, 1 - 0.7 * doubt)
+    assert audit.each.min().item() == pytest.approx(0.3)
     weights = audit.weights(None, None, torch.arange(216), 0, 0)
     assert torch.equal(weights, audit.each)
 
 
 def test_random_suspects_are_as_many_and_none_are_none():
     by_prototype, random, none = (
-        audited(suspects=name).objective.weighing.suspects()
+        audited(suspects=name).objective.weighing.doubts()
         for name in ("prototype", "random", "none")
     )
-    assert random.sum() == by_prototype.sum()
+    assert torch.equal(random.sort().values, by_prototype.sort().values)
     assert not torch.equal(random, by_prototype)
     assert not none.any()
 
@@ -176,7 +180,9 @@ def test_the_networks_suspects_are_those_it_mostly_disagreed_with():
             disagreed.index_add_(0, index, wrong.float())
             visits.index_add_(0, index, torch.ones(24))
         training.macro_batch()
-    found = training.objective.weighing.suspects()
+    report = training.objective.weighing.criterion.report()
+    found = torch.zeros(216, dtype=torch.bool)
+    found[report["index"]] = torch.tensor(report["is_label_issue"])
     sure = (disagreed == visits) | (disagreed == 0)
     assert sure.sum() > 40
     # a label that no answer agreed with is suspect, and one that all did is not
