@@ -26,6 +26,8 @@ class DataOptions:
     table), npz:FILE (arrays x and y), or hf:DIR (a Hugging Face dataset on disk)."""
     label: str | None = None
     """For --from csv and hf: the column of labels; without it, the table's last one."""
+    numbers: bool = False
+    """For --from csv: the labels are numbers to predict, although all of them may be whole."""
     size: int | None = None
     """For --from folder and hf: height and width to scale pictures to."""
     out: Path | None = None
@@ -39,7 +41,8 @@ def run_data(words: Words, console: Console) -> int:
             "data needs the name of a data set, or --from for your own, and not both; "
             f"got {options.name!r} and {options.source!r}. See gaf data --help."
         )
-    given = [name for name in ("label", "size", "out") if getattr(options, name) is not None]
+    optional = ("label", "numbers", "size", "out")
+    given = [name for name in optional if getattr(options, name) not in (None, False)]
     if options.name and given:
         raise ConfigError(
             f"{given[0]} goes with --from alone; got it with {options.name!r}. Leave it out."
@@ -66,7 +69,7 @@ def convert_own(options: DataOptions, console: Console) -> int:
     from gaf_lab.data.convert import read_from
     from gaf_lab.records.output import make_file, replace_whole
 
-    found = read_from(options.source, options.label, options.size)
+    found = read_from(options.source, options.label, options.size, options.numbers)
     show_facts(describe_arrays(found), console)
     if options.out is None:
         return 0

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gaf_lab.data.check_arrays import Tensors, check_numbers, check_parts
 from gaf_lab.data.sampling import generator
 from gaf_lab.data.sources import DataError
 
@@ -17,7 +18,7 @@ SPLIT_OFF = 0.2  # of each class, where the data have no test set of their own
 SPLIT_NAMES = ("x_train", "y_train", "x_test", "y_test")
 ONE_PART = ("x", "y")
 SAMPLE_NAMES = ("names_train", "names_test")
-Tensors = tuple[Tensor, Tensor]
+CHANNELS = (1, 3)  # of a picture
 Names = tuple[list[str], list[str]]
 
 
@@ -71,47 +72,40 @@ def from_arrays(arrays: dict[str, Any], name: str) -> Arrays:
     train_names, test_names = ([str(each) for each in arrays.get(key, ())] for key in SAMPLE_NAMES)
     if all(key in arrays for key in SPLIT_NAMES):
         x, y, other_x, other_y = (arrays[key] for key in SPLIT_NAMES)
-        parts = (as_inputs(x), as_targets(y, name)), (as_inputs(other_x), as_targets(other_y, name))
+        parts = as_tensors(x, y, name), as_tensors(other_x, other_y, name)
+        found = Arrays(*parts, classes, (train_names, test_names))
     elif all(key in arrays for key in ONE_PART):
-        x, y = as_inputs(arrays["x"]), as_targets(arrays["y"], name)
-        check_lengths(x, y, name)
-        return split(x, y, classes)
+        found = split(*as_tensors(arrays["x"], arrays["y"], name), classes)
     else:
         raise DataError(
             f"{name}: must hold arrays x and y, or {', '.join(SPLIT_NAMES)}; "
             f"it has {', '.join(arrays) or 'none'}. numpy.savez(FILE, x=..., y=...) writes them."
         )
-    for x, y in parts:
-        check_lengths(x, y, name)
-    return Arrays(*parts, classes, (train_names, test_names))
+    check_parts(found.train, found.test, name)
+    return found
 
 
-def check_lengths(x: Tensor, y: Tensor, name: str) -> None:
-    if len(x) != len(y) or not len(x):
-        raise DataError(
-            f"{name}: must have a target for each of at least one input; "
-            f"got {len(x)} inputs and {len(y)} targets. Is a sample in each row?"
-        )
+def as_tensors(x: Any, y: Any, name: str) -> Tensors:
+    """Inputs, and targets (N,): those of a whole-number type are classes, int64, else float32."""
+    check_numbers(x, y, name)
+    targets = torch.from_numpy(np.ascontiguousarray(y)).reshape(-1)
+    return as_inputs(x), targets.float() if targets.is_floating_point() else targets.long()
 
 
 def as_inputs(x: Any) -> Tensor:
-    """Bytes as they are, whole numbers as int64, other numbers as float32."""
+    """Bytes as they are or as pictures, whole numbers as int64, other numbers as float32."""
     found = torch.from_numpy(np.ascontiguousarray(x))
     if found.dtype == torch.uint8:
-        return found
+        return as_pictures(found)
     return found.float() if found.is_floating_point() else found.long()
 
 
-def as_targets(y: Any, name: str) -> Tensor:
-    """(N,): whole numbers from 0 on are classes, int64; others are numbers, float32."""
-    flat = np.ascontiguousarray(y).reshape(len(y), -1)
-    if flat.shape[1] != 1 or flat.dtype.kind not in "iufb":
-        raise DataError(
-            f"{name}: targets must be one number for each sample; "
-            f"got {np.shape(y)} of {flat.dtype}. Write a task of your own (docs/your-task.md)."
-        )
-    found = torch.from_numpy(flat[:, 0].copy())
-    return found.float() if flat.dtype.kind == "f" else found.long()
+def as_pictures(x: Tensor) -> Tensor:
+    """(N, H, W) and (N, H, W, C) as (N, C, H, W); bytes of another shape as they are."""
+    if x.dim() == 3:
+        return x[:, None]
+    last = x.dim() == 4 and x.shape[3] in CHANNELS and x.shape[1] not in CHANNELS
+    return x.permute(0, 3, 1, 2).contiguous() if last else x
 
 
 def split(x: Tensor, y: Tensor, classes: list[str], names: Sequence[str] = ()) -> Arrays:

@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from gaf_lab.data.arrays import Arrays, Tensors, as_inputs, split
+from gaf_lab.data.arrays import Arrays, as_inputs, split
+from gaf_lab.data.check_arrays import Tensors
 from gaf_lab.data.convert_pictures import TESTS, stack
 from gaf_lab.data.jpeg import upright
 from gaf_lab.data.sources import DataError

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import io
 import math
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -19,10 +20,14 @@ MOST_KINDS = 100  # different words in a column of inputs
 MOST_CLASSES = 1000
 ByLine = dict[int, str]  # by line number
 Lines = dict[int, list[str]]
+# thousands or decimals behind a comma, a point, a blank or an apostrophe; money, shares
+OTHERWISE_WRITTEN = re.compile(
+    r"[-+]?[$€£¥]?[-+]?\s?(\d{1,3}([ ,.'\u2019\u00a0\u202f]\d{3})+|\d+)([.,]\d+)?\s?[%$€£¥]?"
+)
 MISSING = ("", "na", "nan", "n/a", "<na>", "?")
 
 
-def read_table(path: Path, label: str | None) -> Arrays:
+def read_table(path: Path, label: str | None, numbers: bool = False) -> Arrays:
     """The table of a CSV file with a line of column names.
 
     Columns of numbers are scaled to mean 0 and deviation 1 over the training samples; a column of
@@ -32,6 +37,7 @@ def read_table(path: Path, label: str | None) -> Arrays:
     Args:
         path: of the file.
         label: the name of the column of targets; None for the last column.
+        numbers: the targets are numbers, although all may be whole.
 
     Raises:
         DataError: if it is no such table, or a value is missing.
@@ -51,7 +57,7 @@ def read_table(path: Path, label: str | None) -> Arrays:
     if not columns:
         raise DataError(f"{path}: must have a column beside {label!r}; it has none.")
     x = torch.cat([as_columns(path, name, values) for name, values in columns.items()], 1)
-    y, classes = as_labels(path, label, list(targets.values()))
+    y, classes = as_labels(path, label, targets, numbers)
     found = split(x, y, classes, [f"line {number}" for number in table])
     mean, deviation = found.train[0].mean(0), found.train[0].std(0, unbiased=False)
     scale = torch.where(deviation > 0, deviation, 1.0)
@@ -125,6 +131,7 @@ def as_columns(path: Path, name: str, values: ByLine) -> Tensor:
     numbers = as_numbers(values.values())
     if numbers is not None:
         return torch.tensor(numbers)[:, None]
+    check_written(path, name, values)
     check_kind(path, name, values)
     words, places = np.unique(list(values.values()), return_inverse=True)
     if len(words) > MOST_KINDS:
@@ -133,6 +140,17 @@ def as_columns(path: Path, name: str, values: ByLine) -> Tensor:
             f"{name!r} has {len(words):,}. Leave the column out."
         )
     return torch.eye(len(words))[torch.from_numpy(places)]
+
+
+def check_written(path: Path, name: str, values: ByLine) -> None:
+    """Refuses a column of numbers that are written otherwise than with a decimal point."""
+    odd = [number for number, value in values.items() if as_numbers([value]) is None]
+    if all(OTHERWISE_WRITTEN.fullmatch(values[number]) for number in odd):
+        raise DataError(
+            f"{path}: numbers must be written with digits and a decimal point alone; {name!r} has "
+            f"{values[odd[0]]!r} in line {odd[0]}. Write them so, or put a letter before each if "
+            "they are words."
+        )
 
 
 def check_kind(path: Path, name: str, values: ByLine) -> None:
@@ -146,16 +164,25 @@ def check_kind(path: Path, name: str, values: ByLine) -> None:
         )
 
 
-def as_labels(path: Path, name: str, values: list[str]) -> tuple[Tensor, list[str]]:
-    """Classes and their names, or numbers and no names."""
+def as_labels(path: Path, name: str, targets: ByLine, predicted: bool) -> tuple[Tensor, list[str]]:
+    """Classes and their names, or numbers and no names. predicted: they are numbers."""
+    values = list(targets.values())
     numbers = as_numbers(values)
-    if numbers is not None and any(number != round(number) for number in numbers):
+    if numbers is None:
+        check_written(path, name, targets)
+        if predicted:
+            odd = next(number for number, value in targets.items() if as_numbers([value]) is None)
+            raise DataError(
+                f"{path}: labels must be finite numbers with --numbers; {name!r} has "
+                f"{targets[odd]!r} in line {odd}. Leave --numbers out if they are classes."
+            )
+    elif predicted or any(number != round(number) for number in numbers):
         return torch.tensor(numbers), []
     kinds = sorted(set(values)) if numbers is None else sorted(set(values), key=float)
     if len(kinds) > MOST_CLASSES:
         raise DataError(
             f"{path}: the column of labels must have at most {MOST_CLASSES} classes; {name!r} has "
-            f"{len(kinds):,}. Write them with decimals if they are no classes."
+            f"{len(kinds):,}. Give --numbers if they are numbers to predict."
         )
     place = {kind: i for i, kind in enumerate(kinds)}
     return torch.tensor([place[value] for value in values]), kinds

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from gaf_lab.data.arrays import Arrays, read_arrays
+from gaf_lab.data.arrays import CHANNELS, Arrays, read_arrays
 from gaf_lab.data.augment import draw_shifts, shift
 from gaf_lab.data.dataset import moments
 from gaf_lab.data.problem import Augmentation, Problem
@@ -23,7 +23,7 @@ def arrays(config: TrainConfig, data: Path | None = None) -> Problem:
     model; all else goes to a network of two hidden layers.
     """
     found = read_arrays(data)
-    pictures = found.train[0].dim() == 4 and found.train[0].shape[1] in (1, 3)
+    pictures = found.train[0].dim() == 4 and found.train[0].shape[1] in CHANNELS
     return of_pictures(config, found) if pictures else of_rows(config, found)
 
 

@@ -8,6 +8,7 @@ from PIL import Image
 from gaf_lab.commands.main import main
 from gaf_lab.data.arrays import describe_arrays, read_arrays
 from gaf_lab.data.convert import read_from
+from gaf_lab.data.convert_pictures import read_folders
 from gaf_lab.data.make_data import make_run_data
 from gaf_lab.data.run_data import RunData
 from gaf_lab.data.sources import DataError
@@ -131,7 +132,7 @@ def test_pictures_of_any_mode_have_the_colours_that_a_viewer_shows(tmp_path):
         picture = Image.new("RGB" if mode == "P" else mode, (2, 2), red if fill is None else fill)
         (picture.convert("P") if mode == "P" else picture).save(folder / f"{name}.png")
     (tmp_path / ".hidden").mkdir()
-    found = read_from(f"folder:{tmp_path}")
+    found = read_folders(tmp_path, None)
     for (x, _), names in zip((found.train, found.test), found.names, strict=True):
         for picture, name in zip(x, names, strict=True):
             expected = seen[name[4:-4]][2]
@@ -149,10 +150,11 @@ def test_pictures_stand_as_a_viewer_shows_them_whatever_way_they_are_stored(tmp_
     for name in ("ant", "bee"):
         (tmp_path / name).mkdir()
         Image.fromarray(stored).save(tmp_path / name / f"1.{suffix}", exif=exif)
-        Image.fromarray(np.rot90(stored, -1)).save(tmp_path / name / "2.png")
+        for other in ("2.png", "3.png"):
+            Image.fromarray(np.rot90(stored, -1)).save(tmp_path / name / other)
     found = read_from(f"folder:{tmp_path}")
     pictures = torch.cat([found.train[0], found.test[0]])
-    assert pictures.shape[2:] == (16, 24)
+    assert (len(pictures), pictures.shape[2:]) == (6, (16, 24))
     for picture in pictures[:, 0].int():
         assert (picture[:8] - 200).abs().max() <= 3  # what JPEG and WebP lose
         assert (picture[8:] - 30).abs().max() <= 3
@@ -197,6 +199,12 @@ def test_pictures_that_are_none_are_refused(tmp_path, change, message):
         ("a,b\n1,x\n2,y\ninf,y\n", "must hold finite numbers or words; 'a' is .* 'inf' in line 4"),
         ("1,2\n1,2\n3,4\n", "the first line must name the columns, each differently; it is 1, 2"),
         ("a,a,b\n1,2,x\n1,2,y\n", "must name the columns, each differently; it is a, a, b"),
+        ("a;b\n1;x\n0,5;y\n", "with digits and a decimal point alone; 'a' has '0,5' in line 3"),
+        ('a,b\n"1,000.5",x\n"30",y\n', "decimal point alone; 'a' has '1,000.5' in line 2"),
+        ("a,b\n10%,x\n20%,y\n", "decimal point alone; 'a' has '10%' in line 2. Write them so"),
+        ("a;b\n1;0,5\n2;0,25\n", "decimal point alone; 'b' has '0,5' in line 2"),
+        ("a,b\n1,x\n2,x\n3,x\n4,x\n", "training samples must be of two classes at least"),
+        ("a,b\n1,5\n2,6\n3,7\n4,8\n", "to train on and to test on; it has 4 and 0"),
     ],
 )
 def test_a_table_that_is_none_is_refused(tmp_path, text, message):
@@ -205,14 +213,70 @@ def test_a_table_that_is_none_is_refused(tmp_path, text, message):
         read_from(f"csv:{tmp_path}/t.csv")
 
 
+def test_words_of_digits_and_signs_stay_words(tmp_path):
+    rows = [
+        f"{'10-20' if i % 3 else '20-30'},1.2.{i % 2},{'x' if i % 2 else 'y'}\n" for i in range(30)
+    ]
+    (tmp_path / "t.csv").write_text("".join(["age,version,kind\n", *rows]))
+    assert read_from(f"csv:{tmp_path}/t.csv").train[0].shape == (24, 4)
+
+
+def test_whole_numbers_are_numbers_to_predict_if_one_says_so(tmp_path, capsys):
+    rows = [f"{i},{3 * i}\n" for i in range(20)]
+    (tmp_path / "t.csv").write_text("".join(["a,b\n", *rows]))
+    out = tmp_path / "t.npz"
+    assert main(["data", "--from", f"csv:{tmp_path}/t.csv", "--numbers", "--out", str(out)]) == 0
+    assert "numbers, " in capsys.readouterr().out
+    found = read_arrays(out)
+    both = torch.cat([found.train[1], found.test[1]])
+    assert torch.equal(both.sort().values, 3.0 * torch.arange(20))
+    assert found.classes == []
+    (tmp_path / "t.csv").write_text("a,b\n1,2\n2,x\n3,1\n")
+    with pytest.raises(DataError, match="finite numbers with --numbers; 'b' has 'x' in line 3"):
+        read_from(f"csv:{tmp_path}/t.csv", numbers=True)
+
+
+def test_bytes_are_pictures_wherever_their_channels_stand(tmp_path):
+    bytes_of = np.random.default_rng(0).integers(0, 256, (12, 3, 5, 6), dtype=np.uint8)
+    forms = {
+        "first": (bytes_of, bytes_of),
+        "last": (bytes_of.transpose(0, 2, 3, 1), bytes_of),
+        "grey": (bytes_of[:, 0], bytes_of[:, :1]),
+        "grey, last": (bytes_of[:, 0, :, :, None], bytes_of[:, :1]),
+        "rows": (bytes_of[:, 0, 0], bytes_of[:, 0, 0]),
+    }
+    for name, (given, expected) in forms.items():
+        np.savez(
+            tmp_path / "a.npz", x_train=given, y_train=HALVES, x_test=given[:2], y_test=HALVES[:2]
+        )
+        found = read_from(f"npz:{tmp_path}/a.npz")
+        assert torch.equal(found.train[0], torch.from_numpy(expected)), name
+        assert torch.equal(found.test[0], torch.from_numpy(expected[:2])), name
+
+
+ROWS, HALVES = np.zeros((12, 2)), np.arange(12) % 2
+
+
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
         ({"a": np.zeros(3)}, "must hold arrays x and y, or x_train, .*; it has a"),
-        ({"x": np.zeros((3, 2)), "y": np.zeros(2)}, "a target for each of at least one input"),
+        ({"x": ROWS, "y": np.zeros(2)}, "a target for each input; got 12 inputs and 2 targets"),
+        ({"x": ROWS, "y": np.zeros((12, 2))}, r"one number for each sample; got \(12, 2\)"),
+        ({"x": ROWS, "y": np.float32(1)}, r"one number for each sample; got \(\) of float32"),
         (
-            {"x": np.zeros((3, 2)), "y": np.zeros((3, 2))},
-            r"one number for each sample; got \(3, 2\)",
+            {"x": np.float32(1), "y": HALVES},
+            r"inputs must be real numbers, .*; got \(\) of float32",
+        ),
+        ({"x": ROWS.astype(str), "y": HALVES}, r"inputs must be real .*; got \(12, 2\) of <U32"),
+        ({"x": ROWS + 1j, "y": HALVES}, r"inputs must be real numbers, .*; got .* of complex128"),
+        ({"x": np.full((12, 2), np.nan), "y": HALVES}, "must be finite; 10 of 10 training samples"),
+        ({"x": ROWS, "y": HALVES - 1}, "two classes at least, with numbers from 0 on; got -1, 0"),
+        ({"x": ROWS, "y": 0 * HALVES}, "two classes at least, .*; got 0. Are these the labels"),
+        ({"x": ROWS[:4], "y": HALVES[:4]}, "to train on and to test on; it has 4 and 0. A fifth"),
+        (
+            {"x_train": ROWS, "y_train": HALVES, "x_test": ROWS[:0], "y_test": HALVES[:0]},
+            "to train on and to test on; it has 12 and 0. A fifth",
         ),
     ],
 )

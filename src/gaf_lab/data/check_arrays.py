@@ -1,0 +1,72 @@
+"""Data of the user's own, checked: inputs and targets that can be trained and tested on."""
+
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from gaf_lab.data.sources import DataError
+
+Tensors = tuple[Tensor, Tensor]
+OWN_TASK = "Write a task of your own (docs/your-task.md)."
+
+
+def check_numbers(x: Any, y: Any, name: str) -> None:
+    """Refuses inputs that are no real numbers, and targets (N,) or (N, 1) that are none.
+
+    Args:
+        x: inputs of an .npz file.
+        y: its targets.
+        name: of the source, in messages.
+    """
+    if np.ndim(x) == 0 or np.asarray(x).dtype.kind not in "iufb":
+        raise DataError(
+            f"{name}: inputs must be real numbers, a row for each sample; "
+            f"got {np.shape(x)} of {np.asarray(x).dtype}. {OWN_TASK}"
+        )
+    shape, kind = np.shape(y), np.asarray(y).dtype.kind
+    if len(shape) == 0 or any(size != 1 for size in shape[1:]) or kind not in "iufb":
+        raise DataError(
+            f"{name}: targets must be one number for each sample; "
+            f"got {shape} of {np.asarray(y).dtype}. {OWN_TASK}"
+        )
+    if len(x) != len(y):
+        raise DataError(
+            f"{name}: must have a target for each input; "
+            f"got {len(x)} inputs and {len(y)} targets. Is a sample in each row?"
+        )
+
+
+def check_parts(train: Tensors, test: Tensors, name: str) -> None:
+    """Refuses what cannot be trained and tested on.
+
+    Args:
+        train: inputs (N, ...) and targets (N,), int64 for classes.
+        test: likewise.
+        name: of the source, in messages.
+    """
+    (x, y), (test_x, test_y) = train, test
+    if not (len(y) and len(test_y)):
+        raise DataError(
+            f"{name}: must have samples to train on and to test on; it has {len(y)} and "
+            f"{len(test_y)}. A fifth of each class is split off for the test, so that one must "
+            "have three samples. Give more, or a test set of its own."
+        )
+    check_finite(x, name, "training")
+    check_finite(test_x, name, "test")
+    lowest = min(int(y.min()), int(test_y.min()))
+    if not y.is_floating_point() and (lowest < 0 or len(y.unique()) < 2):
+        raise DataError(
+            f"{name}: training samples must be of two classes at least, with numbers from 0 on; "
+            f"got {', '.join(map(str, y.unique().tolist()[:5]))}. Are these the labels?"
+        )
+
+
+def check_finite(x: Tensor, name: str, part: str) -> None:
+    if not x.is_floating_point() or x.isfinite().all():
+        return
+    wrong = (~x.isfinite().reshape(len(x), -1).all(1)).nonzero().flatten()
+    raise DataError(
+        f"{name}: inputs must be finite; {len(wrong)} of {len(x):,} {part} samples have NaN or "
+        f"infinity, the first at place {int(wrong[0])} from 0. Leave them out, or fill them in."
+    )
