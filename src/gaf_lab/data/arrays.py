@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gaf_lab.data.check_arrays import Tensors, check_numbers, check_parts
+from gaf_lab.data.check_arrays import Tensors, check_numbers, check_arrays
 from gaf_lab.data.sampling import generator
 from gaf_lab.data.sources import DataError
 
@@ -81,7 +81,7 @@ def from_arrays(arrays: dict[str, Any], name: str) -> Arrays:
             f"{name}: must hold arrays x and y, or {', '.join(SPLIT_NAMES)}; "
             f"it has {', '.join(arrays) or 'none'}. numpy.savez(FILE, x=..., y=...) writes them."
         )
-    check_parts(found.train, found.test, name)
+    check_arrays(found.train, found.test, name)
     return found
 
 

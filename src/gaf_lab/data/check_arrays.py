@@ -37,7 +37,7 @@ def check_numbers(x: Any, y: Any, name: str) -> None:
         )
 
 
-def check_parts(train: Tensors, test: Tensors, name: str) -> None:
+def check_arrays(train: Tensors, test: Tensors, name: str) -> None:
     """Refuses what cannot be trained and tested on.
 
     Args:
@@ -52,8 +52,8 @@ def check_parts(train: Tensors, test: Tensors, name: str) -> None:
             f"{len(test_y)}. A fifth of each class is split off for the test, so that one must "
             "have three samples. Give more, or a test set of its own."
         )
-    check_finite(x, name, "training")
-    check_finite(test_x, name, "test")
+    check_inputs(x, name, "training")
+    check_inputs(test_x, name, "test")
     lowest = min(int(y.min()), int(test_y.min()))
     if not y.is_floating_point() and (lowest < 0 or len(y.unique()) < 2):
         raise DataError(
@@ -62,7 +62,7 @@ def check_parts(train: Tensors, test: Tensors, name: str) -> None:
         )
 
 
-def check_finite(x: Tensor, name: str, part: str) -> None:
+def check_inputs(x: Tensor, name: str, part: str) -> None:
     if not x.is_floating_point() or x.isfinite().all():
         return
     wrong = (~x.isfinite().reshape(len(x), -1).all(1)).nonzero().flatten()

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from gaf_lab.data.arrays import Arrays, read_arrays
-from gaf_lab.data.check_arrays import check_parts
+from gaf_lab.data.check_arrays import check_arrays
 from gaf_lab.data.convert_hugging_face import read_hugging_face
 from gaf_lab.data.convert_pictures import read_folders
 from gaf_lab.data.convert_table import read_table
@@ -56,5 +56,5 @@ def read_from(
         found = read_table(path, label, numbers)
     else:
         found = read_hugging_face(path, label, size)
-    check_parts(found.train, found.test, place)
+    check_arrays(found.train, found.test, place)
     return found
