@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gaf_lab.data.check_arrays import Tensors, check_numbers, check_arrays
+from gaf_lab.data.check_arrays import Tensors, check_arrays, check_numbers
 from gaf_lab.data.sampling import generator
 from gaf_lab.data.sources import DataError
 
