@@ -72,10 +72,10 @@ def from_arrays(arrays: dict[str, Any], name: str) -> Arrays:
     train_names, test_names = ([str(each) for each in arrays.get(key, ())] for key in SAMPLE_NAMES)
     if all(key in arrays for key in SPLIT_NAMES):
         x, y, other_x, other_y = (arrays[key] for key in SPLIT_NAMES)
-        parts = as_tensors(x, y, name), as_tensors(other_x, other_y, name)
+        parts = as_pair(x, y, name), as_pair(other_x, other_y, name)
         found = Arrays(*parts, classes, (train_names, test_names))
     elif all(key in arrays for key in ONE_PART):
-        found = split(*as_tensors(arrays["x"], arrays["y"], name), classes)
+        found = split(*as_pair(arrays["x"], arrays["y"], name), classes)
     else:
         raise DataError(
             f"{name}: must hold arrays x and y, or {', '.join(SPLIT_NAMES)}; "
@@ -85,7 +85,7 @@ def from_arrays(arrays: dict[str, Any], name: str) -> Arrays:
     return found
 
 
-def as_tensors(x: Any, y: Any, name: str) -> Tensors:
+def as_pair(x: Any, y: Any, name: str) -> Tensors:
     """Inputs, and targets (N,): those of a whole-number type are classes, int64, else float32."""
     check_numbers(x, y, name)
     targets = torch.from_numpy(np.ascontiguousarray(y)).reshape(-1)

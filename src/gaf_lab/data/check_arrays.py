@@ -8,7 +8,7 @@ from torch import Tensor
 from gaf_lab.data.sources import DataError
 
 Tensors = tuple[Tensor, Tensor]
-OWN_TASK = "Write a task of your own (docs/your-task.md)."
+WAY_OUT = "Write a task of your own (docs/your-task.md)."
 
 
 def check_numbers(x: Any, y: Any, name: str) -> None:
@@ -22,13 +22,13 @@ def check_numbers(x: Any, y: Any, name: str) -> None:
     if np.ndim(x) == 0 or np.asarray(x).dtype.kind not in "iufb":
         raise DataError(
             f"{name}: inputs must be real numbers, a row for each sample; "
-            f"got {np.shape(x)} of {np.asarray(x).dtype}. {OWN_TASK}"
+            f"got {np.shape(x)} of {np.asarray(x).dtype}. {WAY_OUT}"
         )
     shape, kind = np.shape(y), np.asarray(y).dtype.kind
     if len(shape) == 0 or any(size != 1 for size in shape[1:]) or kind not in "iufb":
         raise DataError(
             f"{name}: targets must be one number for each sample; "
-            f"got {shape} of {np.asarray(y).dtype}. {OWN_TASK}"
+            f"got {shape} of {np.asarray(y).dtype}. {WAY_OUT}"
         )
     if len(x) != len(y):
         raise DataError(
