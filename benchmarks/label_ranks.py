@@ -25,6 +25,7 @@ visits, as in benchmarks/label_detection.py. An interrupted run goes on with the
 import argparse
 import dataclasses
 import json
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -211,6 +212,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="folder of the files of a data set")
     parser.add_argument("--out", type=Path, default=Path("results/label-ranks.jsonl"))
     options = parser.parse_args()
+    warnings.filterwarnings("ignore", "gaf: .* labels look wrong")  # so they do after one pass
     lines = recorded(options.out)
     done = {(line["dataset"], line["setting"], line["seed"], line["rule"]) for line in lines}
     conditions = {"ranks": RANKS, "b": BASE.b // RANKS, "model": "mlp", "seeds": options.seeds}
