@@ -408,9 +408,18 @@ def weights_differences() -> str:
     return differences("prototype weights", controls)
 
 
-def differences(own: str, others: tuple[str, ...] | None) -> str:
+def differences_at_other_rates() -> str:
+    """Of prototype weights with ELR against rivals, in points."""
+    return differences(BOTH, ("averaging", "GCE", "ELR", OURS), OTHER_RATES)
+
+
+def differences(
+    own: str,
+    others: tuple[str, ...] | None,
+    settings: Sequence[tuple[Any, ...]] = SETTINGS,
+) -> str:
     rows = []
-    for (data, setting), arms in trained().items():
+    for (data, setting), arms in trained(settings).items():
         for arm, runs in arms.items():
             if arm == own or own not in arms or (others and arm not in others):
                 continue
@@ -444,6 +453,7 @@ TABLES = (
     reported_on_human_labels,
     beside_cleanlab,
     at_a_glance,
+    at_other_rates,
     trained_on_human_labels,
     cost_table,
     at_equal_time,
@@ -452,6 +462,7 @@ TABLES = (
     cleanlab_table,
     accuracy_table,
     elr_differences,
+    differences_at_other_rates,
     training_differences,
     weights_differences,
     rarest_table,
