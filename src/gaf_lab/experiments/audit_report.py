@@ -114,7 +114,7 @@ def doubt_of_marks(lines: Sequence[AuditLine], marked: float) -> str:
     if 2 * marked <= samples:
         return ""
     return (
-        f" That is {100 * marked / samples:.0f}% of all samples. Over half mostly means that the "
+        f" The marked are {100 * marked / samples:.0f}% of all: over half mostly means that the "
         "features do not tell the classes apart: go by the ranking, and train longer (--passes)."
     )
 

@@ -206,7 +206,7 @@ def test_the_closing_words_by_hand() -> None:
 def test_the_closing_words_doubt_the_marks_if_they_are_over_half() -> None:
     line = line_of() | {"samples": 50}
     assert closing_words([line]).endswith(
-        " That is 80% of all samples. Over half mostly means that the features do not tell the "
+        " The marked are 80% of all: over half mostly means that the features do not tell the "
         "classes apart: go by the ranking, and train longer (--passes)."
     )
 
