@@ -21,8 +21,8 @@ ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "optimizers.md"
 SEEDS = [0, 1, 2, 3, 4]
 POLICIES = ("averaging", "GAF", "random subset", "random skip")
-UNSTABLE = "shampoo"  # on clean labels some of its runs on digits blow up; none on MNIST-5k was run
 DIGITS, MNIST, LOWER = "optimizers", "optimizers-mnist5k", "optimizers-all-rows"
+UNSTABLE = (DIGITS, "shampoo")  # on clean labels some of its runs blow up
 COMPARED = {
     DIGITS: ["sgd", "adamw", "rmsprop", "muon", "lamb", "lion", "soap", "shampoo", "schedule-free"],
     MNIST: ["sgd", "adamw", "muon", "lamb", "lion", "soap", "shampoo", "schedule-free"],
@@ -59,7 +59,7 @@ def accuracies(rate: float, measure: Measure, pack: str = DIGITS) -> str:
 
 def compared(rate: float, pack: str = DIGITS) -> list[str]:
     """The optimizers with a row at a noise level."""
-    return [name for name in COMPARED[pack] if rate or name != UNSTABLE]
+    return [name for name in COMPARED[pack] if rate or (pack, name) != UNSTABLE]
 
 
 def shares(rate: float, pack: str = DIGITS) -> str:
@@ -167,7 +167,7 @@ def test_on_clean_labels_shampoo_blows_up_in_as_many_runs_as_the_page_says():
         run
         for run in runs(DIGITS)
         if (run.header["config"]["optimizer"], run.header["config"]["noise_rate"])
-        == (UNSTABLE, 0.0)
+        == (UNSTABLE[1], 0.0)
     ]
     lost = [run for run in found if run.evals[-1]["test_accuracy"] < 0.5]
     assert f"{len(lost)} of its {len(found)} runs" in PAGE.read_text()
