@@ -10,6 +10,7 @@ as it reads folders.
 import json
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ def write_pack(runs: Sequence[Run], path: Path) -> None:
     """
     if not runs:
         raise ValueError(f"pack {path}: must have at least one run; got none.")
+    runs = [replace(run, header=with_short_replay(run.header)) for run in runs]
     shared = {key: most_common([run.header.get(key) for run in runs]) for key in SHARED_KEYS}
     lines = [{"kind": "pack", **shared}, *(pack_run(run, shared) for run in runs)]
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -70,6 +72,14 @@ def pack_run(run: Run, shared: dict[str, Any]) -> dict[str, Any]:
     keys = dict.fromkeys(key for line in run.evals for key in line if key not in ("kind", "rows"))
     evals = {key: [round_number(line.get(key)) for line in run.evals] for key in keys}
     return header | {"kind": "packed", "evals": evals, "end": run.end}
+
+
+def with_short_replay(header: dict[str, Any]) -> dict[str, Any]:
+    """The header, whose replayed run is named without where its folder was on that machine."""
+    config = header.get("config", {})
+    if not config.get("replay"):
+        return header
+    return header | {"config": config | {"replay": Path(config["replay"]).name}}
 
 
 def difference_from(value: Any, shared: Any) -> Any:

@@ -23,7 +23,7 @@ def runs():
 def test_headers_ends_and_statistics_survive(runs, tmp_path):
     packs.write_pack(runs, tmp_path / "p.jsonl")
     again = packs.read_pack(tmp_path / "p.jsonl")
-    assert [run.header for run in again] == [run.header for run in runs]
+    assert [run.header for run in again] == [packs.with_short_replay(run.header) for run in runs]
     assert [run.end for run in again] == [run.end for run in runs]
     for arm, same in zip(group_by_arm(runs), group_by_arm(again), strict=True):
         for measure in measures.shown_measures(runs[0].score):
@@ -56,6 +56,14 @@ def test_runs_of_other_conditions_keep_theirs(runs, tmp_path):
     assert last.header["commit"] == "another"
     assert last.header["machine"]["cpu"] == "another"
     assert last.end is None
+
+
+def test_a_replayed_run_is_named_without_its_place(runs, tmp_path):
+    header = runs[0].header | {"config": runs[0].header["config"] | {"replay": "/home/me/runs/gaf"}}
+    packs.write_pack([records.Run(runs[0].folder, header, [], None)], tmp_path / "p.jsonl")
+    assert "home" not in (tmp_path / "p.jsonl").read_text()
+    (run,) = packs.read_pack(tmp_path / "p.jsonl")
+    assert run.header["config"]["replay"] == "gaf"
 
 
 def test_report_finds_packs_beside_folders(runs, tmp_path):
