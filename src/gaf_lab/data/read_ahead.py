@@ -3,6 +3,7 @@
 import itertools
 import multiprocessing
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -55,15 +56,16 @@ def read_ahead(read: Read, numbers: Iterable[int]) -> Iterator[Any]:
         # The workers' seeds come from this generator, not from torch's global one: a resumed run
         # must find that one unmoved.
         generator=torch.Generator(),
-        worker_init_fn=exit_with_parent,
+        worker_init_fn=begin_worker,
     )
+    stream = iter(loader)
     try:
-        for found in loader:
+        for found in stream:
             if isinstance(found, DataError):
                 raise found
             yield found
-    except RuntimeError as error:
-        raise worker_died(error) from None
+    except (RuntimeError, OSError, EOFError) as error:
+        raise worker_died(error, has_lost_worker(stream)) from None
 
 
 class Guarded(Dataset[Any]):
@@ -82,7 +84,21 @@ class Guarded(Dataset[Any]):
             return error
 
 
-def exit_with_parent(worker: int) -> None:
+def begin_worker(worker: int) -> None:
+    sys.excepthook = report_unless_closed
+    exit_with_parent()
+
+
+def report_unless_closed(kind: Any, error: Any, trace: Any) -> None:
+    """Reports an error of the thread that hands samples over, unless the run has hung up.
+
+    A run that ends in between, as where another worker was killed, has its own message.
+    """
+    if not issubclass(kind, ConnectionError | EOFError):
+        sys.__excepthook__(kind, error, trace)
+
+
+def exit_with_parent() -> None:
     """Ends this worker as soon as its run has exited.
 
     The DataLoader itself checks every five seconds, and misses a run that exits before the worker
@@ -105,11 +121,18 @@ def reader_count() -> int:
     return max(1, min(share, MOST_READERS))
 
 
-def worker_died(error: RuntimeError) -> Exception:
+def has_lost_worker(stream: Any) -> bool:
+    """Whether a worker of a DataLoader's iterator has ended, as while it handed a sample over."""
+    return any(not worker.is_alive() for worker in stream._workers)
+
+
+def worker_died(error: Exception, lost: bool) -> Exception:
     """What to raise in place of the DataLoader's error: for a killed worker, one with a remedy."""
-    if not str(error).startswith("DataLoader worker"):
-        return error
-    seen = str(error).splitlines()[0]
+    seen = str(error).split("\n")[0]
+    if not seen.startswith("DataLoader worker"):
+        if not lost:
+            return error
+        seen = f"DataLoader worker: {seen}"
     return DataError(
         "data: every process that reads samples must live as long as the run; "
         f"one did not ({seen}) The system ends processes when memory is short: "

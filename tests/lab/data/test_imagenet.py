@@ -191,7 +191,7 @@ def test_a_worker_that_is_killed_ends_the_run_with_one_message(endless, tmp_path
     process, workers = endless
     os.kill(workers[0], signal.SIGKILL)
     errors = process.finish()
-    assert process.returncode == 2
+    assert process.returncode == 2, errors
     assert (
         "gaf train: data: every process that reads samples must live as long as the run; "
         "one did not (DataLoader worker" in errors

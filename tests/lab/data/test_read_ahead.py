@@ -147,8 +147,12 @@ def test_a_damaged_file_ends_a_stream_with_its_name_and_nothing_around_it(tmp_pa
 
 
 def test_only_a_lost_workers_error_is_told_anew():
-    told = worker_died(RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "))
+    told = worker_died(
+        RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), True
+    )
     assert isinstance(told, DataError)
     assert "one did not (DataLoader worker (pid 7) is killed by signal: Killed. )" in str(told)
     other = RuntimeError("out of memory")
-    assert worker_died(other) is other
+    assert worker_died(other, False) is other
+    told = worker_died(ConnectionResetError("reset"), True)
+    assert "one did not (DataLoader worker: reset)" in str(told)
