@@ -1,11 +1,9 @@
 """Which labels are wrong: one training with gaf.SampleAgreement, and cleanlab's way with five.
 
-pip install gaf mlxtend cleanlab; python examples/cleanlab_compare.py > results/cleanlab.jsonl
-"""
+pip install gaf mlxtend cleanlab; python examples/cleanlab_compare.py > results/cleanlab.jsonl"""
 
 import json
 import time
-from typing import Any
 
 import torch
 from cleanlab.filter import find_label_issues
@@ -17,9 +15,8 @@ from torch import Tensor, nn
 import gaf
 
 # a share of the labels is the next digit's, or any other's; whether pixels are standardised
-NOISE = [("class-dependent", 0.4), ("symmetric", 0.4), ("class-dependent", 0.2)]
-NOISE += [("symmetric", 0.1), ("symmetric", 0.2), ("symmetric", 0.6)]
-CASES = [(*noise, standardised) for noise in NOISE for standardised in (True, False)]
+RATES = {"class-dependent": (0.4, 0.2), "symmetric": (0.4, 0.1, 0.2, 0.6)}
+CASES = [(noise, rate, z) for noise in RATES for rate in RATES[noise] for z in (True, False)]
 
 
 def digits(noise: str, rate: float, standardised: bool, seed: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -30,7 +27,7 @@ def digits(noise: str, rate: float, standardised: bool, seed: int) -> tuple[Tens
     return x, (y + wrong * (torch.randint(1, 10, (n,)) if noise == "symmetric" else 1)) % 10, wrong
 
 
-def train(x: Tensor, y: Tensor, passes: int, judged: bool = False) -> Any:
+def train(x: Tensor, y: Tensor, passes: int, judged: bool = False) -> tuple:
     layers = [nn.Linear(784, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 10)]
     model, losses = nn.Sequential(*layers), nn.CrossEntropyLoss(reduction="none")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
@@ -43,12 +40,12 @@ def train(x: Tensor, y: Tensor, passes: int, judged: bool = False) -> Any:
     return model, criterion
 
 
-def agreement(x: Tensor, y: Tensor, passes: int) -> Any:
-    _, criterion = train(x, y, passes, judged=True)
-    return (criterion.report()[name] for name in ("label_quality", "is_label_issue"))
+def agreement(x: Tensor, y: Tensor, passes: int) -> tuple:
+    report = train(x, y, passes, judged=True)[1].report()
+    return report["label_quality"], report["is_label_issue"]
 
 
-def cleanlab(x: Tensor, y: Tensor, passes: int) -> Any:
+def cleanlab(x: Tensor, y: Tensor, passes: int) -> tuple:
     p = torch.zeros(len(x), 10).numpy()
     for out in torch.randperm(len(x)).chunk(5):
         rest = torch.ones(len(x), dtype=torch.bool).index_fill(0, out, False)
@@ -57,11 +54,11 @@ def cleanlab(x: Tensor, y: Tensor, passes: int) -> Any:
 
 
 WAYS = ((agreement, 12), (cleanlab, 6), (cleanlab, 12))
-for case, seed, (way, passes) in ((c, s, w) for c in CASES for s in range(5) for w in WAYS):
-    (x, y, wrong), started = digits(*case, seed), time.process_time()
+for case, (way, passes) in (((*c, s), w) for c in CASES for s in range(5) for w in WAYS):
+    (x, y, wrong), started = digits(*case), time.process_time()
     quality, issues = (torch.as_tensor(part) for part in way(x, y, passes))
-    line: dict[str, Any] = dict(zip(("noise", "rate", "standardised"), case, strict=True))
-    line |= {"seed": seed, "passes": passes}
+    names = "noise", "rate", "standardised", "seed"
+    line = dict(zip(names, case, strict=True)) | {"passes": passes}
     line |= {"way": way.__name__, "cpu_seconds": round(time.process_time() - started, 2)}
     line |= {"auroc": round(roc_auc_score(wrong, -quality), 5), "issues": int(issues.sum())}
     line |= {"first100": int(wrong[quality.argsort()[:100]].sum()), "wrong": int(wrong.sum())}
