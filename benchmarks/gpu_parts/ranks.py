@@ -124,7 +124,7 @@ def of_rank(
             emit(line | {"rank": rank})
     dist.barrier()
     dist.destroy_process_group()
-    os._exit(0)  # threads of torch that outlive the interpreter would abort the process, now and then
+    os._exit(0)  # a thread of torch that outlives the interpreter would abort it, now and then
 
 
 def ddp(options: Options) -> Iterator[Line]:
