@@ -126,8 +126,11 @@ def has_lost_worker(stream: Any) -> bool:
     return any(not worker.is_alive() for worker in stream._workers)
 
 
-def worker_died(error: Exception, lost: bool) -> Exception:
-    """What to raise in place of the DataLoader's error: for a killed worker, one with a remedy."""
+def worker_died(error: Exception, lost: bool = False) -> Exception:
+    """What to raise in place of the DataLoader's error: for a killed worker, one with a remedy.
+
+    lost: whether a worker has ended, whatever the error says.
+    """
     seen = str(error).split("\n")[0]
     if not seen.startswith("DataLoader worker"):
         if not lost:
@@ -135,6 +138,6 @@ def worker_died(error: Exception, lost: bool) -> Exception:
         seen = f"DataLoader worker: {seen}"
     return DataError(
         "data: every process that reads samples must live as long as the run; "
-        f"one did not ({seen}) The system ends processes when memory is short: "
+        f"one did not ({seen.rstrip(' .')}). The system ends processes when memory is short: "
         "free some, or lower b, and go on with --resume."
     )

@@ -151,7 +151,7 @@ def test_only_a_lost_workers_error_is_told_anew():
         RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), True
     )
     assert isinstance(told, DataError)
-    assert "one did not (DataLoader worker (pid 7) is killed by signal: Killed. )" in str(told)
+    assert "one did not (DataLoader worker (pid 7) is killed by signal: Killed)." in str(told)
     other = RuntimeError("out of memory")
     assert worker_died(other, False) is other
     told = worker_died(ConnectionResetError("reset"), True)
