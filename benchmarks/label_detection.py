@@ -35,6 +35,7 @@ import argparse
 import dataclasses
 import json
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,7 @@ HUMAN = {"cifar100n": 0.402, "cifar100n-coarse": 0.264}  # the share of wrong la
 
 class Line(dict[str, Any]):
     def line(self) -> dict[str, Any]:
-        return {"kind": "label-detection", **self}
+        return self
 
 
 def quality(suspicion: Tensor, wrong: Tensor) -> dict[str, float]:
@@ -245,7 +246,8 @@ def limited(name: str, folder: Path | None) -> Any:
 
 def run(data: Any, kind: str, rate: float, seed: int, way: str, at: list[int]) -> list[Line]:
     given = flip(data, kind, rate, seed)
-    where = {"dataset": data.name, "noise": kind, "rate": rate, "seed": seed}
+    where: dict[str, Any] = {"kind": "label-detection", "dataset": data.name, "noise": kind}
+    where |= {"rate": rate, "seed": seed}
     if kind != "human":
         where["plain_cpu_seconds"] = plain_seconds(data, given, at[-1])
     judge, passes = (watched, at) if way == "watched" else (folds, at[1:-1])
@@ -268,8 +270,7 @@ def settings(options: argparse.Namespace) -> Iterator[tuple[str, str, float, int
 def recorded(path: Path) -> list[Line]:
     if not path.is_file():
         return []
-    lines = [json.loads(line) for line in path.read_text().splitlines()[1:]]
-    return [Line({k: v for k, v in line.items() if k != "kind"}) for line in lines]
+    return [Line(json.loads(line)) for line in path.read_text().splitlines()[1:]]
 
 
 def main() -> None:
@@ -281,6 +282,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="folder of the files of a data set")
     parser.add_argument("--out", type=Path, default=Path("results/label-detection.jsonl"))
     options = parser.parse_args()
+    warnings.filterwarnings("ignore", "gaf: .* labels look wrong")  # so they do after one pass
     lines = recorded(options.out)
     done = {
         tuple(line[key] for key in ("dataset", "noise", "rate", "seed", "way")) for line in lines

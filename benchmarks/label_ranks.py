@@ -24,14 +24,13 @@ visits, as in benchmarks/label_detection.py. An interrupted run goes on with the
 
 import argparse
 import dataclasses
-import json
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from label_detection import quality
+from label_detection import Line, quality, recorded
 from label_training import BASE, DATA
 from torch import Tensor, nn
 
@@ -61,11 +60,6 @@ RULES = {  # who judges, and of what the weighted loss is a mean
     "all ranks, over the step": ("all", "step"),
     "the others, over the step": ("others", "step"),
 }
-
-
-class Line(dict[str, Any]):
-    def line(self) -> dict[str, Any]:
-        return {"kind": "label-ranks", **self}
 
 
 class AsRank(Summing):
@@ -198,13 +192,6 @@ def settings(options: argparse.Namespace) -> Iterator[tuple[str, str, int]]:
             yield from ((name, setting, seed) for seed in range(options.seeds))
 
 
-def recorded(path: Path) -> list[Line]:
-    if not path.is_file():
-        return []
-    lines = [json.loads(line) for line in path.read_text().splitlines()[1:]]
-    return [Line({k: v for k, v in line.items() if k != "kind"}) for line in lines]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--datasets", nargs="+", default=list(DATA))
@@ -221,7 +208,8 @@ def main() -> None:
         for label, rule in rules_for(name, setting):
             if (name, setting, seed, label) in done:
                 continue
-            where = {"dataset": name, "setting": setting, "seed": seed, "rule": label}
+            where = {"kind": "label-ranks", "dataset": name, "setting": setting}
+            where |= {"seed": seed, "rule": label}
             lines.append(Line(where | Job(data, rule).run()))
             write_measurements(lines, options.out, conditions)
             print(name, setting, seed, label, flush=True)

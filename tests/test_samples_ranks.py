@@ -1,4 +1,4 @@
-"""What docs/samples.md says of ranks that judge each other is in results/label-ranks.jsonl.
+"""The tables of ranks in docs/samples.md are those of results/label-ranks.jsonl.
 
 `python tests/test_samples_ranks.py` prints the tables. benchmarks/label_ranks.py makes the records.
 """

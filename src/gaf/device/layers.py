@@ -30,6 +30,7 @@ class LayeredRows:
     ) -> None:
         self.layers, self.holders = layers, holders
         self.decisions: dict[str, Decision] = {}
+        self._own = torch.zeros(0, 0)  # (layers, k), their weights
 
     def __len__(self) -> int:
         return len(self.holders[0])
@@ -47,12 +48,18 @@ class LayeredRows:
         found = [holder.decide() for holder in self.holders]
         decisions = [decision for decision, _ in found]
         self.decisions = dict(zip(self.layers, decisions, strict=True))
+        # Reading the joined decision waits for this copy too, so `update` need not.
+        weights = torch.stack([decision.weights for decision in decisions])
+        self._own = weights.to("cpu", non_blocking=True)
         return join_layer_decisions(decisions, [evidence for _, evidence in found])
 
     def update(self, weights: list[float]) -> Buffers:
-        """w^T G with each layer's own weights; None for the parameters of a layer that skips."""
-        own = torch.stack([decision.weights for decision in self.decisions.values()]).tolist()
+        """w^T G with each layer's own weights; None for the parameters of a layer that skips.
+
+        weights: of the joined decision, on the host.
+        """
         joined: Buffers = [None] * sum(map(len, self.layers.values()))
+        own = self._own.tolist()
         for holder, w, indices in zip(self.holders, own, self.layers.values(), strict=True):
             for j, part in zip(indices, holder.update(w) if any(w) else (), strict=False):
                 joined[j] = part

@@ -175,9 +175,9 @@ class SampleAgreement(nn.Module):
         `label_quality` in [0, 1], low for a suspect label: (1 + the mean score) / 2, or
         exp(-mean loss); `is_label_issue`, whether predicted and given label differ; means over the
         visits of the score, of `loss`, and of whether the visit's answer differed from the label
-        (`disagreement`); `visits`, those that were judged; `doubt`, 0 or for an issue a, with q the
-        share of issues. For targets that are no classes an issue is a mean loss that is far out by
-        Tukey's rule, and there are no labels.
+        (`disagreement`); `visits`, those that were judged; `doubt`, how far to believe an issue: a,
+        with q the label's share of issues, or 0 for none. For targets that are no classes an issue
+        is a mean loss that is far out by Tukey's rule, and there are no labels.
 
         Samples never judged are left out. Each rank has seen its own. Warns if most are issues.
 

@@ -28,7 +28,7 @@ def failures_code(console: Console, failed: Sized) -> int:
         return 0
     say(
         console,
-        f"Failed: {len(failed)}, each shown above with its reason. Mend that, and give the same "
+        f"Failed: {len(failed)}, each shown above with its reason. Fix that, and give the same "
         "command: it tries them again, and repeats no run that is finished.",
     )
     return 1

@@ -519,7 +519,7 @@ def test_the_command_shows_the_plan_runs_it_and_says_what_failed(
     assert "3 of 4 runs are finished, in" in out
     assert out.count(f"{large} failed: ConfigError: b must not exceed the training samples") == 1
     assert out.splitlines()[-1] == (
-        "Failed: 1, each shown above with its reason. Mend that, and give the same command: it "
+        "Failed: 1, each shown above with its reason. Fix that, and give the same command: it "
         "tries them again, and repeats no run that is finished."
     )
     assert (
