@@ -7,8 +7,11 @@ from torch import Tensor
 
 from gaf.samples.agreement_checks import warn_of_most
 from gaf.samples.history import DISAGREED, GUESS, LABEL, LOSS, SCORE, VISITS
-from gaf.samples.judge import strength
+from gaf.samples.judge import DOUBTFUL, strength
 from gaf.shapes import Bool, Float, Int
+
+SHALLOW, DEEP = 0.6, 0.8  # mean depth of a class's issues, from no belief in them to full belief
+ENOUGH = 2 / 3  # of a usual sample's depth, for full belief in one issue
 
 
 def report_columns(table: Float[Tensor, "N 7"], kind: str, classes: bool) -> dict[str, list[Any]]:
@@ -35,18 +38,47 @@ def report_columns(table: Float[Tensor, "N 7"], kind: str, classes: bool) -> dic
         "visits": table[:, VISITS].long(),
     }
     if classes:
-        columns["doubt"] = doubt_of(labels, columns["is_label_issue"])
+        depths = depth_of(means[:, SCORE], labels, guesses) if kind == "prototype" else None
+        columns["doubt"] = doubt_of(columns["is_label_issue"], labels, depths)
     else:
         del columns["disagreement"]
     warn_of_most(int(columns["is_label_issue"].sum()), len(index))
     return {name: column.tolist() for name, column in columns.items()}
 
 
-def doubt_of(labels: Int[Tensor, " N"], issues: Bool[Tensor, " N"]) -> Float[Tensor, " N"]:
-    """0 for no issue, else `strength` for the share of issues with the label."""
-    issue = issues.float()
-    shares = torch.bincount(labels, weights=issue) / torch.bincount(labels)
-    return issue * strength(shares[labels])
+def depth_of(
+    scores: Float[Tensor, " N"], labels: Int[Tensor, " N"], guesses: Int[Tensor, " N"]
+) -> Float[Tensor, " N"]:
+    """How far each sample looks like a usual one of the class that it seems to be of, in [0, 1].
+
+    Minus its score, over the mean score of that class's own samples; 0 for one that seems to be of
+    its label's class. A hard sample lies between two classes, a wrongly labelled one within one.
+    """
+    own = (labels == guesses).float()
+    n = int(torch.maximum(labels, guesses).max()) + 1
+    sums = [torch.bincount(labels, weights=each, minlength=n) for each in (own * scores, own)]
+    usual = (sums[0] / sums[1])[guesses]
+    return torch.where((own == 0) & (usual > 0), -scores / usual, 0).clamp(0, 1)
+
+
+def doubt_of(
+    issues: Bool[Tensor, " N"], labels: Int[Tensor, " N"], depths: Float[Tensor, " N"] | None
+) -> Float[Tensor, " N"]:
+    """How far each label is doubted, in [0, 1], 0 for no issue.
+
+    `strength`, for the share q of issues among the samples with the label. With depths min(depth
+    / (2/3), 1) f g: f is (1 - q) / 0.3, at most 1; and g rises from 0 to 1 as the mean depth of the
+    label's issues does from 0.6 to 0.8. If most of these are less deep, they are hard, not wrong.
+    """
+    counts, issue = torch.bincount(labels), issues.float()
+    total = torch.bincount(labels, weights=issue)
+    share = (total / counts)[labels]
+    if depths is None:
+        return issue * strength(share)
+    mean = (torch.bincount(labels, weights=issue * depths) / total)[labels]
+    fade = ((1 - share) / DOUBTFUL).clamp(max=1)
+    believed = ((mean - SHALLOW) / (DEEP - SHALLOW)).clamp(0, 1)
+    return torch.where(issues, (depths / ENOUGH).clamp(max=1) * fade * believed, 0)
 
 
 def quality_of(scores: Float[Tensor, " N"], kind: str) -> Float[Tensor, " N"]:
