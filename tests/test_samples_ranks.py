@@ -136,10 +136,10 @@ def rank_accuracies() -> str:
 
 PAIRS = (
     ("the others", "all ranks"),
-    ("the others, over the step", "all ranks, over the step"),
-    ("the others, over the step", "the others"),
+    ("all ranks", "all ranks, own means"),
+    ("the others", "the others, own means"),
+    ("all ranks", "averaging"),
     ("the others", "averaging"),
-    ("the others, over the step", "averaging"),
 )
 
 

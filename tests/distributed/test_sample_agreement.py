@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.functional import normalize
 from torch.nn.parallel import DistributedDataParallel
 
@@ -41,9 +42,10 @@ def step(model: nn.Module, criterion: nn.Module, x: Tensor, y: Tensor, index: An
 
 
 def the_ranks_agree_with_one_process(wrapped: str) -> None:
-    """Each has its own samples; and then, where all see the same, so do the weights."""
+    """Each has its own samples; half of the last one's labels are wrong: its weights are lower."""
     rank, W = dist.get_rank(), dist.get_world_size()
-    x, y, _ = clusters(3 * B * W, wrong=0.4)
+    x, y, _ = clusters(5 * B * W)
+    y = torch.where(torch.arange(len(y)) % (2 * W) == W - 1, (y + 1) % C, y)
     model = fresh()
     criterion = criterion_for(model)
     if wrapped == "ddp":
@@ -53,12 +55,32 @@ def the_ranks_agree_with_one_process(wrapped: str) -> None:
     twin, own = fresh(), dist.new_group([rank], use_local_synchronization=True)
     alone = criterion_for(twin, group=own)
     for i in torch.arange(len(x)).split(B * W):
-        criterion(outer(x[i][rank::W]), y[i][rank::W]).backward()
-        alone(twin(x[i]), y[i])
+        step(outer, criterion, x[i][rank::W], y[i][rank::W])
+        step(twin, alone, x[i], y[i])
     state, want = criterion.state_dict(), alone.state_dict()
     same_everywhere(*state.values())
     for name in ("statistics.features", "statistics.scores"):
         torch.testing.assert_close(state[name], want[name])
+    assert alone.weights is not None and criterion.total is not None
+    torch.testing.assert_close(criterion.total, alone.weights.sum() / W)
+    assert alone.weights.view(-1, W).sum(0)[-1] < 0.9 * criterion.total
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        whole = p.full_tensor() if isinstance(p, DTensor) else p
+        torch.testing.assert_close(whole, q, rtol=1e-5, atol=1e-6)
+
+
+def without_weights_each_rank_takes_its_own_mean() -> None:
+    rank, W = dist.get_rank(), dist.get_world_size()
+    x, y, _ = clusters(B)
+    y = torch.where(torch.arange(B) < rank, -100, y)  # ignored: other numbers on other ranks
+    model, losses = fresh(), nn.CrossEntropyLoss()
+    for options in ({"weigh": False}, {}):
+        criterion = criterion_for(model, **options)
+        total = torch.tensor(float(B - rank if options else B - (W - 1) / 2))
+        want = losses(model(x), y) * (B - rank) / total
+        torch.testing.assert_close(criterion(model(x), y), want)
+        torch.testing.assert_close(criterion.total, total)
+        torch.testing.assert_close(criterion.eval()(model(x), y), losses(model(x), y))
 
 
 def the_same_samples_give_the_same_weights_as_one_process(score: str) -> None:
@@ -168,6 +190,7 @@ def layers_that_are_sharded_cannot_vote() -> None:
 
 
 def all_of_it() -> None:
+    without_weights_each_rank_takes_its_own_mean()
     layers_that_are_sharded_cannot_vote()
     the_ranks_agree_with_one_process("ddp")
     the_ranks_agree_with_one_process("fsdp")

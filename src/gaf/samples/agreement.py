@@ -46,8 +46,10 @@ class SampleAgreement(nn.Module):
     the scores with its label, and a is min(q, 1 - q) / 0.3, at most 1, for the running share q of
     samples with its label that seemed to be of another class. So all weights are near 1 where
     nearly all labels look right, and where nearly all look wrong: there the features do not tell
-    the class from others. The loss is sum w_i loss_i / sum w_i. A run that the weights steer judges
-    less well: to find wrong labels, train with weigh=False, and `report` before it memorises them.
+    the class from others. The loss is sum w_i loss_i / sum w_i; in a distributed job the divisor is
+    its mean over the ranks, so that their losses average to one weighted mean. A run that the
+    weights steer judges less well: to find wrong labels, train with weigh=False, and `report`
+    before it memorises them.
 
     The mean features and the scores' statistics are buffers. In a distributed job they are summed
     over the ranks, one small all-reduce that each step starts and the next one waits for, and so
@@ -74,7 +76,7 @@ class SampleAgreement(nn.Module):
         group: of the ranks; None for the default group, if there is one.
 
     Attributes:
-        weights: (n,), of the last batch.
+        weights, total: of the last batch, (n,), and the divisor of its loss.
 
     Raises:
         TypeError, ValueError: where an argument cannot be used.
@@ -110,6 +112,7 @@ class SampleAgreement(nn.Module):
         self.history = History(num_samples, device)
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64, device=device))
         self.weights: Tensor | None = None
+        self.total: Tensor | None = None
         self.register_state_dict_pre_hook(finish_sum)
         self._caught = Caught()
         if head is not None:
@@ -138,13 +141,14 @@ class SampleAgreement(nn.Module):
         losses = check_losses_of(self.criterion(outputs, targets), outputs)
         losses = losses.flatten(1).mean(1) if losses.ndim > 1 else losses
         batch = Batch(outputs.detach(), targets, losses.detach(), self.classes, self.criterion)
-        weights = batch.counted
+        weights, total = batch.counted, batch.counted.sum()
         if self.training and torch.is_grad_enabled():
             batch.gram = None if self._gram is None else self._gram(losses)
             with torch.no_grad():
                 weights = weights * self._judge(batch, index)
-            self.weights = weights
-        return (weights * losses).sum() / weights.sum()
+                total = self._summing.mean(weights.sum()) if self.weigh else total
+            self.weights, self.total = weights, total
+        return (weights * losses).sum() / total
 
     def _judge(self, batch: Batch, index: Any) -> Float[Tensor, " n"]:
         """Scores a batch and keeps the scores. Returns the weights."""

@@ -31,6 +31,13 @@ class Summing:
         if ranks_of(self.group) > 1:
             self.work = dist.all_reduce(sums, group=self.group, async_op=True)
 
+    def mean(self, total: Float[Tensor, ""]) -> Float[Tensor, ""]:
+        """Of the ranks' numbers, which all ranks wait for."""
+        ranks = ranks_of(self.group)
+        if ranks > 1:
+            dist.all_reduce(total, group=self.group)
+        return total / ranks
+
     def take(self) -> Float[Tensor, " s"] | None:
         """Waits for the sum; None if there is none."""
         if self.work is not None:
