@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import math
 import warnings
 import weakref
 from typing import Any
@@ -74,21 +75,45 @@ def test_prototypes_and_statistics_are_decayed_means_of_the_steps_before(refine:
         )
 
 
+def test_depths_are_decayed_means_of_the_steps_before() -> None:
+    """Of samples that seem to be of another class, by the usual scores before the step."""
+    statistics = ClassStatistics(3, 2, 1, torch.device("cpu"))
+    labels, guesses = torch.tensor([0, 0, 0, 1, 1]), torch.tensor([0, 1, 1, 1, 0])
+    unit, ones = torch.ones(5, 2) / 2**0.5, torch.ones(5)
+    steps = [[0.2, -0.1, -0.3, 0.4, -0.3], [0.4, -0.2, -0.6, 0.5, -0.04]]
+    for scores in steps:
+        step = unit, torch.tensor(scores), labels, guesses, ones
+        statistics.absorb(statistics.sums_of(*step, part=0))
+    # the first step's depths are 0; in the second the usual scores are 0.2 and 0.4
+    deep = torch.tensor([(0.5 + 1) / 2 / 1.9, 0.2 / 1.9, 0])
+    torch.testing.assert_close(statistics.depth, deep)
+    usual = torch.tensor([(0.9 * 0.2 + 0.4) / 1.9, (0.9 * 0.4 + 0.5) / 1.9, math.nan])
+    torch.testing.assert_close(statistics.usual, usual, equal_nan=True)
+    without = ClassStatistics(3, 0, 1, torch.device("cpu"))
+    for scores in steps:
+        step = unit[:, :0], torch.tensor(scores), labels, guesses, ones
+        without.absorb(without.sums_of(*step, part=0))
+    torch.testing.assert_close(without.depth, torch.tensor([1.0, 1, 0]))
+
+
 def test_the_loss_is_the_weighted_mean_by_the_formula() -> None:
-    model, (x, y, _) = Net(), clusters(90, wrong=0.4)
+    model, (x, y, _) = Net(), clusters(180, wrong=0.4)
     criterion = criterion_for(model)
-    for x_, y_ in zip(x[:60].split(30), y[:60].split(30), strict=True):
-        criterion(model(x_), y_)
+    for _ in range(3):
+        for x_, y_ in zip(x[:150].split(30), y[:150].split(30), strict=True):
+            criterion(model(x_), y_)
     criterion.state_dict()
     twin = copy.deepcopy(criterion.statistics)
-    x_, y_ = x[60:], y[60:]
+    x_, y_ = x[150:], y[150:]
     outputs = model(x_)
     losses = cross_entropy(outputs, y_, reduction="none")
     loss = criterion(outputs, y_)
     similarity = normalize(model.body(x_), dim=1) @ twin.prototypes().T
     own = similarity.gather(1, y_[:, None])[:, 0]
     s = own - similarity.masked_fill(one_hot(y_, C).bool(), -9).amax(1)
-    a = strength(twin.doubt[y_])
+    deep = ((twin.depth - 0.6) / 0.2).clamp(0, 1)
+    assert deep.min() > 0 and twin.depth.max() < 1
+    a = (strength(twin.doubt) * deep)[y_]
     w = 1 - a * (1 - torch.sigmoid(4 * (s - twin.mean[y_]) / twin.deviation[y_]))
     assert w.min() < 0.9 < w.max()
     torch.testing.assert_close(criterion.weights, w.detach())
@@ -104,11 +129,22 @@ def test_the_loss_is_the_weighted_mean_by_the_formula() -> None:
 def test_weights_fade_where_nearly_all_labels_look_right_or_nearly_all_wrong(
     doubtful: float, lightest: float
 ) -> None:
-    """The weight of a score far below its class's mean, which is 0 here, with deviation 1."""
+    assert lightest_weight(doubtful, 1) == pytest.approx(lightest, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("depth", "lightest"), [(0.5, 1), (0.6, 1), (0.65, 0.75), (0.8, 0), (1, 0)]
+)
+def test_weights_fade_where_the_doubtful_samples_are_hard(depth: float, lightest: float) -> None:
+    assert lightest_weight(0.4, depth) == pytest.approx(lightest, abs=1e-5)
+
+
+def lightest_weight(doubtful: float, depth: float) -> float:
+    """That of a score far below its class's mean, which is 0 here, with deviation 1."""
     statistics = ClassStatistics(1, 0, 1, torch.device("cpu"))
-    statistics.scores.copy_(torch.tensor([[100.0, 0.0, 100.0, 100.0 * doubtful]]))
-    found = soft_weights(torch.tensor([-50.0]), torch.tensor([0]), statistics, True)
-    torch.testing.assert_close(found, torch.tensor([float(lightest)]))
+    number = 100.0 * doubtful
+    statistics.scores.copy_(torch.tensor([[100.0, 0.0, 100.0, number, number * depth, 0.0]]))
+    return float(soft_weights(torch.tensor([-50.0]), torch.tensor([0]), statistics, True))
 
 
 @pytest.mark.parametrize("layers", ["head", "all"])
@@ -173,7 +209,7 @@ def test_the_plain_mean_where_nothing_is_weighed(where: str) -> None:
             torch.testing.assert_close(criterion(model(x), y, index=index), want)
     assert (criterion.steps == 0) == (where in ("evaluation", "no gradients"))
     criterion.train()
-    if where == "visits":  # of which the first was not judged
+    for _ in range(20 if where in ("visits", "warm-up") else 0):
         criterion(model(x), y, index=index)
     loss, plain = criterion(model(x), y, index=index), cross_entropy(model(x), y)
     assert torch.isclose(loss, plain) == (where in ("evaluation", "no gradients", "weigh=False"))

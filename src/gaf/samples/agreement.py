@@ -30,30 +30,28 @@ class SampleAgreement(nn.Module):
 
         criterion = gaf.SampleAgreement(nn.CrossEntropyLoss(reduction="none"), head=model.fc)
         loss = criterion(model(x), y, index=i)        # i: which samples of the data set these are
-        ...
         table = pandas.DataFrame(criterion.report())
 
     Each sample gets a score, from the batch and from what was seen of its class before:
 
     - "prototype": how much nearer its features (the head's input, at unit length) are to the mean
-      features of the samples with its label than to those of any other class. It needs no second
-      backward pass, and holds classes x features numbers.
+      features of the samples with its label than to those of any other class.
     - "vote": the mean cosine of its gradient with those of the other samples in the batch that have
       its label: in the head, or with `model` in all layers.
     - "loss": minus its loss, at least -6; for any loss function, and the control.
 
-    Its weight is 1 - a (1 - sigmoid(4 (s - m) / d)): m and d are the running mean and deviation of
-    the scores with its label, and a is min(q, 1 - q) / 0.3, at most 1, for the running share q of
-    samples with its label that seemed to be of another class. So all weights are near 1 where
-    nearly all labels look right, and where nearly all look wrong: there the features do not tell
-    the class from others. The loss is sum w_i loss_i / sum w_i; in a distributed job the divisor is
-    its mean over the ranks, so that their losses average to one weighted mean. A run that the
-    weights steer judges less well: to find wrong labels, train with weigh=False, and `report`
-    before it memorises them.
+    Its weight is 1 - a (1 - sigmoid(4 (s - m) / d)), with m and d the running mean and deviation of
+    the scores with its label. a = min(q, 1 - q) / 0.3, at most 1, for the running share q of
+    samples with its label that seemed to be of another class: all weights are near 1 where nearly
+    all labels look right, or wrong, as the features do not tell the class from others. For
+    "prototype" a also fades as those samples' mean depth in the other class falls from 0.8 to 0.6
+    of its usual samples': they are hard. The loss is sum w_i loss_i / sum w_i; ranks divide by the
+    mean of theirs, so that their losses average to one weighted mean. A run that weights steer
+    judges less well: to find wrong labels, train with weigh=False, and before it memorises them.
 
-    The mean features and the scores' statistics are buffers. In a distributed job they are summed
-    over the ranks, one small all-reduce that each step starts and the next one waits for, and so
-    are the same on all ranks. What was seen of single samples stays on the rank that saw it.
+    The mean features and the scores' statistics are buffers, the same on all ranks: sums over them
+    by one small all-reduce, which each step starts and the next one waits for. What was seen of
+    single samples stays on its rank.
 
     Args:
         criterion: with reduction="none": called with (outputs, targets), gives a loss for each
@@ -69,11 +67,10 @@ class SampleAgreement(nn.Module):
         weigh: whether to weigh; otherwise the loss is the plain mean.
         refine: whether, after the warm-up, a sample counts for the mean features of its label only
             where these are the nearest: a minority of wrong labels then drops out of them.
-        warmup: steps in which all weights are 1. None: until a sample's third visit, or 500 steps
-            without `index`.
+        warmup: steps in which all weights are 1. None: until a third visit, or 500 without `index`.
         leave_own_rank_out: judge a rank's samples by the mean features of the other ranks', so that
             a shard of wrong labels cannot vouch for itself.
-        group: of the ranks; None for the default group, if there is one.
+        group: of the ranks; None for the default group, if any.
 
     Attributes:
         weights, total: of the last batch, (n,), and the divisor of its loss.
@@ -132,10 +129,10 @@ class SampleAgreement(nn.Module):
         Returns:
             The weighted mean; in evaluation mode and without gradients the plain mean.
         """
+        weighed_mean: Callable[..., Tensor] = self._weighed_mean
         if torch.compiler.is_compiling():  # a decorator would import the compiler with gaf
-            mean: Tensor = torch.compiler.disable(self._weighed_mean)(outputs, targets, index)
-            return mean
-        return self._weighed_mean(outputs, targets, index)
+            weighed_mean = torch.compiler.disable(weighed_mean)
+        return weighed_mean(outputs, targets, index)
 
     def _weighed_mean(self, outputs: Tensor, targets: Tensor, index: Any) -> Float[Tensor, ""]:
         losses = check_losses_of(self.criterion(outputs, targets), outputs)
@@ -172,18 +169,17 @@ class SampleAgreement(nn.Module):
         return torch.where(ready & self.weigh, weights, 1.0)
 
     def report(self, *, gather: bool = False) -> dict[str, list[Any]]:
-        """What was seen of each sample, as columns of equal length, in the order of the index.
+        """What was seen of each sample, as equally long columns in the order of the index.
 
         `index`; `given_label`, the last one; `predicted_label`, the class that the sample was
         nearest to on most visits (for the score "prototype"; otherwise the network's own answer);
         `label_quality` in [0, 1], low for a suspect label: (1 + the mean score) / 2, or
         exp(-mean loss); `is_label_issue`, whether predicted and given label differ; means over the
-        visits of the score, of `loss`, and of whether the visit's answer differed from the label
-        (`disagreement`); `visits`, those that were judged; `doubt`, how far to believe an issue: a,
-        with q the label's share of issues, or 0 for none. For targets that are no classes an issue
-        is a mean loss that is far out by Tukey's rule, and there are no labels.
-
-        Samples never judged are left out. Each rank has seen its own. Warns if most are issues.
+        visits of the score, of `loss`, and of whether the visit's answer was not the label
+        (`disagreement`); `visits`, those that were judged; `doubt` in [0, 1], how far to believe an
+        issue: by its depth in the predicted class, and that of the label's issues, and less if
+        nearly all with the label are. Without classes an issue is a mean loss that is far out by
+        Tukey's rule. Samples never judged are left out. Warns if most are issues.
 
         Args:
             gather: add up what all ranks have seen: to be called on all of them.
@@ -191,11 +187,11 @@ class SampleAgreement(nn.Module):
         Raises:
             RuntimeError: where no call had `index`.
         """
-        ranks = ranks_of(self._summing.group)
-        if ranks > 1 and not gather:
-            warn_of_part(ranks)
-        gather = gather and ranks > 1
-        table = self.history.gathered(self._summing.group) if gather else self.history.table
+        table, group = self.history.table, self._summing.group
+        if gather and ranks_of(group) > 1:
+            table = self.history.gathered(group)
+        elif ranks_of(group) > 1:
+            warn_of_part(ranks_of(group))
         check_report(bool((table[:, 0] > 0).any()))
         return report_columns(table.cpu(), self.score, self.classes is not None)
 

@@ -7,6 +7,7 @@ add up, and a rank's own part can be taken out again.
 import torch
 from torch import Tensor, nn
 
+from gaf.samples.scores import depths_in_others
 from gaf.shapes import Float, Int
 
 DECAY = 0.9  # a step in which the class occurs
@@ -23,8 +24,8 @@ class ClassStatistics(nn.Module):
 
     Attributes:
         features: (parts, C, p + 1), the sum of unit-length features, and their number.
-        scores: (C, 4), the number of scores, their sum, that of their squares, and how many
-            samples seemed to be of another class.
+        scores: (C, 6), the number of scores, their sum, that of their squares; how many samples
+            seemed to be of another class, and their depths' sum; and the sum of the others' scores.
     """
 
     features: Tensor
@@ -33,7 +34,7 @@ class ClassStatistics(nn.Module):
     def __init__(self, classes: int, width: int, parts: int, device: torch.device) -> None:
         super().__init__()
         self.register_buffer("features", torch.zeros(parts, classes, width + 1, device=device))
-        self.register_buffer("scores", torch.zeros(classes, 4, device=device))
+        self.register_buffer("scores", torch.zeros(classes, 6, device=device))
 
     def prototypes(self, without: int | None = None) -> Float[Tensor, "C p"]:
         """The mean features of each class; NaN for a class without.
@@ -61,6 +62,16 @@ class ClassStatistics(nn.Module):
         """The share of the class's samples that seemed to be of another class."""
         return self.scores[:, 3] / self.scores[:, 0]
 
+    @property
+    def depth(self) -> Float[Tensor, " C"]:
+        """The mean depth of the samples that seemed to be of another class; 0 without any."""
+        return (self.scores[:, 4] / self.scores[:, 3]).nan_to_num(0)
+
+    @property
+    def usual(self) -> Float[Tensor, " C"]:
+        """The mean score of the samples that seemed to be of the class."""
+        return self.scores[:, 5] / (self.scores[:, 0] - self.scores[:, 3])
+
     def sums_of(
         self,
         unit: Float[Tensor, "n p"],
@@ -84,7 +95,18 @@ class ClassStatistics(nn.Module):
         rows = nn.functional.pad(unit, (0, 1), value=1.0) * counted[:, None]
         features[part].index_add_(0, labels, rows.to(features))
         doubtful = (guesses != labels).to(scores)
-        powers = torch.stack([known.to(scores), scores, scores.square(), doubtful], 1)
+        depths = doubtful  # without prototypes each is as deep as any
+        if unit.shape[1]:
+            depths = depths_in_others(scores, labels, guesses, self.usual)
+        seen = [
+            known.to(scores),
+            scores,
+            scores.square(),
+            doubtful,
+            depths,
+            scores * (1 - doubtful),
+        ]
+        powers = torch.stack(seen, 1)
         moments = torch.zeros_like(self.scores)
         moments.index_add_(0, labels, torch.where(known[:, None], powers, 0).to(moments))
         return torch.cat([features.flatten(), moments.flatten()])

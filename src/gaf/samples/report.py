@@ -7,11 +7,11 @@ from torch import Tensor
 
 from gaf.samples.agreement_checks import warn_of_most
 from gaf.samples.history import DISAGREED, GUESS, LABEL, LOSS, SCORE, VISITS
-from gaf.samples.judge import DOUBTFUL, strength
+from gaf.samples.judge import DOUBTFUL, belief, strength
+from gaf.samples.scores import depths_in_others
 from gaf.shapes import Bool, Float, Int
 
-SHALLOW, DEEP = 0.6, 0.8  # mean depth of a class's issues, from no belief in them to full belief
-ENOUGH = 2 / 3  # of a usual sample's depth, for full belief in one issue
+ENOUGH = 2 / 3  # depth for full belief in an issue
 
 
 def report_columns(table: Float[Tensor, "N 7"], kind: str, classes: bool) -> dict[str, list[Any]]:
@@ -49,16 +49,11 @@ def report_columns(table: Float[Tensor, "N 7"], kind: str, classes: bool) -> dic
 def depth_of(
     scores: Float[Tensor, " N"], labels: Int[Tensor, " N"], guesses: Int[Tensor, " N"]
 ) -> Float[Tensor, " N"]:
-    """How far each sample looks like a usual one of the class that it seems to be of, in [0, 1].
-
-    Minus its score, over the mean score of that class's own samples; 0 for one that seems to be of
-    its label's class. A hard sample lies between two classes, a wrongly labelled one within one.
-    """
+    """`depths_in_others`, of mean scores."""
     own = (labels == guesses).float()
     n = int(torch.maximum(labels, guesses).max()) + 1
     sums = [torch.bincount(labels, weights=each, minlength=n) for each in (own * scores, own)]
-    usual = (sums[0] / sums[1])[guesses]
-    return torch.where((own == 0) & (usual > 0), -scores / usual, 0).clamp(0, 1)
+    return depths_in_others(scores, labels, guesses, sums[0] / sums[1])
 
 
 def doubt_of(
@@ -66,9 +61,8 @@ def doubt_of(
 ) -> Float[Tensor, " N"]:
     """How far each label is doubted, in [0, 1], 0 for no issue.
 
-    `strength`, for the share q of issues among the samples with the label. With depths min(depth
-    / (2/3), 1) f g: f is (1 - q) / 0.3, at most 1; and g rises from 0 to 1 as the mean depth of the
-    label's issues does from 0.6 to 0.8. If most of these are less deep, they are hard, not wrong.
+    `strength`, for the share q of issues among the samples with the label. With depths
+    min(3/2 depth, 1) f g: f is (1 - q) / 0.3, at most 1, and g `belief` for the issues' mean depth.
     """
     counts, issue = torch.bincount(labels), issues.float()
     total = torch.bincount(labels, weights=issue)
@@ -77,8 +71,7 @@ def doubt_of(
         return issue * strength(share)
     mean = (torch.bincount(labels, weights=issue * depths) / total)[labels]
     fade = ((1 - share) / DOUBTFUL).clamp(max=1)
-    believed = ((mean - SHALLOW) / (DEEP - SHALLOW)).clamp(0, 1)
-    return torch.where(issues, (depths / ENOUGH).clamp(max=1) * fade * believed, 0)
+    return torch.where(issues, (depths / ENOUGH).clamp(max=1) * fade * belief(mean), 0)
 
 
 def quality_of(scores: Float[Tensor, " N"], kind: str) -> Float[Tensor, " N"]:

@@ -33,6 +33,21 @@ def prototype_margins(
     return torch.where(others.isfinite(), own - others, math.nan)
 
 
+def depths_in_others(
+    scores: Float[Tensor, " n"],
+    labels: Int[Tensor, " n"],
+    guesses: Int[Tensor, " n"],
+    usual: Float[Tensor, " C"],
+) -> Float[Tensor, " n"]:
+    """How far each sample looks like a usual one of the class that it seems to be of, in [0, 1].
+
+    Minus its score, over the mean score of that class's own samples; 0 for one that seems to be of
+    its label's class. A hard sample lies between two classes, a wrongly labelled one within one.
+    """
+    there = usual[guesses]
+    return torch.where((guesses != labels) & (there > 0), -scores / there, 0).clamp(0, 1)
+
+
 def head_cosines(
     features: Float[Tensor, "n p"], errors: Float[Tensor, "n C"]
 ) -> Float[Tensor, "n n"]:
