@@ -93,23 +93,42 @@ def by_rate() -> str:
     )
 
 
-def on_human_labels() -> str:
-    """The same scores on human labels, one seed."""
+def human() -> list[tuple[tuple[str, str, float, str, int], Lines]]:
+    """The groups with human labels, each of three seeds."""
+    groups = [(key, group) for key, group in found().items() if key[0] in HUMAN]
+    assert all(len(group) == 3 for _, group in groups)
+    return groups
+
+
+def human_differences() -> str:
+    """AUROC of the mean prototype score after 12 passes, less that of others, on human labels."""
     rows = []
-    for (data, _, _, _, passes), (line,) in (
-        (key, group) for key, group in found().items() if key[0] in HUMAN
-    ):
-        given = line["scores"]
+    for (data, _, _, _, passes), group in human():
+        own = scores(group, "history_prototype", "auroc")
+        names = ("loss", "teacher", "plain", "disagreement")
+        others = [scores(group, f"history_{name}", "auroc") for name in names]
+        if passes == 12:
+            rows.append([HUMAN[data], *(Paired.of(own, other).text(3) for other in others)])
+    return table(
+        "data | against mean loss | mean teacher | mean plain prototype | the network disagreed",
+        rows,
+    )
+
+
+def on_human_labels() -> str:
+    """The same scores on human labels."""
+    rows = []
+    for (data, _, _, _, passes), group in human():
         both = [
-            f"{given[name]['auroc']:.3f}, {given[f'history_{name}']['auroc']:.3f}"
+            f"{cell(group, name, 'auroc')}, {cell(group, f'history_{name}', 'auroc')}"
             for name in ("loss", "teacher", "vote", "plain", "prototype")
         ]
         differed = [
-            f"{given[f'history_{name}']['auroc']:.3f}"
+            cell(group, f"history_{name}", "auroc")
             for name in ("disagreement", "prototype_disagreement")
         ]
-        cells = [f"{100 * line['accuracy']:.1f}", *both, *differed]
-        rows.append([HUMAN[data], passes, *cells])
+        accuracy = 100 * statistics.mean(line["accuracy"] for line in group)
+        rows.append([HUMAN[data], passes, f"{accuracy:.1f}", *both, *differed])
     return table(
         "data | passes | test accuracy | loss | teacher | vote | plain prototype | prototype | "
         "the network disagreed | the nearest prototype did",
@@ -120,17 +139,17 @@ def on_human_labels() -> str:
 def reported_on_human_labels() -> str:
     """AUROC, average precision, precision among the first 100, and issues, at the end."""
     rows = []
-    for data in HUMAN:
-        lines = [group[0] for key, group in found().items() if key[0] == data]
-        for line in sorted(lines, key=lambda line: line["passes"])[-1:]:
-            cells = [
-                ", ".join(f"{line['scores'][f'history_{name}'][measure]:.3f}" for measure in THREE)
-                for name in ("loss", "teacher", "plain", "prototype", "disagreement")
+    for (data, _, _, _, passes), group in human():
+        if passes == 12:
+            names = ("loss", "teacher", "plain", "prototype", "disagreement")
+            cells = [three(group, f"history_{name}") for name in names]
+            counts = [
+                round(statistics.mean(line[name] for line in group))
+                for name in ("wrong", "issues", "issues_wrong")
             ]
-            counts = [line[name] for name in ("wrong", "issues", "issues_wrong")]
-            rows.append([HUMAN[data], line["passes"], *cells, *counts])
+            rows.append([HUMAN[data], *cells, *counts])
     return table(
-        "data | passes | mean loss | mean teacher | mean plain prototype | mean prototype | "
+        "data | mean loss | mean teacher | mean plain prototype | mean prototype | "
         "the network disagreed | wrong | issues of `report()` | of these wrong",
         rows,
     )
@@ -451,6 +470,7 @@ TABLES = (
     by_rate,
     on_human_labels,
     reported_on_human_labels,
+    human_differences,
     beside_cleanlab,
     at_a_glance,
     at_other_rates,

@@ -44,7 +44,7 @@ def step(model: nn.Module, criterion: nn.Module, x: Tensor, y: Tensor, index: An
 def the_ranks_agree_with_one_process(wrapped: str) -> None:
     """Each has its own samples; half of the last one's labels are wrong: its weights are lower."""
     rank, W = dist.get_rank(), dist.get_world_size()
-    x, y, _ = clusters(5 * B * W)
+    x, y, _ = clusters(20 * B * W)
     y = torch.where(torch.arange(len(y)) % (2 * W) == W - 1, (y + 1) % C, y)
     model = fresh()
     criterion = criterion_for(model)
@@ -92,7 +92,7 @@ def the_same_samples_give_the_same_weights_as_one_process(score: str) -> None:
     criterion = criterion_for(model, score=score, **votes[0])
     alone = criterion_for(twin, score=score, group=own, **votes[1])
     outer = DistributedDataParallel(model)
-    for i in torch.arange(len(x)).split(B):
+    for i in (i for _ in range(6) for i in torch.arange(len(x)).split(B)):
         step(outer, criterion, x[i], y[i])
         step(twin, alone, x[i], y[i])
     assert criterion.weights.min() < 0.9
@@ -140,7 +140,7 @@ def one_process_does_the_work_of_the_ranks(apart: bool) -> None:
     criterion = criterion_for(model, leave_own_rank_out=apart)
     own = dist.new_group([rank], use_local_synchronization=True)
     judges = benchmark("label_ranks").Judges(model.head, len(x), apart, W, warmup=0, group=own)
-    for i in (i for _ in range(2) for i in torch.arange(len(x)).split(B * W)):
+    for i in (i for _ in range(5) for i in torch.arange(len(x)).split(B * W)):
         for r in range(W):
             index = i[r::W]
             outputs = model(x[index])
