@@ -379,9 +379,10 @@ def glance(
 def trained_on_human_labels() -> str:
     """CIFAR-100N, paired seeds: accuracy, and the difference to averaging in points."""
     arms: Cells = {}
-    runs = read_pack(ROOT / "results" / "label-training-human.jsonl")
-    for run in sorted(runs, key=lambda run: run.seed):
-        arms.setdefault(run.arm, []).append(run)
+    for file, name in (("human", "{}"), ("human-audit", "{}, by depth")):
+        runs = read_pack(ROOT / "results" / f"label-training-{file}.jsonl")
+        for run in sorted(runs, key=lambda run: run.seed):
+            arms.setdefault(name.format(run.arm), []).append(run)
     rows = []
     for arm, found in arms.items():
         cells = [spread([measure(run) for run in found]) for measure in (MEASURES["last"], last)]
