@@ -1,4 +1,4 @@
-"""The columns of gaf.SampleAgreement's report, from a table of sums over visits."""
+"""The doubt column of gaf.SampleAgreement's report, from a table of sums over visits."""
 
 from collections.abc import Sequence
 from typing import Any
