@@ -8,7 +8,7 @@ to the next one (asymmetric). On CIFAR-100N the labels are those given by people
 pictures, shifted and mirrored at random, and the network is ResNet18 with the ImageNet stem, in
 bfloat16:
 
-    python benchmarks/label_detection.py --datasets cifar100n cifar100n-coarse --seeds 1 \
+    python benchmarks/label_detection.py --datasets cifar100n cifar100n-coarse --seeds 3 \
         --passes 1 3 6 12 --data FOLDER
 
 The scores of each sample, from the visits of the training alone:

@@ -33,7 +33,7 @@ def doubts(*issues: tuple[int, int, float]) -> torch.Tensor:
     [
         ([-0.4], [1]),  # as deep in class 2 as its own samples
         ([-0.9], [1]),
-        ([-0.8 / 3], [1 / 3]),  # two thirds as deep, which is enough; but so is the mean
+        ([-0.8 / 3], [1 / 3]),  # two thirds as deep, which is enough; but the mean is 2/3 too
         ([-0.28], [0.5]),  # mean depth 0.7
         ([-0.2], [0]),  # hard
         ([-0.4, -0.4, -0.16], [1, 1, 0.6]),  # mean depth 0.8, the last 0.4

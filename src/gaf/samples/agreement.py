@@ -41,13 +41,13 @@ class SampleAgreement(nn.Module):
     - "loss": minus its loss, at least -6; for any loss function, and the control.
 
     Its weight is 1 - a (1 - sigmoid(4 (s - m) / d)), with m and d the running mean and deviation of
-    the scores with its label. a = min(q, 1 - q) / 0.3, at most 1, for the running share q of
-    samples with its label that seemed to be of another class: all weights are near 1 where nearly
-    all labels look right, or wrong, as the features do not tell the class from others. For
-    "prototype" a also fades as those samples' mean depth in the other class falls from 0.8 to 0.6
-    of its usual samples': they are hard. The loss is sum w_i loss_i / sum w_i; ranks divide by the
-    mean of theirs, so that their losses average to one weighted mean. A run that weights steer
-    judges less well: to find wrong labels, train with weigh=False, and before it memorises them.
+    the scores with its label. a is min(q, 1 - q) / 0.3, at most 1, for the running share q of
+    samples with its label that seem to be of another class: all weights are near 1 where nearly all
+    labels look right, and where nearly all look wrong, since the features do not tell the class
+    then. For "prototype" a also falls to 0 as the mean depth of these samples in the other class
+    falls from 0.8 to 0.6: they are hard. The loss is sum w_i loss_i / sum w_i. Ranks divide by the
+    mean of their sums, so that DDP averages to one weighted mean. A run that weights steer judges
+    less well: to find wrong labels, use weigh=False and report before the run memorises them.
 
     The mean features and the scores' statistics are buffers, the same on all ranks: sums over them
     by one small all-reduce, which each step starts and the next one waits for. What was seen of

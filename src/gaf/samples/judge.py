@@ -146,7 +146,10 @@ def strength(doubtful: Float[Tensor, "*s"]) -> Float[Tensor, "*s"]:
 
 
 def belief(depth: Float[Tensor, "*s"]) -> Float[Tensor, "*s"]:
-    """The same by the mean depth of the doubtful ones: if they are less deep, they are hard."""
+    """How far the same doubts are believed, in [0, 1], by the mean depth of the doubtful samples.
+
+    If they are less deep, they are hard, and their labels are right.
+    """
     return ((depth - SHALLOW) / (DEEP - SHALLOW)).clamp(0, 1)
 
 
