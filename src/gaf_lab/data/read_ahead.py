@@ -6,6 +6,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from multiprocessing.connection import wait
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from gaf_lab.settings.cores import cores
 
 PREFETCH = 2  # items that each worker has read and not handed over
 MOST_READERS = 16  # worker processes
+ENDING = 5.0  # seconds between the closed connection of a worker and its end, at most
 
 Read = Callable[[int], Any]
 
@@ -65,7 +67,7 @@ def read_ahead(read: Read, numbers: Iterable[int]) -> Iterator[Any]:
                 raise found
             yield found
     except (RuntimeError, OSError, EOFError) as error:
-        raise worker_died(error, has_lost_worker(stream)) from None
+        raise worker_died(error, has_lost_worker(stream, error)) from None
 
 
 class Guarded(Dataset[Any]):
@@ -108,11 +110,11 @@ def exit_with_parent() -> None:
     run = multiprocessing.parent_process()
     assert run is not None
 
-    def wait() -> None:
+    def exit_after_it() -> None:
         run.join()
         os._exit(1)
 
-    threading.Thread(target=wait, daemon=True).start()
+    threading.Thread(target=exit_after_it, daemon=True).start()
 
 
 def reader_count() -> int:
@@ -121,9 +123,21 @@ def reader_count() -> int:
     return max(1, min(share, MOST_READERS))
 
 
-def has_lost_worker(stream: Any) -> bool:
-    """Whether a worker of a DataLoader's iterator has ended, as while it handed a sample over."""
-    return any(not worker.is_alive() for worker in stream._workers)
+def has_lost_worker(stream: Any, error: Exception) -> bool:
+    """Whether a worker of a DataLoader's iterator has ended, as while it handed a sample over.
+
+    The system closes the connections of a process that it ends before anyone can see that the
+    process has ended. So after a closed connection this waits until a worker has.
+    """
+    closed = isinstance(error, ConnectionError | EOFError)
+    try:
+        ended = wait([w.sentinel for w in stream._workers], ENDING if closed else 0)
+        for worker in stream._workers:
+            if worker.sentinel in ended:
+                worker.join()
+    except RuntimeError:  # from the DataLoader's handler of the signal that a worker has ended
+        return True
+    return bool(ended)
 
 
 def worker_died(error: Exception, lost: bool = False) -> Exception:
@@ -135,7 +149,7 @@ def worker_died(error: Exception, lost: bool = False) -> Exception:
     if not seen.startswith("DataLoader worker"):
         if not lost:
             return error
-        seen = f"DataLoader worker: {seen}"
+        seen = f"DataLoader worker: {seen or 'its connection closed'}"
     return DataError(
         "data: every process that reads samples must live as long as the run; "
         f"one did not ({seen.rstrip(' .')}). The system ends processes when memory is short: "

@@ -2,7 +2,9 @@
 
 import dataclasses
 import multiprocessing
+import os
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +15,14 @@ from gaf_lab.data.files import Files, LabelledFiles
 from gaf_lab.data.imagenet import find_imagenet
 from gaf_lab.data.items import Chunks, Items, MicroBatches
 from gaf_lab.data.make_data import make_run_data
-from gaf_lab.data.read_ahead import PREFETCH, Reader, read_ahead, reader_count, worker_died
+from gaf_lab.data.read_ahead import (
+    PREFETCH,
+    Reader,
+    has_lost_worker,
+    read_ahead,
+    reader_count,
+    worker_died,
+)
 from gaf_lab.data.sampling import Iid, generator
 from gaf_lab.data.sources import DataError
 from gaf_lab.training.evaluate import logits
@@ -156,3 +165,31 @@ def test_only_a_lost_workers_error_is_told_anew():
     assert worker_died(other, False) is other
     told = worker_died(ConnectionResetError("reset"), True)
     assert "one did not (DataLoader worker: reset)" in str(told)
+    told = worker_died(EOFError(), True)
+    assert "one did not (DataLoader worker: its connection closed)" in str(told)
+
+
+def later(seconds):
+    time.sleep(seconds)
+    os._exit(9)
+
+
+@pytest.mark.parametrize("error", [EOFError(), ConnectionResetError("reset")])
+def test_a_worker_counts_as_lost_whose_connection_closes_just_before_it_ends(error):
+    workers = [multiprocessing.Process(target=later, args=(s,), daemon=True) for s in (0.3, 60)]
+    for worker in workers:
+        worker.start()
+    assert workers[0].is_alive()
+    assert has_lost_worker(SimpleNamespace(_workers=workers), error)
+    assert workers[0].exitcode == 9
+    workers[1].kill()
+    workers[1].join()
+
+
+def test_an_error_that_closes_no_connection_waits_for_no_worker():
+    worker = multiprocessing.Process(target=later, args=(60,), daemon=True)
+    worker.start()
+    assert not has_lost_worker(SimpleNamespace(_workers=[worker]), RuntimeError("out of memory"))
+    assert worker.is_alive()
+    worker.kill()
+    worker.join()
