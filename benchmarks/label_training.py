@@ -92,7 +92,6 @@ DATA: dict[str, dict[str, Any]] = {
     "fashion-mnist": {"dataset": "fashion-mnist", "limit": 5000},
 }
 HUMAN: dict[str, Any] = {
-    "dataset": "cifar100n",
     "noise": "human",
     "model": "resnet18",
     "stem": "imagenet",
@@ -103,21 +102,32 @@ HUMAN: dict[str, Any] = {
     "autocast": "bfloat16",
     "channels_last": True,
 }
+HUMAN_AUDIT: dict[str, Any] = {**AUDIT, "audit_passes": 3.0}
 ON_HUMAN: dict[str, dict[str, Any]] = {
     "averaging": {},
     **WITH_ELR,
-    "audit, restart with ELR": {**AUDIT, "audit_passes": 3.0},
+    "audit, restart with ELR": HUMAN_AUDIT,
     **{name: CORE[name] for name in ("prototype weights", "GCE")},
-    "the same, no suspects": {**AUDIT, "audit_passes": 3.0, "suspects": "none"},
+    "the same, no suspects": {**HUMAN_AUDIT, "suspects": "none"},
+    "label smoothing": MORE["label smoothing"],
+    **FILTER,
+    "random subset": {},  # follows the run before it
 }
+ON_COARSE = {**FEW, **WITH_ELR, "audit, restart with ELR": HUMAN_AUDIT}
 
 
 def plan_human(seeds: int, device: str) -> Configs:
-    return [
-        dataclasses.replace(BASE, **HUMAN, **arm, seed=seed, label=label, device=device)
-        for seed in range(seeds)
-        for label, arm in ON_HUMAN.items()
-    ]
+    """The runs on human labels, of 100 classes and of 20."""
+    found: Configs = []
+    for name, arms in (("cifar100n", ON_HUMAN), ("cifar100n-coarse", ON_COARSE)):
+        for label, arm in arms.items():
+            for seed in range(seeds):
+                shared = {**HUMAN, "dataset": name, "seed": seed, "device": device}
+                if label == "random subset":
+                    found.append(random_subset(found[-seeds]))
+                else:
+                    found.append(dataclasses.replace(BASE, **shared, **arm, label=label))
+    return found
 
 
 def plan(seeds: int) -> Configs:
