@@ -31,6 +31,7 @@ from rich.console import Console
 
 from gaf_lab.records.measurements import write_measurements
 from gaf_lab.records.packs import write_pack
+from gaf_lab.settings.choices import PolicyName
 from gaf_lab.settings.config import TrainConfig
 from gaf_lab.settings.plan import Configs, follow
 from gaf_lab.sweeps.sweep import sweep
@@ -123,8 +124,8 @@ def plan_human(seeds: int, device: str) -> Configs:
         for label, arm in arms.items():
             for seed in range(seeds):
                 shared = {**HUMAN, "dataset": name, "seed": seed, "device": device}
-                if label == "random subset":
-                    found.append(random_subset(found[-seeds]))
+                if label == "random skip":
+                    found.append(random_control(found[-seeds], "random-skip", label))
                 else:
                     found.append(dataclasses.replace(BASE, **shared, **arm, label=label))
     return found
@@ -138,7 +139,7 @@ def plan(seeds: int) -> Configs:
             for label, arm in arms.items():
                 found.append(dataclasses.replace(BASE, **shared, **arm, label=label))
             if arms is FILTER:
-                found.append(random_subset(found[-1]))
+                found.append(random_control(found[-1], "random-subset", "random subset"))
     return found
 
 
@@ -167,10 +168,9 @@ def order() -> list[tuple[str, str, dict[str, dict[str, Any]]]]:
     ]
 
 
-def random_subset(gaf: TrainConfig) -> TrainConfig:
+def random_control(gaf: TrainConfig, policy: PolicyName, label: str) -> TrainConfig:
     unset = Path("unset")
-    like = dataclasses.replace(gaf, policy="random-subset", replay=unset, label="random subset")
-    return follow(like, gaf)
+    return follow(dataclasses.replace(gaf, policy=policy, replay=unset, label=label), gaf)
 
 
 @dataclasses.dataclass
