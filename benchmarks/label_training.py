@@ -112,7 +112,7 @@ ON_HUMAN: dict[str, dict[str, Any]] = {
     "the same, no suspects": {**HUMAN_AUDIT, "suspects": "none"},
     "label smoothing": MORE["label smoothing"],
     "GAF": {"policy": "gaf", "k": 2, "b": 80, "tau": 0.97},  # the paper's k and tau on CIFAR-100N
-    "random subset": {},  # follows GAF's run
+    "random skip": {},  # follows GAF's run, which with k = 2 a random subset would repeat
 }
 ON_COARSE = {**FEW, **WITH_ELR, "audit, restart with ELR": HUMAN_AUDIT}
 
