@@ -8,6 +8,7 @@ from typing import Any
 from gaf_lab.settings.choices import PolicyName
 from gaf_lab.settings.config import TrainConfig
 from gaf_lab.settings.plan import Configs, follow
+from gaf_lab.settings.rules import REPEATING
 
 MakeArms = Callable[[TrainConfig], Configs]  # from GAF's config to that of every arm
 
@@ -40,10 +41,14 @@ def code_baseline_and_gaf(gaf: TrainConfig) -> Configs:
 def with_controls(gaf: TrainConfig) -> Configs:
     """Averaging, GAF, and controls: agreement against fewer steps and against smaller batches.
 
-    With k = 2 GAF takes both rows or none, so the control for smaller batches is the replay skip.
+    With k = 2 GAF takes both rows or none, so that a control with GAF's steps would repeat its run.
     """
-    last: PolicyName = "replay-skip" if gaf.k == 2 else "random-subset"
-    return [*averaging_and_gaf(gaf), control(gaf, "random-skip"), control(gaf, last)]
+    return [*averaging_and_gaf(gaf), *controls(gaf, "random-skip", "random-subset")]
+
+
+def controls(gaf: TrainConfig, *policies: PolicyName) -> Configs:
+    """A control for each policy under which it can differ from GAF."""
+    return [control(gaf, policy) for policy in policies if gaf.k > 2 or policy not in REPEATING]
 
 
 def control(gaf: TrainConfig, policy: PolicyName) -> TrainConfig:
@@ -73,10 +78,7 @@ def every_arm(gaf: TrainConfig) -> Configs:
     macro_batch = gaf.k * gaf.b
     return [
         *averaging_and_gaf(gaf),
-        control(gaf, "random-skip"),
-        control(gaf, "replay-skip"),
-        control(gaf, "random-subset"),
-        control(gaf, "scaled-lr"),
+        *controls(gaf, "random-skip", "replay-skip", "random-subset", "scaled-lr"),
         variant(start="best"),
         variant(start="worst"),
         variant(average="halving"),

@@ -8,7 +8,7 @@ from gaf_lab.paper.places import (
     differences_by_position,
     position_in_words,
 )
-from gaf_lab.paper.table import KEY_CONTROLS
+from gaf_lab.paper.table import key_controls
 from gaf_lab.records.run import Run
 from gaf_lab.records.score import ACCURACY
 from gaf_lab.report import measures
@@ -52,7 +52,7 @@ def describe_outcome(item: Item, runs: list[Run]) -> list[str]:
     if "test_accuracy" in item.keys:
         for measure, when in zip(measures.score_measures(ACCURACY), WHEN, strict=True):
             gaps = differences_by_position(item, runs, measure)
-            for other in (BASELINE, *KEY_CONTROLS):
+            for other in (BASELINE, *key_controls(gap for _, gap in gaps)):
                 of_pair = [(x, gap) for x, gap in gaps if (gap.arm, gap.other) == ("GAF", other)]
                 if of_pair:
                     found.append(summarise_gaps(item, when, of_pair))

@@ -1,7 +1,7 @@
 """The paper's table: its lines and columns as text."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from gaf_lab.paper.items import Item
 from gaf_lab.paper.panels import PANEL_MEASURES, measure_title
@@ -19,9 +19,6 @@ from gaf_lab.report.arms import BASELINE
 from gaf_lab.report.measures import Measure
 from gaf_lab.report.statistics import Difference, spread_over_seeds
 from gaf_lab.report.text import MINUS, NONE, signed, spread_as_text
-
-if TYPE_CHECKING:
-    pass
 
 # they separate agreement from fewer steps and from smaller batches
 KEY_CONTROLS = ("random subset", "replay skip")
@@ -92,13 +89,20 @@ def gap_rows_of(
 ) -> list[TableRow]:
     """The differences between GAF and averaging, and between its arms and the key controls."""
     found = differences_by_position(item, runs, measure)
+    controls = key_controls(gap for _, gap in found)
     gaps = {(x, gap.arm, gap.other): gap for x, gap in found}
     rows = []
     for one, other in dict.fromkeys((gap.arm, gap.other) for _, gap in found):
-        if (one, other) == ("GAF", BASELINE) or other in KEY_CONTROLS:
+        if (one, other) == ("GAF", BASELINE) or other in controls:
             cells = [gap_cell(gaps.get((x, one, other))) for x in columns]
             rows.append(TableRow(f"{one} {MINUS} {other}", None, cells))
     return rows
+
+
+def key_controls(gaps: Iterable[Difference]) -> list[str]:
+    """Those among the arms; random skip where none is, since with k = 2 each would repeat GAF."""
+    others = {gap.other for gap in gaps}
+    return [name for name in KEY_CONTROLS if name in others] or ["random skip"]
 
 
 def paper_rows(item: Item, columns: list[Position]) -> list[TableRow]:

@@ -14,6 +14,7 @@ MOST_PIXELS = 4096
 GROWING = ("until-agreement", "replay-sizes", "mean-size")  # steps of micro-batches one by one
 # policies that follow a recorded run
 REPLAYING = ("replay-skip", "random-subset", "scaled-lr", "replay-sizes", "mean-size")
+REPEATING = ("replay-skip", "random-subset")  # with k = 2 they take GAF's steps on the same rows
 
 
 def check_rules(config: SampleFields) -> None:
@@ -162,6 +163,9 @@ def check_filter(c: TrainFields) -> None:
     replayed = c.replay is not None or c.policy not in REPLAYING
     needed = f"must be set for policy {c.policy!r}"
     require(c, "replay", replayed, needed, "Give the folder of a gaf run.")
+    differs = c.policy not in REPEATING or c.k != 2 or c.min_accepted != 2
+    same = f"must not be 2 for policy {c.policy!r}: GAF takes both or none, so it repeats GAF's run"
+    require(c, "k", differs, same, "Use policy 'random-skip'.")
 
 
 def check_growing(c: TrainFields) -> None:

@@ -44,6 +44,13 @@ def test_every_run_that_is_replayed_is_planned_before_and_of_the_same_point_and_
     ) == set(named)
 
 
+@pytest.mark.parametrize("k", [2, 3, 8])
+def test_no_control_would_repeat_gafs_run(k):
+    arms = scales.with_controls(dataclasses.replace(presets.CIFAR100_GAF, k=k))
+    kept = ["mean", "gaf", "random-skip", *(["random-subset"] if k > 2 else [])]
+    assert [arm.policy for arm in arms] == kept
+
+
 @pytest.mark.parametrize("scale", ["smoke", "small", "full"])
 @pytest.mark.parametrize("reading", ["paper", "code"])
 @pytest.mark.parametrize("name", IDS)

@@ -426,3 +426,11 @@ def test_a_threshold_has_its_own_default_and_its_argument_is_checked_before_a_ru
         match="half_life must be at least 0, and goes with threshold 'quantile' alone; got 5",
     ):
         TrainConfig(threshold="signal", half_life=5)
+
+
+@pytest.mark.parametrize("policy", ["replay-skip", "random-subset"])
+def test_a_control_that_would_repeat_the_run_that_it_controls_is_refused(policy):
+    base = dataclasses.replace(TrainConfig(), policy=policy, replay=Path("runs/gaf"), k=3)
+    with pytest.raises(ConfigError, match=f"k must not be 2 for policy '{policy}'.*random-skip"):
+        dataclasses.replace(base, k=2)
+    assert dataclasses.replace(base, k=2, min_accepted=1).k == 2  # then GAF may take one row of two

@@ -68,3 +68,14 @@ def test_a_record_that_is_too_short_is_named():
         ValueError, match="recorded run must be as long as this one; it has 1 steps"
     ):
         policy(gram)
+
+
+def test_with_two_rows_they_take_gafs_own_steps():
+    generator = torch.Generator().manual_seed(0)
+    grams = [x @ x.T for x in torch.randn(40, 2, 5, generator=generator).double()]
+    found = [gaf.GAF(1.0)(gram) for gram in grams]
+    rows = [int(decision.accepted.sum()) if decision.stepped else 0 for decision in found]
+    assert set(rows) == {0, 2}
+    for control in (ReplaySkip(rows), RandomSubset(rows, 1)):
+        for gram, decision in zip(grams, found, strict=True):
+            assert torch.equal(control(gram).weights, decision.weights)

@@ -209,10 +209,10 @@ def test_replay_arms_take_the_recorded_steps(tmp_path):
     assert [4 * (n > 0) for n in gaf_run.rows] == skip.rows
     assert gaf_run.rows == subset.rows
     with pytest.raises(
-        ConfigError, match="the recorded run must have the same k; it has 4, this one 2"
+        ConfigError, match="the recorded run must have the same k; it has 4, this one 3"
     ):
         train(
-            dataclasses.replace(config, policy="replay-skip", replay=tmp_path / "gaf", k=2),
+            dataclasses.replace(config, policy="replay-skip", replay=tmp_path / "gaf", k=3),
             tmp_path / "other",
             Silent(),
         )
