@@ -8,11 +8,12 @@ Every run evaluates both the weights and their average (0.99 a step). The runs a
 lab (`gaf train`), so each is also one command, and a sweep that is interrupted goes on with the
 same command.
 
-    python benchmarks/label_training.py --human --seeds 1 --data FOLDER \
+    python benchmarks/label_training.py --human --seeds 3 --data FOLDER \
         --out runs/label-training-human --pack results/label-training-human.jsonl
 
-The most important rules on CIFAR-100N: 100 classes, labels given by people, ResNet18 with the
-ImageNet stem, 8 passes over nine tenths of the 50,000 pictures, shifted and mirrored at random.
+On CIFAR-100N, whose labels are given by people: many rules with 100 classes, then some with 20.
+ResNet18 with the ImageNet stem, 8 passes over nine tenths of the 50,000 pictures, shifted and
+mirrored at random; about 8 minutes of a CPU core a run, so that the packs hold a part of the plan.
 
     python benchmarks/label_training.py --cost results/label-training-cost.jsonl
 

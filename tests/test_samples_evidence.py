@@ -319,8 +319,9 @@ def selected(run: Run, prefix: str = "") -> float:
     return float(best[f"{prefix}test_accuracy"])
 
 
+own_last = partial(last, prefix="own_")
 MEASURES: dict[str, Callable[[Run], float]] = {
-    "last": lambda run: last(run, "own_"),
+    "last": own_last,
     "last, averaged weights": last,
     "selected": lambda run: selected(run, "own_"),
     "selected, averaged weights": selected,
@@ -376,19 +377,36 @@ def glance(
     return table(" | ".join(["rule", *heads]), rows)
 
 
+CHANGED = ("prototype weights", "prototype weights with ELR", OURS)  # by depth since
+MACHINES = {"cpu": "CPU", "cuda": "H200"}
+
+
 def trained_on_human_labels() -> str:
-    """CIFAR-100N, paired seeds: accuracy, and the difference to averaging in points."""
-    arms: Cells = {}
-    for file, name in (("human", "{}"), ("human-audit", "{}, by depth")):
-        runs = read_pack(ROOT / "results" / f"label-training-{file}.jsonl")
-        for run in sorted(runs, key=lambda run: run.seed):
-            arms.setdefault(name.format(run.arm), []).append(run)
+    """CIFAR-100N, paired seeds: accuracy, and the difference to averaging in points.
+
+    The averaging is that of the same machine where it was trained there too.
+    """
+    arms: dict[tuple[str, str, str], list[Run]] = {}
+    packs = (ROOT / "results" / f"label-training-human{name}.jsonl" for name in ("", "-cpu"))
+    runs = [run for pack in packs for run in read_pack(pack)]
+    for run in sorted(runs, key=lambda run: run.seed):
+        config = run.header["config"]
+        place = HUMAN[config["dataset"]].partition(", ")[2], run.arm, MACHINES[config["device"]]
+        arms.setdefault(place, []).append(run)
     rows = []
-    for arm, found in arms.items():
-        cells = [spread([measure(run) for run in found]) for measure in (MEASURES["last"], last)]
-        pair = ([100 * last(run) for run in some] for some in (found, arms["averaging"]))
-        rows.append([arm, *cells, "" if arm == "averaging" else Paired.of(*pair).text(1)])
-    return table("rule | last | last, averaged weights | averaged weights, less averaging", rows)
+    for (data, arm, machine), found in arms.items():
+        if len(found) == 3:
+            plain = arms.get((data, "averaging", machine), arms.get((data, "averaging", "H200")))
+            assert plain is not None
+            cells = [spread([measure(run) for run in found]) for measure in (own_last, last)]
+            pair = ([100 * last(run) for run in some] for some in (found, plain))
+            less = "" if arm == "averaging" else Paired.of(*pair).text(1)
+            before = ", before depth" if machine == "H200" and arm in CHANGED else ""
+            rows.append([data, f"{arm}{before}", machine, *cells, less])
+    return table(
+        "labels | rule | machine | last | last, averaged weights | the same, less averaging",
+        rows,
+    )
 
 
 def costs() -> dict[str, float]:
