@@ -379,6 +379,7 @@ def glance(
 
 CHANGED = ("prototype weights", "prototype weights with ELR", OURS)  # by depth since
 MACHINES = {"cpu": "CPU", "cuda": "H200"}
+PLAIN_SEED = ("averaging", 0)  # trained on both
 
 
 def trained_on_human_labels() -> str:
@@ -393,20 +394,31 @@ def trained_on_human_labels() -> str:
         config = run.header["config"]
         place = HUMAN[config["dataset"]].partition(", ")[2], run.arm, MACHINES[config["device"]]
         arms.setdefault(place, []).append(run)
+    arms = {place: found for place, found in arms.items() if len(found) == 3}
     rows = []
     for (data, arm, machine), found in arms.items():
-        if len(found) == 3:
-            plain = arms.get((data, "averaging", machine), arms.get((data, "averaging", "H200")))
-            assert plain is not None
-            cells = [spread([measure(run) for run in found]) for measure in (own_last, last)]
-            pair = ([100 * last(run) for run in some] for some in (found, plain))
-            less = "" if arm == "averaging" else Paired.of(*pair).text(1)
-            before = ", before depth" if machine == "H200" and arm in CHANGED else ""
-            rows.append([data, f"{arm}{before}", machine, *cells, less])
+        plain = arms.get((data, "averaging", machine)) or arms[data, "averaging", "H200"]
+        cells = [spread([measure(run) for run in found]) for measure in (own_last, last)]
+        pair = ([100 * last(run) for run in some] for some in (found, plain))
+        less = "" if arm == "averaging" else Paired.of(*pair).text(1)
+        before = ", before depth" if machine == "H200" and arm in CHANGED else ""
+        rows.append([data, f"{arm}{before}", machine, *cells, less])
     return table(
         "labels | rule | machine | last | last, averaged weights | the same, less averaging",
         rows,
     )
+
+
+def test_one_seed_of_averaging_shows_how_far_the_machines_differ():
+    files = (ROOT / "results" / f"label-training-human{name}.jsonl" for name in ("-cpu", ""))
+    ends = [
+        100 * last(run)
+        for file in files
+        for run in read_pack(file)
+        if run.header["config"]["dataset"] == "cifar100n" and (run.arm, run.seed) == PLAIN_SEED
+    ]
+    text = " ".join((ROOT / "docs" / "samples.md").read_text().split())
+    assert "ends at {:.1f} on the CPU and at {:.1f} on the H200".format(*ends) in text
 
 
 def costs() -> dict[str, float]:
