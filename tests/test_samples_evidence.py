@@ -385,7 +385,7 @@ PLAIN_SEED = ("averaging", 0)  # trained on both
 def trained_on_human_labels() -> str:
     """CIFAR-100N, paired seeds: accuracy, and the difference to averaging in points.
 
-    The averaging is that of the same machine where it was trained there too.
+    The averaging is that of the same machine where all its seeds were trained there too.
     """
     arms: dict[tuple[str, str, str], list[Run]] = {}
     packs = (ROOT / "results" / f"label-training-human{name}.jsonl" for name in ("", "-cpu"))
@@ -419,6 +419,17 @@ def test_one_seed_of_averaging_shows_how_far_the_machines_differ():
     ]
     text = " ".join((ROOT / "docs" / "samples.md").read_text().split())
     assert "ends at {:.1f} on the CPU and at {:.1f} on the H200".format(*ends) in text
+
+
+def test_gaf_is_behind_random_skip_on_human_labels():
+    runs = read_pack(ROOT / "results" / "label-training-human-cpu.jsonl")
+    runs.sort(key=lambda run: run.seed)
+    gaf, skip = (
+        [100 * last(run) for run in runs if run.arm == arm] for arm in ("GAF", "random skip")
+    )
+    found = Paired.of(gaf, skip)
+    text = " ".join((ROOT / "docs" / "samples.md").read_text().split())
+    assert f"GAF is {-found.mean:.1f} behind random skip (p {found.p:.3f})" in text
 
 
 def costs() -> dict[str, float]:
