@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 import gaf
 from helpers.problems import same_everywhere
 from helpers.ranks import World
-from helpers.samples import C, Net, clusters
+from helpers.samples import C, Net, clusters, cosines
 
 B = 12  # samples of a rank
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -120,7 +120,7 @@ def a_rank_can_be_judged_by_the_others() -> None:
     others -= sums
     # the second step was scored by the first: its prototypes are ratios of these sums
     torch.testing.assert_close(criterion.statistics.prototypes(rank), others[0] / others[1])
-    similarity = unit @ (others[0] / others[1]).T
+    similarity = cosines(unit, others[0] / others[1])
     own = similarity.gather(1, y[:, None])[:, 0]
     want = own - similarity.scatter(1, y[:, None], -9).amax(1)
     torch.testing.assert_close(torch.tensor(criterion.report()["prototype"]), want)

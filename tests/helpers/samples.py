@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cosine_similarity, cross_entropy
 
 
 def per_sample_rows(model: nn.Module, x: Tensor, y: Tensor, prefix: str = "") -> Tensor:
@@ -59,3 +59,12 @@ def train(model: nn.Module, criterion: nn.Module, x: Tensor, y: Tensor, passes: 
 def auroc(quality: Tensor, wrong: Tensor) -> float:
     """The chance that a right label has a higher quality than a wrong one."""
     return (quality[~wrong][:, None] > quality[wrong]).double().mean().item()
+
+
+def cosines(h: Tensor, prototypes: Tensor) -> Tensor:
+    """With each prototype, features divided by their root mean square over the prototypes."""
+    known = prototypes[~prototypes.isnan().any(1)].double()
+    square = known.square().sum(0) / max(len(known), 1)
+    r = (square + square.mean() / 10).sqrt()
+    pairs = [cosine_similarity(h / r, prototype / r) for prototype in prototypes]
+    return torch.stack(pairs, 1).float()

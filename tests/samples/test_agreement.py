@@ -18,7 +18,7 @@ import gaf
 from gaf.samples.class_statistics import ClassStatistics
 from gaf.samples.judge import soft_weights
 from helpers.comparing import same
-from helpers.samples import C, Net, auroc, clusters, per_sample_rows, train
+from helpers.samples import C, Net, auroc, clusters, cosines, per_sample_rows, train
 
 
 def criterion_for(net: Net, score: Any = "prototype", **options: Any) -> gaf.SampleAgreement:
@@ -43,7 +43,7 @@ def test_prototypes_and_statistics_are_decayed_means_of_the_steps_before(refine:
     seen: list[tuple[Tensor, Tensor]] = []
     for x_, y_ in zip(x.split(20), labels, strict=True):
         unit = normalize(model.body(x_), dim=1).detach()
-        similarity = unit @ (sums / counts[:, None]).T  # NaN for a class without
+        similarity = cosines(unit, sums / counts[:, None])  # NaN for a class without
         criterion(model(x_), y_)
         scores = torch.full((20,), torch.nan)
         for i in range(20 if counts.any() else 0):
@@ -108,7 +108,7 @@ def test_the_loss_is_the_weighted_mean_by_the_formula() -> None:
     outputs = model(x_)
     losses = cross_entropy(outputs, y_, reduction="none")
     loss = criterion(outputs, y_)
-    similarity = normalize(model.body(x_), dim=1) @ twin.prototypes().T
+    similarity = cosines(model.body(x_), twin.prototypes())
     own = similarity.gather(1, y_[:, None])[:, 0]
     s = own - similarity.masked_fill(one_hot(y_, C).bool(), -9).amax(1)
     deep = ((twin.depth - 0.6) / 0.2).clamp(0, 1)

@@ -10,7 +10,13 @@ from torch.nn.functional import normalize
 from gaf.samples.agreement_checks import check_features, check_targets
 from gaf.samples.class_statistics import ClassStatistics
 from gaf.samples.ghost import GhostPass
-from gaf.samples.scores import class_votes, gram_cosines, head_cosines, prototype_margins
+from gaf.samples.scores import (
+    class_votes,
+    gram_cosines,
+    head_cosines,
+    prototype_cosines,
+    prototype_margins,
+)
 from gaf.shapes import Bool, Float, Float64, Int
 
 SHARPNESS = 4.0  # of the weights, per standard deviation
@@ -125,7 +131,7 @@ def judge(
     unit = batch.losses.new_zeros(n, 0)
     if kind == "prototype":
         unit = normalize(caught.take(n).float(), dim=1)
-        similarity = unit @ statistics.prototypes(left_out).T
+        similarity = prototype_cosines(unit, statistics.prototypes(left_out))
         scores = prototype_margins(similarity, batch.labels)
         guesses = similarity.nan_to_num(nan=-torch.inf).argmax(1)
     elif kind == "vote":

@@ -1,14 +1,17 @@
 """How far each sample's label is trusted, from one batch: higher is better.
 
-    prototype   <h_i, P_y> - the largest other <h_i, P_c>: h_i the unit-length input of the last
-                layer, P_c the running mean of h over the samples labelled c
+    prototype   cos(h_i, P_y) - the largest other cos(h_i, P_c): h_i the input of the last layer,
+                P_c the running mean of h / |h| over the samples labelled c, and both divided by
+                the root mean square of each feature over the P_c
     vote        the mean cosine of the sample's gradient with those of the others that have its
                 label, in the last layer or in all layers
     loss        minus the loss
 
 The prototype margin is the agreement of last-layer gradients for a head that has learned nothing:
 there (p = 1 / C) the inner product of two samples' gradients is <h_i, h_j> (1[y_i = y_j] - 1 / C).
-A head that has memorised a wrong label cannot hide it.
+A head that has memorised a wrong label cannot hide it. Cosines, in place of inner products, do not
+favour a class of samples that are alike, and dividing by its root mean square keeps a feature that
+is large in all classes from hiding those that differ.
 """
 
 import math
@@ -18,6 +21,24 @@ from torch import Tensor
 from torch.nn.functional import normalize, pad
 
 from gaf.shapes import Float, Float64, Int
+
+SMALLEST = 0.1  # of a feature's mean square, as a share of the mean over the features
+
+
+def prototype_cosines(
+    unit: Float[Tensor, "n p"], prototypes: Float[Tensor, "C p"]
+) -> Float[Tensor, "n C"]:
+    """cos(h / r, P_c / r) of each sample and class, in [-1, 1].
+
+    r_j^2 is the mean of P_cj^2 over the classes, plus a tenth of its mean over the features.
+
+    Args:
+        unit: h, features of unit length.
+        prototypes: P; a class without one is NaN, and so are its cosines.
+    """
+    square = prototypes.square().nanmean(0)
+    r = (square + SMALLEST * square.mean()).sqrt()
+    return normalize(unit / r, dim=1) @ normalize(prototypes / r, dim=1).T
 
 
 def prototype_margins(
