@@ -17,6 +17,7 @@ The scores of each sample, from the visits of the training alone:
     teacher     the label's probability under the average of the weights (0.99 a step)
     prototype   the margin of `gaf.SampleAgreement`
     plain       the same without its refinement (refine=False)
+    inner       the same by inner products in place of scaled cosines
     vote        its class vote, in the last layer
 
 each at the last visit and as the mean over all visits (`history`), and the share of visits at which
@@ -42,9 +43,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import normalize
 
 import gaf
 from gaf.samples.history import DISAGREED, LOSS, SCORE
+from gaf.samples.scores import prototype_margins
+from gaf.samples.summing import finish_sum
 from gaf_lab.data import noise
 from gaf_lab.data.augment import crop_and_flip, normalise
 from gaf_lab.data.make_data import subset
@@ -114,12 +118,20 @@ class Watch:
         self.plain = gaf.SampleAgreement(losses, head, "prototype", refine=False, **each)
         self.vote = gaf.SampleAgreement(losses, head, "vote", **each)
         self.teacher, self.probability = ema_model(model, 0.99).eval(), torch.zeros(n)
+        self.inner, self.features = torch.zeros(n), torch.zeros(0)
+        head.register_forward_pre_hook(self.catch)
+
+    def catch(self, module: nn.Module, args: tuple[Tensor]) -> None:
+        self.features = args[0].detach().float()
 
     @torch.no_grad()
     def look(self, x: Tensor, y: Tensor, i: Tensor) -> None:
-        """Before a step: the teacher's answer."""
+        """Before a step: the teacher's answer, and inner products with the plain prototypes."""
         p = self.teacher(x).float().softmax(1)
         self.probability[i] += p.gather(1, y[:, None])[:, 0]
+        finish_sum(self.plain)
+        products = normalize(self.features, dim=1) @ self.plain.statistics.prototypes().T
+        self.inner[i] += prototype_margins(products, y).nan_to_num()
 
     def sums(self) -> dict[str, Tensor]:
         """Higher for a trusted label."""
@@ -129,6 +141,7 @@ class Watch:
             "teacher": self.probability.clone(),
             "prototype": prototype[:, SCORE].clone(),
             "plain": self.plain.history.table[:, SCORE].clone(),
+            "inner": self.inner.clone(),
             "vote": vote[:, SCORE].clone(),
             "disagreement": -vote[:, DISAGREED],
             "prototype_disagreement": -prototype[:, DISAGREED],
@@ -157,7 +170,7 @@ def watched(data: Any, given: Tensor, seed: int, at: list[int]) -> list[Line]:
         if number in at:
             after = watch.sums()
             found = {f"history_{name}": -value for name, value in after.items()}
-            for name in ("loss", "teacher", "prototype", "plain", "vote"):
+            for name in ("loss", "teacher", "prototype", "plain", "inner", "vote"):
                 found[name] = before[name] - after[name]
             report = watch.prototype.report()  # without those that could not be judged
             issue = torch.zeros_like(wrong)

@@ -17,6 +17,7 @@ from torch.optim import SGD
 import gaf
 from gaf.samples.class_statistics import ClassStatistics
 from gaf.samples.judge import soft_weights
+from gaf.samples.scores import prototype_cosines
 from helpers.comparing import same
 from helpers.samples import C, Net, auroc, clusters, cosines, per_sample_rows, train
 
@@ -121,6 +122,36 @@ def test_the_loss_is_the_weighted_mean_by_the_formula() -> None:
     (grad,) = torch.autograd.grad(loss, [model.head.weight], retain_graph=True)
     direct = torch.autograd.grad((w.detach() * losses).sum() / w.detach().sum(), model.head.weight)
     torch.testing.assert_close(grad, direct[0])
+
+
+def test_scaled_cosines_by_hand() -> None:
+    """Columns: a class whose samples differ has a short prototype; one class has none yet."""
+    prototypes = torch.tensor([[0.8, 0.6, 0], [0.3, 0, 0.4], [math.nan] * 3])
+    square = [(0.64 + 0.09) / 2, 0.18, 0.08]
+    r = [math.sqrt(each + sum(square) / 30) for each in square]
+    h = [0.6, 0.0, 0.8]
+    want = [
+        sum(a * b / c**2 for a, b, c in zip(h, row, r, strict=True))
+        / math.sqrt(sum((a / c) ** 2 for a, c in zip(h, r, strict=True)))
+        / math.sqrt(sum((b / c) ** 2 for b, c in zip(row, r, strict=True)))
+        for row in prototypes[:2].tolist()
+    ]
+    found = prototype_cosines(torch.tensor([h]), prototypes)[0]
+    torch.testing.assert_close(found[:2], torch.tensor(want))
+    assert found[2].isnan()
+    assert torch.equal(prototype_cosines(torch.zeros(2, 3), torch.zeros(4, 3)), torch.zeros(2, 4))
+
+
+def test_neither_alike_samples_nor_a_feature_of_all_classes_decide() -> None:
+    """By inner products both samples would be nearer to class 0; they point to class 1."""
+    alike = torch.tensor([[1.0, 0, 0], [0, 0.3, 0]])  # class 1 has a prototype of length 0.3
+    h = torch.tensor([[0.6, 0.8, 0]])
+    assert (h @ alike.T).argmax() == 0
+    assert prototype_cosines(h, alike).argmax() == 1
+    shared = torch.tensor([[1, 0.3, 0], [1, 0, 0.1]])  # the first feature is large in all
+    h = torch.tensor([[1, 0.2, 0.15]])
+    assert (h @ shared.T).argmax() == (normalize(h) @ normalize(shared).T).argmax() == 0
+    assert prototype_cosines(h, shared).argmax() == 1
 
 
 @pytest.mark.parametrize(

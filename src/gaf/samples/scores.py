@@ -37,7 +37,7 @@ def prototype_cosines(
         prototypes: P; a class without one is NaN, and so are its cosines.
     """
     square = prototypes.square().nanmean(0)
-    r = (square + SMALLEST * square.mean()).sqrt()
+    r = (square + SMALLEST * square.mean()).sqrt().clamp_min(1e-6)  # 0 where all features are
     return normalize(unit / r, dim=1) @ normalize(prototypes / r, dim=1).T
 
 
