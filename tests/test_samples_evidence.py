@@ -56,7 +56,7 @@ def along_training() -> str:
                 group = groups[data, noise, 0.4, "watched", passes]
                 both = [
                     f"{cell(group, name, 'auroc')}, {cell(group, f'history_{name}', 'auroc')}"
-                    for name in ("loss", "teacher", "vote", "plain", "prototype")
+                    for name in ("loss", "teacher", "vote", "inner", "plain", "prototype")
                 ]
                 differed = [
                     cell(group, f"history_{name}", "auroc")
@@ -66,7 +66,7 @@ def along_training() -> str:
                 start = [f"{DATA[data]}, {NOISE[noise]}", passes]
                 rows.append([*start, *both, *differed, folds])
     return table(
-        "data, noise | passes | loss | teacher | vote | plain prototype | prototype | "
+        "data, noise | passes | loss | teacher | vote | inner product | plain prototype | prototype | "
         "the network disagreed | the nearest prototype did | five folds",
         rows,
     )
@@ -121,7 +121,7 @@ def on_human_labels() -> str:
     for (data, _, _, _, passes), group in human():
         both = [
             f"{cell(group, name, 'auroc')}, {cell(group, f'history_{name}', 'auroc')}"
-            for name in ("loss", "teacher", "vote", "plain", "prototype")
+            for name in ("loss", "teacher", "vote", "inner", "plain", "prototype")
         ]
         differed = [
             cell(group, f"history_{name}", "auroc")
@@ -130,7 +130,8 @@ def on_human_labels() -> str:
         accuracy = 100 * statistics.mean(line["accuracy"] for line in group)
         rows.append([HUMAN[data], passes, f"{accuracy:.1f}", *both, *differed])
     return table(
-        "data | passes | test accuracy | loss | teacher | vote | plain prototype | prototype | "
+        "data | passes | test accuracy | loss | teacher | vote | inner product | plain prototype | "
+        "prototype | "
         "the network disagreed | the nearest prototype did",
         rows,
     )
@@ -183,6 +184,19 @@ def detection_differences() -> str:
         "the network disagreed | five folds, 3 passes",
         rows,
     )
+
+
+def cosine_differences() -> str:
+    """AUROC of plain prototypes by scaled cosines, less that by inner products, of mean scores."""
+    groups, rows = found(), []
+    for data, noise, rate in settings(groups):
+        cells = []
+        for passes in (1, 3, 6, 12):
+            group = groups[data, noise, rate, "watched", passes]
+            plain, inner = (scores(group, f"history_{way}", "auroc") for way in ("plain", "inner"))
+            cells.append(Paired.of(plain, inner).text(3))
+        rows.append([f"{DATA[data]}, {NOISE[noise]} {100 * rate:.0f}%", *cells])
+    return table("data, noise | 1 pass | 3 passes | 6 passes | 12 passes", rows)
 
 
 def settings(groups: dict[tuple[str, str, float, str, int], Lines]) -> list[tuple[str, str, float]]:
@@ -377,7 +391,8 @@ def glance(
     return table(" | ".join(["rule", *heads]), rows)
 
 
-CHANGED = ("prototype weights", "prototype weights with ELR", OURS)  # by depth since
+CHANGED = ("prototype weights", "prototype weights with ELR", OURS)  # since
+BEFORE = {"H200": ", before depth", "CPU": ", before cosines"}
 MACHINES = {"cpu": "CPU", "cuda": "H200"}
 PLAIN_SEED = ("averaging", 0)  # trained on both
 
@@ -401,7 +416,7 @@ def trained_on_human_labels() -> str:
         cells = [spread([measure(run) for run in found]) for measure in (own_last, last)]
         pair = ([100 * last(run) for run in some] for some in (found, plain))
         less = "" if arm == "averaging" else Paired.of(*pair).text(1)
-        before = ", before depth" if machine == "H200" and arm in CHANGED else ""
+        before = BEFORE[machine] if arm in CHANGED else ""
         rows.append([data, f"{arm}{before}", machine, *cells, less])
     return table(
         "labels | rule | machine | last | last, averaged weights | the same, less averaging",
@@ -521,6 +536,7 @@ TABLES = (
     at_equal_time,
     along_training,
     detection_differences,
+    cosine_differences,
     cleanlab_table,
     accuracy_table,
     elr_differences,
