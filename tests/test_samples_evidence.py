@@ -29,10 +29,13 @@ Lines = list[dict[str, Any]]
 BEST_OF_FOLDS = 3  # passes, at which the folds find most
 
 
-def found() -> dict[tuple[str, str, float, str, int], Lines]:
+BEFORE_COSINES = "label-detection-inner"  # human labels, all prototypes by inner products
+
+
+def found(file: str = "label-detection") -> dict[tuple[str, str, float, str, int], Lines]:
     """The seeds of each data set, noise, rate, way and number of passes."""
     groups: dict[tuple[str, str, float, str, int], Lines] = {}
-    text = (ROOT / "results" / "label-detection.jsonl").read_text().splitlines()
+    text = (ROOT / "results" / f"{file}.jsonl").read_text().splitlines()
     for line in sorted(map(json.loads, text[1:]), key=lambda line: line["seed"]):
         place = (line["dataset"], line["noise"], line["rate"], line["way"], line["passes"])
         groups.setdefault(place, []).append(line)
@@ -66,8 +69,8 @@ def along_training() -> str:
                 start = [f"{DATA[data]}, {NOISE[noise]}", passes]
                 rows.append([*start, *both, *differed, folds])
     return table(
-        "data, noise | passes | loss | teacher | vote | inner product | plain prototype | prototype | "
-        "the network disagreed | the nearest prototype did | five folds",
+        "data, noise | passes | loss | teacher | vote | inner product | plain prototype | "
+        "prototype | the network disagreed | the nearest prototype did | five folds",
         rows,
     )
 
@@ -93,17 +96,17 @@ def by_rate() -> str:
     )
 
 
-def human() -> list[tuple[tuple[str, str, float, str, int], Lines]]:
-    """The groups with human labels, each of three seeds."""
-    groups = [(key, group) for key, group in found().items() if key[0] in HUMAN]
-    assert all(len(group) == 3 for _, group in groups)
+def human(file: str = "label-detection") -> list[tuple[tuple[str, str, float, str, int], Lines]]:
+    """The groups with human labels: of one seed, before cosines of three."""
+    groups = [(key, group) for key, group in found(file).items() if key[0] in HUMAN]
+    assert all(len(group) == (3 if file == BEFORE_COSINES else 1) for _, group in groups)
     return groups
 
 
 def human_differences() -> str:
-    """AUROC of the mean prototype score after 12 passes, less that of others, on human labels."""
+    """AUROC of mean inner products after 12 passes, less that of others, on human labels."""
     rows = []
-    for (data, _, _, _, passes), group in human():
+    for (data, _, _, _, passes), group in human(BEFORE_COSINES):
         own = scores(group, "history_prototype", "auroc")
         names = ("loss", "teacher", "plain", "disagreement")
         others = [scores(group, f"history_{name}", "auroc") for name in names]
@@ -140,7 +143,9 @@ def on_human_labels() -> str:
 def reported_on_human_labels() -> str:
     """AUROC, average precision, precision among the first 100, and issues, at the end."""
     rows = []
-    for (data, _, _, _, passes), group in human():
+    groups = [("", *found) for found in human()]
+    groups += [(", by inner products", *found) for found in human(BEFORE_COSINES)]
+    for before, (data, _, _, _, passes), group in groups:
         if passes == 12:
             names = ("loss", "teacher", "plain", "prototype", "disagreement")
             cells = [three(group, f"history_{name}") for name in names]
@@ -148,9 +153,9 @@ def reported_on_human_labels() -> str:
                 round(statistics.mean(line[name] for line in group))
                 for name in ("wrong", "issues", "issues_wrong")
             ]
-            rows.append([HUMAN[data], *cells, *counts])
+            rows.append([f"{HUMAN[data]}{before}", len(group), *cells, *counts])
     return table(
-        "data | mean loss | mean teacher | mean plain prototype | mean prototype | "
+        "data | seeds | mean loss | mean teacher | mean plain prototype | mean prototype | "
         "the network disagreed | wrong | issues of `report()` | of these wrong",
         rows,
     )
