@@ -27,8 +27,6 @@ Lines = list[dict[str, Any]]
 # ------------------------------------------------------------------------------------ detection
 
 BEST_OF_FOLDS = 3  # passes, at which the folds find most
-
-
 BEFORE_COSINES = "label-detection-inner"  # human labels, all prototypes by inner products
 
 
@@ -134,8 +132,7 @@ def on_human_labels() -> str:
         rows.append([HUMAN[data], passes, f"{accuracy:.1f}", *both, *differed])
     return table(
         "data | passes | test accuracy | loss | teacher | vote | inner product | plain prototype | "
-        "prototype | "
-        "the network disagreed | the nearest prototype did",
+        "prototype | the network disagreed | the nearest prototype did",
         rows,
     )
 

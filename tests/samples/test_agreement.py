@@ -125,7 +125,7 @@ def test_the_loss_is_the_weighted_mean_by_the_formula() -> None:
 
 
 def test_scaled_cosines_by_hand() -> None:
-    """Columns: a class whose samples differ has a short prototype; one class has none yet."""
+    """Three classes: one has a short prototype, as if its samples differed, and one has none."""
     prototypes = torch.tensor([[0.8, 0.6, 0], [0.3, 0, 0.4], [math.nan] * 3])
     square = [(0.64 + 0.09) / 2, 0.18, 0.08]
     r = [math.sqrt(each + sum(square) / 30) for each in square]

@@ -34,8 +34,8 @@ class SampleAgreement(nn.Module):
 
     Each sample gets a score, from the batch and from what was seen of its class before:
 
-    - "prototype": how much nearer its features (the head's input) are, by their cosine, to the mean
-      features of the samples with its label than to those of any other class, after scaling.
+    - "prototype": how much nearer its features (the head's input) are to the mean features of its
+      label than to those of any other class: by cosines, of features scaled to equal size.
     - "vote": the mean cosine of its gradient with those of the other samples in the batch that have
       its label: in the head, or with `model` in all layers.
     - "loss": minus its loss, at least -6; for any loss function, and the control.
