@@ -101,7 +101,6 @@ HUMAN: dict[str, Any] = {
     "passes": 8.0,
     "eval_every": 4.0,
     "probe": 1000,
-    "autocast": "bfloat16",
     "channels_last": True,
 }
 HUMAN_AUDIT: dict[str, Any] = {**AUDIT, "audit_passes": 3.0}
@@ -125,6 +124,8 @@ def plan_human(seeds: int, device: str) -> Configs:
         for label, arm in arms.items():
             for seed in range(seeds):
                 shared = {**HUMAN, "dataset": name, "seed": seed, "device": device}
+                if device != "cpu":
+                    shared["autocast"] = "bfloat16"
                 if label == "random skip":
                     found.append(random_control(found[-seeds], "random-skip", label))
                 else:

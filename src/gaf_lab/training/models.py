@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gaf_lab.settings.checks import ConfigError
+from gaf_lab.training.small_maps import Conv3x3
 
 Stem = Literal["imagenet", "cifar"]
 
@@ -42,7 +43,11 @@ def convnet(channels: int, classes: int, width: int = 32) -> nn.Module:
 
 
 def conv(before: int, after: int, size: int, stride: int = 1) -> nn.Conv2d:
-    layer = nn.Conv2d(before, after, size, stride, padding=size // 2, bias=False)
+    layer = (
+        Conv3x3(before, after, stride)
+        if size == 3
+        else nn.Conv2d(before, after, size, stride, padding=size // 2, bias=False)
+    )
     nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
     return layer
 
