@@ -14,6 +14,8 @@ bfloat16:
 The scores of each sample, from the visits of the training alone:
 
     loss        minus the loss
+    margin      the output of the label less the largest other (Pleiss et al., arXiv 2001.10528,
+                who take the mean over all visits)
     teacher     the label's probability under the average of the weights (0.99 a step)
     prototype   the margin of `gaf.SampleAgreement`
     plain       the same without its refinement (refine=False)
@@ -119,14 +121,16 @@ class Watch:
         self.vote = gaf.SampleAgreement(losses, head, "vote", **each)
         self.teacher, self.probability = ema_model(model, 0.99).eval(), torch.zeros(n)
         self.inner, self.features = torch.zeros(n), torch.zeros(0)
+        self.margin = torch.zeros(n)
         head.register_forward_pre_hook(self.catch)
 
     def catch(self, module: nn.Module, args: tuple[Tensor]) -> None:
         self.features = args[0].detach().float()
 
     @torch.no_grad()
-    def look(self, x: Tensor, y: Tensor, i: Tensor) -> None:
-        """Before a step: the teacher's answer, and inner products with the plain prototypes."""
+    def look(self, x: Tensor, y: Tensor, i: Tensor, outputs: Tensor) -> None:
+        """Before a step: margins, the teacher's answer, and inner products with plain prototypes."""
+        self.margin[i] += prototype_margins(outputs, y)
         p = self.teacher(x).float().softmax(1)
         self.probability[i] += p.gather(1, y[:, None])[:, 0]
         finish_sum(self.plain)
@@ -138,6 +142,7 @@ class Watch:
         prototype, vote = self.prototype.history.table, self.vote.history.table
         return {
             "loss": -prototype[:, LOSS],
+            "margin": self.margin.clone(),
             "teacher": self.probability.clone(),
             "prototype": prototype[:, SCORE].clone(),
             "plain": self.plain.history.table[:, SCORE].clone(),
@@ -161,7 +166,7 @@ def watched(data: Any, given: Tensor, seed: int, at: list[int]) -> list[Line]:
             x = pictures(data, i, moved)
             with torch.autocast("cpu", torch.bfloat16, data.name in HUMAN):
                 outputs = model(x).float()
-                watch.look(x, given[i], i)
+                watch.look(x, given[i], i, outputs)
             watch.vote(outputs, given[i], index=i)
             watch.plain(outputs, given[i], index=i)
             step(optimizer, watch.prototype(outputs, given[i], index=i))
@@ -170,7 +175,7 @@ def watched(data: Any, given: Tensor, seed: int, at: list[int]) -> list[Line]:
         if number in at:
             after = watch.sums()
             found = {f"history_{name}": -value for name, value in after.items()}
-            for name in ("loss", "teacher", "prototype", "plain", "inner", "vote"):
+            for name in ("loss", "margin", "teacher", "prototype", "plain", "inner", "vote"):
                 found[name] = before[name] - after[name]
             report = watch.prototype.report()  # without those that could not be judged
             issue = torch.zeros_like(wrong)
