@@ -129,7 +129,7 @@ class Watch:
 
     @torch.no_grad()
     def look(self, x: Tensor, y: Tensor, i: Tensor, outputs: Tensor) -> None:
-        """Before a step: margins, the teacher's answer, and inner products with plain prototypes."""
+        """Before a step: margins, the teacher's answer, and plain prototypes' inner products."""
         self.margin[i] += prototype_margins(outputs, y)
         p = self.teacher(x).float().softmax(1)
         self.probability[i] += p.gather(1, y[:, None])[:, 0]
