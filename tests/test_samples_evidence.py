@@ -27,6 +27,7 @@ Lines = list[dict[str, Any]]
 # ------------------------------------------------------------------------------------ detection
 
 BEST_OF_FOLDS = 3  # passes, at which the folds find most
+EACH = ("loss", "margin", "teacher", "vote", "inner", "plain", "prototype")
 BEFORE_COSINES = "label-detection-inner"  # human labels, all prototypes by inner products
 
 
@@ -57,7 +58,7 @@ def along_training() -> str:
                 group = groups[data, noise, 0.4, "watched", passes]
                 both = [
                     f"{cell(group, name, 'auroc')}, {cell(group, f'history_{name}', 'auroc')}"
-                    for name in ("loss", "teacher", "vote", "inner", "plain", "prototype")
+                    for name in EACH
                 ]
                 differed = [
                     cell(group, f"history_{name}", "auroc")
@@ -67,7 +68,7 @@ def along_training() -> str:
                 start = [f"{DATA[data]}, {NOISE[noise]}", passes]
                 rows.append([*start, *both, *differed, folds])
     return table(
-        "data, noise | passes | loss | teacher | vote | inner product | plain prototype | "
+        "data, noise | passes | loss | margin | teacher | vote | inner product | plain prototype | "
         "prototype | the network disagreed | the nearest prototype did | five folds",
         rows,
     )
@@ -79,7 +80,9 @@ def by_rate() -> str:
     for data, noise, rate in settings(groups):
         group = groups[data, noise, rate, "watched", 12]
         folds = groups.get((data, noise, rate, "folds", BEST_OF_FOLDS))
-        cells = [three(group, f"history_{name}") for name in ("loss", "plain", "prototype")]
+        cells = [
+            three(group, f"history_{name}") for name in ("loss", "margin", "plain", "prototype")
+        ]
         counts = [
             round(statistics.mean(line[name] for line in group))
             for name in ("wrong", "issues", "issues_wrong")
@@ -88,7 +91,7 @@ def by_rate() -> str:
         folded = "" if folds is None else three(folds, "folds")
         rows.append([start, *cells, folded, *counts])
     return table(
-        "data, noise | mean loss | mean plain prototype | mean prototype | "
+        "data, noise | mean loss | mean margin | mean plain prototype | mean prototype | "
         "five folds, 3 passes | wrong | issues of `report()` | of these wrong",
         rows,
     )
@@ -122,7 +125,7 @@ def on_human_labels() -> str:
     for (data, _, _, _, passes), group in human():
         both = [
             f"{cell(group, name, 'auroc')}, {cell(group, f'history_{name}', 'auroc')}"
-            for name in ("loss", "teacher", "vote", "inner", "plain", "prototype")
+            for name in EACH
         ]
         differed = [
             cell(group, f"history_{name}", "auroc")
@@ -131,7 +134,8 @@ def on_human_labels() -> str:
         accuracy = 100 * statistics.mean(line["accuracy"] for line in group)
         rows.append([HUMAN[data], passes, f"{accuracy:.1f}", *both, *differed])
     return table(
-        "data | passes | test accuracy | loss | teacher | vote | inner product | plain prototype | "
+        "data | passes | test accuracy | loss | margin | teacher | vote | inner product | "
+        "plain prototype | "
         "prototype | the network disagreed | the nearest prototype did",
         rows,
     )
@@ -174,7 +178,7 @@ def detection_differences() -> str:
         own = scores(group, "history_prototype", "auroc")
         others = {
             name: scores(group, f"history_{name}", "auroc")
-            for name in ("loss", "teacher", "vote", "plain", "disagreement")
+            for name in ("loss", "margin", "teacher", "vote", "plain", "disagreement")
         }
         if folds is not None:
             others["folds"] = scores(folds, "folds", "auroc")
@@ -182,8 +186,8 @@ def detection_differences() -> str:
         blank = [""] if folds is None else []
         rows.append([f"{DATA[data]}, {NOISE[noise]} {100 * rate:.0f}%", *cells, *blank])
     return table(
-        "data, noise | against mean loss | mean teacher | mean vote | mean plain prototype | "
-        "the network disagreed | five folds, 3 passes",
+        "data, noise | against mean loss | mean margin | mean teacher | mean vote | "
+        "mean plain prototype | the network disagreed | five folds, 3 passes",
         rows,
     )
 

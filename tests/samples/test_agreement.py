@@ -421,10 +421,10 @@ def test_its_hook_goes_with_it() -> None:
     model = Net()
     criterion = criterion_for(model)
     there = weakref.ref(criterion)
-    assert model.head._forward_pre_hooks
+    assert model.head._forward_hooks
     del criterion
     gc.collect()
-    assert there() is None and not model.head._forward_pre_hooks
+    assert there() is None and not model.head._forward_hooks
 
 
 @pytest.mark.usefixtures("unchecked")
@@ -450,7 +450,7 @@ def test_what_cannot_be_used_is_refused() -> None:
     with pytest.raises(ValueError, match="warmup must be a whole number of at least 0; got -1"):
         criterion_for(model, warmup=-1)
     criterion = criterion_for(model, num_samples=10)
-    with pytest.raises(RuntimeError, match="report.. needs to know which samples.*index=i"):
+    with pytest.raises(RuntimeError, match="report.. needs samples that were judged.*index=i"):
         criterion.report()
     out = model(x)
     criterion(out, y)

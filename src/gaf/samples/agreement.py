@@ -9,18 +9,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from gaf.samples.agreement_checks import (
-    check_arguments,
-    check_index,
-    check_losses_of,
-    check_report,
-    warn_of_part,
-)
+from gaf.samples.agreement_checks import check_arguments, check_index, check_losses_of
+from gaf.samples.caught import Caught
 from gaf.samples.class_statistics import ClassStatistics
 from gaf.samples.history import History
-from gaf.samples.judge import Batch, Caught, gram_of_losses, is_warm, judge, soft_weights
+from gaf.samples.judge import Batch, gram_of_losses, is_warm, judge, soft_weights
 from gaf.samples.recording import record_calls
-from gaf.samples.report import report_columns
+from gaf.samples.report import make_report
 from gaf.samples.summing import Summing, finish_sum, ranks_of
 from gaf.shapes import Float
 
@@ -38,16 +33,17 @@ class SampleAgreement(nn.Module):
       label than to those of any other class: by cosines, of features scaled to equal size.
     - "vote": the mean cosine of its gradient with those of the other samples in the batch that have
       its label: in the head, or with `model` in all layers.
-    - "loss": minus its loss, at least -6; for any loss function, and the control.
+    - "loss": minus its loss, for classes at least -6; for any loss function, and the control.
 
     Its weight is 1 - a (1 - sigmoid(4 (s - m) / d)), with m and d the running mean and deviation of
     the scores with its label. a is min(q, 1 - q) / 0.3, at most 1, for the running share q of
     samples with its label that seem to be of another class: all weights are near 1 where nearly all
     labels look right, and where nearly all look wrong, since the features do not tell the class
     then. For "prototype" a also falls to 0 as the mean depth of these samples in the other class
-    falls from 0.8 to 0.6: they are hard. The loss is sum w_i loss_i / sum w_i. Ranks divide by the
-    mean of their sums, so that DDP averages to one weighted mean. A run that weights steer judges
-    less well: to find wrong labels, use weigh=False and report before the run memorises them.
+    falls from 0.8 to 0.6: they are hard. The loss is sum w_i loss_i / sum w_i, with the criterion's
+    class weights in both sums and its ignored targets in neither, as in its own mean. Ranks divide
+    by the mean of their sums, so that DDP averages to one weighted mean. A run that weights steer
+    judges less well: to find wrong labels, use weigh=False and report before it memorises them.
 
     The mean features and the scores' statistics are buffers, the same on all ranks: sums over them
     by one small all-reduce, which each step starts and the next one waits for. What was seen of
@@ -55,7 +51,7 @@ class SampleAgreement(nn.Module):
 
     Args:
         criterion: with reduction="none": called with (outputs, targets), gives a loss for each
-            sample, or several, of which the mean is taken.
+            sample, or several, which count like samples.
         head: the model's last Linear layer. Its input is caught by a hook: register it before a
             compiled model runs. None only for the score "loss".
         score: "prototype", "vote" or "loss".
@@ -67,7 +63,8 @@ class SampleAgreement(nn.Module):
         weigh: whether to weigh; otherwise the loss is the plain mean.
         refine: whether, after the warm-up, a sample counts for the mean features of its label only
             where these are the nearest: a minority of wrong labels then drops out of them.
-        warmup: steps in which all weights are 1. None: until a third visit, or 500 without `index`.
+        warmup: steps in which all weights are 1. None: until a third visit (after two that were
+            judged), or 500 steps without `index`.
         leave_own_rank_out: judge a rank's samples by the mean features of the other ranks', so that
             a shard of wrong labels cannot vouch for itself.
         group: of the ranks; None for the default group, if any.
@@ -100,7 +97,8 @@ class SampleAgreement(nn.Module):
         check_arguments(criterion, head, score, model, num_classes, num_samples, warmup)
         self.criterion, self.score, self.weigh, self.warmup = criterion, score, weigh, warmup
         self.refine = refine
-        self.classes = num_classes or getattr(head, "out_features", None)
+        outputs = getattr(head, "out_features", 1)
+        self.classes = num_classes or (outputs if outputs > 1 else None)
         device = torch.device("cpu") if head is None else next(head.parameters()).device
         width = getattr(head, "in_features", 0) if score == "prototype" else 0
         self._summing = Summing(group, leave_own_rank_out)
@@ -111,9 +109,10 @@ class SampleAgreement(nn.Module):
         self.weights: Tensor | None = None
         self.total: Tensor | None = None
         self.register_state_dict_pre_hook(finish_sum)
+        self.register_load_state_dict_pre_hook(finish_sum)
         self._caught = Caught()
         if head is not None:
-            finalize(self, head.register_forward_pre_hook(self._caught).remove)
+            finalize(self, head.register_forward_hook(self._caught, with_kwargs=True).remove)
         self._gram = None if model is None else partial(gram_of_losses, model)
         for hook in [] if model is None else record_calls(model):
             finalize(self, hook.remove)
@@ -136,14 +135,14 @@ class SampleAgreement(nn.Module):
 
     def _weighed_mean(self, outputs: Tensor, targets: Tensor, index: Any) -> Float[Tensor, ""]:
         losses = check_losses_of(self.criterion(outputs, targets), outputs)
-        losses = losses.flatten(1).mean(1) if losses.ndim > 1 else losses
         batch = Batch(outputs.detach(), targets, losses.detach(), self.classes, self.criterion)
-        weights, total = batch.counted, batch.counted.sum()
+        losses = losses.flatten(1).mean(1) if losses.ndim > 1 else losses
+        weights, total = batch.counted, batch.mass.sum()
         if self.training and torch.is_grad_enabled():
             batch.gram = None if self._gram is None else self._gram(losses)
             with torch.no_grad():
                 weights = weights * self._judge(batch, index)
-                total = self._summing.mean(weights.sum()) if self.weigh else total
+                total = self._summing.mean((weights * batch.mass).sum()) if self.weigh else total
             self.weights, self.total = weights, total
         return (weights * losses).sum() / total
 
@@ -172,29 +171,27 @@ class SampleAgreement(nn.Module):
         """What was seen of each sample, as equally long columns in the order of the index.
 
         `index`; `given_label`, the last one; `predicted_label`, the class that the sample was
-        nearest to on most visits (for the score "prototype"; otherwise the network's own answer);
-        `label_quality` in [0, 1], low for a suspect label: (1 + the mean score) / 2, or
+        nearest to on a majority of the visits (for the score "prototype"; otherwise the network's
+        answer); `label_quality` in [0, 1], low for a suspect label: (1 + the mean score) / 2, or
         exp(-mean loss); `is_label_issue`, whether predicted and given label differ; means over the
-        visits of the score, of `loss`, and of whether the visit's answer was not the label
-        (`disagreement`); `visits`, those that were judged; `doubt` in [0, 1], how far to believe an
-        issue: by its depth in the predicted class, and that of the label's issues, and less if
-        nearly all with the label are. Without classes an issue is a mean loss that is far out by
-        Tukey's rule. Samples never judged are left out. Warns if most are issues.
+        visits of the score, under its name, of `loss`, and of whether the visit's answer was not
+        the label (`disagreement`); `visits`, those that were judged; `doubt` in [0, 1], how far to
+        believe an issue: by its depth in the predicted class, and that of the label's issues, and
+        less if nearly all with the label are. Without classes there are no labels, disagreement or
+        doubt; an issue is a mean loss that is far out by Tukey's rule, and the quality the share of
+        samples whose mean loss is no smaller. Samples never judged are left out.
 
         Args:
             gather: add up what all ranks have seen: to be called on all of them.
 
         Raises:
-            RuntimeError: where no call had `index`.
+            RuntimeError: where no sample was judged by a call with `index`.
+        Warns:
+            if most are issues; if it covers one of several ranks.
         """
-        table, group = self.history.table, self._summing.group
-        if gather and ranks_of(group) > 1:
-            table = self.history.gathered(group)
-        elif ranks_of(group) > 1:
-            warn_of_part(ranks_of(group))
-        check_report(bool((table[:, 0] > 0).any()))
-        return report_columns(table.cpu(), self.score, self.classes is not None)
+        return make_report(self.history, self.score, self.classes, self._summing.group, gather)
 
     def count_issues(self, *, gather: bool = False) -> int:
         """How many labels look wrong: an estimate, the issues of `report`."""
-        return sum(self.report(gather=gather)["is_label_issue"])
+        columns = make_report(self.history, self.score, self.classes, self._summing.group, gather)
+        return sum(columns["is_label_issue"])

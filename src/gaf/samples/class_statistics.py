@@ -7,13 +7,14 @@ add up, and a rank's own part can be taken out again.
 import torch
 from torch import Tensor, nn
 
+from gaf.samples.float_buffers import FloatBuffers
 from gaf.samples.scores import depths_in_others
 from gaf.shapes import Float, Int
 
 DECAY = 0.9  # a step in which the class occurs
 
 
-class ClassStatistics(nn.Module):
+class ClassStatistics(FloatBuffers):
     """Sums by class, as buffers.
 
     Args:
@@ -84,7 +85,7 @@ class ClassStatistics(nn.Module):
         """A batch's contribution, one vector that adds up over ranks.
 
         Args:
-            unit: features of unit length.
+            unit: features of unit length; one that is all zero is left out.
             scores: NaN for samples that were not judged, which are left out.
             labels: their classes.
             guesses: the classes that they seem to be of.
@@ -92,6 +93,8 @@ class ClassStatistics(nn.Module):
             part: this rank's.
         """
         features, known = torch.zeros_like(self.features), ~scores.isnan()
+        if unit.shape[1]:
+            counted = counted * unit.any(1)
         rows = nn.functional.pad(unit, (0, 1), value=1.0) * counted[:, None]
         features[part].index_add_(0, labels, rows.to(features))
         doubtful = (guesses != labels).to(scores)

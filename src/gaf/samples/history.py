@@ -4,15 +4,16 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
+from gaf.samples.float_buffers import FloatBuffers
 from gaf.shapes import Float, Int
 
 # columns of the table
 VISITS, SCORE, LOSS, DISAGREED, LABEL, GUESS, LEAD = range(7)
 
 
-class History(nn.Module):
+class History(FloatBuffers):
     """Sums over the visits of each sample, as one buffer.
 
     Attributes:
@@ -66,8 +67,12 @@ class History(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: object) -> None:
         saved = state_dict.get(prefix + "table")
-        if isinstance(saved, Tensor) and self.limit is None and saved.ndim == 2:
-            self.table = self.table.new_zeros(saved.shape)
+        if isinstance(saved, Tensor) and saved.ndim == 2:
+            n = len(saved) if self.limit is None else self.limit
+            if not saved[n:].any():  # rows of samples that were never seen, from a table that grew
+                self.table = self.table.new_zeros(n, saved.shape[1])
+                more = saved.new_zeros(max(n - len(saved), 0), saved.shape[1])
+                state_dict[prefix + "table"] = torch.cat([saved[:n], more])
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def gathered(self, group: dist.ProcessGroup | None) -> Float[Tensor, "N 7"]:

@@ -1,13 +1,14 @@
 """One batch: its labels, its scores, and the weights that follow from them."""
 
+import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from gaf.samples.agreement_checks import check_features, check_targets
+from gaf.samples.agreement_checks import check_targets
+from gaf.samples.caught import Caught
 from gaf.samples.class_statistics import ClassStatistics
 from gaf.samples.ghost import GhostPass
 from gaf.samples.scores import (
@@ -43,20 +44,6 @@ def is_warm(
     return steps > (STEPS_BEFORE if warmup is None else warmup)
 
 
-class Caught:
-    """Hook that keeps the head's last input, for one batch."""
-
-    def __init__(self) -> None:
-        self.features: Tensor | None = None
-
-    def __call__(self, module: nn.Module, args: Any) -> None:
-        self.features = args[0].detach()
-
-    def take(self, n: int) -> Float[Tensor, "n p"]:
-        features, self.features = self.features, None
-        return check_features(features, n)
-
-
 def gram_of_losses(model: nn.Module, losses: Float[Tensor, " n"]) -> Float64[Tensor, "n n"]:
     """K of the samples' gradients in all layers, by a backward pass of its own."""
     return GhostPass(model, losses, None, "SampleAgreement").run()
@@ -68,11 +55,14 @@ class Batch:
     Args:
         outputs: (n, ...), outside of the graph.
         targets: classes (n,), probabilities (n, C), or others if there are no classes.
-        losses: (n,), outside of the graph.
+        losses: (n, ...), outside of the graph: of each sample, or of each of its positions.
         classes: C; None for targets that are no classes.
         criterion: that made the losses.
 
     Attributes:
+        losses: (n,), the mean over a sample's positions, without class weights.
+        mass: (n,), what the criterion's own mean would divide by, as a mean over the positions:
+            the weight of the target's class, 0 for an ignored target, otherwise 1.
         gram: (n, n), K of the samples' gradients in all layers, if these vote.
         labels: (n,) int64 in [0, C): the observed class, 0 for a sample that does not count.
         counted: (n,), 1 for a sample that counts, 0 for one whose target is the ignored index.
@@ -82,24 +72,22 @@ class Batch:
         self,
         outputs: Tensor,
         targets: Tensor,
-        losses: Float[Tensor, " n"],
+        losses: Float[Tensor, "n ..."],
         classes: int | None,
         criterion: Callable[..., Tensor],
     ) -> None:
-        self.outputs, self.targets, self.losses, self.criterion = (
-            outputs,
-            targets,
-            losses,
-            criterion,
-        )
+        self.outputs, self.targets, self.criterion = outputs, targets, criterion
+        self.classes = classes
+        self.mass = over_positions(position_masses(losses, targets, criterion))
+        self.losses = over_positions(losses) / torch.where(self.mass > 0, self.mass, 1)
         self.gram: Tensor | None = None
         self.labels = torch.zeros(len(losses), dtype=torch.int64, device=losses.device)
-        self.counted = torch.ones_like(losses)
+        self.counted = (self.mass > 0).to(losses)
         if classes is not None:
-            check_targets(targets, len(losses), classes)
+            ignored = ignored_index(criterion)
+            check_targets(targets, len(losses), classes, ignored)
             labels = targets.argmax(1) if targets.ndim == 2 else targets.long()
-            counted = labels != getattr(criterion, "ignore_index", -100)
-            self.labels, self.counted = labels * counted, counted.to(losses)
+            self.labels = labels * (labels != ignored)
 
     @property
     def guesses(self) -> Int[Tensor, " n"]:
@@ -120,24 +108,53 @@ class Batch:
         return torch.autograd.grad(losses.sum(), outputs)[0].float()
 
 
+def over_positions(x: Float[Tensor, "n ..."]) -> Float[Tensor, " n"]:
+    """The mean of what each sample has."""
+    return x.flatten(1).mean(1) if x.ndim > 1 else x
+
+
+def position_masses(
+    losses: Float[Tensor, "n ..."], targets: Tensor, criterion: Callable[..., Tensor]
+) -> Float[Tensor, "n ..."]:
+    """What each loss counts in the criterion's own mean, which divides by their sum.
+
+    Where targets are classes, that is the weight of the class, and 0 for the ignored one.
+    """
+    masses = torch.ones_like(losses)
+    if targets.shape != losses.shape or targets.is_floating_point():
+        return masses
+    ignored = targets == ignored_index(criterion)
+    weight = getattr(criterion, "weight", None)
+    if isinstance(weight, Tensor) and weight.ndim == 1:
+        masses = weight.to(losses)[torch.where(ignored, 0, targets).long()]
+    return torch.where(ignored, 0, masses)
+
+
+def ignored_index(criterion: Callable[..., Tensor]) -> int:
+    return int(getattr(criterion, "ignore_index", -100))
+
+
 def judge(
     batch: Batch, kind: str, caught: Caught, statistics: ClassStatistics, left_out: int | None
 ) -> tuple[Float[Tensor, " n"], Int[Tensor, " n"], Float[Tensor, "n p"]]:
     """Scores, the classes that the samples seem to have, and features of unit length (or none).
 
-    A sample that cannot be judged has the score NaN.
+    A sample that cannot be judged has the score NaN: so has one whose features are all zero or not
+    finite, which are then zero.
     """
-    n, guesses = len(batch.labels), batch.guesses
-    unit = batch.losses.new_zeros(n, 0)
+    guesses, unit = batch.guesses, batch.losses.new_zeros(len(batch.labels), 0)
     if kind == "prototype":
-        unit = normalize(caught.take(n).float(), dim=1)
+        unit = normalize(caught.take(batch.outputs).float(), dim=1)
+        unit = torch.where(unit.isfinite().all(1, keepdim=True), unit, 0)
         similarity = prototype_cosines(unit, statistics.prototypes(left_out))
         scores = prototype_margins(similarity, batch.labels)
+        scores = torch.where(unit.any(1), scores, torch.nan)
         guesses = similarity.nan_to_num(nan=-torch.inf).argmax(1)
     elif kind == "vote":
-        scores = class_votes(batch.cosines(caught.take(n)), batch.labels, batch.counted)
+        scores = class_votes(batch.cosines(caught.take(batch.outputs)), batch.labels, batch.counted)
     else:
-        scores = -batch.losses.float().clamp(max=LARGEST_LOSS)
+        largest = math.inf if batch.classes is None else LARGEST_LOSS
+        scores = -batch.losses.float().clamp(max=largest)
     known = (batch.counted > 0) & scores.isfinite()
     return torch.where(known, scores, torch.nan), guesses, unit
 

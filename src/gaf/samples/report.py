@@ -3,15 +3,32 @@
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from gaf.samples.agreement_checks import warn_of_most
-from gaf.samples.history import DISAGREED, GUESS, LABEL, LOSS, SCORE, VISITS
+from gaf.samples.agreement_checks import check_report, warn_of_most, warn_of_part
+from gaf.samples.history import DISAGREED, GUESS, LABEL, LOSS, SCORE, VISITS, History
 from gaf.samples.judge import DOUBTFUL, belief, strength
 from gaf.samples.scores import depths_in_others
+from gaf.samples.summing import ranks_of
 from gaf.shapes import Bool, Float, Int
 
 ENOUGH = 2 / 3  # depth for full belief in an issue
+
+
+def make_report(
+    history: History, kind: str, classes: int | None, group: dist.ProcessGroup | None, gather: bool
+) -> dict[str, list[Any]]:
+    """The report of one rank, or of all; see `SampleAgreement.report`."""
+    table, ranks = history.table, ranks_of(group)
+    if gather and ranks > 1:
+        table = history.gathered(group)
+    elif ranks > 1:
+        warn_of_part(ranks)
+    check_report(bool((table[:, VISITS] > 0).any()))
+    columns = report_columns(table.cpu(), kind, classes is not None)
+    warn_of_most(columns["is_label_issue"])
+    return columns
 
 
 def report_columns(table: Float[Tensor, "N 7"], kind: str, classes: bool) -> dict[str, list[Any]]:
@@ -30,7 +47,7 @@ def report_columns(table: Float[Tensor, "N 7"], kind: str, classes: bool) -> dic
     columns = {
         "index": index,
         **known,
-        "label_quality": quality_of(means[:, SCORE], kind),
+        "label_quality": quality_of(means, kind, classes),
         "is_label_issue": labels != guesses if classes else is_far(means[:, LOSS]),
         kind: means[:, SCORE],
         "loss": means[:, LOSS],
@@ -42,7 +59,6 @@ def report_columns(table: Float[Tensor, "N 7"], kind: str, classes: bool) -> dic
         columns["doubt"] = doubt_of(columns["is_label_issue"], labels, depths)
     else:
         del columns["disagreement"]
-    warn_of_most(int(columns["is_label_issue"].sum()), len(index))
     return {name: column.tolist() for name, column in columns.items()}
 
 
@@ -74,12 +90,28 @@ def doubt_of(
     return torch.where(issues, (depths / ENOUGH).clamp(max=1) * fade * belief(mean), 0)
 
 
-def quality_of(scores: Float[Tensor, " N"], kind: str) -> Float[Tensor, " N"]:
-    """In [0, 1], high for a trusted label: (1 + score) / 2, or exp(-loss)."""
-    return scores.clamp(max=0).exp() if kind == "loss" else (1 + scores.clamp(-1, 1)) / 2
+def quality_of(means: Float[Tensor, "N 4"], kind: str, classes: bool) -> Float[Tensor, " N"]:
+    """In [0, 1], high for a trusted label: (1 + score) / 2, or exp(-loss).
+
+    Without classes a loss has no scale: the share of samples whose loss is at least as large.
+    """
+    if not classes:
+        ordered = means[:, LOSS].sort().values
+        return 1 - torch.searchsorted(ordered, means[:, LOSS].contiguous()) / len(means)
+    if kind == "loss":
+        return (-means[:, LOSS].clamp(min=0)).exp()
+    return (1 + means[:, SCORE].clamp(-1, 1)) / 2
 
 
 def is_far(losses: Float[Tensor, " N"]) -> Bool[Tensor, " N"]:
     """Losses that are far out, by Tukey's rule: three interquartile ranges above the quartile."""
-    low, high = (float(losses.quantile(share)) for share in (0.25, 0.75))
+    ordered = losses.sort().values  # torch.quantile takes at most 2^24
+    low, high = (quantile(ordered, share) for share in (0.25, 0.75))
     return losses > high + 3 * (high - low)
+
+
+def quantile(ordered: Float[Tensor, " N"], share: float) -> Float[Tensor, ""]:
+    """Between neighbours by linear interpolation."""
+    place = share * (len(ordered) - 1)
+    low = int(place)
+    return torch.lerp(ordered[low], ordered[min(low + 1, len(ordered) - 1)], place - low)
