@@ -386,3 +386,78 @@ def test_what_are_no_losses_of_samples_is_refused() -> None:
         gaf.ghost_gram(nn.Sequential(model), out[:, 0], layers=["fc"])
     with pytest.raises(ValueError, match="must be names of modules; got 'fc'"):
         gaf.ghost_gram(model, out[:, 0], layers="fc")
+
+
+class Positions(nn.Module):
+    """Tokens (n, T) and an embedding of positions that all samples share, or one for each."""
+
+    def __init__(self, shared: bool) -> None:
+        super().__init__()
+        self.tokens, self.positions = nn.Embedding(9, 4), nn.Embedding(5, 4)
+        self.head, self.shared = nn.Linear(4, 3), shared
+
+    def forward(self, x: Tensor) -> Tensor:
+        places = torch.arange(x.shape[1])
+        h = self.tokens(x) + self.positions(places if self.shared else places.expand(len(x), -1))
+        out: Tensor = self.head(torch.tanh(h))
+        return out.mean(1)
+
+
+def losses_of(model: nn.Module, x: Tensor) -> Tensor:
+    with gaf.recording(model):
+        return cross_entropy(model(x), torch.arange(len(x)) % 3, reduction="none")
+
+
+@pytest.mark.parametrize("n", [5, 6])
+def test_positions_that_samples_share_are_refused_however_many_there_are(n: int) -> None:
+    """Five samples of five tokens have inputs of the same shapes as if all were in order."""
+    torch.manual_seed(0)
+    x = torch.randint(9, (n, 5))
+    model = Positions(shared=True)
+    losses = losses_of(model, x)
+    with pytest.raises(ValueError, match=r"'positions'.*positions.expand\(n, -1\)"):
+        gaf.ghost_gram(model, losses)
+    model = Positions(shared=False).double()
+    K = gaf.ghost_gram(model, losses_of(model, x))
+    rows = per_sample_rows(model, x, torch.arange(n) % 3)
+    torch.testing.assert_close(K, rows @ rows.T)
+
+
+class TimeFirst(nn.Module):
+    """A Linear on (T, n, features) or on (n, T, features); its last step or first is the answer."""
+
+    def __init__(self, place: int, swapped: bool) -> None:
+        super().__init__()
+        self.body, self.place, self.swapped = nn.Linear(4, 3), place, swapped
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.swapped:
+            out: Tensor = self.body(x.transpose(0, 1))[self.place]
+        else:
+            out = self.body(x)[:, self.place]
+        return out
+
+
+@pytest.mark.parametrize("place", [0, -1])
+def test_time_before_samples_is_refused_where_both_are_as_many(place: int) -> None:
+    x = torch.randn(6, 6, 4, generator=torch.Generator().manual_seed(0))
+    swapped, right = (TimeFirst(place, swapped) for swapped in (True, False))
+    with pytest.raises(ValueError, match=r"losses\[3\] depends on other entries of 'body'"):
+        gaf.ghost_gram(swapped, losses_of(swapped, x))
+    rows = per_sample_rows(right, x, torch.arange(6) % 3)
+    for _ in range(2):  # the second call is not checked again
+        torch.testing.assert_close(
+            gaf.ghost_gram(right, losses_of(right, x)),
+            (rows @ rows.T).double(),
+            rtol=1e-4,
+            atol=1e-6,
+        )
+
+
+def test_an_embedding_of_the_samples_themselves_is_no_table_of_positions() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(7, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+    x = torch.tensor([3, 1, 3, 0, 6])
+    K = gaf.ghost_gram(model, losses_of(model, x))
+    rows = per_sample_rows(model, x, torch.arange(5) % 3)
+    torch.testing.assert_close(K, rows @ rows.T)

@@ -2,12 +2,15 @@
 
 from collections.abc import Collection
 from typing import Any
+from weakref import WeakSet
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from gaf.samples.layers import Call
 
+IN_ORDER: WeakSet[nn.Module] = WeakSet()  # layers whose first dimension was seen to be the samples
 WAY = "with gaf.recording(model): losses = ..."
 
 
@@ -141,6 +144,37 @@ def check_call(name: str, call: Call, delta: Tensor, n: int, subject: str) -> No
             f"{subject}: an Embedding's gradients must not be scaled by frequencies in the batch, "
             f"which belong to no sample; {name!r} has scale_grad_by_freq=True. Turn it off."
         )
+
+
+def is_ambiguous(call: Call, n: int) -> bool:
+    """Whether the input's shape fits as well if its first dimension is not that of the samples.
+
+    So it is for positions (T,) and for inputs (T, n, features), where T = n.
+    """
+    module, shape = call.module, call.input.shape
+    if n == 1 or module in IN_ORDER or not shape or shape[0] != n:
+        return False
+    if isinstance(module, nn.Embedding):
+        return len(shape) == 1 or shape[1] == n
+    by_position = isinstance(module, nn.Linear | nn.LayerNorm | nn.RMSNorm)
+    return by_position and len(shape) > 2 and shape[1] == n
+
+
+def check_order(name: str, call: Call, delta: Tensor | None, i: int, subject: str) -> None:
+    """ValueError where losses[i] depends on other entries of a layer's output than entry i.
+
+    delta: the gradient of losses[i] by the output.
+    """
+    if delta is not None and len(delta) == len(call.input):
+        others = delta.flatten(1)
+        if bool(((others != 0) & others.isfinite()).any(1).sum() > torch.any(others[i] != 0)):
+            raise ValueError(
+                f"{subject}: entry i of every layer's input must belong to sample i alone; "
+                f"losses[{i}] depends on other entries of {name!r}, which was given shape "
+                f"{tuple(call.input.shape)}. Put the samples first (batch_first), give each its "
+                "own entry (positions.expand(n, -1)), or leave the layer out (layers=[...])."
+            )
+    IN_ORDER.add(call.module)
 
 
 def check_sample_policy(policy: Any, scope: str, merges: bool) -> None:

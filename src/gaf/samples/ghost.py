@@ -14,12 +14,14 @@ from gaf.samples.checks import (
     check_call,
     check_losses,
     check_model,
+    check_order,
     check_uses,
     check_whole,
     choose_layers,
+    is_ambiguous,
 )
 from gaf.samples.layers import Call, pieces_of_call, weight_and_bias
-from gaf.samples.loss_graph import LossGraph
+from gaf.samples.loss_graph import LossGraph, Node
 from gaf.samples.pieces import Piece
 from gaf.samples.ways import gram_of_pieces
 from gaf.shapes import Float, Float64
@@ -42,7 +44,8 @@ def ghost_gram(
     Embedding, LayerNorm, GroupNorm, RMSNorm and BatchNorm; layers that are called several times,
     and weights that several layers share. Frozen parameters are left out.
 
-    Sample i must be entry i of each layer's input, and must act on losses[i] alone. BatchNorm in
+    Sample i must be entry i of each layer's input, and must act on losses[i] alone. Where a shape
+    leaves that open, a backward pass of one loss checks it, at the first call. BatchNorm in
     training mode mixes samples: row i is then the gradient of the sum of all losses through sample
     i's activations, and not that of losses[i]. In evaluation mode it is exact.
 
@@ -105,12 +108,14 @@ class GhostPass:
             for node, call in self.graph.calls.items()
             if any(p in self.uses for p in weight_and_bias(call.module))
         }
+        self._check_order({node: c for node, c in calls.items() if is_ambiguous(c, self.n)})
         ends = self.graph.deepest(calls)
         passed = [node for node in calls if node not in ends]
         hooks = [node.register_prehook(partial(self._arrive, calls[node])) for node in passed]
         edges = [GradientEdge(node, calls[node].place) for node in ends]
         try:
-            for node, delta in zip(ends, self._gradients(edges), strict=True):
+            ones = torch.ones_like(self.losses)
+            for node, delta in zip(ends, self._gradients(edges, ones), strict=True):
                 self._take(calls[node], delta)
         finally:
             for hook in hooks:
@@ -120,11 +125,27 @@ class GhostPass:
         tiny = self.K.diagonal() < (0 if self.losses.dtype == torch.float64 else LEAST)
         return torch.where(tiny | tiny[:, None], 0.0, self.K)
 
-    def _gradients(self, edges: Sequence[GradientEdge]) -> Sequence[Tensor | None]:
+    def _check_order(self, calls: dict[Node, Call]) -> None:
+        """Where shapes do not tell, a backward pass of one loss does, once for each layer.
+
+        Not where BatchNorm may mix the samples.
+        """
+        if not calls or any("BatchNorm" in node.name() for node in self.graph.nodes):
+            return
+        i = self.n // 2
+        one = torch.zeros_like(self.losses)
+        one[i] = 1
+        edges = [GradientEdge(node, call.place) for node, call in calls.items()]
+        for call, delta in zip(calls.values(), self._gradients(edges, one), strict=True):
+            check_order(self.names.get(call.module, "?"), call, delta, i, self.subject)
+
+    def _gradients(
+        self, edges: Sequence[GradientEdge], by: Float[Tensor, " n"]
+    ) -> Sequence[Tensor | None]:
+        """Of the sum of the losses, each times its number in `by`."""
         if not edges:
             return []
-        ones = torch.ones_like(self.losses)
-        return torch.autograd.grad([self.losses], edges, [ones], True, allow_unused=True)
+        return torch.autograd.grad([self.losses], edges, [by], True, allow_unused=True)
 
     def _arrive(self, call: Call, deltas: Sequence[Tensor | None]) -> None:
         self._take(call, deltas[call.place])
