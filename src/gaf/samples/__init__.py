@@ -13,8 +13,10 @@ The files in the order of the data:
 A loss function that needs none of the above:
 
     agreement         `SampleAgreement`: weighs samples, keeps what it saw of them, reports
+    caught            what the head was given for the batch
     judge, scores     how far each label of a batch is trusted, and the weights
     class_statistics  means by class over the last steps; summing, over the ranks
     history, report   what was seen of each sample, and the table of its label's quality
+    float_buffers     buffers that keep their type
     agreement_checks  what it refuses
 """

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from gaf.arguments import one_of, whole_number
 
 KINDS = ("prototype", "vote", "loss")
-SMALL = 0.02  # by how much probabilities in bfloat16 may miss a sum of 1
+MISSED = 0.02  # by how much probabilities in bfloat16 may miss a sum of 1
 LARGEST_INDEX = 10**9  # a table of 28 GB
 
 
@@ -103,7 +103,7 @@ def check_targets(targets: Tensor, n: int, classes: int, ignored: int) -> None:
             )
     if not indices:
         low, sums = targets.amin(), targets.sum(1)
-        if bool((low < 0) | ((sums - 1).abs() > SMALL).any()):
+        if bool((low < 0) | ((sums - 1).abs() > MISSED).any()):
             raise ValueError(
                 "SampleAgreement: targets of this shape must be probabilities of classes, that "
                 f"sum to 1; the smallest is {float(low):.3g}, and sums range from "
