@@ -42,11 +42,12 @@ def found(file: str = "label-detection") -> dict[tuple[str, str, float, str, int
 
 
 def scores(group: Lines, name: str, measure: str) -> list[float]:
-    return [line["scores"][name][measure] for line in group]
+    return [line["scores"][name][measure] for line in group if name in line["scores"]]
 
 
 def cell(group: Lines | None, name: str, measure: str) -> str:
-    return "" if group is None else f"{statistics.mean(scores(group, name, measure)):.3f}"
+    found = [] if group is None else scores(group, name, measure)
+    return f"{statistics.mean(found):.3f}" if found else ""
 
 
 def along_training() -> str:
