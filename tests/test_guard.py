@@ -18,7 +18,7 @@ from gaf.rules.drift import Drift
 from gaf.rules.finding import Finding
 from gaf.rules.judging import has_overflow
 from gaf.rules.row_sums import RowSums
-from gaf.rules.watch import StepWatch, medians_of_others
+from gaf.rules.watch import FADE, NormWatch, StepWatch, medians_of_others
 from helpers.comparing import same
 
 K = pytest.mark.parametrize("k", [2, 3, 4, 5, 8])
@@ -525,3 +525,51 @@ def test_medians_of_others(k: int) -> None:
     for i, median in enumerate(medians_of_others(values)):
         rest = [v for j, v in enumerate(values) if j != i and not math.isnan(v)]
         assert median == statistics.median_low(rest) if rest else math.isnan(median)
+
+
+def lengths(factors: dict[int, float], steps: int, k: int = 4) -> list[list[bool]]:
+    """Which rows are left out at each step; row 1 is multiplied by what `factors` holds last."""
+    rng = torch.Generator().manual_seed(0)
+    guard, factor, left_out = gaf.Guard(drift=None), 1.0, []
+    for step in range(steps):
+        factor = factors.get(step, factor)
+        rows = torch.randn(500, generator=rng) + torch.randn(k, 500, generator=rng)
+        rows[1] *= factor
+        _, decision = gaf.aggregate(rows, guard)
+        left_out.append((~decision.accepted).tolist())
+    return left_out
+
+
+ROW_1 = [False, True, False, False]
+
+
+def test_no_row_raises_the_limit_that_it_is_judged_by() -> None:
+    found = lengths({30: 8.0, 31: 70.0}, 60)
+    assert found[:31] == [[False] * 4] * 31 and found[31:] == [ROW_1] * 29
+
+
+def test_a_row_that_grows_from_step_to_step_is_left_out() -> None:
+    found = lengths({30 + i: 8.0 ** (i + 1) for i in range(12)}, 42)
+    assert found[30] == [False] * 4 and found[31:] == [ROW_1] * 11
+
+
+def test_a_row_that_was_too_long_from_the_start_is_left_out_after_the_first_steps() -> None:
+    found = lengths({0: 50.0}, 40)
+    assert found[:20] == [[False] * 4] * 20 and found[20:] == [ROW_1] * 20
+
+
+def test_the_largest_norm_of_the_others_is_that_of_each_row_by_itself() -> None:
+    watch, each = NormWatch(10.0), torch.full((5,), -math.inf)
+    rng = torch.Generator().manual_seed(0)
+    for _ in range(300):
+        norms = 3 * torch.randn(5, generator=rng)
+        norms[torch.rand(5, generator=rng) < 0.2] = math.nan
+        watch.learn(norms.tolist())
+        if not norms.isnan().all():
+            each = torch.maximum(each - FADE, norms.nan_to_num(nan=-math.inf))
+        for i in range(5):
+            others = max(float(v) for j, v in enumerate(each) if j != i)
+            assert watch._largest_beside(i, 5) == pytest.approx(others, abs=1e-4)
+    again = NormWatch(10.0)
+    again.load_state_dict(json.loads(json.dumps(watch.state_dict())))
+    assert vars(again) == vars(watch)

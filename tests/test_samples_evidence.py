@@ -411,8 +411,19 @@ def glance(
 
 CHANGED = ("prototype weights", "prototype weights with ELR", OURS)  # since
 BEFORE = {"H200": ", before depth", "CPU": ", before cosines"}
-MACHINES = {"cpu": "CPU", "cuda": "H200"}
-PLAIN_SEED = ("averaging", 0)  # trained on both
+MACHINES = {"": "H200", "-cpu": "CPU", "-float32": "CPU, float32"}  # by the end of the file's name
+HumanArms = dict[tuple[str, str, str], list[Run]]
+
+
+def human_arms() -> HumanArms:
+    """(labels, arm, machine) -> the runs in the order of their seeds."""
+    arms: HumanArms = {}
+    for end, machine in MACHINES.items():
+        runs = read_pack(ROOT / "results" / f"label-training-human{end}.jsonl")
+        for run in sorted(runs, key=lambda run: run.seed):
+            labels = HUMAN[run.header["config"]["dataset"]].partition(", ")[2]
+            arms.setdefault((labels, run.arm, machine), []).append(run)
+    return arms
 
 
 def trained_on_human_labels() -> str:
@@ -420,22 +431,15 @@ def trained_on_human_labels() -> str:
 
     The averaging is that of the same machine where all its seeds were trained there too.
     """
-    arms: dict[tuple[str, str, str], list[Run]] = {}
-    packs = (ROOT / "results" / f"label-training-human{name}.jsonl" for name in ("", "-cpu"))
-    runs = [run for pack in packs for run in read_pack(pack)]
-    for run in sorted(runs, key=lambda run: run.seed):
-        config = run.header["config"]
-        place = HUMAN[config["dataset"]].partition(", ")[2], run.arm, MACHINES[config["device"]]
-        arms.setdefault(place, []).append(run)
-    arms = {place: found for place, found in arms.items() if len(found) == 3}
+    arms = {place: found for place, found in human_arms().items() if len(found) == 3}
     rows = []
-    for (data, arm, machine), found in arms.items():
-        plain = arms.get((data, "averaging", machine)) or arms[data, "averaging", "H200"]
+    for (labels, arm, machine), found in sorted(arms.items(), key=lambda item: item[0][0]):
+        plain = arms.get((labels, "averaging", machine)) or arms[labels, "averaging", "H200"]
         cells = [spread([measure(run) for run in found]) for measure in (own_last, last)]
         pair = ([100 * last(run) for run in some] for some in (found, plain))
         less = "" if arm == "averaging" else Paired.of(*pair).text(1)
-        before = BEFORE[machine] if arm in CHANGED else ""
-        rows.append([data, f"{arm}{before}", machine, *cells, less])
+        before = BEFORE.get(machine, "") if arm in CHANGED else ""
+        rows.append([labels, f"{arm}{before}", machine, *cells, less])
     return table(
         "labels | rule | machine | last | last, averaged weights | the same, less averaging",
         rows,
@@ -443,22 +447,22 @@ def trained_on_human_labels() -> str:
 
 
 def test_one_seed_of_averaging_shows_how_far_the_machines_differ():
-    files = (ROOT / "results" / f"label-training-human{name}.jsonl" for name in ("-cpu", ""))
+    arms = human_arms()
     ends = [
-        100 * last(run)
-        for file in files
-        for run in read_pack(file)
-        if run.header["config"]["dataset"] == "cifar100n" and (run.arm, run.seed) == PLAIN_SEED
+        100 * last(arms["100 classes", "averaging", machine][0])
+        for machine in ("CPU", "CPU, float32", "H200")
     ]
     text = " ".join((ROOT / "docs" / "samples.md").read_text().split())
-    assert "ends at {:.1f} on the CPU and at {:.1f} on the H200".format(*ends) in text
+    assert (
+        "ends at {:.1f} and {:.1f} on the two CPUs and at {:.1f} on the H200".format(*ends) in text
+    )
 
 
 def test_gaf_is_behind_random_skip_on_human_labels():
-    runs = read_pack(ROOT / "results" / "label-training-human-cpu.jsonl")
-    runs.sort(key=lambda run: run.seed)
+    arms = human_arms()
     gaf, skip = (
-        [100 * last(run) for run in runs if run.arm == arm] for arm in ("GAF", "random skip")
+        [100 * last(run) for run in arms["100 classes", arm, "CPU"]]
+        for arm in ("GAF", "random skip")
     )
     found = Paired.of(gaf, skip)
     text = " ".join((ROOT / "docs" / "samples.md").read_text().split())

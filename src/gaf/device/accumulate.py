@@ -104,7 +104,8 @@ class Accumulator(Recorded):
         ledger = Ledger(check_policy(policy, self.subject))
         super().__init__(ledger, GrowingBatch(until, self.optimizers, self.subject))
         check_types(model, scaler, leave_out, self.subject)
-        check_scope(scope_of(policy), model, bn, leave_out)
+        self._given = model, bn, leave_out
+        check_scope(scope_of(policy), *self._given)
         check_bn(bn, model)
         self._params = Parameters(self.optimizers, model, leave_out, self.subject)
         self.layers: dict[str, Decision] = {}
@@ -117,11 +118,6 @@ class Accumulator(Recorded):
         self._stepping = False  # whether an optimizer's step is this object's own
         for one in self.optimizers:
             claim_optimizer(one, self)
-
-    @property
-    def scaler(self) -> GradScaler | None:
-        """The scaler, if it is enabled."""
-        return self._scaling.scaler
 
     @property
     def enough(self) -> bool:
@@ -190,7 +186,7 @@ class Accumulator(Recorded):
     def decide(self) -> Decision:
         """Decides, and puts the update into p.grad, unscaled: the place to clip.
 
-        After a skip every p.grad is None.
+        After a skip every p.grad is None. An exception, such as the policy's, ends the macro-batch.
 
         Raises:
             RuntimeError: where no backward() came before.
@@ -198,7 +194,11 @@ class Accumulator(Recorded):
         if self._decided is None:
             if self._rows is None:
                 raise_nothing_waits(self.subject)
-            self._decided = self._decide(self._rows)
+            try:
+                self._decided = self._decide(self._rows)
+            except BaseException:
+                self._drop()
+                raise
             if self.ledger.findings:
                 self.ledger.note_findings(self._scaling.factor)
         return self._decided
@@ -283,6 +283,9 @@ class Accumulator(Recorded):
             RuntimeError: between `decide()` and `step()`: the decision is counted.
         """
         check_undecided(self._decided, "discard()", self.subject)
+        self._drop()
+
+    def _drop(self) -> None:
         if self._rows is not None:
             self._bn.settle([])
             self._bn.begin()
@@ -290,10 +293,7 @@ class Accumulator(Recorded):
         self._params.clear()
 
     def _give_way(self) -> None:
-        """Drops what waits, because another Accumulator was made for the optimizer.
-
-        This one was interrupted, perhaps, and a traceback keeps it.
-        """
+        """Drops what waits, because another Accumulator was made for the optimizer."""
         if self._decided is not None:
             self.ledger.last = self._decided
             self._take_back()

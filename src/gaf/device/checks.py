@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.nn.parallel import DistributedDataParallel
 
+from gaf.rules.contract import check_policy, scope_of
 from gaf.rules.decision import Decision
 
 Names = dict[nn.Parameter, str]
@@ -96,6 +97,17 @@ def check_scope(scope: str, model: nn.Module | None, bn: str, leave_out: Any) ->
             "neither with bn='accepted' nor with leave_out, because no micro-batch is accepted as "
             f"a whole; got model={'None' if model is None else 'given'}, bn={bn!r}, "
             f"leave_out={leave_out!r}. Pass model= alone, or leave scope out."
+        )
+
+
+def check_new_policy(policy: Any, given: tuple[Any, str, Any], waiting: bool, subject: str) -> None:
+    """Refuses a policy as the constructor would (given: model, bn, leave_out), and between rows."""
+    check_policy(policy, subject)
+    check_scope(scope_of(policy), *given)
+    if waiting:
+        raise RuntimeError(
+            f"{subject}: a new policy must come between steps; micro-gradients wait for their "
+            "step(). Call step() or discard() first."
         )
 
 

@@ -2,12 +2,15 @@
 
 from typing import Any
 
+from torch.amp import GradScaler
 from torch.optim.lr_scheduler import LRScheduler
 
+from gaf.device.checks import check_new_policy
 from gaf.device.growing import GrowingBatch
+from gaf.device.scaler import LossScaling
 from gaf.record.ledger import Ledger
 from gaf.record.outcome import Outcome
-from gaf.rules.contract import Policy
+from gaf.rules.contract import Policy, private_copy
 from gaf.rules.decision import Decision
 
 
@@ -18,9 +21,18 @@ class Recorded:
         ledger: what came of the steps.
     """
 
+    subject: str
+    _given: tuple[Any, str, Any]  # what a policy's scope goes with
+    _scaling: LossScaling
+
     def __init__(self, ledger: Ledger, batch: GrowingBatch) -> None:
         self.ledger, self._batch = ledger, batch
         batch.check_policy(ledger.policy)
+
+    @property
+    def waiting(self) -> bool:
+        """Whether micro-gradients wait for their step()."""
+        raise NotImplementedError
 
     @property
     def policy(self) -> Policy:
@@ -29,8 +41,14 @@ class Recorded:
 
     @policy.setter
     def policy(self, policy: Policy) -> None:
+        check_new_policy(policy, self._given, self.waiting, self.subject)
         self._batch.check_policy(policy)
-        self.ledger.policy = policy
+        self.ledger.policy = private_copy(policy)
+
+    @property
+    def scaler(self) -> GradScaler | None:
+        """The scaler, if it is enabled."""
+        return self._scaling.scaler
 
     @property
     def last(self) -> Decision | None:

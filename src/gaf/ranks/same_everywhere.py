@@ -1,6 +1,7 @@
 """What all ranks must have in common before any of them sends: otherwise they deadlock."""
 
 from collections import Counter
+from functools import partial
 
 import torch.distributed as dist
 from torch import nn
@@ -44,6 +45,9 @@ def check_same(mine: dict[str, str], group: "dist.ProcessGroup", subject: str = 
 
 def describe_policy(policy: Policy) -> str:
     """A policy's repr, if it shows what the policy does rather than where it lies in memory."""
+    if isinstance(policy, partial):
+        given = [*map(repr, policy.args), *(f"{k}={v!r}" for k, v in policy.keywords.items())]
+        return f"partial({', '.join([describe_policy(policy.func), *given])})"
     if "object at 0x" not in repr(policy) and not hasattr(policy, "__qualname__"):
         return repr(policy)
     return str(getattr(policy, "__qualname__", type(policy).__qualname__))

@@ -95,7 +95,7 @@ class Alarms:
                 message = f"gaf: {self._explain(finding, step, stepped)}"
                 warnings.warn(message, stacklevel=frames_inside() + 1)
             if on_alarm is not None:
-                on_alarm(dict(alarm))
+                call_safely(on_alarm, dict(alarm))
 
     def _describe(self, finding: Finding, step: int) -> dict[str, Any]:
         return {
@@ -126,6 +126,18 @@ class Alarms:
             return ""
         name = f"row {row}" if self.workers is None else str(self.workers[row])
         return f"{name}: "
+
+
+def call_safely(on_alarm: Callable[[dict[str, Any]], None], alarm: dict[str, Any]) -> None:
+    """What it raises becomes a warning: on one rank alone it would leave the others waiting."""
+    try:
+        on_alarm(alarm)
+    except Exception as error:
+        warnings.warn(
+            f"gaf: on_alarm must not raise, since other ranks would wait; it raised "
+            f"{type(error).__name__}: {error}. The alarm is in the list of alarms.",
+            stacklevel=frames_inside() + 1,
+        )
 
 
 def consequence(finding: Finding, stepped: bool) -> str:

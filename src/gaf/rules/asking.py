@@ -36,7 +36,10 @@ def call(policy: Policy, gram: Float64[Tensor, "k k"]) -> Any:
     What it draws from torch's generator on the CPU is seeded by K, so that ranks with other seeds
     draw the same, and the draws of the training go on as they would without it.
     """
-    if isinstance(policy, Sequential) or gram.device.type != "cpu":
+    if isinstance(policy, Sequential):
+        return policy(gram)
+    gram = gram.clone()  # it may write into it
+    if gram.device.type != "cpu":
         return policy(gram)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(zlib.crc32(array("d", gram.diagonal().tolist())))

@@ -17,10 +17,11 @@ from torch import Tensor
 
 from gaf.rules.asking import ask
 from gaf.rules.contract import Policy, check_policy, merge_of
-from gaf.rules.decision import Decision
+from gaf.rules.decision import Decision, check_weights
 from gaf.rules.gram import check_rows, gram
 from gaf.rules.merging import merge_into
 from gaf.rules.second_moments import check_no_optimizer_metric
+from gaf.rules.sequential import Sequential
 from gaf.shapes import Float, Float64
 
 
@@ -37,7 +38,8 @@ def aggregate(rows: Float[Tensor, "k n"], policy: Policy) -> tuple[Float[Tensor,
 
     Raises:
         ValueError, TypeError: if `rows` is not such a matrix, `policy` is not callable, or what
-            it returns is not a Decision about these rows.
+            it returns is not a Decision about these rows, or one that steps with weights that are
+            not finite.
 
     >>> from gaf import GAF
     >>> rows = torch.tensor([[1.0, 0.0], [0.8, 0.6], [-1.0, 0.0]])
@@ -49,6 +51,8 @@ def aggregate(rows: Float[Tensor, "k n"], policy: Policy) -> tuple[Float[Tensor,
     check_policy(policy, "aggregate")
     check_no_optimizer_metric(policy, "aggregate", "a matrix of rows has no optimizer")
     decision, merge = ask(policy, gram(rows)), merge_of(policy)
+    if not isinstance(policy, Sequential):  # their weights are finite: the device is not waited for
+        check_weights(decision.weights.tolist(), bool(decision.stepped), policy)
     if merge is None:
         return combine(decision.weights, rows), decision
     update = torch.empty_like(rows[0])

@@ -115,8 +115,13 @@ def check_weights(weights: Sequence[float], stepped: bool, policy: Any) -> None:
     """Refuses a step whose weights are not finite: no parameter would stay finite after it.
 
     Raises:
-        ValueError: if the step is taken and a weight is not finite.
+        ValueError: if the step is taken and a weight is not finite, or all are zero.
     """
+    if stepped and not any(weights):
+        raise ValueError(
+            f"policy {policy!r}: a Decision that steps must give some row a weight; all "
+            f"{len(weights)} are 0. Set stepped=False to skip."
+        )
     if stepped and not all(map(math.isfinite, weights)):
         raise ValueError(
             f"policy {policy!r}: a Decision that steps must have finite weights; "

@@ -33,8 +33,8 @@ class Guard:
 
     - if it is not finite;
     - if its norm is more than `norm_ratio` times the median of the others', and as many times the
-      largest norm of any row of late (which fades by half in 350 steps); in the first 20 steps,
-      `norm_ratio` squared times both. With k = 2 the past shows which of the two has changed;
+      largest norm of any other row of late (which fades by half in 350 steps); in the first 20
+      steps, `norm_ratio` squared times both. With k = 2 its own past shows whether it has changed;
     - with `cosine_z`, if its cosine to the sum of the others lies that many standard deviations
       below its usual one, relative to the others'.
 
@@ -59,7 +59,9 @@ class Guard:
         spike_z: above 0. Higher lets more pass.
         drift: the limit of the cumulative sums in standard deviations, above 0; None: no reports.
             Higher reports less, and later.
-        on_alarm: called with each new alarm, a dict (see `gaf.Accumulator.alarms`); on every rank.
+        on_alarm: called with each new alarm, a dict (see `gaf.Accumulator.alarms`), under
+            `gaf.attach` on every rank; what it raises becomes a warning. `gaf.all_reduce` and
+            `gaf.aggregate` keep no alarms: look at `findings`.
 
     Attributes:
         findings: what was noticed in the last decision.

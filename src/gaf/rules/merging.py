@@ -40,6 +40,12 @@ def merge_into(
     for start in range(0, len(out), size):
         block = torch.stack([row[start : start + size] for row in used]).to(exact)
         update = merge(block, place + start)
+        if update.shape != block.shape[1:]:
+            raise ValueError(
+                f"merge of a policy must give one number for each of the {block.shape[1]} "
+                f"coordinates of the rows, ({block.shape[1]},); got shape {tuple(update.shape)}. "
+                "Reduce over the rows alone, such as rows.mean(0)."
+            )
         out[start : start + size] = update if factor == 1.0 else update * factor
 
 

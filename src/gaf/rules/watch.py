@@ -13,24 +13,27 @@ LEAST_DEVIATION = 0.1  # of that log norm: a run that never varied may vary by a
 
 
 class NormWatch:
-    """Finds rows that are far longer than the others, and than any row of late.
+    """Finds rows that are far longer than the others, and than any other row of late.
 
     Not a z-score: with small micro-batches that are nearly learned, norms scatter by a factor of
-    ten, and six standard deviations are a factor of a million.
+    ten, and six standard deviations are a factor of a million. No row raises the limit that it is
+    judged by, unless there are two: then its own past counts too, and shows which has changed.
 
     Args:
-        ratio: to the median of the others' norms, and to the largest norm of late.
+        ratio: to the median of the others' norms, and to the largest norm of the others of late.
 
     In the first 20 steps it is the ratio squared.
 
     Attributes:
-        largest: of late; it falls by half in 350 steps.
+        largest: of any row of late; it falls by half in 350 steps.
+        holder: the row that it is of.
+        second: the largest of any other row of late.
         seen: steps that were learned from.
     """
 
     def __init__(self, ratio: float) -> None:
         self.limit = math.log(ratio)
-        self.largest, self.seen = -math.inf, 0
+        self.largest, self.holder, self.second, self.seen = -math.inf, 0, -math.inf, 0
 
     def find(self, norms: Sequence[float]) -> list[Finding]:
         """norms: of k rows; NaN for rows without one, which are not compared."""
@@ -38,25 +41,38 @@ class NormWatch:
         return [
             Finding(i, "norm", math.exp(norm), math.exp(other))
             for i, (norm, other) in enumerate(zip(norms, others, strict=True))
-            if self._is_far(norm, other)
+            if self._is_far(norm, other, self._largest_beside(i, len(norms)))
         ]
 
-    def _is_far(self, norm: float, other: float) -> bool:
+    def _largest_beside(self, row: int, k: int) -> float:
+        return self.second if row == self.holder and k > 2 else self.largest
+
+    def _is_far(self, norm: float, other: float, largest: float) -> bool:
         limit = self.limit if self.seen >= WARM_UP else 2 * self.limit
-        return min(norm - other, norm - self.largest) > limit
+        return min(norm - other, norm - largest) > limit
 
     def learn(self, norms: Sequence[float]) -> None:
         """Adds one step; NaN for rows that are broken."""
-        known = [norm for norm in norms if not math.isnan(norm)]
-        if known:
-            self.largest = max(self.largest - FADE, *known)
-            self.seen += 1
+        known = [(norm, i) for i, norm in enumerate(norms) if not math.isnan(norm)]
+        if not known:
+            return
+        self.largest, self.second = self.largest - FADE, self.second - FADE
+        for norm, i in known:
+            if norm > self.largest:
+                if i != self.holder:
+                    self.second = self.largest
+                self.largest, self.holder = norm, i
+            elif i != self.holder:
+                self.second = max(self.second, norm)
+        self.seen += 1
 
     def state_dict(self) -> dict[str, Any]:
-        return {"largest": self.largest, "seen": self.seen}
+        names = ("largest", "holder", "second", "seen")
+        return {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.largest, self.seen = state["largest"], state["seen"]
+        self.largest, self.holder = state["largest"], state["holder"]
+        self.second, self.seen = state["second"], state["seen"]
 
 
 class StepWatch:

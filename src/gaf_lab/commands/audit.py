@@ -11,6 +11,7 @@ from rich.console import Console
 from tyro.conf import OmitArgPrefixes
 
 from gaf_lab.commands.common import Words, base_config, say, show_file
+from gaf_lab.commands.without_effect import refuse_without_effect
 from gaf_lab.settings.checks import MOST_SEEDS, check_count
 from gaf_lab.settings.config import TrainConfig
 from gaf_lab.settings.presets import AUDIT
@@ -38,6 +39,7 @@ class AuditOptions:
 def run_audit(words: Words, console: Console) -> int:
     default = AuditOptions(base_config(words, AUDIT))
     options = tyro.cli(AuditOptions, prog="gaf audit", args=words, default=default)
+    refuse_without_effect(words, options.config)
     from gaf_lab.records.locks import own_folder
 
     check_count("seeds", options.seeds, 1, MOST_SEEDS)
@@ -71,6 +73,8 @@ def audit_and_write(options: AuditOptions, command: str, console: Console) -> in
     write_samples(found[0], out / "samples.csv")
     draw_audit(found[0], out / "audit.png")
     sheet = draw_suspects(found[0], out / "suspects.png")
+    if not sheet:  # of an earlier audit of pictures, to which these lines do not belong
+        (out / "suspects.png").unlink(missing_ok=True)
     conditions = {"command": command, "config": config.plain()}
     write_measurements(found, out / "audit.jsonl", conditions, pick_device(config.device))
     if known := with_truth(lines):

@@ -69,6 +69,7 @@ def convert_own(options: DataOptions, console: Console) -> int:
     from gaf_lab.data.convert import read_from
     from gaf_lab.records.output import make_file, replace_whole
 
+    check_out(options)
     found = read_from(options.source, options.label, options.size, options.numbers)
     show_facts(describe_arrays(found), console)
     if options.out is None:
@@ -81,6 +82,20 @@ def convert_own(options: DataOptions, console: Console) -> int:
         task = "--task gaf_lab.tasks.arrays:arrays"
         say(console, f"{command.title()}: gaf {command} {task} --data {options.out}")
     return 0
+
+
+def check_out(options: DataOptions) -> None:
+    """ConfigError where the file to write is no .npz, or is the source."""
+    out, source = options.out, Path(options.source.partition(":")[2])
+    if out is None:
+        return
+    if out.suffix != ".npz":
+        raise ConfigError(f"out must be a file that ends in .npz; got {str(out)!r}. Add .npz.")
+    if out.exists() and source.exists() and out.samefile(source):
+        raise ConfigError(
+            f"out must be another file than the source, which would be lost; got {str(out)!r} for "
+            "both. Give a new name."
+        )
 
 
 def show_facts(facts: dict[str, str], console: Console) -> None:

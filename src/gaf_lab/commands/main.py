@@ -41,12 +41,12 @@ def main(words: Words | None = None) -> int:
     """Runs `gaf WORDS...`. An error that a user can fix becomes one message and exit code 2."""
     words = sys.argv[1:] if words is None else words
     if not (words[:1] == ["train"] and under_torchrun()):
-        return run_command(words, Console())
+        return run_command(words, Console(emoji=False))
     from gaf_lab.training import ranks
 
     group = ranks.join()
     try:
-        code = run_command(words, Console(quiet=not group.leads))
+        code = run_command(words, Console(quiet=not group.leads, emoji=False))
     except ranks.Elsewhere:
         code = 2
     return ranks.leave(code)
@@ -65,7 +65,7 @@ def run_command(words: Words, console: Console) -> int:
     if words[0] not in COMMANDS:
         known = nearest(words[0], [*COMMANDS, "help", "--help", "--version"])
         message = f"unknown command {words[0]!r}.{known} There are: {', '.join(COMMANDS)}."
-        say(Console(stderr=True), f"gaf: {message}")
+        say(Console(stderr=True, emoji=False), f"gaf: {message}")
         return 2
     return exit_code(words[0], words[1:], console)
 
@@ -75,7 +75,7 @@ def exit_code(name: str, words: Words, console: Console) -> int:
     try:
         return COMMANDS[name][0](words, console)
     except KeyboardInterrupt:
-        say(Console(stderr=True), f"\ngaf {name}: stopped.")
+        say(Console(stderr=True, emoji=False), f"\ngaf {name}: stopped.")
         return 130
     except BrokenPipeError:  # the reader of the output, such as head, has exited
         return 1
@@ -90,7 +90,7 @@ def exit_code(name: str, words: Words, console: Console) -> int:
 
 def refuse(name: str, message: str) -> int:
     """Shows what a user can fix, and returns the exit code for it."""
-    Console(stderr=True, soft_wrap=True).print(
+    Console(stderr=True, soft_wrap=True, emoji=False).print(
         f"gaf {name}: {message}", style="red", markup=False, highlight=False
     )
     return 2

@@ -74,11 +74,11 @@ def run_sweep(words: Words, console: Console) -> int:
     except KeyboardInterrupt:
         say(console, f"\nStopped. Go on with the same command: {command}")
         return 130
+    page = f" Page: gaf report {out}" if swept.runs else ""
     say(
         console,
         f"{len(swept.runs)} of {len(swept.runs) + len(swept.failed)} runs are finished, "
-        f"in {time.perf_counter() - started:.0f} s. "
-        f"Index: {out / INDEX}. Page: gaf report {out}",
+        f"in {time.perf_counter() - started:.0f} s. Index: {out / INDEX}.{page}",
     )
     return failures_code(console, swept.failed)
 

@@ -11,6 +11,7 @@ from rich.console import Console
 from tyro.conf import OmitArgPrefixes
 
 from gaf_lab.commands.common import Words, base_config, say
+from gaf_lab.commands.without_effect import refuse_without_effect
 from gaf_lab.records import run as records
 from gaf_lab.settings.checks import ConfigError
 from gaf_lab.settings.config import TrainConfig
@@ -98,6 +99,7 @@ def words_to_resume(words: Words, out: Path) -> Words:
 def parse_train(words: Words) -> TrainOptions:
     default = TrainOptions(base_config(words))
     options = tyro.cli(TrainOptions, prog="gaf train", args=words, default=default)
+    refuse_without_effect(words, options.config)
     if options.steps is not None and options.steps < 1:
         raise ConfigError(
             f"steps must be at least 1; got {options.steps}. Leave it out to run all passes."

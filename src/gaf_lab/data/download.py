@@ -91,7 +91,10 @@ class Resumable:
     def _receive(self, response: requests.Response, start: int) -> None:
         length = response.headers.get("Content-Length")
         total = start + int(length) if length else None
-        with self.part.open("ab" if start else "wb") as file, Download(Console(stderr=True)) as bar:
+        with (
+            self.part.open("ab" if start else "wb") as file,
+            Download(Console(stderr=True, emoji=False)) as bar,
+        ):
             task = bar.add_task(self.part.stem, total=total, completed=start)
             for chunk in response.iter_content(CHUNK):
                 file.write(chunk)

@@ -67,6 +67,11 @@ def audit_labels(
     training = Training(dataclasses.replace(config, engine="plain"), data_folder)
     criterion = watch(training)
     problem, accuracies = training.problem, [0.0]
+    if problem.steps < 2:
+        raise ConfigError(
+            "passes must give an audit at least two steps, since the first one judges nothing; got "
+            f"{config.passes:g}, which gives {problem.steps}. Set more passes, or a smaller b."
+        )
     while training.step < problem.steps and not training.over:
         training.macro_batch()
         if problem.evaluation(training.step) or training.step == problem.steps:

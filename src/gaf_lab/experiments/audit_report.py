@@ -105,7 +105,10 @@ def closing_words(lines: Sequence[AuditLine]) -> str:
     Averages over the seeds.
     """
     marked = statistics.fmean(line["issues"]["count"] for line in lines)
-    return words_on_ranking(lines, marked) + doubt_of_marks(lines, marked)
+    found = words_on_ranking(lines, marked) + doubt_of_marks(lines, marked)
+    if len(lines) == 1:
+        return found
+    return f"{found} These are means of {len(lines)} seeds; samples.csv is of the first one alone."
 
 
 def doubt_of_marks(lines: Sequence[AuditLine], marked: float) -> str:

@@ -17,7 +17,7 @@ from gaf_lab.report.cells import (
     taus_of,
     track,
 )
-from gaf_lab.report.charts import SAMPLES, Axis, Chart, Panel, fit_axis
+from gaf_lab.report.charts import CHARTS, SAMPLES, Axis, Chart, Panel, fit_axis
 from gaf_lab.report.labels import LINE, Label, draw_taus, label_ends, margin, short_names
 from gaf_lab.report.measures import status
 from gaf_lab.report.palette import CROWD, GRID, INK, SOFT, Shade, palette
@@ -43,6 +43,9 @@ def write_figures(runs: list[Run], out: Path, tell: Tell = silent) -> dict[str, 
         for axis in axes_with_values(runs, chart)
     ]
     paths = {}
+    for chart in CHARTS:  # those of an earlier report on other runs
+        for axis in chart.axes:
+            (out / f"{chart.stem(axis)}.png").unlink(missing_ok=True)
     for number, (chart, axis) in enumerate(views, 1):
         tell("drawing", number, len(views))
         paths[chart.stem(axis)] = path = out / f"{chart.stem(axis)}.png"

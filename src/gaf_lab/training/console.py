@@ -137,7 +137,8 @@ COLUMNS = {  # titles and widths, 78 in all
 
 
 def table_line(cells: Iterable[str]) -> str:
-    return "".join(c.rjust(width) for c, width in zip(cells, COLUMNS.values(), strict=True))
+    padded = zip(cells, COLUMNS.values(), strict=True)
+    return "".join(f" {cell}".rjust(width) for cell, width in padded)  # apart, even if too wide
 
 
 class ConsoleListener:

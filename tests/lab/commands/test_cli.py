@@ -520,7 +520,7 @@ def test_presets_are_listed(run):
 )
 def test_lists_have_a_line_each_in_a_pipe(capsys, monkeypatch, words, lines):
     # no terminal: rich wraps at some width nevertheless
-    monkeypatch.setattr(cli, "Console", lambda: Console(width=40))
+    monkeypatch.setattr(cli, "Console", lambda **options: Console(width=40, **options))
     assert cli.main(words) == 0
     assert len(capsys.readouterr().out.splitlines()) == lines
 
