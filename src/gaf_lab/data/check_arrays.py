@@ -3,6 +3,7 @@
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from gaf_lab.data.sources import DataError
@@ -54,11 +55,23 @@ def check_arrays(train: Tensors, test: Tensors, name: str) -> None:
         )
     check_inputs(x, name, "training")
     check_inputs(test_x, name, "test")
+    if x.shape[1:] != test_x.shape[1:]:
+        raise DataError(
+            f"{name}: samples to test on must have the shape of those to train on, "
+            f"{tuple(x.shape[1:])}; got {tuple(test_x.shape[1:])}. Make them alike."
+        )
     lowest = min(int(y.min()), int(test_y.min()))
     if not y.is_floating_point() and (lowest < 0 or len(y.unique()) < 2):
         raise DataError(
             f"{name}: training samples must be of two classes at least, with numbers from 0 on; "
             f"got {', '.join(map(str, y.unique().tolist()[:5]))}. Are these the labels?"
+        )
+    unknown = test_y[~torch.isin(test_y, y)]
+    if not y.is_floating_point() and len(unknown):
+        raise DataError(
+            f"{name}: classes to test on must be among those to train on; {len(unknown)} test "
+            f"samples are of others, the first of class {int(unknown[0])}. Leave them out, or add "
+            "training samples."
         )
 
 

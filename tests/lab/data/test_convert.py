@@ -278,6 +278,14 @@ ROWS, HALVES = np.zeros((12, 2)), np.arange(12) % 2
             {"x_train": ROWS, "y_train": HALVES, "x_test": ROWS[:0], "y_test": HALVES[:0]},
             "to train on and to test on; it has 12 and 0. A fifth",
         ),
+        (
+            {"x_train": ROWS, "y_train": HALVES, "x_test": ROWS[:, :1], "y_test": HALVES},
+            r"must have the shape of those to train on, \(2,\); got \(1,\)",
+        ),
+        (
+            {"x_train": ROWS, "y_train": HALVES, "x_test": ROWS, "y_test": 3 * HALVES},
+            "6 test samples are of others, the first of class 3. Leave them out",
+        ),
     ],
 )
 def test_arrays_that_are_none_are_refused(tmp_path, arrays, message):
