@@ -141,3 +141,17 @@ def test_partials_are_compared_by_what_they_hold() -> None:
     one, two, other = (functools.partial(rule, p=p) for p in (1.0, 1.0, 2.0))
     assert describe_policy(one) == describe_policy(two) != describe_policy(other)
     assert " at 0x" not in describe_policy(one)
+
+
+class Limited:
+    def __init__(self, limit: float, rank: int) -> None:
+        self.limit, self.rank = limit, rank
+
+    def __call__(self, K: Tensor) -> Tensor:
+        return (K.diagonal() > self.limit).double()
+
+
+def test_objects_without_a_repr_are_compared_by_their_real_numbers() -> None:
+    one, two, other = Limited(0.1, 0), Limited(0.1, 1), Limited(0.9, 1)
+    assert describe_policy(one) == describe_policy(two) == "Limited(limit=0.1)"
+    assert describe_policy(other) == "Limited(limit=0.9)"

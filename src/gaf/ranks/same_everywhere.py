@@ -44,13 +44,20 @@ def check_same(mine: dict[str, str], group: "dist.ProcessGroup", subject: str = 
 
 
 def describe_policy(policy: Policy) -> str:
-    """A policy's repr, if it shows what the policy does rather than where it lies in memory."""
+    """A policy's repr, if it shows what the policy does rather than where it lies in memory.
+
+    Otherwise its class and its real numbers: whole ones and flags may be a rank's own.
+    """
     if isinstance(policy, partial):
         given = [*map(repr, policy.args), *(f"{k}={v!r}" for k, v in policy.keywords.items())]
         return f"partial({', '.join([describe_policy(policy.func), *given])})"
     if "object at 0x" not in repr(policy) and not hasattr(policy, "__qualname__"):
         return repr(policy)
-    return str(getattr(policy, "__qualname__", type(policy).__qualname__))
+    if hasattr(policy, "__qualname__"):
+        return str(policy.__qualname__)
+    own = getattr(policy, "__dict__", {})
+    limits = [f"{name}={value!r}" for name, value in own.items() if isinstance(value, float)]
+    return f"{type(policy).__qualname__}({', '.join(limits)})"
 
 
 def first_difference(a: str, b: str) -> tuple[str, str]:
