@@ -20,7 +20,7 @@ class Need(NamedTuple):
 
 
 GAF_POLICY = Need(lambda c: c.policy == "gaf", "--policy gaf")
-NEEDS: dict[str, tuple[Need, ...]] = {
+NEEDS_OF: dict[str, tuple[Need, ...]] = {
     **dict.fromkeys(OF_GAF, (GAF_POLICY,)),
     "threshold-by": (GAF_POLICY, Need(lambda c: c.threshold != "fixed", "another --threshold")),
     "noise-rate": (
@@ -37,7 +37,7 @@ NEEDS: dict[str, tuple[Need, ...]] = {
 
 def refuse_without_effect(words: Words, config: TrainConfig) -> None:
     """ConfigError for an option that is given and that nothing would read."""
-    for option, needs in NEEDS.items():
+    for option, needs in NEEDS_OF.items():
         if not is_given(words, option):
             continue
         for need in needs:
