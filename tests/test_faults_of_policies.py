@@ -155,3 +155,12 @@ def test_objects_without_a_repr_are_compared_by_their_real_numbers() -> None:
     one, two, other = Limited(0.1, 0), Limited(0.1, 1), Limited(0.9, 1)
     assert describe_policy(one) == describe_policy(two) == "Limited(limit=0.1)"
     assert describe_policy(other) == "Limited(limit=0.9)"
+
+
+def test_what_one_policy_learned_is_no_state_of_another() -> None:
+    model, guarded = accumulator(gaf.Guard())
+    add_rows(model, guarded)
+    guarded.step()
+    _, plain = accumulator(gaf.Median())
+    with pytest.raises(ValueError, match="Median.* learns nothing.*as it was when the state was"):
+        plain.load_state_dict(guarded.state_dict())

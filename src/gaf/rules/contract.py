@@ -157,9 +157,18 @@ def learned_state(policy: Any) -> Any:
 
 
 def load_learned_state(policy: Any, state: Any) -> None:
-    """Gives the policy back what it had learned; nothing to do for one that learns nothing."""
+    """Gives the policy back what it had learned; nothing to do for one that learns nothing.
+
+    Raises:
+        ValueError: for what another policy has learned.
+    """
     if hasattr(policy, "load_state_dict"):
         policy.load_state_dict(state)
+    elif state:
+        raise ValueError(
+            f"policy {policy!r} learns nothing, and the state is of one that does: it holds "
+            f"{describe_state(state)}. Build the policy as it was when the state was saved."
+        )
 
 
 def describe_state(state: Any) -> str:
