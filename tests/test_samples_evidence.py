@@ -458,6 +458,13 @@ def test_one_seed_of_averaging_shows_how_far_the_machines_differ():
     )
 
 
+def test_one_seed_of_an_audit_as_it_is_now_beside_averaging():
+    arms = human_arms()
+    ends = [100 * last(arms["100 classes", arm, "CPU, float32"][0]) for arm in (OURS, "averaging")]
+    text = " ".join((ROOT / "docs" / "samples.md").read_text().split())
+    assert "it ends at {:.1f}, where averaging ends at {:.1f}".format(*ends) in text
+
+
 def test_gaf_is_behind_random_skip_on_human_labels():
     arms = human_arms()
     gaf, skip = (
