@@ -35,12 +35,14 @@ class Conv3x3(nn.Conv2d):
 
 
 @functools.cache
+@torch.inference_mode(False)  # it is kept, and backward passes need it
 def kernel_places(height: int, width: int, stride: int) -> Tensor:
     """(9, outputs * inputs): 1 where a place of the kernel joins an input pixel to an output.
 
     Both are counted by rows. An output reaches one pixel to each side of its centre.
     """
-    places = torch.zeros(9, -(-height // stride), -(-width // stride), height, width)
+    outputs = -(-height // stride), -(-width // stride)
+    places = torch.zeros(9, *outputs, height, width, device="cpu")
     for a, b, i, j in itertools.product(*map(range, places.shape[1:])):
         row, column = i - stride * a + 1, j - stride * b + 1
         if 0 <= row <= 2 and 0 <= column <= 2:

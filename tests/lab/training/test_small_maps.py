@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 import gaf
 from gaf_lab.training.models import make_model
-from gaf_lab.training.small_maps import Conv3x3
+from gaf_lab.training.small_maps import Conv3x3, kernel_places
 
 
 def both(size: tuple[int, int], stride: int) -> list[list[Tensor]]:
@@ -33,6 +33,15 @@ def test_equals_torchs_convolution(size: tuple[int, int], stride: int) -> None:
     for a, b in zip(plain, ours, strict=True):
         torch.testing.assert_close(b, a, rtol=1e-12, atol=1e-12)
     assert ours[1].abs().sum() > 0
+
+
+def test_a_first_pass_in_inference_mode_leaves_training_possible() -> None:
+    kernel_places.cache_clear()
+    layer, x = Conv3x3(3, 4, 1), torch.randn(5, 3, 2, 2)
+    with torch.inference_mode(), torch.device("meta"):
+        assert layer(x).device.type == "cpu"
+    layer(x).sum().backward()
+    assert layer.weight.grad is not None and layer.weight.grad.isfinite().all()
 
 
 def test_the_networks_use_it_and_ghost_gram_knows_it() -> None:
