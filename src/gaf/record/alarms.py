@@ -134,8 +134,8 @@ def call_safely(on_alarm: Callable[[dict[str, Any]], None], alarm: dict[str, Any
         on_alarm(alarm)
     except Exception as error:
         warnings.warn(
-            f"gaf: on_alarm must not raise; it raised {type(error).__name__}: {error}. Training goes "
-            "on, and the alarm is in the list of alarms.",
+            f"gaf: on_alarm must not raise; it raised {type(error).__name__}: {error}. "
+            "Training goes on, and the alarm is in the list of alarms.",
             stacklevel=frames_inside() + 1,
         )
 

@@ -13,7 +13,7 @@ from gaf.samples.agreement_checks import check_arguments, check_index, check_los
 from gaf.samples.caught import Caught
 from gaf.samples.class_statistics import ClassStatistics
 from gaf.samples.history import History
-from gaf.samples.judge import Batch, gram_of_losses, is_warm, judge, soft_weights
+from gaf.samples.judge import Batch, gram_of_losses, is_warm, judge, over_positions, soft_weights
 from gaf.samples.recording import record_calls
 from gaf.samples.report import make_report
 from gaf.samples.summing import Summing, finish_sum, ranks_of
@@ -136,8 +136,7 @@ class SampleAgreement(nn.Module):
     def _weighed_mean(self, outputs: Tensor, targets: Tensor, index: Any) -> Float[Tensor, ""]:
         losses = check_losses_of(self.criterion(outputs, targets), outputs)
         batch = Batch(outputs.detach(), targets, losses.detach(), self.classes, self.criterion)
-        losses = losses.flatten(1).mean(1) if losses.ndim > 1 else losses
-        weights, total = batch.counted, batch.mass.sum()
+        losses, weights, total = over_positions(losses), batch.counted, batch.mass.sum()
         if self.training and torch.is_grad_enabled():
             batch.gram = None if self._gram is None else self._gram(losses)
             with torch.no_grad():
