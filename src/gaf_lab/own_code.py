@@ -1,8 +1,28 @@
-"""Where code of the user's own, such as a task, raised or caused an error."""
+"""Code of the user's own, such as a task: whether it can be called, and where it raised."""
 
+import inspect
 import sysconfig
 import traceback
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+
+def misfit(function: Callable[..., Any], count: int, *names: str) -> str:
+    """The function as it is defined, if it cannot be called so; else empty.
+
+    count: of the arguments by position.
+    names: of those by name.
+    """
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # not written in Python
+        return ""
+    try:
+        signature.bind(*[None] * count, **dict.fromkeys(names))
+    except TypeError:
+        return f"{getattr(function, '__name__', type(function).__name__)}{signature}"
+    return ""
 
 
 def own_place(error: Exception) -> str:
@@ -10,6 +30,18 @@ def own_place(error: Exception) -> str:
     lines = traceback.extract_tb(error.__traceback__)
     own = [line for line in lines if not is_installed(line.filename)]
     return f" ({Path(own[-1].filename).name}, line {own[-1].lineno})" if own else ""
+
+
+def own_part(error: Exception) -> str:
+    """Traceback and message of an error, from the first line of the user's own on; else empty."""
+    if isinstance(error, SyntaxError) and error.filename and not is_installed(error.filename):
+        return "".join(traceback.format_exception_only(error))
+    lines = traceback.extract_tb(error.__traceback__)
+    own = [i for i, line in enumerate(lines) if not is_installed(line.filename)]
+    if not own:
+        return ""
+    shown = [*traceback.format_list(lines[own[0] :]), *traceback.format_exception_only(error)]
+    return "".join(shown)
 
 
 def is_installed(file: str) -> bool:

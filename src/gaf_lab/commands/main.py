@@ -15,7 +15,7 @@ from gaf_lab.commands.probe import ProbeOptions, run_probe
 from gaf_lab.commands.report import ReportOptions, run_report
 from gaf_lab.commands.sweep import SweepOptions, run_sweep
 from gaf_lab.commands.train import TrainOptions, run_train, under_torchrun
-from gaf_lab.own_code import own_place
+from gaf_lab.own_code import own_part, own_place
 from gaf_lab.settings.checks import ConfigError, first_line, nearest
 
 COMMANDS: dict[str, tuple[Command, str | None]] = {
@@ -81,11 +81,13 @@ def exit_code(name: str, words: Words, console: Console) -> int:
         return 1
     except user_errors() as error:
         return refuse(name, f"{error}{own_place(error)}")
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        fault = f"the machine must have more memory; {first_line(error)}."
-        return refuse(name, f"{fault} {SMALLER}")
+    except Exception as error:
+        if is_out_of_memory(error):
+            fault = f"the machine must have more memory; {first_line(error)}."
+            return refuse(name, f"{fault} {SMALLER}")
+        if own := own_part(error):
+            return refuse(name, f"an error in code of your own:\n{own.rstrip()}")
+        raise
 
 
 def refuse(name: str, message: str) -> int:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from gaf_lab.data.problem import Problem, count_samples
 from gaf_lab.data.samples import Samples
 from gaf_lab.data.sources import DataError
+from gaf_lab.own_code import misfit
 from gaf_lab.settings.checks import ConfigError
 from gaf_lab.settings.config import TrainConfig
 
@@ -18,6 +19,7 @@ def check_task(
 
     classes: how many there are; 0 if the targets are no classes.
     """
+    check_functions(problem)
     check_loss_of(config, problem, classes)
     check_clean(problem)
     check_names("class_names", problem.class_names, classes, "classes")
@@ -29,6 +31,17 @@ def check_task(
         return
     check_label_range(train.observed, classes, "train")
     check_label_range(test.observed, classes, "test")
+
+
+def check_functions(problem: Problem) -> None:
+    """Refuses functions of the task that cannot be called as they will be."""
+    metric = None if problem.metric is None else problem.metric.of
+    for name, function in (("loss", problem.loss), ("metric", metric)):
+        if function is not None and (seen := misfit(function, 2)):
+            raise ConfigError(
+                f"the task's {name} must take two arguments, (output, target); got {seen}. "
+                "Give the others defaults."
+            )
 
 
 def check_loss_of(config: TrainConfig, problem: Problem, classes: int) -> None:

@@ -13,6 +13,7 @@ import torch
 
 from gaf_lab.data.problem import Problem
 from gaf_lab.data.sampling import derive_seed
+from gaf_lab.own_code import misfit
 from gaf_lab.settings.checks import ConfigError, nearest
 from gaf_lab.settings.config import TrainConfig
 from gaf_lab.settings.task_source import (
@@ -39,6 +40,11 @@ def call_task(config: TrainConfig, folder: Path | None) -> Problem:
     reference = config.task or BUILT_IN
     function = find_function(reference, config.task_source)
     given: dict[str, Any] = {"data": folder} if takes_data(function) else {}
+    if seen := misfit(function, 1, *given):
+        raise ConfigError(
+            f"task {name_task(reference)}: the function must take one argument, the config, and "
+            f"may take another named data; got {seen}. Give the others defaults."
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(config.seed, "task"))
         try:

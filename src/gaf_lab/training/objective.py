@@ -102,6 +102,12 @@ class Objective:
         assert self.loss is not None
         losses = self.loss(output, y)
         check_per_sample("loss", losses, len(index))
+        if torch.is_grad_enabled() and not losses.requires_grad:
+            raise ConfigError(
+                "the task's loss must be computed from the model's output by operations that "
+                "autograd sees; its losses do not require grad. Leave out detach, item, argmax "
+                "and torch.no_grad, and train at least one parameter."
+            )
         return losses
 
     def state_dict(self) -> dict[str, Any]:
