@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy, mse_loss, normalize, one_hot
 from torch.optim import SGD
 
 import gaf
-from gaf.samples.class_statistics import ClassStatistics
+from gaf.samples.class_statistics import ClassStatistics, separation
 from gaf.samples.judge import soft_weights
 from gaf.samples.scores import prototype_cosines
 from helpers.comparing import same
@@ -76,25 +76,23 @@ def test_prototypes_and_statistics_are_decayed_means_of_the_steps_before(refine:
         )
 
 
-def test_depths_are_decayed_means_of_the_steps_before() -> None:
-    """Of samples that seem to be of another class, by the usual scores before the step."""
+def test_the_separation_is_that_of_decayed_sums() -> None:
     statistics = ClassStatistics(3, 2, 1, torch.device("cpu"))
     labels, guesses = torch.tensor([0, 0, 0, 1, 1]), torch.tensor([0, 1, 1, 1, 0])
     unit, ones = torch.ones(5, 2) / 2**0.5, torch.ones(5)
-    steps = [[0.2, -0.1, -0.3, 0.4, -0.3], [0.4, -0.2, -0.6, 0.5, -0.04]]
+    steps = [[0.2, -0.1, -0.3, 0.4, -0.3], [0.4, -0.2, math.nan, 0.5, -0.04]]
     for scores in steps:
         step = unit, torch.tensor(scores), labels, guesses, ones
         statistics.absorb(statistics.sums_of(*step, part=0))
-    # the first step's depths are 0; in the second the usual scores are 0.2 and 0.4
-    deep = torch.tensor([(0.5 + 1) / 2 / 1.9, 0.2 / 1.9, 0])
-    torch.testing.assert_close(statistics.depth, deep)
-    usual = torch.tensor([(0.9 * 0.2 + 0.4) / 1.9, (0.9 * 0.4 + 0.5) / 1.9, math.nan])
-    torch.testing.assert_close(statistics.usual, usual, equal_nan=True)
-    without = ClassStatistics(3, 0, 1, torch.device("cpu"))
-    for scores in steps:
-        step = unit[:, :0], torch.tensor(scores), labels, guesses, ones
-        without.absorb(without.sums_of(*step, part=0))
-    torch.testing.assert_close(without.depth, torch.tensor([1.0, 1, 0]))
+    mean_0 = (0.9 * (0.2 - 0.1 - 0.3) + 0.4 - 0.2) / (0.9 * 3 + 2)
+    mean_1 = (0.9 * (0.4 - 0.3) + 0.5 - 0.04) / (0.9 * 2 + 2)
+    own_0, other_0 = (0.9 * 0.2 + 0.4) / 1.9, (0.9 * (-0.1 - 0.3) - 0.2) / (0.9 * 2 + 1)
+    own_1, other_1 = (0.9 * 0.4 + 0.5) / 1.9, (0.9 * -0.3 - 0.04) / 1.9
+    between = 1.9 * (own_0 - mean_0) ** 2 + 2.8 * (other_0 - mean_0) ** 2
+    between += 1.9 * (own_1 - mean_1) ** 2 + 1.9 * (other_1 - mean_1) ** 2
+    squares = 0.9 * (0.04 + 0.01 + 0.09 + 0.16 + 0.09) + 0.16 + 0.04 + 0.25 + 0.0016
+    whole = squares - 4.7 * mean_0**2 - 3.8 * mean_1**2
+    assert float(statistics.separation) == pytest.approx(between / whole, abs=1e-5)
 
 
 def test_the_loss_is_the_weighted_mean_by_the_formula() -> None:
@@ -112,9 +110,9 @@ def test_the_loss_is_the_weighted_mean_by_the_formula() -> None:
     similarity = cosines(model.body(x_), twin.prototypes())
     own = similarity.gather(1, y_[:, None])[:, 0]
     s = own - similarity.masked_fill(one_hot(y_, C).bool(), -9).amax(1)
-    deep = ((twin.depth - 0.6) / 0.2).clamp(0, 1)
-    assert deep.min() > 0 and twin.depth.max() < 1
-    a = (strength(twin.doubt) * deep)[y_]
+    apart = ((twin.separation - 0.7) / 0.05).clamp(0, 1)
+    assert apart > 0
+    a = (strength(twin.doubt) * apart)[y_]
     w = 1 - a * (1 - torch.sigmoid(4 * (s - twin.mean[y_]) / twin.deviation[y_]))
     assert w.min() < 0.9 < w.max()
     torch.testing.assert_close(criterion.weights, w.detach())
@@ -160,22 +158,69 @@ def test_neither_alike_samples_nor_a_feature_of_all_classes_decide() -> None:
 def test_weights_fade_where_nearly_all_labels_look_right_or_nearly_all_wrong(
     doubtful: float, lightest: float
 ) -> None:
-    assert lightest_weight(doubtful, 1) == pytest.approx(lightest, abs=1e-5)
+    assert lightest_weight(doubtful, 0.75) == pytest.approx(lightest, abs=1e-5)
 
 
 @pytest.mark.parametrize(
-    ("depth", "lightest"), [(0.5, 1), (0.6, 1), (0.65, 0.75), (0.8, 0), (1, 0)]
+    ("separation", "lightest"), [(0.5, 1), (0.7, 1), (0.7125, 0.75), (0.75, 0), (1, 0)]
 )
-def test_weights_fade_where_the_doubtful_samples_are_hard(depth: float, lightest: float) -> None:
-    assert lightest_weight(0.4, depth) == pytest.approx(lightest, abs=1e-5)
+def test_weights_fade_where_scores_have_one_mode(separation: float, lightest: float) -> None:
+    assert lightest_weight(0.4, separation) == pytest.approx(lightest, abs=1e-5)
 
 
-def lightest_weight(doubtful: float, depth: float) -> float:
+def lightest_weight(doubtful: float, separation: float) -> float:
     """That of a score far below its class's mean, which is 0 here, with deviation 1."""
-    statistics = ClassStatistics(1, 0, 1, torch.device("cpu"))
-    number = 100.0 * doubtful
-    statistics.scores.copy_(torch.tensor([[100.0, 0.0, 100.0, number, number * depth, 0.0]]))
+    statistics = ClassStatistics(2, 1, 1, torch.device("cpu"))
+    within = 100 * doubtful * (1 - doubtful)
+    others = math.sqrt(100 * separation * within)
+    statistics.scores[0] = torch.tensor([100.0, 0.0, 100.0, 100 * doubtful, others])
+    if not within:  # a second class decides
+        statistics.scores[1] = torch.tensor([1e4, 0.0, 1e4, 5e3, 5e3])
     return float(soft_weights(torch.tensor([-50.0]), torch.tensor([0]), statistics, True))
+
+
+def test_the_separation_is_the_share_of_variance_between_doubtful_and_other_samples() -> None:
+    torch.manual_seed(0)
+    scores, labels = torch.randn(60, dtype=torch.float64), torch.arange(60) % 3
+    labels[labels == 2] = 3  # class 2 has no samples
+    doubtful = torch.rand(60) < 0.4
+    doubtful[labels == 3] = False  # within it nothing lies between groups
+    between = within = 0.0
+    for c in (0, 1, 3):
+        own, bad = scores[labels == c], doubtful[labels == c]
+        within += float((own - own.mean()).square().sum())
+        for group in (own[bad], own[~bad]):
+            if len(group):
+                between += len(group) * float((group.mean() - own.mean()).square())
+    found = separation(sums_by_class(scores, labels, doubtful))
+    assert float(found) == pytest.approx(between / within, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("scores", "share"),
+    [
+        (torch.linspace(-1, 1, 10_000), 3 / 4),
+        (torch.special.ndtri((torch.arange(10_000) + 0.5) / 10_000), 2 / math.pi),
+        (torch.tensor([-0.3, 0.5]), 1),
+        (torch.tensor([0.2, 0.4]), 0),
+        (torch.tensor([]), 0),
+    ],
+    ids=["uniform", "normal", "two points", "none doubtful", "none"],
+)
+def test_the_separation_of_known_distributions(scores: Tensor, share: float) -> None:
+    labels = torch.zeros(len(scores), dtype=torch.int64)
+    found = separation(sums_by_class(scores.double(), labels, scores < 0))
+    assert float(found) == pytest.approx(share, abs=1e-3)
+
+
+def test_scores_without_a_zero_are_not_separated() -> None:
+    assert ClassStatistics(3, 0, 1, torch.device("cpu")).separation == 1
+
+
+def sums_by_class(scores: Tensor, labels: Tensor, doubtful: Tensor) -> Tensor:
+    others = scores * ~doubtful
+    columns = [torch.ones_like(scores), scores, scores.square(), doubtful.double(), others]
+    return torch.zeros(4, 5, dtype=scores.dtype).index_add_(0, labels, torch.stack(columns, 1))
 
 
 @pytest.mark.parametrize("layers", ["head", "all"])

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from gaf.samples.float_buffers import FloatBuffers
-from gaf.samples.scores import depths_in_others
 from gaf.shapes import Float, Int
 
 DECAY = 0.9  # a step in which the class occurs
@@ -25,8 +24,8 @@ class ClassStatistics(FloatBuffers):
 
     Attributes:
         features: (parts, C, p + 1), the sum of unit-length features, and their number.
-        scores: (C, 6), the number of scores, their sum, that of their squares; how many samples
-            seemed to be of another class, and their depths' sum; and the sum of the others' scores.
+        scores: (C, 5), the number of scores, their sum, that of their squares; how many samples
+            seemed to be of another class, and the sum of the others' scores.
     """
 
     features: Tensor
@@ -35,7 +34,7 @@ class ClassStatistics(FloatBuffers):
     def __init__(self, classes: int, width: int, parts: int, device: torch.device) -> None:
         super().__init__()
         self.register_buffer("features", torch.zeros(parts, classes, width + 1, device=device))
-        self.register_buffer("scores", torch.zeros(classes, 6, device=device))
+        self.register_buffer("scores", torch.zeros(classes, 5, device=device))
 
     def prototypes(self, without: int | None = None) -> Float[Tensor, "C p"]:
         """The mean features of each class; NaN for a class without.
@@ -64,14 +63,9 @@ class ClassStatistics(FloatBuffers):
         return self.scores[:, 3] / self.scores[:, 0]
 
     @property
-    def depth(self) -> Float[Tensor, " C"]:
-        """The mean depth of the samples that seemed to be of another class; 0 without any."""
-        return (self.scores[:, 4] / self.scores[:, 3]).nan_to_num(0)
-
-    @property
-    def usual(self) -> Float[Tensor, " C"]:
-        """The mean score of the samples that seemed to be of the class."""
-        return self.scores[:, 5] / (self.scores[:, 0] - self.scores[:, 3])
+    def separation(self) -> Float[Tensor, ""]:
+        """`separation` of the scores; 1 without prototypes, where scores have no zero."""
+        return separation(self.scores) if self.features.shape[2] > 1 else self.scores.new_ones(())
 
     def sums_of(
         self,
@@ -98,17 +92,7 @@ class ClassStatistics(FloatBuffers):
         rows = nn.functional.pad(unit, (0, 1), value=1.0) * counted[:, None]
         features[part].index_add_(0, labels, rows.to(features))
         doubtful = (guesses != labels).to(scores)
-        depths = doubtful  # without prototypes each is as deep as any
-        if unit.shape[1]:
-            depths = depths_in_others(scores, labels, guesses, self.usual)
-        seen = [
-            known.to(scores),
-            scores,
-            scores.square(),
-            doubtful,
-            depths,
-            scores * (1 - doubtful),
-        ]
+        seen = [known.to(scores), scores, scores.square(), doubtful, scores * (1 - doubtful)]
         powers = torch.stack(seen, 1)
         moments = torch.zeros_like(self.scores)
         moments.index_add_(0, labels, torch.where(known[:, None], powers, 0).to(moments))
@@ -119,6 +103,23 @@ class ClassStatistics(FloatBuffers):
         features, scores = sums.split([self.features.numel(), self.scores.numel()])
         decay_into(self.features, features.view_as(self.features))
         decay_into(self.scores, scores.view_as(self.scores))
+
+
+def separation(sums: Float[Tensor, "C 5"]) -> Float[Tensor, ""]:
+    """How far the doubtful samples' scores lie apart from the others', in [0, 1]; 0 if none do.
+
+    The share of the variance of scores with the same label that lies between the two groups.
+    Scores around zero with one mode have at most 3/4 (a uniform distribution), those of a normal
+    distribution 2 / pi; two points have 1.
+
+    Args:
+        sums: of each class: the number of scores, their sum, that of their squares, the number of
+            doubtful ones, and the sum of the others.
+    """
+    n, total, squares, doubtful, others = sums.double().unbind(1)
+    gap = others / (n - doubtful) - (total - others) / doubtful
+    between = (doubtful * (n - doubtful) / n * gap.square()).nan_to_num(0).sum()
+    return (between / (squares - total.square() / n).nan_to_num(0).sum()).nan_to_num(0).to(sums)
 
 
 def decay_into(total: Tensor, new: Tensor) -> None:

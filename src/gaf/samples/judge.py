@@ -23,7 +23,7 @@ from gaf.shapes import Bool, Float, Float64, Int
 SHARPNESS = 4.0  # of the weights, per standard deviation
 LARGEST_LOSS = 6.0
 DOUBTFUL = 0.3  # share of a class that must look doubtful, and share that must not, for full effect
-SHALLOW, DEEP = 0.6, 0.8  # mean depth of a class's doubtful samples, for no effect and the full one
+ONE_GROUP, TWO_GROUPS = 0.7, 0.75  # `separation` of the doubtful samples: no effect, full effect
 
 VISITS_BEFORE = 2  # of a sample, until it is weighed
 STEPS_BEFORE = 500  # the same where samples are not told apart
@@ -168,12 +168,12 @@ def strength(doubtful: Float[Tensor, "*s"]) -> Float[Tensor, "*s"]:
     return (torch.minimum(doubtful, 1 - doubtful) / DOUBTFUL).clamp(max=1)
 
 
-def belief(depth: Float[Tensor, "*s"]) -> Float[Tensor, "*s"]:
-    """How far the same doubts are believed, in [0, 1], by the mean depth of the doubtful samples.
+def belief(separation: Float[Tensor, ""]) -> Float[Tensor, ""]:
+    """How far doubts are believed, in [0, 1], by how far apart the doubtful samples' scores lie.
 
-    If they are less deep, they are hard, and their labels are right.
+    If scores have one mode, the doubtful samples are the harder ones, and their labels are right.
     """
-    return ((depth - SHALLOW) / (DEEP - SHALLOW)).clamp(0, 1)
+    return ((separation - ONE_GROUP) / (TWO_GROUPS - ONE_GROUP)).clamp(0, 1)
 
 
 def soft_weights(
@@ -185,12 +185,12 @@ def soft_weights(
     """1 - a (1 - sigmoid(4 (s - m) / d)).
 
     m and d are mean and deviation of the class's scores. a is `strength` for the share of the
-    class's samples that seem to be of another class, times `belief` for their mean depth. Without
-    classes a is 1, and m lower by 3 d. 1 where there is no score or deviation yet.
+    class's samples that seem to be of another class, times `belief` for their separation in all
+    classes. Without classes a is 1, and m lower by 3 d. 1 where there is no score or deviation yet.
     """
     distance = (scores - statistics.mean[labels]) / statistics.deviation[labels]
     if has_classes:
-        a = (strength(statistics.doubt) * belief(statistics.depth))[labels]
+        a = (strength(statistics.doubt) * belief(statistics.separation))[labels]
         weights = 1 - a * (1 - (SHARPNESS * distance).sigmoid())
     else:
         weights = (SHARPNESS * (distance + 3)).sigmoid()

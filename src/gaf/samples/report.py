@@ -8,12 +8,13 @@ from torch import Tensor
 
 from gaf.samples.agreement_checks import check_report, warn_of_most, warn_of_part
 from gaf.samples.history import DISAGREED, GUESS, LABEL, LOSS, SCORE, VISITS, History
-from gaf.samples.judge import DOUBTFUL, belief, strength
+from gaf.samples.judge import DOUBTFUL, strength
 from gaf.samples.scores import depths_in_others
 from gaf.samples.summing import ranks_of
 from gaf.shapes import Bool, Float, Int
 
 ENOUGH = 2 / 3  # depth for full belief in an issue
+SHALLOW, DEEP = 0.6, 0.8  # mean depth of a label's issues, for no effect and the full one
 
 
 def make_report(
@@ -78,7 +79,8 @@ def doubt_of(
     """How far each label is doubted, in [0, 1], 0 for no issue.
 
     `strength`, for the share q of issues among the samples with the label. With depths
-    min(3/2 depth, 1) f g: f is (1 - q) / 0.3, at most 1, and g `belief` for the issues' mean depth.
+    min(3/2 depth, 1) f g: f is (1 - q) / 0.3, at most 1, and g rises from 0 to 1 as the mean depth
+    of the label's issues does from 0.6 to 0.8: where they are less deep, they are hard.
     """
     counts, issue = torch.bincount(labels), issues.float()
     total = torch.bincount(labels, weights=issue)
@@ -87,7 +89,8 @@ def doubt_of(
         return issue * strength(share)
     mean = (torch.bincount(labels, weights=issue * depths) / total)[labels]
     fade = ((1 - share) / DOUBTFUL).clamp(max=1)
-    return torch.where(issues, (depths / ENOUGH).clamp(max=1) * fade * belief(mean), 0)
+    deep = ((mean - SHALLOW) / (DEEP - SHALLOW)).clamp(0, 1)
+    return torch.where(issues, (depths / ENOUGH).clamp(max=1) * fade * deep, 0)
 
 
 def quality_of(means: Float[Tensor, "N 4"], kind: str, classes: bool) -> Float[Tensor, " N"]:
