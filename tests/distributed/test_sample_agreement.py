@@ -173,6 +173,9 @@ def the_report_covers_all_ranks_if_it_gathers() -> None:
     assert [report["label_quality"][i] for i in mine] == own["label_quality"]
     assert [report["predicted_label"][i] for i in mine] == own["predicted_label"]
     same_everywhere(torch.tensor(report["label_quality"]))
+    separation = torch.tensor(criterion.separation(gather=True))
+    assert 0 < separation < 1
+    same_everywhere(separation)
 
 
 def layers_that_are_sharded_cannot_vote() -> None:

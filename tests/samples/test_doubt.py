@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from gaf.samples.report import report_columns
+from gaf.samples.report import report_columns, separation_of
 
 # of each class 10 samples, and the score of those that seem to be of it
 OWN = {0: 0.2, 1: 0.3, 2: 0.4}
@@ -65,3 +65,12 @@ def test_no_doubt_without_an_issue_or_without_samples_to_compare_with() -> None:
     assert [i for i, each in enumerate(columns["doubt"]) if each] == [0, 10]
     nobody = report([(0, 1, -0.4)] + [(1, 0, -0.4)] * 10)  # no sample is class 1's own
     assert nobody["doubt"][0] == 0
+
+
+def test_the_separation_is_that_of_mean_scores() -> None:
+    columns = report([(0, 2, -0.4), (0, 1, -0.2), (1, 0, -0.3)])
+    between = 2 * 8 / 10 * (0.2 + 0.3) ** 2 + 1 * 9 / 10 * (0.3 + 0.3) ** 2
+    within = (0.1**2 + 0.1**2) + 0  # of the first label's issues; the others are all alike
+    found = separation_of(columns, "prototype")
+    assert found == pytest.approx(between / (between + within), abs=1e-6)
+    assert separation_of(report([]), "prototype") == 0

@@ -14,8 +14,8 @@ from gaf.samples.caught import Caught
 from gaf.samples.class_statistics import ClassStatistics
 from gaf.samples.history import History
 from gaf.samples.judge import Batch, gram_of_losses, is_warm, judge, over_positions, soft_weights
-from gaf.samples.recording import record_calls
-from gaf.samples.report import make_report
+from gaf.samples.recording import record_calls, uncompiled
+from gaf.samples.report import make_report, separation_of
 from gaf.samples.summing import Summing, finish_sum, ranks_of
 from gaf.shapes import Float
 
@@ -79,6 +79,8 @@ class SampleAgreement(nn.Module):
     """
 
     steps: Tensor
+    weights: Tensor | None = None
+    total: Tensor | None = None
 
     def __init__(
         self,
@@ -108,8 +110,6 @@ class SampleAgreement(nn.Module):
         self.statistics = ClassStatistics(self.classes or 1, width, parts, device)
         self.history = History(num_samples, device)
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64, device=device))
-        self.weights: Tensor | None = None
-        self.total: Tensor | None = None
         self.register_state_dict_pre_hook(finish_sum)
         self.register_load_state_dict_pre_hook(finish_sum)
         self._caught = Caught()
@@ -130,10 +130,7 @@ class SampleAgreement(nn.Module):
         Returns:
             The weighted mean; in evaluation mode and without gradients the plain mean.
         """
-        weighed_mean: Callable[..., Tensor] = self._weighed_mean
-        if torch.compiler.is_compiling():  # a decorator would import the compiler with gaf
-            weighed_mean = torch.compiler.disable(weighed_mean)
-        return weighed_mean(outputs, targets, index)
+        return uncompiled(self._weighed_mean)(outputs, targets, index)
 
     def _weighed_mean(self, outputs: Tensor, targets: Tensor, index: Any) -> Float[Tensor, ""]:
         losses = check_losses_of(self.criterion(outputs, targets), outputs)
@@ -155,16 +152,15 @@ class SampleAgreement(nn.Module):
         left_out = self._summing.left_out
         scores, guesses, unit = judge(batch, self.score, self._caught, self.statistics, left_out)
         weights = soft_weights(scores, batch.labels, self.statistics, self.classes is not None)
-        visits, counted = None, batch.counted
+        visits = None
         if index is not None:
             index = check_index(index, len(scores), self.history.limit).to(scores.device)
             visits = self.history.visits(index)
             self.history.add(index, scores, batch.losses, batch.labels, guesses)
         self.steps += 1
         ready = is_warm(visits, self.steps, self.warmup)
-        if self.refine:
-            counted = counted * (~ready | (guesses == batch.labels) | scores.isnan())
-        seen = unit, scores, batch.labels, guesses, counted
+        own = ~ready | (guesses == batch.labels) | scores.isnan() | (not self.refine)
+        seen = unit, scores, batch.labels, guesses, batch.counted * own
         self._summing.start(self.statistics.sums_of(*seen, part=left_out or 0))
         return torch.where(ready & self.weigh, weights, 1.0)
 
@@ -194,5 +190,11 @@ class SampleAgreement(nn.Module):
 
     def count_issues(self, *, gather: bool = False) -> int:
         """How many labels look wrong: an estimate, the issues of `report`."""
-        columns = make_report(self.history, self.score, self.classes, self._summing.group, gather)
-        return sum(columns["is_label_issue"])
+        return sum(self.report(gather=gather)["is_label_issue"])
+
+    def separation(self, *, gather: bool = False) -> float:
+        """The share of the mean scores' variance, within labels, between issues and others, [0, 1].
+
+        Below 0.7 train on all labels: few are wrong, or the features are too weak to tell.
+        """
+        return separation_of(self.report(gather=gather), self.score)

@@ -5,7 +5,7 @@ layer's input, which autograd keeps anyway for all layers but a frozen one.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -57,3 +57,14 @@ def note_call(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None
     given: Tensor = args[0] if args else next(iter(kwargs.values()))
     metadata: Any = node.metadata
     metadata.setdefault(NOTE, Call(module, given, output.output_nr))
+
+
+def uncompiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The function, to be called eagerly inside a compiled one.
+
+    A decorator would import the compiler with gaf.
+    """
+    if torch.compiler.is_compiling():
+        eager: Callable[..., Tensor] = torch.compiler.disable(function)
+        return eager
+    return function

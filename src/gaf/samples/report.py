@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gaf.samples.agreement_checks import check_report, warn_of_most, warn_of_part
+from gaf.samples.class_statistics import separation
 from gaf.samples.history import DISAGREED, GUESS, LABEL, LOSS, SCORE, VISITS, History
 from gaf.samples.judge import DOUBTFUL, strength
 from gaf.samples.scores import depths_in_others
@@ -61,6 +62,15 @@ def report_columns(table: Float[Tensor, "N 7"], kind: str, classes: bool) -> dic
     else:
         del columns["disagreement"]
     return {name: column.tolist() for name, column in columns.items()}
+
+
+def separation_of(columns: dict[str, list[Any]], kind: str) -> float:
+    """`separation` of the mean scores of issues and others, from a report's columns."""
+    scores = torch.tensor(columns[kind], dtype=torch.float64)
+    labels = torch.tensor(columns.get("given_label", [0] * len(scores)))
+    issue = torch.tensor(columns["is_label_issue"]).double()
+    each = [torch.ones_like(scores), scores, scores.square(), issue, scores * (1 - issue)]
+    return float(separation(torch.stack([torch.bincount(labels, x) for x in each], 1)))
 
 
 def depth_of(

@@ -66,7 +66,7 @@ def run_train(words: Words, console: Console) -> int:
     if group.world > 1:
         start = f"torchrun --nproc-per-node {group.world} -m gaf_lab train "
     try:
-        train(
+        run = train(
             options.config,
             options.out,
             Listeners(listener, *boards),
@@ -84,6 +84,13 @@ def run_train(words: Words, console: Console) -> int:
         listener.close()
         for board in boards:
             board.close()
+    for line in run.evals[-1:]:
+        if not line.get("restarted", True):
+            say(
+                console,
+                f"The audit found too little to start again: separation {line['separation']:.2f}, "
+                "where 0.70 is needed. Few labels are wrong, or the features are too weak to tell.",
+            )
     say(console, f"Records: {options.out / 'records.jsonl'}. Page: gaf report {options.out}")
     return 0
 

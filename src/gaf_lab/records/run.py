@@ -19,6 +19,9 @@ memorised, corrected: of the training samples with a flipped label, the share pr
 rarest_accuracy: on the test pictures of the last class; only under `imbalance`.
 own_test_accuracy, own_heldout_accuracy: of the weights themselves, where their average is evaluated
     (`ema`); otherwise there are no such keys.
+separation, restarted: after an audit, how far its suspects' scores lay apart
+    (`gaf.SampleAgreement.separation`; null where it does not decide), and whether the run started
+    again; otherwise there are no such keys.
 clean_accuracy: of the other training samples.
 acceptance: accepted micro-gradients over all, since the line before; a skipped step has 0.
 distance_mean, distance_min: to the running sum of the rows accepted before, since the line before.

@@ -25,7 +25,8 @@ class SampleFields(TrainFields):
     The control with the same weights."""
     audit_passes: float = 0.0
     """Passes of averaging that judge the labels; then the run starts again from new weights.
-    Suspects weigh `suspect_weight` from then on. 0: no audit."""
+    Suspects weigh `suspect_weight` from then on. Where few labels look wrong, or the features are
+    too weak to tell, the run goes on instead, by cross-entropy. 0: no audit."""
     suspects: SuspectsName = "prototype"
     """For an audit: the samples whose label mostly differed from the nearest prototype
     (gaf.SampleAgreement, also with refine=False), or from the network's answer; as many at random

@@ -135,6 +135,7 @@ class Training:
             **self.interval.line(self.config.b, self.group.total(float(self.interval.losses))),
             "noise_scale": stats["noise_scale"],
             "norm_dispersion": stats["norm_dispersion"],
+            **self.objective.findings(),
             **measured,
         }
         self.interval = Interval.empty(self.device)

@@ -110,6 +110,13 @@ class Objective:
             )
         return losses
 
+    def findings(self) -> dict[str, Any]:
+        """For the records: after an audit, its `separation`, and whether the run `restarted`."""
+        audit = self.weighing
+        if not isinstance(audit, Audit) or (audit.watching and audit.separation is None):
+            return {}
+        return {"separation": audit.separation, "restarted": not audit.watching}
+
     def state_dict(self) -> dict[str, Any]:
         state: dict[str, Any] = {} if self.early is None else {"targets": self.early.targets}
         if self.weighing is not None:

@@ -1,4 +1,4 @@
-"""A run that judges its labels first, and then starts again from new weights."""
+"""A run that judges its labels first, and then mostly starts again from new weights."""
 
 from typing import Any
 
@@ -18,12 +18,15 @@ def restart_step(problem: RunData) -> int:
 def start_again_if_due(training: Any) -> None:
     """Ends the audit of a `Training`, if its step is the first one after the audit.
 
-    The weights are drawn anew, and optimizer and averaged weights are as in the beginning.
+    Unless there is no restart, the weights are drawn anew, and optimizer and averaged weights are
+    as in the beginning.
     """
     audit, problem = training.objective.weighing, training.problem
     if not isinstance(audit, Audit) or training.step != restart_step(problem):
         return
     audit.end()
+    if audit.watching:
+        return
     torch.manual_seed(derive_seed(training.config.seed, "weights after the audit"))
     training.model.load_state_dict(problem.new_model().state_dict())
     training.optimizer.state.clear()

@@ -10,6 +10,7 @@ import gaf
 from gaf_lab.data.sampling import generator
 from gaf_lab.settings.config import TrainConfig
 
+SEPARATED = 0.7  # scores from which on suspects are believed; of one mode they have less
 CROSS_ENTROPY = nn.CrossEntropyLoss(reduction="none")
 
 
@@ -53,14 +54,19 @@ class Agreement:
 class Audit:
     """Judges labels while a run averages; after its restart, suspects weigh less.
 
+    Without suspects to believe there is no restart, and the run goes on as it is.
+
     Args:
         config: with `audit_passes`, `suspects` and `suspect_weight`.
         samples, classes: of the training set.
 
     Attributes:
         each: (samples,), the weights.
-        watching: whether the run has not been started again yet.
+        watching: whether the run has not been started again: it averages.
+        separation: of the suspects' scores, at the audit's end.
     """
+
+    separation: float | None = None
 
     def __init__(
         self,
@@ -90,7 +96,14 @@ class Audit:
         return self.each[index]
 
     def end(self) -> None:
-        """Ends the audit, which fixes the weights."""
+        """Ends the audit, which fixes the weights, unless it has found nothing to act on.
+
+        Prototypes, and suspects at random in their place, have where scores are not separated.
+        """
+        if self.config.suspects not in ("network", "none"):
+            self.separation = self.criterion.separation()
+            if self.separation < SEPARATED:
+                return
         doubts = self.doubts().to(self.each.device)
         self.each = 1 - (1 - self.config.suspect_weight) * doubts
         self.watching = False
@@ -110,9 +123,10 @@ class Audit:
             "criterion": self.criterion.state_dict(),
             "each": self.each,
             "watching": self.watching,
+            "separation": self.separation,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.criterion.load_state_dict(state["criterion"])
         self.each.copy_(state["each"])
-        self.watching = state["watching"]
+        self.watching, self.separation = state["watching"], state.get("separation")

@@ -36,6 +36,8 @@ SMALL = TrainConfig(
     ema=0.9,
 )
 AUDIT = {"audit_passes": 3.0, "loss": "elr"}
+FOUND = {**AUDIT, "noise": "symmetric"}  # labels of which the audit finds enough to start again
+ADAMW = {"optimizer": "adamw", "lr": 0.003, "noise_rate": 0.2}
 LOSSES = [{}, {"loss": "gce"}, {"loss": "elr"}, {"label_smoothing": 0.1}]
 
 
@@ -112,14 +114,14 @@ def test_any_loss_is_weighed_by_the_scores_of_cross_entropy(loss):
 
 def audited(**changes):
     """A training just before its restart."""
-    training = Training(changed(**AUDIT, **changes), None)
+    training = Training(changed(**FOUND | changes), None)
     while training.step < restart_step(training.problem):
         training.macro_batch()
     return training
 
 
 def test_an_audit_is_averaging_and_the_restart_has_new_weights_and_no_past():
-    training, averaging = audited(), Training(SMALL, None)
+    training, averaging = audited(), Training(changed(noise="symmetric"), None)
     assert training.step == round(3 * 216 / 48)
     while averaging.step < training.step:
         averaging.macro_batch()
@@ -156,6 +158,35 @@ def test_suspects_are_the_issues_of_the_report_and_weigh_less():
     assert audit.each.min().item() == pytest.approx(0.3)
     weights = audit.weights(None, None, torch.arange(216), 0, 0)
     assert torch.equal(weights, audit.each)
+
+
+@pytest.mark.parametrize("suspects", ["prototype", "plain-prototype", "random"])
+def test_without_separated_scores_the_run_goes_on_as_averaging(suspects):
+    clean = {"noise": "none", "noise_rate": 0.0}
+    training, averaging = audited(**clean, suspects=suspects), Training(changed(**clean), None)
+    audit, own = training.objective.weighing, training.evaluation()
+    assert "restarted" not in own
+    while averaging.step < averaging.problem.steps:
+        averaging.macro_batch()
+    while training.step < training.problem.steps:
+        training.macro_batch()
+    pairs = zip(training.model.parameters(), averaging.model.parameters(), strict=True)
+    assert all(torch.allclose(a, b, atol=1e-4) for a, b in pairs)
+    assert torch.equal(audit.each, torch.ones(216))
+    line = training.evaluation()
+    assert not line["restarted"]
+    assert 0 < line["separation"] < 0.7
+
+
+def test_controls_of_the_restart_itself_always_start_again():
+    for suspects, separated in (("none", False), ("network", False), ("prototype", True)):
+        clean = {} if separated else {"noise": "none", "noise_rate": 0.0}
+        training = audited(**clean, suspects=suspects)
+        training.macro_batch()
+        line = training.evaluation()
+        assert line["restarted"]
+        assert (line["separation"] is not None) == separated
+        assert not separated or line["separation"] == training.objective.weighing.separation > 0.7
 
 
 def test_random_suspects_are_as_many_and_none_are_none():
@@ -207,12 +238,13 @@ def test_a_micro_batch_of_nothing_but_dropped_suspects_has_no_loss():
     [
         ({"agreement": "prototype", "loss": "elr"}, 15),
         ({"agreement": "vote", "shuffle_weights": True, "policy": "gaf", "tau": 1.0}, 15),
-        (AUDIT, 10),
-        (AUDIT, 20),
-        ({**AUDIT, "suspects": "plain-prototype"}, 12),
-        ({**AUDIT, "suspects": "random", "loss": "gce", "optimizer": "adamw", "lr": 0.002}, 13),
+        (FOUND, 10),
+        (FOUND, 20),
+        ({**FOUND, "suspects": "plain-prototype"}, 12),
+        ({**FOUND, **ADAMW, "suspects": "random", "loss": "gce"}, 13),
+        ({**AUDIT, "noise": "none", "noise_rate": 0.0}, 20),
     ],
-    ids=["weights", "shuffled", "in the audit", "after it", "plain", "between"],
+    ids=["weights", "shuffled", "in the audit", "after it", "plain", "between", "no restart"],
 )
 def test_an_interrupted_run_ends_bit_for_bit_as_an_undisturbed_one(tmp_path, changes, after):
     config = changed(**changes)
@@ -221,7 +253,10 @@ def test_an_interrupted_run_ends_bit_for_bit_as_an_undisturbed_one(tmp_path, cha
         train(config, tmp_path / "cut", Stop(after=after))
     resumed = train(config, tmp_path / "cut", Silent(), resume=True)
     assert_same(final_state(tmp_path / "whole"), final_state(tmp_path / "cut"))
-    assert whole.evals[-1]["test_accuracy"] == resumed.evals[-1]["test_accuracy"]
+    for key in ("test_accuracy", "separation", "restarted"):
+        assert whole.evals[-1].get(key) == resumed.evals[-1].get(key)
+    if config.audit_passes:
+        assert whole.evals[-1]["restarted"] == (config.noise == "symmetric")
 
 
 @pytest.mark.parametrize(
