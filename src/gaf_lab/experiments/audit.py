@@ -80,7 +80,8 @@ def audit_labels(
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "gaf: .* labels look wrong")  # `closing_words` says it
         report = criterion.report()
-    return AuditResult(problem, report, max(accuracies))
+        apart = criterion.separation() if criterion.score == "prototype" else None
+    return AuditResult(problem, report, apart, max(accuracies))
 
 
 def watch(training: Training) -> gaf.SampleAgreement:

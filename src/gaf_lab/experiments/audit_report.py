@@ -12,6 +12,7 @@ from rich.table import Table
 
 from gaf_lab.experiments.audit_result import AuditLine, AuditResult
 from gaf_lab.records.output import replace_whole
+from gaf_lab.training.weighing import SEPARATED
 
 FIRST_SHOWN = 5  # samples on the console
 SCORES = {
@@ -105,10 +106,27 @@ def closing_words(lines: Sequence[AuditLine]) -> str:
     Averages over the seeds.
     """
     marked = statistics.fmean(line["issues"]["count"] for line in lines)
-    found = words_on_ranking(lines, marked) + doubt_of_marks(lines, marked)
+    found = words_on_ranking(lines, marked)
+    if marked:
+        found += words_on_marks(lines) + doubt_of_marks(lines, marked)
     if len(lines) == 1:
         return found
     return f"{found} These are means of {len(lines)} seeds; samples.csv is of the first one alone."
+
+
+def words_on_marks(lines: Sequence[AuditLine]) -> str:
+    """A sentence on how far the marked stand apart, unless prototypes did not judge."""
+    apart = [line["separation"] for line in lines if line.get("separation") is not None]
+    if not apart:
+        return ""
+    mean = statistics.fmean(apart)
+    if mean >= SEPARATED:
+        return f" The scores of the marked stand apart from the others' (separation {mean:.2f})."
+    return (
+        " The scores of the marked do not stand apart from the others' "
+        f"(separation {mean:.2f}, below {SEPARATED:.2f}): "
+        "few labels are wrong, or the features are too weak to tell."
+    )
 
 
 def doubt_of_marks(lines: Sequence[AuditLine], marked: float) -> str:

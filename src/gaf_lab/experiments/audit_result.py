@@ -32,11 +32,13 @@ class AuditResult:
     Attributes:
         problem: whose training samples they are.
         report: of `gaf.SampleAgreement`; its `index` counts the samples of `problem.train`.
+        separation: of `gaf.SampleAgreement`; None for a judge without prototypes.
         selected: the best held-out accuracy at an evaluation.
     """
 
     problem: RunData
     report: dict[str, list[Any]]
+    separation: float | None
     selected: float
 
     @cached_property
@@ -102,6 +104,7 @@ class AuditResult:
             "samples": len(self.index),
             "flipped": int(self.flipped.sum()),
             **self._found(),
+            "separation": self.separation,
             "selected": self.selected,
         }
 

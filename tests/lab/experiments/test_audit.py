@@ -16,6 +16,7 @@ from matplotlib.image import imread
 from PIL import Image
 from torch import nn
 
+from gaf.samples.report import separation_of
 from gaf_lab.commands.main import main
 from gaf_lab.data.arrays import read_arrays
 from gaf_lab.data.make_data import make_run_data
@@ -128,6 +129,7 @@ def test_a_line_is_what_the_report_says_of_the_truth() -> None:
     wrong = [found.report["given_label"][row] != found.truth[row] for row in rows]
     issues = [row for row in rows if found.report["is_label_issue"][row]]
     assert line["flipped"] == sum(wrong)
+    assert line["separation"] == separation_of(found.report, "prototype") > 0
     right = sum(wrong[row] for row in issues)
     assert line["issues"]["precision"] == pytest.approx(right / len(issues))
     assert line["issues"]["recall"] == pytest.approx(right / sum(wrong))
@@ -203,6 +205,29 @@ def test_the_closing_words_by_hand() -> None:
     assert closing_words([line]).endswith(" is_label_issue marks no line.")
 
 
+@pytest.mark.parametrize(
+    ("separations", "words"),
+    [
+        (
+            [0.825, 0.815],
+            " The scores of the marked stand apart from the others' (separation 0.82).",
+        ),
+        (
+            [0.5],
+            " The scores of the marked do not stand apart from the others' (separation 0.50, below "
+            "0.70): few labels are wrong, or the features are too weak to tell.",
+        ),
+        ([None], " They hold 75% of all wrong labels."),
+    ],
+)
+def test_the_closing_words_say_whether_the_marked_stand_apart(
+    separations: list[float | None], words: str
+) -> None:
+    found = closing_words([line_of() | {"separation": each} for each in separations])
+    end = " These are means of 2 seeds; samples.csv is of the first one alone."
+    assert found.removesuffix(end).endswith(words)
+
+
 def test_the_closing_words_doubt_the_marks_if_they_are_over_half() -> None:
     line = line_of() | {"samples": 50}
     assert closing_words([line]).endswith(
@@ -273,7 +298,7 @@ def test_names_above_a_picture_fit_and_keep_what_tells_them_apart() -> None:
     names = [f"class number {i}, of ten" for i in range(10)]
     files = [f"train/{i}/holiday picture {i:04d}.jpg" for i in range(1500)]
     named = dataclasses.replace(found.problem.problem, class_names=names, sample_names=files)
-    found = AuditResult(dataclasses.replace(found.problem, problem=named), found.report, 0.0)
+    found = AuditResult(dataclasses.replace(found.problem, problem=named), found.report, None, 0.0)
     first, second = audit_figures.labels_of(found, row).split("\n")
     assert len(first) <= 16 and len(second) <= 16 and second.startswith("→ class")
     assert audit_figures.name_of(found, row) == f"…icture {found.origin[row]:04d}.jpg"
