@@ -11,6 +11,8 @@ from rich.console import Console
 from tyro.conf import Positional
 
 from gaf_lab.commands.common import Words, failures_code, say
+from gaf_lab.commands.without_effect import is_given
+from gaf_lab.settings.checks import ConfigError
 from gaf_lab.settings.cores import cores
 
 
@@ -47,6 +49,18 @@ class SweepOptions:
     """Lists the runs and how far each is, and starts none."""
 
 
+def check_papers_options(words: Words, plan: str) -> None:
+    """Refuses options of the paper's plans with others."""
+    from gaf_lab.paper.items import ITEMS
+
+    for option in ("scale", "reading"):
+        if plan not in ITEMS and is_given(words, option):
+            raise ConfigError(
+                f"{option} goes with a figure or table of the paper alone; got it with the plan "
+                f"{plan!r}. Leave --{option} out."
+            )
+
+
 def run_sweep(words: Words, console: Console) -> int:
     options = tyro.cli(SweepOptions, prog="gaf sweep", args=words)
     from gaf_lab.commands.plans import find_plan
@@ -54,6 +68,7 @@ def run_sweep(words: Words, console: Console) -> int:
     from gaf_lab.sweeps.sweep import sweep
     from gaf_lab.sweeps.worker import INDEX
 
+    check_papers_options(words, options.plan)
     configs = find_plan(options.plan, options.seeds, options.scale, options.reading, options.task)
     out = options.out or Path("runs") / Path(options.plan).stem
     command = f"gaf sweep {shlex.join(words)}"

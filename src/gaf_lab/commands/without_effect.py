@@ -9,6 +9,7 @@ from gaf_lab.settings.config import TrainConfig
 from gaf_lab.settings.rules import REPLAYING
 
 OF_GAF = ("tau", "threshold", "threshold-by", "half-life", "start", "average")
+IN_PACKAGES = ("digits", "mnist5k", "noise")  # data sets that are read from no file
 FOLLOWING = ("random-skip", *REPLAYING)
 
 
@@ -30,6 +31,8 @@ NEEDS_OF: dict[str, tuple[Need, ...]] = {
         Need(lambda c: c.policy in FOLLOWING, f"a --policy that follows: {', '.join(FOLLOWING)}"),
     ),
     "nesterov": (Need(lambda c: c.optimizer in ("sgd", "muon"), "--optimizer sgd or muon"),),
+    "size": (Need(lambda c: bool(c.task) or c.dataset == "imagenet", "--dataset imagenet"),),
+    "data": (Need(lambda c: bool(c.task) or c.dataset not in IN_PACKAGES, "another --dataset"),),
     "shuffle-weights": (Need(lambda c: c.agreement != "none", "--agreement"),),
     "suspects": (Need(lambda c: bool(c.audit_passes), "--audit-passes"),),
 }

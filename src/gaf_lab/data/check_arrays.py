@@ -64,7 +64,8 @@ def check_arrays(train: Tensors, test: Tensors, name: str) -> None:
     if not y.is_floating_point() and (lowest < 0 or len(y.unique()) < 2):
         raise DataError(
             f"{name}: training samples must be of two classes at least, with numbers from 0 on; "
-            f"got {', '.join(map(str, y.unique().tolist()[:5]))}. Are these the labels?"
+            f"got {name_classes(y.unique().tolist())}. Are these the "
+            "labels?"
         )
     unknown = test_y[~torch.isin(test_y, y)]
     if not y.is_floating_point() and len(unknown):
@@ -73,6 +74,13 @@ def check_arrays(train: Tensors, test: Tensors, name: str) -> None:
             f"samples are of others, the first of class {int(unknown[0])}. Leave them out, or add "
             "training samples."
         )
+
+
+def name_classes(labels: list[int]) -> str:
+    """The first five of them."""
+    if len(labels) == 1:
+        return f"class {labels[0]} alone"
+    return f"classes {', '.join(map(str, labels[:5]))}{', ...' if len(labels) > 5 else ''}"
 
 
 def check_inputs(x: Tensor, name: str, part: str) -> None:

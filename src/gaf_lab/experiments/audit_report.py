@@ -145,7 +145,7 @@ def words_on_ranking(lines: Sequence[AuditLine], marked: float) -> str:
     if not known:
         return (
             "samples.csv is ranked by label quality. It is not known which labels are wrong, "
-            f"so the ranking cannot be checked. is_label_issue marks {marked:.0f} lines."
+            f"so the ranking cannot be checked. is_label_issue marks {count_lines(marked)}."
         )
     auroc = {
         name: statistics.fmean(line["auroc"][name] for line in known)
@@ -160,6 +160,11 @@ def words_on_ranking(lines: Sequence[AuditLine], marked: float) -> str:
     )
 
 
+def count_lines(number: float) -> str:
+    """ "1 line", "2 lines"."""
+    return "1 line" if round(number) == 1 else f"{number:.0f} lines"
+
+
 def describe_issues(marked: float, issues: Sequence[dict[str, float | None]]) -> str:
     """What is_label_issue marks, and how many of the marked are wrong and of the wrong marked."""
     precisions = [each["precision"] for each in issues if each["precision"] is not None]
@@ -167,7 +172,7 @@ def describe_issues(marked: float, issues: Sequence[dict[str, float | None]]) ->
     if not precisions:
         return "is_label_issue marks no line."
     return (
-        f"is_label_issue marks {marked:.0f} lines. "
+        f"is_label_issue marks {count_lines(marked)}. "
         f"{100 * statistics.fmean(precisions):.0f}% of these are wrong. "
         f"They hold {100 * statistics.fmean(recalls):.0f}% of all wrong labels."
     )

@@ -133,7 +133,12 @@ def read(folder: Path) -> Run:
             "Give the folder that `gaf train --out` wrote."
         )
     parsed = parse_lines(path)
-    if not parsed or parsed[0].get("kind") != "run":
+    if not parsed:
+        raise ValueError(
+            f"{path}: must begin with a header; the file is empty. Delete the folder, and run "
+            "`gaf train` again."
+        )
+    if parsed[0].get("kind") != "run":
         raise ValueError(
             f"{path}: the first line must be a header of kind 'run'; it is not. "
             "Was the file edited?"

@@ -158,7 +158,7 @@ class ConsoleListener:
         self.console.print(
             f"{describe_data(c)}: {len(problem.train):,} training samples, "
             f"{len(problem.heldout):,} held out, {len(problem.test):,} for test; "
-            f"{describe_training(c)}; {steps:,} steps{begin}"
+            f"{describe_training(c)}; {steps:,} step{'' if steps == 1 else 's'}{begin}"
         )
         self.console.print(table_line(COLUMNS), style="bold")
         self.bar.start()

@@ -27,6 +27,8 @@ from gaf_lab.training.console import COLUMNS, table_line
         ("--nesterov", {"optimizer": "adam", "nesterov": True}, "--optimizer sgd or muon"),
         ("--shuffle-weights", {"policy": "mean"}, "--agreement"),
         ("--suspects random", {"policy": "mean"}, "--audit-passes"),
+        ("--size 64", {"dataset": "cifar100", "size": 64}, "--dataset imagenet"),
+        ("--data x", {"dataset": "mnist5k"}, "another --dataset"),
     ],
 )
 def test_an_option_without_effect_is_refused(words, given, needs):
@@ -46,6 +48,9 @@ def test_an_option_without_effect_is_refused(words, given, needs):
         ("--nesterov", {"optimizer": "muon"}),
         ("--shuffle-weights", {"agreement": "prototype"}),
         ("--suspects random", {"policy": "mean", "audit_passes": 2.0}),
+        ("--size 64 --data x", {"dataset": "imagenet", "model": "resnet18", "size": 64}),
+        ("--size 64 --data x", {"task": "gaf_lab.tasks.arrays:arrays", "size": 64}),
+        ("--data x", {"dataset": "cifar10"}),
     ],
 )
 def test_an_option_with_an_effect_passes(words, given):
@@ -145,3 +150,23 @@ def test_pictures_of_an_earlier_audit_do_not_stay(capsys, tmp_path):
     task = ["--task", "gaf_lab.tasks.arrays:arrays", "--data", str(made)]
     assert cli.main([*words, *task, "--out", str(out)]) == 0, capsys.readouterr().err
     assert (out / "samples.csv").is_file() and not (out / "suspects.png").exists()
+
+
+@pytest.mark.parametrize("option", ["--scale smoke", "--reading=code"])
+def test_sweep_refuses_the_papers_options_with_other_plans(capsys, tmp_path, option):
+    plan = tmp_path / "plan.toml"
+    plan.write_text('arms = [{ policy = "mean" }]\n')
+    name = option[2:].split()[0].split("=")[0]
+    for other in (str(plan), "demo-gaf"):
+        assert cli.main(["sweep", other, *option.split(), "--dry-run"]) == 2
+        shown = " ".join(capsys.readouterr().err.split())
+        assert f"{name} goes with a figure or table of the paper alone" in shown
+    assert cli.main(["sweep", "fig6", *option.split(), "--dry-run"]) == 0
+
+
+def test_empty_records_are_called_empty(capsys, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "records.jsonl").touch()
+    assert cli.main(["report", str(tmp_path / "run")]) == 2
+    shown = " ".join(capsys.readouterr().err.split())
+    assert "must begin with a header; the file is empty" in shown
