@@ -410,19 +410,25 @@ def glance(
 
 
 CHANGED = ("prototype weights", "prototype weights with ELR", OURS)  # since
-BEFORE = {"H200": ", before depth", "CPU": ", before cosines"}
-MACHINES = {"": "H200", "-cpu": "CPU", "-float32": "CPU, float32"}  # by the end of the file's name
+# by the end of the file's name: the machine, and before which change of the rule
+MACHINES = {
+    "": ("H200", ", before depth"),
+    "-cpu": ("CPU", ", before cosines"),
+    "-depth": ("CPU, float32", ", before separation"),
+    "-float32": ("CPU, float32", ""),
+}
+ELSEWHERE = {"-depth": "-float32"}  # where the averaging of the same machine is
 HumanArms = dict[tuple[str, str, str], list[Run]]
 
 
 def human_arms() -> HumanArms:
-    """(labels, arm, machine) -> the runs in the order of their seeds."""
+    """(labels, arm, end of the file's name) -> the runs in the order of their seeds."""
     arms: HumanArms = {}
-    for end, machine in MACHINES.items():
+    for end in MACHINES:
         runs = read_pack(ROOT / "results" / f"label-training-human{end}.jsonl")
         for run in sorted(runs, key=lambda run: run.seed):
             labels = HUMAN[run.header["config"]["dataset"]].partition(", ")[2]
-            arms.setdefault((labels, run.arm, machine), []).append(run)
+            arms.setdefault((labels, run.arm, end), []).append(run)
     return arms
 
 
@@ -433,13 +439,14 @@ def trained_on_human_labels() -> str:
     """
     arms = {place: found for place, found in human_arms().items() if len(found) == 3}
     rows = []
-    for (labels, arm, machine), found in sorted(arms.items(), key=lambda item: item[0][0]):
-        plain = arms.get((labels, "averaging", machine)) or arms[labels, "averaging", "H200"]
+    for (labels, arm, end), found in sorted(arms.items(), key=lambda item: item[0][0]):
+        same = labels, "averaging", ELSEWHERE.get(end, end)
+        plain = arms.get(same) or arms[labels, "averaging", ""]
         cells = [spread([measure(run) for run in found]) for measure in (own_last, last)]
         pair = ([100 * last(run) for run in some] for some in (found, plain))
         less = "" if arm == "averaging" else Paired.of(*pair).text(1)
-        before = BEFORE.get(machine, "") if arm in CHANGED else ""
-        rows.append([labels, f"{arm}{before}", machine, *cells, less])
+        machine, before = MACHINES[end]
+        rows.append([labels, f"{arm}{before if arm in CHANGED else ''}", machine, *cells, less])
     return table(
         "labels | rule | machine | last | last, averaged weights | the same, less averaging",
         rows,
@@ -449,8 +456,7 @@ def trained_on_human_labels() -> str:
 def test_one_seed_of_averaging_shows_how_far_the_machines_differ():
     arms = human_arms()
     ends = [
-        100 * last(arms["100 classes", "averaging", machine][0])
-        for machine in ("CPU", "CPU, float32", "H200")
+        100 * last(arms["100 classes", "averaging", end][0]) for end in ("-cpu", "-float32", "")
     ]
     text = " ".join((ROOT / "docs" / "samples.md").read_text().split())
     assert (
@@ -458,17 +464,33 @@ def test_one_seed_of_averaging_shows_how_far_the_machines_differ():
     )
 
 
-def test_one_seed_of_an_audit_as_it_is_now_beside_averaging():
+def test_one_seed_of_an_audit_that_always_starts_again_beside_averaging():
     arms = human_arms()
-    ends = [100 * last(arms["100 classes", arm, "CPU, float32"][0]) for arm in (OURS, "averaging")]
+    places = ("100 classes", OURS, "-depth"), ("100 classes", "averaging", "-float32")
+    ends = [100 * last(arms[place][0]) for place in places]
     text = " ".join((ROOT / "docs" / "samples.md").read_text().split())
     assert "it ends at {:.1f}, where averaging ends at {:.1f}".format(*ends) in text
+
+
+def test_audits_start_again_where_labels_are_wrong_and_nowhere_else():
+    ends: dict[bool, list[float]] = {True: [], False: []}
+    for run in read_pack(ROOT / "results" / "label-training.jsonl"):
+        end = run.evals[-1]
+        if end.get("separation") is not None:
+            assert end["restarted"] == (run.header["config"]["noise"] != "none")
+            ends[end["restarted"]].append(end["separation"])
+    again, on = ends[True], ends[False]
+    text = " ".join((ROOT / "docs" / "samples.md").read_text().split())
+    assert (
+        f"in all {len(again)} runs with wrong labels (separation {min(again):.2f} to "
+        f"{max(again):.2f}), and in none of the {len(on)} without ({min(on):.2f} to {max(on):.2f})"
+    ) in text
 
 
 def test_gaf_is_behind_random_skip_on_human_labels():
     arms = human_arms()
     gaf, skip = (
-        [100 * last(run) for run in arms["100 classes", arm, "CPU"]]
+        [100 * last(run) for run in arms["100 classes", arm, "-cpu"]]
         for arm in ("GAF", "random skip")
     )
     found = Paired.of(gaf, skip)

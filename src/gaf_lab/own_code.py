@@ -15,7 +15,7 @@ def misfit(function: Callable[..., Any], count: int, *names: str) -> str:
     names: of those by name.
     """
     try:
-        signature = inspect.signature(function)
+        signature = inspect.signature(function, follow_wrapped=False)
     except (TypeError, ValueError):  # not written in Python
         return ""
     try:
@@ -36,16 +36,18 @@ def own_part(error: Exception) -> str:
     """Traceback and message of an error, from the first line of the user's own on; else empty."""
     if isinstance(error, SyntaxError) and error.filename and not is_installed(error.filename):
         return "".join(traceback.format_exception_only(error))
-    lines = traceback.extract_tb(error.__traceback__)
-    own = [i for i, line in enumerate(lines) if not is_installed(line.filename)]
+    found = traceback.TracebackException.from_exception(error)
+    own = [i for i, line in enumerate(found.stack) if not is_installed(line.filename)]
     if not own:
         return ""
-    shown = [*traceback.format_list(lines[own[0] :]), *traceback.format_exception_only(error)]
-    return "".join(shown)
+    found.stack = traceback.StackSummary.from_list(found.stack[own[0] :])
+    return "".join(found.format())
 
 
 def is_installed(file: str) -> bool:
     """Whether a file of code is part of Python, a package, or gaf."""
-    path, roots = Path(file), (Path(__file__).parents[1], Path(sysconfig.get_path("stdlib")))
-    known = "site-packages" in path.parts or any(path.is_relative_to(root) for root in roots)
-    return known or file.startswith("<")
+    places = (sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib"))
+    path, roots = Path(file), (Path(__file__).parents[1], *map(Path, places))
+    packages = {"site-packages", "dist-packages"}
+    known = packages & {*path.parts} or any(path.is_relative_to(root) for root in roots)
+    return bool(known) or file.startswith("<")

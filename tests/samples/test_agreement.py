@@ -213,7 +213,14 @@ def test_the_separation_of_known_distributions(scores: Tensor, share: float) -> 
     assert float(found) == pytest.approx(share, abs=1e-3)
 
 
-def test_scores_without_a_zero_are_not_separated() -> None:
+def test_a_class_whose_doubts_have_decayed_adds_nothing_between() -> None:
+    """Of them rounding is left, divided by nearly nothing."""
+    sums = torch.tensor([[1000.0, 500, 300, 1e-12, 500.0003], [0, 0, 0, 0, 0], [2, 0, 0, 1, 1]])
+    assert separation(sums[:2]) == 0
+    assert 0 <= separation(sums) <= 1
+
+
+def test_without_prototypes_belief_is_full() -> None:
     assert ClassStatistics(3, 0, 1, torch.device("cpu")).separation == 1
 
 

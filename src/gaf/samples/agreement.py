@@ -40,8 +40,8 @@ class SampleAgreement(nn.Module):
     samples with its label that seem to be of another class: all weights are near 1 where nearly all
     labels look right, and where nearly all look wrong, since the features do not tell the class
     then. For "prototype" a also falls to 0 as the share of the scores' variance, within labels,
-    that lies between these samples and the others falls from 0.75 to 0.7: scores of one mode have
-    less, and low ones are then those of hard samples. The loss is sum w_i loss_i / sum w_i, with
+    that lies between these samples and the others falls from 0.75 to 0.7: with one mode it is less,
+    and low scores are then those of hard samples. The loss is sum w_i loss_i / sum w_i, with
     the criterion's class weights in both sums and its ignored targets in neither, as in its own
     mean. Ranks divide by the mean of their sums, so that DDP averages to one weighted mean. A run
     that weights steer judges less well: to find wrong labels, use weigh=False and report before it
@@ -99,8 +99,8 @@ class SampleAgreement(nn.Module):
     ) -> None:
         super().__init__()
         check_arguments(criterion, head, score, model, num_classes, num_samples, warmup)
-        self.criterion, self.score, self.weigh, self.warmup = criterion, score, weigh, warmup
-        self.refine = refine
+        self.criterion, self.score, self.refine = criterion, score, refine
+        self.weigh, self.warmup = weigh, warmup
         outputs = getattr(head, "out_features", 1)
         self.classes = num_classes or (outputs if outputs > 1 else None)
         device = torch.device("cpu") if head is None else next(head.parameters()).device
@@ -109,6 +109,7 @@ class SampleAgreement(nn.Module):
         parts = ranks_of(group) if leave_own_rank_out else 1
         self.statistics = ClassStatistics(self.classes or 1, width, parts, device)
         self.history = History(num_samples, device)
+        self._seen = self.history, score, self.classes, self._summing
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64, device=device))
         self.register_state_dict_pre_hook(finish_sum)
         self.register_load_state_dict_pre_hook(finish_sum)
@@ -120,15 +121,14 @@ class SampleAgreement(nn.Module):
             finalize(self, hook.remove)
 
     def forward(self, outputs: Tensor, targets: Tensor, index: Any = None) -> Float[Tensor, ""]:
-        """The loss of a batch, a scalar to call backward on.
+        """The loss of a batch, a scalar to call backward on: the weighted mean.
+
+        In evaluation mode and without gradients it is the plain mean.
 
         Args:
             outputs: of the model, (n, ...).
             targets: classes (n,), probabilities of classes (n, C), or what the criterion takes.
             index: (n,), which samples of the data set these are, counted from 0.
-
-        Returns:
-            The weighted mean; in evaluation mode and without gradients the plain mean.
         """
         return uncompiled(self._weighed_mean)(outputs, targets, index)
 
@@ -186,15 +186,15 @@ class SampleAgreement(nn.Module):
         Warns:
             if most are issues; if it covers one of several ranks.
         """
-        return make_report(self.history, self.score, self.classes, self._summing.group, gather)
+        return make_report(*self._seen, gather)
 
     def count_issues(self, *, gather: bool = False) -> int:
         """How many labels look wrong: an estimate, the issues of `report`."""
-        return sum(self.report(gather=gather)["is_label_issue"])
+        return sum(make_report(*self._seen, gather)["is_label_issue"])
 
     def separation(self, *, gather: bool = False) -> float:
         """The share of the mean scores' variance, within labels, between issues and others, [0, 1].
 
-        Below 0.7 train on all labels: few are wrong, or the features are too weak to tell.
+        Of prototypes, below 0.7 train on all labels: few are wrong, or features tell too little.
         """
-        return separation_of(self.report(gather=gather), self.score)
+        return separation_of(make_report(*self._seen, gather), self.score)

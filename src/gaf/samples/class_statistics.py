@@ -7,10 +7,12 @@ add up, and a rank's own part can be taken out again.
 import torch
 from torch import Tensor, nn
 
+from gaf.rules.slices import float64_device
 from gaf.samples.float_buffers import FloatBuffers
 from gaf.shapes import Float, Int
 
 DECAY = 0.9  # a step in which the class occurs
+FEWEST = 0.01  # of samples, decayed sums included, that a mean is taken of
 
 
 class ClassStatistics(FloatBuffers):
@@ -44,7 +46,7 @@ class ClassStatistics(FloatBuffers):
         total = self.features.sum(0)
         if without is not None:
             total = total - self.features[without]
-        return total[:, :-1] / torch.where(total[:, -1:] > 0.01, total[:, -1:], torch.nan)
+        return total[:, :-1] / torch.where(total[:, -1:] > FEWEST, total[:, -1:], torch.nan)
 
     @property
     def mean(self) -> Float[Tensor, " C"]:
@@ -108,18 +110,20 @@ class ClassStatistics(FloatBuffers):
 def separation(sums: Float[Tensor, "C 5"]) -> Float[Tensor, ""]:
     """How far the doubtful samples' scores lie apart from the others', in [0, 1]; 0 if none do.
 
-    The share of the variance of scores with the same label that lies between the two groups.
-    Scores around zero with one mode have at most 3/4 (a uniform distribution), those of a normal
-    distribution 2 / pi; two points have 1.
+    The share of the variance of scores with the same label that lies between the two groups. If
+    scores are symmetric around zero with one mode, it is at most 3/4 (a uniform distribution), and
+    2 / pi for a normal one; two points have 1.
 
     Args:
         sums: of each class: the number of scores, their sum, that of their squares, the number of
             doubtful ones, and the sum of the others.
     """
-    n, total, squares, doubtful, others = sums.double().unbind(1)
+    n, total, squares, doubtful, others = sums.to(float64_device(sums.device)).double().unbind(1)
     gap = others / (n - doubtful) - (total - others) / doubtful
-    between = (doubtful * (n - doubtful) / n * gap.square()).nan_to_num(0).sum()
-    return (between / (squares - total.square() / n).nan_to_num(0).sum()).nan_to_num(0).to(sums)
+    both = (doubtful > FEWEST) & (n - doubtful > FEWEST)  # less is what rounding has left
+    between = torch.where(both, doubtful * (n - doubtful) / n * gap.square(), 0).sum()
+    share = between / (squares - total.square() / n).nan_to_num(0).sum()
+    return share.nan_to_num(0, posinf=0).clamp(0, 1).to(sums)
 
 
 def decay_into(total: Tensor, new: Tensor) -> None:

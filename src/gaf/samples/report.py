@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from gaf.samples.agreement_checks import check_report, warn_of_most, warn_of_part
@@ -11,7 +10,7 @@ from gaf.samples.class_statistics import separation
 from gaf.samples.history import DISAGREED, GUESS, LABEL, LOSS, SCORE, VISITS, History
 from gaf.samples.judge import DOUBTFUL, strength
 from gaf.samples.scores import depths_in_others
-from gaf.samples.summing import ranks_of
+from gaf.samples.summing import Summing, ranks_of
 from gaf.shapes import Bool, Float, Int
 
 ENOUGH = 2 / 3  # depth for full belief in an issue
@@ -19,9 +18,10 @@ SHALLOW, DEEP = 0.6, 0.8  # mean depth of a label's issues, for no effect and th
 
 
 def make_report(
-    history: History, kind: str, classes: int | None, group: dist.ProcessGroup | None, gather: bool
+    history: History, kind: str, classes: int | None, summing: Summing, gather: bool
 ) -> dict[str, list[Any]]:
     """The report of one rank, or of all; see `SampleAgreement.report`."""
+    group = summing.group
     table, ranks = history.table, ranks_of(group)
     if gather and ranks > 1:
         table = history.gathered(group)

@@ -14,6 +14,7 @@ from gaf_lab.commands.common import Words, failures_code, say
 from gaf_lab.commands.without_effect import is_given
 from gaf_lab.settings.checks import ConfigError
 from gaf_lab.settings.cores import cores
+from gaf_lab.settings.presets import PRESETS
 
 
 @dataclass
@@ -51,10 +52,9 @@ class SweepOptions:
 
 def check_papers_options(words: Words, plan: str) -> None:
     """Refuses options of the paper's plans with others."""
-    from gaf_lab.paper.items import ITEMS
-
+    other = plan in PRESETS or Path(plan).is_file()
     for option in ("scale", "reading"):
-        if plan not in ITEMS and is_given(words, option):
+        if other and is_given(words, option):
             raise ConfigError(
                 f"{option} goes with a figure or table of the paper alone; got it with the plan "
                 f"{plan!r}. Leave --{option} out."

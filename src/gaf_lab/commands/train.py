@@ -88,8 +88,9 @@ def run_train(words: Words, console: Console) -> int:
         if not line.get("restarted", True):
             say(
                 console,
-                f"The audit found too little to start again: separation {line['separation']:.2f}, "
-                "where 0.70 is needed. Few labels are wrong, or the features are too weak to tell.",
+                f"The audit found too little to start again: separation {line['separation']:.3f}, "
+                "where 0.7 is needed. Few labels are wrong, or the features are too weak to tell. "
+                "The run went on as averaging.",
             )
     say(console, f"Records: {options.out / 'records.jsonl'}. Page: gaf report {options.out}")
     return 0

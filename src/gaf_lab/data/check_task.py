@@ -44,6 +44,15 @@ def check_functions(problem: Problem) -> None:
             )
 
 
+def check_trains(model: nn.Module) -> None:
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        count = len(list(model.parameters()))
+        raise ConfigError(
+            "the task's model must have a parameter that requires grad; none of its "
+            f"{count} parameters does. Leave one unfrozen."
+        )
+
+
 def check_loss_of(config: TrainConfig, problem: Problem, classes: int) -> None:
     if problem.loss is None and not classes:
         raise ConfigError(

@@ -36,7 +36,7 @@ def read_from(
     if not colon or form not in FORMS or not place:
         raise ConfigError(
             f"from must be {', '.join(f'{name}:PATH' for name in FORMS)}; got {source!r}."
-            f"{nearest(source, [f'{name}:{place}' for name in FORMS])}"
+            f"{nearest(form.lower(), FORMS)}"
         )
     given = {"label": label, "size": size, "numbers": numbers or None}
     for name, value in given.items():

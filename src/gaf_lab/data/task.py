@@ -40,6 +40,12 @@ def call_task(config: TrainConfig, folder: Path | None) -> Problem:
     reference = config.task or BUILT_IN
     function = find_function(reference, config.task_source)
     given: dict[str, Any] = {"data": folder} if takes_data(function) else {}
+    if config.task and folder is not None and not given:
+        raise ConfigError(
+            f"task {name_task(reference)}: data must be left out for a function without a "
+            f"parameter named data; got {folder}. Leave out --data, or write: "
+            "def task(config, data)."
+        )
     if seen := misfit(function, 1, *given):
         raise ConfigError(
             f"task {name_task(reference)}: the function must take one argument, the config, and "

@@ -121,10 +121,10 @@ def words_on_marks(lines: Sequence[AuditLine]) -> str:
         return ""
     mean = statistics.fmean(apart)
     if mean >= SEPARATED:
-        return f" The scores of the marked stand apart from the others' (separation {mean:.2f})."
+        return f" The scores of the marked stand apart from the others' (separation {mean:.3f})."
     return (
         " The scores of the marked do not stand apart from the others' "
-        f"(separation {mean:.2f}, below {SEPARATED:.2f}): "
+        f"(separation {mean:.3f}, below {SEPARATED}): "
         "few labels are wrong, or the features are too weak to tell."
     )
 

@@ -133,15 +133,11 @@ def read(folder: Path) -> Run:
             "Give the folder that `gaf train --out` wrote."
         )
     parsed = parse_lines(path)
-    if not parsed:
+    if not parsed or parsed[0].get("kind") != "run":
+        fault = "it is not. Was the file edited?" if path.stat().st_size else "the file is empty."
         raise ValueError(
-            f"{path}: must begin with a header; the file is empty. Delete the folder, and run "
-            "`gaf train` again."
-        )
-    if parsed[0].get("kind") != "run":
-        raise ValueError(
-            f"{path}: the first line must be a header of kind 'run'; it is not. "
-            "Was the file edited?"
+            f"{path}: the first line must be a header of kind 'run'; {fault} A run whose header "
+            "was lost can go on, by `gaf train --resume`, or start anew in another folder."
         )
     evals = [line for line in parsed if line["kind"] == "eval"]
     ends = [line for line in parsed if line["kind"] == "end"]

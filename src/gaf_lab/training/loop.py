@@ -11,10 +11,12 @@ from typing import Any
 import torch
 
 import gaf
+from gaf_lab.data.check_task import check_trains
 from gaf_lab.data.make_data import make_run_data
 from gaf_lab.data.sampling import derive_seed
 from gaf_lab.records import checkpoint
 from gaf_lab.records import run as records
+from gaf_lab.settings.checks import first_line
 from gaf_lab.settings.config import TrainConfig
 from gaf_lab.training.diverged import check_losses
 from gaf_lab.training.evaluate import measure
@@ -49,6 +51,7 @@ class Training:
         check_same_on_ranks(self.problem, group)
         torch.manual_seed(derive_seed(config.seed, "weights"))
         self.model = self.problem.new_model()
+        check_trains(self.model)
         self.average = ema_model(self.model, config.ema) if config.ema else None
         self.objective = make_objective(self.problem, self.model)
         self.stopping = EarlyStopping(config.early_stopping) if config.early_stopping else None
@@ -178,6 +181,15 @@ class Training:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes back to that point. A state of one process fits k ranks, and the other way round."""
         check_same_data(state, self.problem.checksum)
+        try:
+            self._put_back(state)
+        except (KeyError, RuntimeError) as error:
+            raise checkpoint.CheckpointError(
+                "checkpoint: must have been written by this version of gaf and by the same task; "
+                f"{type(error).__name__}: {first_line(error)}. Start again in another folder."
+            ) from error
+
+    def _put_back(self, state: dict[str, Any]) -> None:
         self.step, self.seconds = state["step"], state["seconds"]
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])

@@ -84,11 +84,11 @@ class Objective:
         return cross_entropy(scores, y, label_smoothing=self.config.label_smoothing)
 
     def each(self, scores: Tensor, y: Any, index: Tensor) -> Tensor:
-        """The losses (b,) of which `of` is the mean; in an audit, cross-entropy."""
-        if isinstance(self.weighing, Audit) and self.weighing.watching:
-            return cross_entropy(scores, y, reduction="none")
+        """The losses (b,) of which `of` is the mean; in an audit cross-entropy, or the task's."""
         if self.loss is not None:
             return self._own(scores, y, index)
+        if isinstance(self.weighing, Audit) and self.weighing.watching:
+            return cross_entropy(scores, y, reduction="none")
         if self.config.loss == "gce":
             return generalised_cross_entropies(scores, y, self.config.gce_q)
         smoothing = self.config.label_smoothing

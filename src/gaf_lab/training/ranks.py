@@ -11,6 +11,7 @@ import hashlib
 import os
 import socket
 import sys
+import threading
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -131,16 +132,31 @@ def leave(code: int) -> NoReturn:
     the finished run as a failed one.
 
     After a failure all leave together, because torchrun would stop the one that is still reporting
-    the error. After Ctrl-C (130) nobody waits: when a rank exits, those that wait for it do too.
+    the error. If one rank alone has failed, the others still wait for it: it leaves them. After
+    Ctrl-C (130) nobody waits: when a rank exits, those that wait for it do too.
     """
-    if code == 2:
-        with contextlib.suppress(RuntimeError):
-            dist.monitored_barrier(timeout=FAREWELL)
-    if code != 130:
+    together = code != 2 or met()
+    if together and code != 130:
         dist.destroy_process_group()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def met() -> bool:
+    """Whether all ranks come to leave in time.
+
+    A barrier among ranks of which one waits for other work may outlast its own timeout.
+    """
+    meeting = threading.Thread(target=try_to_meet, daemon=True)
+    meeting.start()
+    meeting.join(2 * FAREWELL.total_seconds())
+    return not meeting.is_alive()
+
+
+def try_to_meet() -> None:
+    with contextlib.suppress(RuntimeError):
+        dist.monitored_barrier(timeout=FAREWELL)
 
 
 def launch() -> str | None:

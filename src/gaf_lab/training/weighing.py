@@ -1,5 +1,6 @@
 """Weights of the samples in the loss: by `gaf.SampleAgreement`, or by an audit before a restart."""
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,7 +11,7 @@ import gaf
 from gaf_lab.data.sampling import generator
 from gaf_lab.settings.config import TrainConfig
 
-SEPARATED = 0.7  # scores from which on suspects are believed; of one mode they have less
+SEPARATED = 0.7  # separation from which on suspects are believed; a normal distribution has less
 CROSS_ENTROPY = nn.CrossEntropyLoss(reduction="none")
 
 
@@ -101,7 +102,9 @@ class Audit:
         Prototypes, and suspects at random in their place, have where scores are not separated.
         """
         if self.config.suspects not in ("network", "none"):
-            self.separation = self.criterion.separation()
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "gaf: .* labels look wrong")  # `doubts` says it
+                self.separation = self.criterion.separation()
             if self.separation < SEPARATED:
                 return
         doubts = self.doubts().to(self.each.device)

@@ -5,6 +5,7 @@ import pytest
 from gaf_lab.commands.main import main
 
 TASKS = """\
+import functools
 import torch
 from torch import nn
 from gaf_lab import Metric, Problem
@@ -34,6 +35,26 @@ def one_argument(config):
 def metric_of_one(config):
     return problem(metric=Metric("error", lambda output: output[:, 0]))
 
+def caused(config):
+    try:
+        raises(config)
+    except KeyError as error:
+        raise RuntimeError("cannot read it") from error
+
+def wrapped(config):
+    def with_scale(function):
+        @functools.wraps(function)
+        def call(*pair):
+            return function(*pair, 2.0)
+        return call
+    @with_scale
+    def loss(output, target, scale):
+        return scale * nn.functional.cross_entropy(output, target, reduction="none")
+    return problem(loss=loss)
+
+def frozen(config):
+    return problem(model=nn.Linear(4, 2).requires_grad_(False))
+
 def no_graph(config):
     return problem(loss=lambda output, target: torch.ones(len(output)))
 """
@@ -53,6 +74,7 @@ def run(tmp_path, task: str) -> int:
         ("three", "three(config, size, depth)"),
         ("one_argument", "the task's loss must take two arguments, (output, target); got "),
         ("metric_of_one", "the task's metric must take two arguments, (output, target); got "),
+        ("frozen", "model must have a parameter that requires grad; none of its 2 parameters does"),
         ("no_graph", "loss must be computed from the model's output by operations that autograd"),
     ],
 )
@@ -61,8 +83,26 @@ def test_what_cannot_be_called_is_refused_by_name(tmp_path, capsys, task, messag
     assert message in capsys.readouterr().err
 
 
-def test_arguments_with_defaults_are_allowed(tmp_path):
-    assert run(tmp_path, "optional") == 0
+@pytest.mark.parametrize("task", ["optional", "wrapped"])
+def test_what_can_be_called_is_allowed(tmp_path, task):
+    assert run(tmp_path, task) == 0
+
+
+def test_the_cause_of_an_exception_is_shown_too(tmp_path, capsys):
+    assert run(tmp_path, "caused") == 2
+    shown = capsys.readouterr().err
+    assert "KeyError: 'no such file'" in shown
+    assert "RuntimeError: cannot read it" in shown
+
+
+def test_data_that_no_parameter_takes_are_refused(tmp_path, capsys):
+    path = tmp_path / "own.py"
+    path.write_text(TASKS)
+    words = ["--task", f"{path}:optional", "--data", str(tmp_path), "--out", str(tmp_path / "run")]
+    assert main(["train", *words]) == 2
+    assert "data must be left out for a function without a parameter named data" in " ".join(
+        capsys.readouterr().err.split()
+    )
 
 
 @pytest.mark.parametrize(

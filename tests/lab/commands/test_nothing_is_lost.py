@@ -169,4 +169,4 @@ def test_empty_records_are_called_empty(capsys, tmp_path):
     (tmp_path / "run" / "records.jsonl").touch()
     assert cli.main(["report", str(tmp_path / "run")]) == 2
     shown = " ".join(capsys.readouterr().err.split())
-    assert "must begin with a header; the file is empty" in shown
+    assert "must be a header of kind 'run'; the file is empty." in shown

@@ -271,8 +271,14 @@ ROWS, HALVES = np.zeros((12, 2)), np.arange(12) % 2
         ({"x": ROWS.astype(str), "y": HALVES}, r"inputs must be real .*; got \(12, 2\) of <U32"),
         ({"x": ROWS + 1j, "y": HALVES}, r"inputs must be real numbers, .*; got .* of complex128"),
         ({"x": np.full((12, 2), np.nan), "y": HALVES}, "must be finite; 10 of 10 training samples"),
-        ({"x": ROWS, "y": HALVES - 1}, "two classes at least, with numbers from 0 on; got classes -1, 0"),
-        ({"x": ROWS, "y": 0 * HALVES}, "two classes at least, .*; got class 0 alone. Are these the labels"),
+        (
+            {"x": ROWS, "y": HALVES - 1},
+            "two classes at least, with numbers from 0 on; got classes -1, 0",
+        ),
+        (
+            {"x": ROWS, "y": 0 * HALVES},
+            "two classes at least, .*; got class 0 alone. Are these the labels",
+        ),
         ({"x": ROWS[:4], "y": HALVES[:4]}, "to train on and to test on; it has 4 and 0. A fifth"),
         (
             {"x_train": ROWS, "y_train": HALVES, "x_test": ROWS[:0], "y_test": HALVES[:0]},
@@ -297,7 +303,7 @@ def test_arrays_that_are_none_are_refused(tmp_path, arrays, message):
 @pytest.mark.parametrize(
     ("source", "error", "message"),
     [
-        ("cvs:a", ConfigError, "from must be folder:PATH, csv:PATH.*Did you mean 'csv:a'"),
+        ("cvs:a", ConfigError, "from must be folder:PATH, csv:PATH.*Did you mean 'csv'"),
         ("csv:none.csv", DataError, "must be a CSV file; it is not there"),
         ("folder:none", DataError, "must be a folder of pictures; it is not"),
         ("npz:none.npz", DataError, "must be an .npz file; it is not there"),

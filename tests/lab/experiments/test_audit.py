@@ -210,12 +210,12 @@ def test_the_closing_words_by_hand() -> None:
     [
         (
             [0.825, 0.815],
-            " The scores of the marked stand apart from the others' (separation 0.82).",
+            " The scores of the marked stand apart from the others' (separation 0.820).",
         ),
         (
             [0.5],
-            " The scores of the marked do not stand apart from the others' (separation 0.50, below "
-            "0.70): few labels are wrong, or the features are too weak to tell.",
+            " The scores of the marked do not stand apart from the others' (separation 0.500, "
+            "below 0.7): few labels are wrong, or the features are too weak to tell.",
         ),
         ([None], " They hold 75% of all wrong labels."),
     ],

@@ -366,6 +366,33 @@ def test_torchrun_with_four_ranks_is_one_run_and_equals_one_process(torchrun, tm
     ) == len(run.evals)
 
 
+FAILS_ON_RANK_1 = """
+import os
+import torch
+from torch.nn import Linear
+from gaf_lab import Problem
+
+def task(config):
+    part, calls = (torch.randn(200, 4), torch.randn(200)), []
+    def loss(output, target):
+        calls.append(0)
+        if os.environ["RANK"] == "1" and len(calls) > 6:
+            raise KeyError("rank 1")
+        return (output[:, 0] - target) ** 2
+    return Problem(model=Linear(4, 1), train=part, test=part, loss=loss)
+"""
+
+
+def test_one_rank_that_fails_alone_ends_them_all(torchrun, tmp_path):
+    """The other one waits for it in an all-reduce, and would for half an hour."""
+    (tmp_path / "own.py").write_text(FAILS_ON_RANK_1)
+    own = ["--task", f"{tmp_path}/own.py:task", "--k", "2", "--b", "10", "--passes", "20"]
+    process = torchrun(2, *own, "--device", "cpu", "--out", tmp_path / "run")
+    _, err = process.communicate(timeout=120)
+    assert process.returncode
+    assert "KeyError: 'rank 1'" in err
+
+
 def test_torchrun_takes_a_task_in_a_file_by_its_path_from_here(torchrun, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.copy(Path(__file__).parents[2] / "helpers" / "regression.py", "plane.py")

@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy
 
 import gaf
 from gaf_lab.data.sampling import derive_seed
+from gaf_lab.records.checkpoint import CheckpointError
 from gaf_lab.settings.checks import ConfigError
 from gaf_lab.settings.config import TrainConfig
 from gaf_lab.training.engines import check_ranks, obstacle
@@ -176,6 +177,19 @@ def test_without_separated_scores_the_run_goes_on_as_averaging(suspects):
     line = training.evaluation()
     assert not line["restarted"]
     assert 0 < line["separation"] < 0.7
+
+
+def test_a_checkpoint_of_another_shape_is_refused_in_words(tmp_path):
+    config = changed(agreement="prototype")
+    with pytest.raises(KeyboardInterrupt):
+        train(config, tmp_path / "run", Stop(after=10))
+    path = tmp_path / "run" / "checkpoint.pt"
+    state = torch.load(path)
+    scores = state["objective"]["weighing"]["statistics.scores"]
+    state["objective"]["weighing"]["statistics.scores"] = scores[:, :4]
+    torch.save(state, path)
+    with pytest.raises(CheckpointError, match="must have been written by this version of gaf"):
+        train(config, tmp_path / "run", Silent(), resume=True)
 
 
 def test_controls_of_the_restart_itself_always_start_again():
