@@ -487,6 +487,16 @@ def test_audits_start_again_where_labels_are_wrong_and_nowhere_else():
     ) in text
 
 
+def test_audits_on_human_labels_do_not_start_again():
+    runs = read_pack(ROOT / "results" / "label-training-human-audit.jsonl")
+    ends = [run.evals[-1] for run in runs]
+    assert not any(end["restarted"] for end in ends)
+    assert all(round(end["passes"]) == 3 for end in ends)
+    found = [f"{end['separation']:.2f}" for end in ends]
+    text = " ".join((ROOT / "docs" / "samples.md").read_text().split())
+    assert "its separation is {} with 100 classes and {} with 20".format(*found) in text
+
+
 def test_gaf_is_behind_random_skip_on_human_labels():
     arms = human_arms()
     gaf, skip = (

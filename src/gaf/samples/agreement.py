@@ -41,11 +41,10 @@ class SampleAgreement(nn.Module):
     labels look right, and where nearly all look wrong, since the features do not tell the class
     then. For "prototype" a also falls to 0 as the share of the scores' variance, within labels,
     that lies between these samples and the others falls from 0.75 to 0.7: with one mode it is less,
-    and low scores are then those of hard samples. The loss is sum w_i loss_i / sum w_i, with
-    the criterion's class weights in both sums and its ignored targets in neither, as in its own
-    mean. Ranks divide by the mean of their sums, so that DDP averages to one weighted mean. A run
-    that weights steer judges less well: to find wrong labels, use weigh=False and report before it
-    memorises them.
+    and low scores are then those of hard samples. The loss is sum w_i loss_i / sum w_i, with the
+    criterion's class weights in both sums and its ignored targets in neither. Ranks divide by the
+    mean of their sums, so that DDP averages to one weighted mean. A run that weights steer judges
+    less well: to find wrong labels, use weigh=False and report before it memorises them.
 
     The mean features and the scores' statistics are buffers, the same on all ranks: sums over them
     by one small all-reduce, which each step starts and the next one waits for. What was seen of

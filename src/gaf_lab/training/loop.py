@@ -16,7 +16,6 @@ from gaf_lab.data.make_data import make_run_data
 from gaf_lab.data.sampling import derive_seed
 from gaf_lab.records import checkpoint
 from gaf_lab.records import run as records
-from gaf_lab.settings.checks import first_line
 from gaf_lab.settings.config import TrainConfig
 from gaf_lab.training.diverged import check_losses
 from gaf_lab.training.evaluate import measure
@@ -34,7 +33,6 @@ from gaf_lab.training.optimizers import evaluated_weights, make_optimizer
 from gaf_lab.training.over_ranks import check_same_on_ranks
 from gaf_lab.training.ranks import ALONE, Group
 from gaf_lab.training.restart import start_again_if_due
-from gaf_lab.training.resume import check_same_data
 from gaf_lab.training.schedule import Schedule
 from gaf_lab.training.techniques import EarlyStopping, ema_model
 from gaf_lab.training.turns import Turns
@@ -180,16 +178,6 @@ class Training:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes back to that point. A state of one process fits k ranks, and the other way round."""
-        check_same_data(state, self.problem.checksum)
-        try:
-            self._put_back(state)
-        except (KeyError, RuntimeError) as error:
-            raise checkpoint.CheckpointError(
-                "checkpoint: must have been written by this version of gaf and by the same task; "
-                f"{type(error).__name__}: {first_line(error)}. Start again in another folder."
-            ) from error
-
-    def _put_back(self, state: dict[str, Any]) -> None:
         self.step, self.seconds = state["step"], state["seconds"]
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])

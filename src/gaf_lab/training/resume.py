@@ -11,7 +11,7 @@ from gaf_lab.data.run_data import RunData
 from gaf_lab.records import checkpoint, environment
 from gaf_lab.records import run as records
 from gaf_lab.records.output import make_folder
-from gaf_lab.settings.checks import ConfigError
+from gaf_lab.settings.checks import ConfigError, first_line
 from gaf_lab.settings.config import TrainConfig
 from gaf_lab.training.ranks import Group, launch
 
@@ -94,6 +94,22 @@ def begin_records(
     records.begin(folder, header(config, folder, data, command, group))
     if first is not None:
         checkpoint.save(folder, first())
+
+
+def go_on(training: Any, state: dict[str, Any]) -> None:
+    """Puts a `Training` back to a checkpoint's state.
+
+    Raises:
+        CheckpointError: for a state of other data, or of another version's shapes.
+    """
+    check_same_data(state, training.problem.checksum)
+    try:
+        training.load_state_dict(state)
+    except (KeyError, RuntimeError) as error:
+        raise checkpoint.CheckpointError(
+            "checkpoint: must have been written by this version of gaf and by the same task; "
+            f"{type(error).__name__}: {first_line(error)}. Start again in another folder."
+        ) from error
 
 
 def check_same_data(state: dict[str, Any], found: str) -> None:

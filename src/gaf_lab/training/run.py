@@ -20,7 +20,13 @@ from gaf_lab.training.engines import check_device_engine, check_ranks
 from gaf_lab.training.listener import Listener
 from gaf_lab.training.loop import Training
 from gaf_lab.training.ranks import ALONE, Group
-from gaf_lab.training.resume import begin_records, check_output_folder, never_began, prepare_folder
+from gaf_lab.training.resume import (
+    begin_records,
+    check_output_folder,
+    go_on,
+    never_began,
+    prepare_folder,
+)
 from gaf_lab.training.turns import Turns, run_to_end
 
 
@@ -90,7 +96,7 @@ def train_in_turns(
         return done
     training = Training(config, data_folder, group)
     if state is not None:
-        training.load_state_dict(state)
+        go_on(training, state)
     first = partial(training.state_dict, folder) if keep_checkpoints else None
     group.on_rank_0(
         lambda: begin_records(config, folder, training.problem, command, state, group, first)

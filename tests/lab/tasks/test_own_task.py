@@ -12,6 +12,7 @@ from gaf_lab.records import checkpoint
 from gaf_lab.settings.checks import ConfigError
 from gaf_lab.settings.config import TrainConfig
 from gaf_lab.training.loop import Training
+from gaf_lab.training.resume import go_on
 from gaf_lab.training.run import train
 from helpers.fakes import Silent
 from helpers.runs import Stop, assert_same, final_state
@@ -78,7 +79,7 @@ def test_another_source_or_other_data_are_not_resumed(file, tmp_path):
     training = Training(config, None)
     training.problem.problem.train[1][3] += 1
     with pytest.raises(checkpoint.CheckpointError, match="training data that it began with"):
-        training.load_state_dict(checkpoint.load(tmp_path / "run", config))
+        go_on(training, checkpoint.load(tmp_path / "run", config))
 
 
 def test_the_hash_is_that_of_the_source_wherever_it_lies(file, tmp_path):

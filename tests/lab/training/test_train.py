@@ -424,7 +424,7 @@ def test_records_appear_with_their_header_for_those_who_read_while_a_run_begins(
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "the first line must be a header of kind 'run'; it is not"),
+        (b"", "the first line must be a header of kind 'run'; the file is empty"),
         (b"[]\n", "line 1 must be a record with a kind; it is not. Was the file edited?"),
         (b'{"kind": "run"}\n5\n', "line 2 must be a record with a kind"),
         (b'{"kind": "run"}\n{}\n', "line 2 must be a record with a kind"),
