@@ -64,8 +64,7 @@ def check_arrays(train: Tensors, test: Tensors, name: str) -> None:
     if not y.is_floating_point() and (lowest < 0 or len(y.unique()) < 2):
         raise DataError(
             f"{name}: training samples must be of two classes at least, with numbers from 0 on; "
-            f"got {name_classes(y.unique().tolist())}. Are these the "
-            "labels?"
+            f"got {name_classes(y.unique().tolist())}. Are these the labels?"
         )
     unknown = test_y[~torch.isin(test_y, y)]
     if not y.is_floating_point() and len(unknown):

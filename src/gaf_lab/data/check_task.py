@@ -45,6 +45,7 @@ def check_functions(problem: Problem) -> None:
 
 
 def check_trains(model: nn.Module) -> None:
+    """Refuses a model of which nothing is trained."""
     if not any(parameter.requires_grad for parameter in model.parameters()):
         count = len(list(model.parameters()))
         raise ConfigError(
