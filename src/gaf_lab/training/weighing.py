@@ -99,7 +99,8 @@ class Audit:
     def end(self) -> None:
         """Ends the audit, which fixes the weights, unless it has found nothing to act on.
 
-        Prototypes, and suspects at random in their place, have where scores are not separated.
+        Suspects by prototypes, or as many at random, are nothing to act on where the scores are not
+        separated.
         """
         if self.config.suspects not in ("network", "none"):
             with warnings.catch_warnings():

@@ -179,6 +179,17 @@ def test_without_separated_scores_the_run_goes_on_as_averaging(suspects):
     assert 0 < line["separation"] < 0.7
 
 
+def test_an_audit_trains_on_the_tasks_own_loss():
+    def own(output, target):
+        return 3 * (output.gather(1, target[:, None])[:, 0] - 1) ** 2
+
+    model, (x, y) = net(), (torch.randn(30, 6), torch.randint(4, (30,)))
+    objective = Objective(changed(audit_passes=3.0), 30, 4, CPU, model, own)
+    found = objective(model, x, y, torch.arange(30), 0, 0)
+    torch.testing.assert_close(found, own(model(x), y).mean())
+    assert objective.weighing.watching
+
+
 def test_a_checkpoint_of_another_shape_is_refused_in_words(tmp_path):
     config = changed(agreement="prototype")
     with pytest.raises(KeyboardInterrupt):
