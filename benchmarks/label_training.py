@@ -15,6 +15,12 @@ On CIFAR-100N, whose labels are given by people: many rules with 100 classes, th
 ResNet18 with the ImageNet stem, 8 passes over nine tenths of the 50,000 pictures, shifted and
 mirrored at random; about 8 minutes of a CPU core a run, so that the packs hold a part of the plan.
 
+    python benchmarks/label_training.py --long 40 --sets cifar100n --data FOLDER --device cuda \
+        --workers 20 --out runs/label-training-long --pack results/label-training-long.jsonl
+
+The same network for 40 passes with a cosine schedule, so that it memorises: averaging, ELR and
+weights, alone and with ELR. On a GPU many runs share one process, their steps CUDA graphs.
+
     python benchmarks/label_training.py --cost results/label-training-cost.jsonl
 
 What each rule costs: the CPU time of ten passes as a multiple of averaging's in the same round.
@@ -93,6 +99,7 @@ DATA: dict[str, dict[str, Any]] = {
     "mnist5k": {"dataset": "mnist5k"},
     "fashion-mnist": {"dataset": "fashion-mnist", "limit": 5000},
 }
+HUMAN_SETS = ("cifar100n", "cifar100n-coarse")
 HUMAN: dict[str, Any] = {
     "noise": "human",
     "model": "resnet18",
@@ -114,13 +121,14 @@ ON_HUMAN: dict[str, dict[str, Any]] = {
     "GAF": {"policy": "gaf", "k": 2, "b": 80, "tau": 0.97},  # the paper's k and tau on CIFAR-100N
     "random skip": {},  # follows GAF's run, which with k = 2 a random subset would repeat
 }
+LONG = {name: ON_HUMAN[name] for name in ("averaging", "prototype weights", *WITH_ELR)}
 ON_COARSE = {**FEW, **WITH_ELR, "audit, restart with ELR": HUMAN_AUDIT}
 
 
 def plan_human(seeds: int, device: str) -> Configs:
     """The runs on human labels, of 100 classes and of 20."""
     found: Configs = []
-    for name, arms in (("cifar100n", ON_HUMAN), ("cifar100n-coarse", ON_COARSE)):
+    for name, arms in zip(HUMAN_SETS, (ON_HUMAN, ON_COARSE), strict=True):
         for label, arm in arms.items():
             for seed in range(seeds):
                 shared = {**HUMAN, "dataset": name, "seed": seed, "device": device}
@@ -131,6 +139,20 @@ def plan_human(seeds: int, device: str) -> Configs:
                 else:
                     found.append(dataclasses.replace(BASE, **shared, **arm, label=label))
     return found
+
+
+def plan_long(seeds: int, device: str, passes: float, sets: list[str]) -> Configs:
+    """Long runs on human labels, the rules of a seed after each other."""
+    shared: dict[str, Any] = {**HUMAN, "passes": passes, "eval_every": passes / 8}
+    shared |= {"schedule": "cosine", "device": device}
+    if device != "cpu":
+        shared |= {"autocast": "bfloat16", "engine": "device"}
+    return [
+        dataclasses.replace(BASE, **shared, **arm, dataset=name, seed=seed, label=label)
+        for name in sets
+        for seed in range(seeds)
+        for label, arm in LONG.items()
+    ]
 
 
 def plan(seeds: int) -> Configs:
@@ -214,19 +236,25 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/label-training"))
     parser.add_argument("--pack", type=Path, help="file for the finished runs")
     parser.add_argument("--human", action="store_true", help="CIFAR-100N, not the other data")
+    parser.add_argument("--long", type=float, help="passes of long runs on CIFAR-100N, no others")
+    parser.add_argument("--sets", nargs="+", default=list(HUMAN_SETS), choices=HUMAN_SETS)
     parser.add_argument("--data", type=Path, help="folder of the files of a data set")
     parser.add_argument("--cost", type=Path, help="only measure CPU times, for this file")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda, with --human")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda, for CIFAR-100N")
     parser.add_argument("--workers", type=int, default=1)
     options = parser.parse_args()
     if options.cost is not None:
         measure_costs(options.cost)
         return
-    engine = "local" if options.device == "cuda" else "together"  # one launches while others wait
-    how: dict[str, Any] = {"workers": options.workers, "engine": engine}
-    human = options.human
+    where = options.seeds, options.device
+    if options.long:
+        configs = plan_long(*where, options.long, options.sets)
+    else:
+        configs = plan_human(*where) if options.human else plan(options.seeds)
+    plain = options.device == "cuda" and not options.long  # audits, which no graph can hold
+    how: dict[str, Any] = {"workers": options.workers, "engine": "local" if plain else "together"}
     runs = sweep(
-        plan_human(options.seeds, options.device) if human else plan(options.seeds),
+        configs,
         options.out,
         data_folder=options.data,
         console=Console(),

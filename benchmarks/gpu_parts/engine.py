@@ -16,6 +16,7 @@ from typing import Any
 from unittest.mock import MagicMock
 
 import torch
+from torch import Tensor
 
 import gaf
 from gpu_parts.common import (
@@ -28,6 +29,7 @@ from gpu_parts.common import (
     lines,
     no_wait,
     ratios,
+    relative,
     silence,
 )
 
@@ -50,6 +52,7 @@ for module in (
         sys.modules[module] = MagicMock()
 
 from gaf_lab.records import environment  # noqa: E402
+from gaf_lab.records.checkpoint import CHECKPOINT_FILE  # noqa: E402
 from gaf_lab.settings.config import TrainConfig  # noqa: E402
 from gaf_lab.training.device_engine import OnDevice  # noqa: E402
 from gaf_lab.training.loop import Training  # noqa: E402
@@ -73,9 +76,15 @@ CHECKED: dict[str, Line] = {
     "channels last": {"channels_last": True},
     "augmentation": {"augment": True},
 }
+WEIGHED: dict[str, Line] = {
+    "averaged weights": {"tau": 1.1},
+    "sample weights": {"policy": "mean", "k": 1, "agreement": "prototype"},
+    "sample weights with ELR": {"policy": "mean", "k": 1, "agreement": "prototype", "loss": "elr"},
+}
 # of distances: float32 rounding over some tens of steps, and convolution algorithms that a
 # library may choose anew
 CLOSE = 1e-3
+STATE_CLOSE = 1e-2  # of what weights and statistics are at a run's end, relative
 
 
 def engine(options: Options) -> Iterator[Line]:
@@ -83,6 +92,8 @@ def engine(options: Options) -> Iterator[Line]:
     silence()
     for what, changes in CHECKED.items():
         yield from lines(f"engine, {what}", partial(same_decisions, options, changes))
+    for what, changes in WEIGHED.items():
+        yield from lines(f"engine, {what}", partial(same_state, options, changes))
     yield from lines("engine", partial(no_call_waits, options))
     yield from lines("engine, 4 runs side by side", partial(same_side_by_side, options))
 
@@ -136,12 +147,41 @@ def same_decisions(options: Options, changes: Line) -> Found:
     yield "whether any step was taken", any(one.stepped for one in ours), True, EXACT
 
 
+def same_state(options: Options, changes: Line) -> Found:
+    """What each engine leaves in its checkpoint: averaged weights, statistics of samples."""
+    states = []
+    for kind in ("plain", "device"):
+        with tempfile.TemporaryDirectory() as folder:
+            config = small(options, engine=kind, ema=0.9, **changes)
+            train(config, Path(folder) / "run", Keeps())
+            states.append(torch.load(Path(folder) / "run" / CHECKPOINT_FILE, weights_only=True))
+    plain, ours = states
+    yield "updates of the average", *(int(one["average"]["n_averaged"]) for one in states), EXACT
+    found = ("averaged weights", "average"), ("statistics of samples", "objective")
+    for what, key in found[: 1 + ("agreement" in changes)]:
+        a, b = (floats_in(one[key]) for one in (ours, plain))
+        yield f"{what}, relative error", relative(a, b), 0.0, STATE_CLOSE
+
+
+def floats_in(state: Any) -> Tensor:
+    """All of them as one vector; of samples, the visits and the sums over them alone."""
+    found = []
+    for name, value in state.items():
+        if isinstance(value, dict):
+            found.append(floats_in(value))
+        elif value.is_floating_point():
+            found.append((value[:, :3] if name == "history.table" else value).double().flatten())
+    return torch.cat(found).cpu()
+
+
 def distance_between(a: gaf.Outcome, b: gaf.Outcome) -> float:
     return max(abs(x - y) for x, y in zip(a.distances, b.distances, strict=True))
 
 
 def no_call_waits(options: Options) -> Found:
-    accumulator = Training(small(options, engine="device", augment=True), None).accumulator
+    weighed = WEIGHED["sample weights with ELR"]
+    config = small(options, engine="device", augment=True, ema=0.9, **weighed)
+    accumulator = Training(config, None).accumulator
     assert isinstance(accumulator, OnDevice)
     accumulator.one.warm_up()
     with no_wait(options):

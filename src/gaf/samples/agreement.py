@@ -160,7 +160,8 @@ class SampleAgreement(nn.Module):
         ready = is_warm(visits, self.steps, self.warmup)
         own = ~ready | (guesses == batch.labels) | scores.isnan() | (not self.refine)
         seen = unit, scores, batch.labels, guesses, batch.counted * own
-        self._summing.start(self.statistics.sums_of(*seen, part=left_out or 0))
+        sums = self.statistics.sums_of(*seen, part=left_out or 0)
+        self._summing.start(sums, self.statistics)
         return torch.where(ready & self.weigh, weights, 1.0)
 
     def report(self, *, gather: bool = False) -> dict[str, list[Any]]:

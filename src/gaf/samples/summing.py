@@ -5,6 +5,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
+from gaf.samples.class_statistics import ClassStatistics
 from gaf.shapes import Float
 
 
@@ -26,9 +27,15 @@ class Summing:
         """The part of this rank, if its samples are judged by the other ranks."""
         return dist.get_rank(self.group) if self.apart and ranks_of(self.group) > 1 else None
 
-    def start(self, sums: Float[Tensor, " s"]) -> None:
-        self.sums, self.work = sums, None
-        if ranks_of(self.group) > 1:
+    def start(self, sums: Float[Tensor, " s"], statistics: ClassStatistics) -> None:
+        """Starts the sum over ranks. A rank alone has it, so its statistics take it at once.
+
+        Then no step needs a tensor of the one before, and a CUDA graph of a step can be repeated.
+        """
+        if ranks_of(self.group) == 1:
+            statistics.absorb(sums)
+        else:
+            self.sums = sums
             self.work = dist.all_reduce(sums, group=self.group, async_op=True)
 
     def mean(self, total: Float[Tensor, ""]) -> Float[Tensor, ""]:

@@ -22,6 +22,8 @@ own_test_accuracy, own_heldout_accuracy: of the weights themselves, where their 
 separation, restarted: after an audit, how far its suspects' scores lay apart
     (`gaf.SampleAgreement.separation`; null where it does not decide), and whether the run started
     again; otherwise there are no such keys.
+separation, sample_weight: under `agreement`, how far doubtful scores lie apart in the last steps (1
+    for other scores than prototypes), and the mean weight of the last micro-batch's samples.
 clean_accuracy: of the other training samples.
 acceptance: accepted micro-gradients over all, since the line before; a skipped step has 0.
 distance_mean, distance_min: to the running sum of the rows accepted before, since the line before.

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.swa_utils import AveragedModel
 
 import gaf
 from gaf.record.ledger import Ledger
@@ -48,7 +49,7 @@ class OnDevice:
     """Drop-in for gaf.Accumulator that launches many steps at once and reports them one by one.
 
     Args:
-        problem, model, objective, policy: as for `DeviceStep`.
+        problem, model, objective, policy, average: as for `DeviceStep`.
         optimizer: as the run has it without this engine. It never steps itself. Steps use its
             learning rate, which a schedule moves, and it holds the state that they change.
         make: makes a fused optimizer like it.
@@ -56,6 +57,8 @@ class OnDevice:
     Attributes:
         outcome: of the step reported last.
     """
+
+    averages = True
 
     def __init__(
         self,
@@ -65,13 +68,14 @@ class OnDevice:
         policy: Policy,
         optimizer: Optimizer,
         make: Callable[[list[nn.Parameter]], Optimizer],
+        average: AveragedModel | None = None,
     ) -> None:
         self.config, self.problem, self.optimizer = problem.config, problem, optimizer
         self.turns = 1
         self.ledger = Ledger(policy)
         self.policy: Any = self.ledger.policy
         fused = make(list(model.parameters()))
-        self.one = DeviceStep(problem, model, objective, self.policy, fused)
+        self.one = DeviceStep(problem, model, objective, self.policy, fused, average)
         # the log of steps that were fetched and not yet reported
         self.waiting: deque[list[float]] = deque()
         self._call: Callable[[], None] | None = None

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel
 
 import gaf
 from gaf.device.packs import packs_for
@@ -24,10 +25,11 @@ from gaf.rules.judging import streams
 from gaf.rules.thresholds import Threshold
 from gaf_lab.data.problem import Augmentation
 from gaf_lab.data.run_data import RunData
-from gaf_lab.data.trees import rows_of, widen
+from gaf_lab.data.trees import rows_of, tensors_in, widen
 from gaf_lab.training.controls import as_planned
 from gaf_lab.training.objective import Objective
 from gaf_lab.training.tables import AHEAD, Tables, zero_tables
+from gaf_lab.training.techniques import update_on_device
 
 WARM_UP = 3  # steps before a capture: libraries make their plans and workspaces in them
 
@@ -42,6 +44,7 @@ class DeviceStep:
         policy: decides; if it has a method `planned`, the weights are in the tables.
         optimizer: a fused one over the model's parameters, without state; its learning rate is
             replaced by a tensor.
+        average: of the model's weights; None for none.
 
     Attributes:
         tables: `AHEAD` rows of each kind.
@@ -56,11 +59,14 @@ class DeviceStep:
         objective: Objective,
         policy: Policy,
         optimizer: Optimizer,
+        average: AveragedModel | None = None,
     ) -> None:
         config = problem.config
         self.config, self.problem = config, problem
         self.model, self.objective, self.optimizer = model, objective, optimizer
-        self.device = problem.device
+        self.average, self.device = average, problem.device
+        if average is not None:
+            average.n_averaged = average.n_averaged.to(self.device)
         self.params = [p for group in optimizer.param_groups for p in group["params"]]
         self.planned = is_planned(policy)
         self.streams, self.policy = streams(policy), gaf.Mean() if self.planned else policy
@@ -85,6 +91,8 @@ class DeviceStep:
             self.rate.copy_(self.row("rates", now))
             self.optimizer.step()
             self.optimizer.zero_grad()
+            if self.average is not None:
+                update_on_device(self.average, self.model, self.config.ema, decision.stepped)
             entry = torch.cat([pack(decision, evidence), torch.stack(losses).double()])
             self.log.index_copy_(0, self.at, entry[None])
             self.at += 1
@@ -102,7 +110,7 @@ class DeviceStep:
         bfloat16 = self.config.autocast == "bfloat16"
         with torch.autocast(self.device.type, torch.bfloat16, bfloat16, cache_enabled=False):
             output = widen(self.model(self.problem.inputs(x)))
-            loss = self.objective.of(output, self.problem.train.labels[index], index)
+            loss = self.objective.weighed(output, self.problem.train.labels[index], index, 0, i)
         torch.autograd.backward(loss, inputs=self.params)
         row = [p.grad for p in self.params]
         self.optimizer.zero_grad()
@@ -142,11 +150,12 @@ class DeviceStep:
             values = self.optimizer.state[p].values()
             moments += [value for value in values if isinstance(value, Tensor)]
         model = [*self.model.parameters(), *self.model.buffers()]
+        average = [] if self.average is None else list(self.average.state_dict().values())
         tau = given_tau(self.policy)
         learned = [tau.state_on(self.device)] if isinstance(tau, Threshold) else []
-        targets = self.objective.state_dict().values()
+        of_samples = tensors_in(self.objective.state_dict())
         own = self.at, self.taken, self.rate, self.log
-        return [*model, *moments, *learned, *targets, *own]
+        return [*model, *moments, *average, *learned, *of_samples, *own]
 
     def warm_up(self) -> None:
         """Takes some steps, and restores everything that they changed."""

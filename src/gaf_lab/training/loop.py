@@ -58,9 +58,8 @@ class Training:
         make = partial(make_optimizer, config, rate)
         self.optimizer = make(list(self.model.parameters()))
         self.schedule = Schedule(config, self.optimizer, self.problem.steps)
-        self.accumulator, self.source = make_training_engine(
-            self.problem, self.model, self.objective, policy, self.optimizer, make, group
-        )
+        parts = self.problem, self.model, self.objective, policy, self.optimizer, make, group
+        self.accumulator, self.source = make_training_engine(*parts, self.average)
         if self.schedule.per_step is not None and config.schedule_waits:
             self.accumulator.gate(self.schedule.per_step)
         self.step, self.seconds, self.interval = 0, 0.0, Interval.empty(self.device)
@@ -109,7 +108,7 @@ class Training:
         self.accumulator.step()
         outcome = self.accumulator.outcome
         assert outcome is not None
-        if self.average is not None and outcome.stepped:
+        if self.average is not None and outcome.stepped and not self.source.averages:
             self.average.update_parameters(self.model)
         self.schedule.after_step(self.source.turns)
         self.step += self.source.turns

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel
 
 import gaf
 from gaf.rules.judging import streams
@@ -156,15 +157,16 @@ def make_training_engine(
     optimizer: Optimizer,
     make: MakeOptimizer,
     group: Group,
+    average: AveragedModel | None = None,
 ) -> tuple[AnyAccumulator, GradientSource]:
     """The accumulator of a run, which decides, and the source of its micro-gradients.
 
-    make: makes an optimizer like `optimizer`.
+    make: makes an optimizer like `optimizer`. average: of the model's weights.
     """
     config = problem.config
     if runs_on_device(problem, group.world):
         fused = partial(make, fused=True)
-        engine = OnDevice(problem, model, objective, policy, optimizer, fused)
+        engine = OnDevice(problem, model, objective, policy, optimizer, fused, average)
         return engine, engine
     forward: Forward
     accumulator: gaf.Accumulator | OverRanks

@@ -62,7 +62,10 @@ class Objective:
             x, other, m = mix(x, y, config.mixup, config.seed, step, i)
             scores = widen(forward(x))
             return m * self.of(scores, y, index) + (1 - m) * self.of(scores, other, index)
-        scores = widen(forward(x))
+        return self.weighed(widen(forward(x)), y, index, step, i)
+
+    def weighed(self, scores: Any, y: Any, index: Tensor, step: int, i: int) -> Tensor:
+        """Loss () of outputs: the mean over the samples, weighed if the config says so."""
         if self.weighing is None:
             return self.of(scores, y, index)
         weights = self.weighing.weights(scores.detach(), y, index, step, i)
@@ -111,11 +114,8 @@ class Objective:
         return losses
 
     def findings(self) -> dict[str, Any]:
-        """For the records: after an audit, its `separation`, and whether the run `restarted`."""
-        audit = self.weighing
-        if not isinstance(audit, Audit) or (audit.watching and audit.separation is None):
-            return {}
-        return {"separation": audit.separation, "restarted": not audit.watching}
+        """For the records: what samples' weights went by, or an audit's end."""
+        return {} if self.weighing is None else self.weighing.findings()
 
     def state_dict(self) -> dict[str, Any]:
         state: dict[str, Any] = {} if self.early is None else {"targets": self.early.targets}

@@ -22,9 +22,11 @@ class GradientSource(Protocol):
 
     Attributes:
         turns: steps of the run that the last `micro_gradients` covered.
+        averages: whether a step updates the average of the weights too.
     """
 
     turns: int
+    averages: bool
 
     def ready(self, step: int, last: int, rates: Callable[[int], list[float]]) -> Turns[None]:
         """Makes step `step` ready, and gives way to other runs while the device is at work.
@@ -50,6 +52,8 @@ class OneByOne:
         accumulator: takes the micro-gradients and decides.
         micro_batches: the micro-batches that this process computes.
     """
+
+    averages = False
 
     def __init__(
         self,

@@ -117,6 +117,35 @@ def ema_model(model: nn.Module, decay: float) -> AveragedModel:
     return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
 
 
+@torch.no_grad()
+def update_on_device(
+    average: AveragedModel, model: nn.Module, decay: float, stepped: Tensor
+) -> None:
+    """`average.update_parameters(model)` if `stepped` (), without waiting for the device.
+
+    Everything, the average's count of updates too, is on one device.
+    """
+    kept = torch.where(average.n_averaged > 0, decay, 0.0)
+    new = ((1 - kept) * stepped).float()
+    pairs = [
+        (mine, its.detach())
+        for mine, its in zip(_all_tensors(average.module), _all_tensors(model), strict=True)
+    ]
+    floats = [pair for pair in pairs if pair[0].is_floating_point()]
+    ours, theirs = ([pair[side] for pair in floats] for side in (0, 1))
+    change = torch._foreach_sub(theirs, ours)
+    torch._foreach_mul_(change, new)
+    torch._foreach_add_(ours, change)
+    for mine, its in pairs:
+        if not mine.is_floating_point():  # counts
+            mine.copy_(torch.where(stepped, mine * kept + its * (1 - kept), mine))
+    average.n_averaged += stepped
+
+
+def _all_tensors(model: nn.Module) -> list[Tensor]:
+    return [*model.parameters(), *model.buffers()]
+
+
 class EarlyStopping:
     """Ends a run after `patience` evaluations in a row without a better held-out score.
 

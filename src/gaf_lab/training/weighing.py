@@ -45,6 +45,14 @@ class Agreement:
         draw = generator(self.config.seed, "weights of samples", step, i)
         return weights[torch.randperm(len(weights), generator=draw).to(weights.device)]
 
+    def findings(self) -> dict[str, Any]:
+        """The running `separation`, and the mean weight of the last micro-batch's samples."""
+        weights = self.criterion.weights
+        if weights is None:
+            return {}
+        separation = float(self.criterion.statistics.separation)
+        return {"separation": separation, "sample_weight": float(weights.mean())}
+
     def state_dict(self) -> dict[str, Any]:
         return self.criterion.state_dict()
 
@@ -111,6 +119,12 @@ class Audit:
         doubts = self.doubts().to(self.each.device)
         self.each = 1 - (1 - self.config.suspect_weight) * doubts
         self.watching = False
+
+    def findings(self) -> dict[str, Any]:
+        """After its end, its `separation`, and whether the run `restarted`."""
+        if self.watching and self.separation is None:
+            return {}
+        return {"separation": self.separation, "restarted": not self.watching}
 
     def doubts(self) -> Tensor:
         """(samples,) in [0, 1]: 0 for no suspect."""

@@ -34,6 +34,7 @@ from gaf_lab.training.objective import make_objective
 from gaf_lab.training.optimizers import make_optimizer
 from gaf_lab.training.run import train
 from gaf_lab.training.schedule import rates_ahead
+from gaf_lab.training.techniques import ema_model
 from gaf_lab.training.together import in_turns, train_together
 from helpers.fakes import Silent
 
@@ -52,6 +53,16 @@ SMALL = TrainConfig(
     nesterov=True,
 )  # 27 steps
 CONVNET: dict[str, Any] = {"model": "convnet", "augment": True}
+ONE: dict[str, Any] = {"policy": "mean", "k": 1, "b": 40, "ema": 0.9}
+NOISY: dict[str, Any] = {"noise": "symmetric", "noise_rate": 0.4}
+WEIGHED: list[dict[str, Any]] = [
+    {"tau": 0.8, "ema": 0.9},
+    CONVNET | ONE,
+    ONE | NOISY | {"agreement": "prototype", "passes": 8.0},
+    ONE | NOISY | {"agreement": "prototype", "loss": "elr", "passes": 8.0},
+    ONE | NOISY | {"agreement": "vote", "passes": 8.0},
+    ONE | NOISY | {"agreement": "loss", "loss": "gce", "passes": 8.0},
+]
 
 
 # whole runs: shapes are checked in the library's own tests, and take half the time
@@ -128,6 +139,7 @@ def recorded(tmp_path_factory):
         CONVNET | {"start": "best", "channels_last": True},
         CONVNET | {"policy": "random-skip", "autocast": "bfloat16"},
         {"k": 1, "b": 40},
+        *WEIGHED,
     ],
     ids=str,
 )
@@ -273,8 +285,9 @@ def meta(monkeypatch):
         model = problem.new_model()
         optimizer = make_optimizer(config, config.lr, list(model.parameters()), fused=True)
         optimizer._need_device_dtype_check_for_fused = False
-        objective = make_objective(problem)
-        return DeviceStep(problem, model, objective, make_policy(config), optimizer)
+        average = ema_model(model, config.ema) if config.ema else None
+        parts = problem, model, make_objective(problem, model), make_policy(config), optimizer
+        return DeviceStep(*parts, average)
 
     return make
 
@@ -300,6 +313,7 @@ def meta(monkeypatch):
         {"threshold": "signal"},
         {"threshold": "noise-floor"},
         {"threshold": "quantile"},
+        *WEIGHED,
         pytest.param(CONVNET | {"model": "resnet18", "limit": 60}, marks=pytest.mark.slow),
     ],
     ids=str,
@@ -380,6 +394,7 @@ class Tape(TorchDispatchMode):
         {"threshold": "signal"},
         {"threshold": "noise-floor"},
         {"threshold": "quantile"},
+        *WEIGHED,
     ],
     ids=str,
 )
@@ -584,7 +599,14 @@ def test_runs_go_round():
     [
         ({"mixup": 1.0}, "mixup must be 0 for engine 'device'; got 1.0. Use --engine plain."),
         ({"sam": 0.1}, "sam must be 0 for engine 'device'; got 0.1. Use --engine plain."),
-        ({"ema": 0.9}, "ema must be 0 for engine 'device'; got 0.9. Use --engine plain."),
+        (
+            {"agreement": "prototype", "shuffle_weights": True},
+            "shuffle_weights must be off for engine 'device'; got True. Use --engine plain.",
+        ),
+        (
+            {"policy": "mean", "audit_passes": 1.0},
+            "audit_passes must be 0 for engine 'device'; got 1.0. Use --engine plain.",
+        ),
         (
             {"bn": "accepted"},
             "bn must be 'all' for engine 'device'; got 'accepted'. Use --engine plain.",

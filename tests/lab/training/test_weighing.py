@@ -79,6 +79,17 @@ def test_the_loss_is_sample_agreements_own(score):
     assert direct.weights.std() > 0.01  # the weights have an effect by now
 
 
+def test_an_evaluation_shows_what_the_weights_went_by():
+    training = Training(changed(agreement="prototype"), None)
+    training.macro_batch()
+    assert training.evaluation()["sample_weight"] == 1  # warming up
+    while training.step < training.problem.steps:
+        training.macro_batch()
+    line, criterion = training.evaluation(), training.objective.weighing.criterion
+    assert line["separation"] == float(criterion.statistics.separation) > 0.5
+    assert line["sample_weight"] == float(criterion.weights.mean()) <= 1
+
+
 def test_shuffled_weights_are_the_same_weights_on_other_samples():
     torch.manual_seed(0)
     model, (x, y) = net(), (torch.randn(40, 6), torch.randint(4, (40,)))
@@ -306,9 +317,9 @@ def test_what_cannot_be_combined_is_refused(changes, message):
 
 
 @pytest.mark.parametrize("changes", [{"agreement": "prototype"}, {"audit_passes": 2.0}])
-def test_neither_several_ranks_nor_the_device_engine_judge_samples(changes):
-    config = changed(ema=0.0, **changes)
-    assert next(iter(changes)) in obstacle(config)
+def test_several_ranks_judge_no_samples_and_the_device_engine_does_no_audit(changes):
+    config = changed(**changes)
+    assert (obstacle(config) is None) == ("agreement" in changes)
     with pytest.raises(ConfigError, match="known only to the rank that drew it"):
         check_ranks(config, 2)
 
