@@ -168,17 +168,16 @@ def make_training_engine(
         fused = partial(make, fused=True)
         engine = OnDevice(problem, model, objective, policy, optimizer, fused, average)
         return engine, engine
-    forward: Forward
+    forward: Forward = torch.compile(model) if config.compile else model
     accumulator: gaf.Accumulator | OverRanks
     if group.world > 1:
-        parallel = data_parallel(model, group, problem, objective)
-        forward, accumulator = parallel, OverRanks(parallel, optimizer, policy)
+        forward = parallel = data_parallel(model, group, problem, objective)
+        accumulator = OverRanks(parallel, optimizer, policy)
     else:
-        forward = torch.compile(model) if config.compile else model
         accumulator = make_accumulator(config, model, policy, optimizer)
-    run = problem, model, objective
     source = UntilEnough if config.policy in GROWING else OneByOne
-    return accumulator, source(*run, forward, accumulator, group.micro_batches(config.k))
+    run = problem, model, objective, forward, accumulator, group.micro_batches(config.k)
+    return accumulator, source(*run)
 
 
 def make_accumulator(
