@@ -170,8 +170,9 @@ def floats_in(state: Any) -> Tensor:
         if isinstance(value, dict):
             found.append(floats_in(value))
         elif value.is_floating_point():
-            found.append((value[:, :3] if name == "history.table" else value).double().flatten())
-    return torch.cat(found).cpu()
+            part = value[:, :3] if name == "history.table" else value
+            found.append(part.double().flatten().cpu())
+    return torch.cat(found)
 
 
 def distance_between(a: gaf.Outcome, b: gaf.Outcome) -> float:
