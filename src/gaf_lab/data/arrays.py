@@ -81,7 +81,7 @@ def from_arrays(arrays: dict[str, Any], name: str) -> Arrays:
             f"{name}: must hold arrays x and y, or {', '.join(SPLIT_NAMES)}; "
             f"it has {', '.join(arrays) or 'none'}. numpy.savez(FILE, x=..., y=...) writes them."
         )
-    check_arrays(found.train, found.test, name)
+    check_arrays(found.train, found.test, name, classes)
     return found
 
 

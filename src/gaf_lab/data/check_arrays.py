@@ -1,5 +1,7 @@
 """Data of the user's own, checked: inputs and targets that can be trained and tested on."""
 
+import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -38,13 +40,14 @@ def check_numbers(x: Any, y: Any, name: str) -> None:
         )
 
 
-def check_arrays(train: Tensors, test: Tensors, name: str) -> None:
+def check_arrays(train: Tensors, test: Tensors, name: str, classes: Sequence[str] = ()) -> None:
     """Refuses what cannot be trained and tested on.
 
     Args:
         train: inputs (N, ...) and targets (N,), int64 for classes.
         test: likewise.
         name: of the source, in messages.
+        classes: their names, if they have any.
     """
     (x, y), (test_x, test_y) = train, test
     if not (len(y) and len(test_y)):
@@ -73,6 +76,50 @@ def check_arrays(train: Tensors, test: Tensors, name: str) -> None:
             f"samples are of others, the first of class {int(unknown[0])}. Leave them out, or add "
             "training samples."
         )
+    if y.is_floating_point():
+        return
+    if not classes:
+        count_by_labels(y, test_y, f"{name}: ")
+    elif int(y.max()) >= len(classes):
+        raise DataError(
+            f"{name}: labels must be places in the list of the {len(classes):,} classes, from 0 "
+            f"on; got {int(y.max())}. Name every class, or leave the names out."
+        )
+
+
+def count_by_labels(train: Tensor, test: Tensor, where: str = "") -> int:
+    """The number of classes where nothing else says it: one more than the largest label.
+
+    Args:
+        train: labels of all training samples (N,) int64, none below 0.
+        test: likewise.
+        where: how messages begin.
+
+    Raises:
+        DataError: for more classes than training samples.
+
+    Warns:
+        of classes without a training sample.
+    """
+    found = train.unique()
+    classes = max(int(found[-1]), int(test.max())) + 1
+    if classes > max(len(train), 2):
+        raise DataError(
+            f"{where}labels must be numbers of classes, from 0 on; they go up to {classes - 1:,} "
+            f"for {len(train):,} training samples. Number the classes without gaps. Targets that "
+            "are no classes must be floats, or the task returns Problem(classes=0, loss=...)."
+        )
+    if len(found) < classes:
+        there = torch.zeros(classes, dtype=torch.bool)
+        there[found.cpu()] = True
+        warnings.warn(
+            f"gaf: {where}{classes - len(found):,} of {classes:,} classes have no training sample, "
+            f"the first is class {int((~there).int().argmax())}: the labels lie in "
+            f"[{int(found[0])}, {classes - 1}], and the model has an output for each number from 0 "
+            "on. Number the classes without gaps.",
+            stacklevel=2,
+        )
+    return classes
 
 
 def name_classes(labels: list[int]) -> str:

@@ -56,5 +56,5 @@ def read_from(
         found = read_table(path, label, numbers)
     else:
         found = read_hugging_face(path, label, size)
-    check_arrays(found.train, found.test, place)
+    check_arrays(found.train, found.test, place, found.classes)
     return found

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from gaf_lab.data import noise
+from gaf_lab.data.check_arrays import count_by_labels
 from gaf_lab.data.check_task import check_task
 from gaf_lab.data.imbalance import long_tail
 from gaf_lab.data.items import Items, MicroBatches
@@ -96,13 +97,13 @@ def count_classes(problem: Problem, train: Samples, test: Samples) -> int:
     """How many classes the targets have; 0 if they are no classes."""
     if problem.classes is not None:
         return problem.classes
-    counts = []
-    for part in (train, test):
-        y = part.observed
-        if y is None or y.dtype != torch.int64 or y.dim() != 1 or int(y.min()) < 0:
+    labels: list[Tensor] = []
+    for part, used in ((problem.train, train), (problem.test, test)):
+        y = part[1] if isinstance(part, tuple) else used.observed
+        if not isinstance(y, Tensor) or y.dtype != torch.int64 or y.dim() != 1 or int(y.min()) < 0:
             return 0
-        counts.append(int(y.max()) + 1)
-    return max(counts)
+        labels.append(y)
+    return count_by_labels(labels[0], labels[1])
 
 
 def with_noise(config: TrainConfig, problem: Problem, train: Samples, classes: int) -> Samples:

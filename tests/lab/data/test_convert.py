@@ -1,5 +1,7 @@
 """Data of the user's own: every form gives its values back, and what is wrong is named."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ from PIL import Image
 
 from gaf_lab.commands.main import main
 from gaf_lab.data.arrays import describe_arrays, read_arrays
+from gaf_lab.data.check_arrays import count_by_labels
 from gaf_lab.data.convert import read_from
 from gaf_lab.data.convert_pictures import read_folders
 from gaf_lab.data.make_data import make_run_data
@@ -292,12 +295,33 @@ ROWS, HALVES = np.zeros((12, 2)), np.arange(12) % 2
             {"x_train": ROWS, "y_train": HALVES, "x_test": ROWS, "y_test": 3 * HALVES},
             "6 test samples are of others, the first of class 3. Leave them out",
         ),
+        (
+            {"x": ROWS, "y": 2_000_000_000 * HALVES},
+            r"labels must be numbers of classes, from 0 on; they go up to 2,000,000,000 for \d+ "
+            "training samples. Number the classes without gaps",
+        ),
+        (
+            {"x": ROWS, "y": 5 * HALVES, "classes": np.array(["a", "b"])},
+            "labels must be places in the list of the 2 classes, from 0 on; got 5. Name every",
+        ),
     ],
 )
 def test_arrays_that_are_none_are_refused(tmp_path, arrays, message):
     np.savez(tmp_path / "a.npz", **arrays)
     with pytest.raises(DataError, match=message):
         read_from(f"npz:{tmp_path}/a.npz")
+
+
+def test_classes_without_training_samples_are_warned_of(tmp_path):
+    np.savez(tmp_path / "a.npz", x=ROWS, y=HALVES + 1)
+    with pytest.warns(UserWarning, match=r"1 of 3 classes have no .* is class 0: .* \[1, 2\]"):
+        read_from(f"npz:{tmp_path}/a.npz")
+    labels = torch.tensor([0, 3] * 3)
+    with pytest.warns(UserWarning, match=r"gaf: 2 of 4 classes have no .* the first is class 1"):
+        assert count_by_labels(labels, labels) == 4
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert count_by_labels(labels % 2, labels % 2) == 2
 
 
 @pytest.mark.parametrize(

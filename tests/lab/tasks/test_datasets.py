@@ -1,6 +1,7 @@
 """Tasks whose samples are read when they are needed, and metrics, augmentation and engines."""
 
 import dataclasses
+import warnings
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from gaf_lab import Augmentation, Metric, Problem
+from gaf_lab.data.make_data import make_run_data
 from gaf_lab.data.sampling import generator
 from gaf_lab.settings.checks import ConfigError
 from gaf_lab.settings.config import TrainConfig
@@ -179,3 +181,15 @@ def test_the_device_engine_takes_the_steps_of_the_plain_one(tmp_path, augment):
 def test_what_the_device_engine_cannot_run_is_refused(tmp_path, task, message):
     with pytest.raises(ConfigError, match=f"{message}.* Use --engine plain"):
         train(own(task, engine="device"), tmp_path / "run", Silent())
+
+
+def twelve(config):
+    x, y = torch.randn(60, 3), torch.arange(60) % 12
+    return Problem(model=lambda: nn.Linear(3, 12), train=(x, y), test=(x, y))
+
+
+def test_classes_are_counted_on_all_samples_whatever_the_limit():
+    config = own(twelve, k=2, b=2, limit=6)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert make_run_data(config, None, CPU).classes == 12
