@@ -103,6 +103,8 @@ def count_classes(problem: Problem, train: Samples, test: Samples) -> int:
         if not isinstance(y, Tensor) or y.dtype != torch.int64 or y.dim() != 1 or int(y.min()) < 0:
             return 0
         labels.append(y)
+    if problem.loss is not None:  # it may take whole numbers for what they are
+        return max(int(y.max()) for y in labels) + 1
     return count_by_labels(labels[0], labels[1])
 
 

@@ -9,8 +9,10 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from gaf_lab import Augmentation, Metric, Problem
+from gaf_lab.data.check_arrays import count_by_labels
 from gaf_lab.data.make_data import make_run_data
 from gaf_lab.data.sampling import generator
+from gaf_lab.data.sources import DataError
 from gaf_lab.settings.checks import ConfigError
 from gaf_lab.settings.config import TrainConfig
 from gaf_lab.training.loop import Training
@@ -193,3 +195,16 @@ def test_classes_are_counted_on_all_samples_whatever_the_limit():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert make_run_data(config, None, CPU).classes == 12
+
+
+def counts(config):
+    x, y = torch.rand(12, 3), 500 * torch.arange(12)
+    loss = lambda output, target: (output[:, 0] - target) ** 2  # noqa: E731
+    return Problem(model=lambda: nn.Linear(3, 2), train=(x, y), test=(x, y), loss=loss)
+
+
+def test_whole_numbers_are_more_classes_than_samples_only_without_a_loss_of_ones_own():
+    assert make_run_data(own(counts, k=2, b=2), None, CPU).classes == 5501
+    labels = 500 * torch.arange(12)
+    with pytest.raises(DataError, match="labels must be numbers of classes.* up to 5,500 for 12"):
+        count_by_labels(labels, labels)
