@@ -509,6 +509,15 @@ def test_what_the_page_says_of_the_long_runs():
     ]
     assert all(same)
     assert "to the last digit" in text
+    lasts, best = (
+        [100 * statistics.mean(map(measure, arms[arm])) for arm in ("ELR", "averaging")]
+        for measure in (last, selected)
+    )
+    ahead = f"{lasts[0] - lasts[1]:.1f} points"
+    assert f"it ends {ahead} ahead of averaging, which loses {best[1] - lasts[1]:.1f}" in text
+    assert f"it ends {ahead} ahead, {best[0] - best[1]:.1f} where held-out" in text
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    assert f"early-learning regularisation, by {ahead} (five)" in readme
     (own,), (with_elr,) = bare[f"{WEIGHTS}, without the gate"], bare[f"{BOTH}, without the gate"]
     assert (
         f"{100 * last(own):.1f} at the end, where averaging has {100 * last(plain[0]):.1f}, and "
