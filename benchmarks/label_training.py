@@ -251,8 +251,6 @@ def main() -> None:
         configs = plan_long(*where, options.long, options.sets)
     else:
         configs = plan_human(*where) if options.human else plan(options.seeds)
-    plain = options.device == "cuda" and not options.long  # audits, which no graph can hold
-    how: dict[str, Any] = {"workers": options.workers, "engine": "local" if plain else "together"}
     runs = sweep(
         configs,
         options.out,
@@ -260,7 +258,8 @@ def main() -> None:
         console=Console(),
         command="python benchmarks/label_training.py",
         keep_checkpoints=False,
-        **how,
+        workers=options.workers,
+        engine="together",
     ).runs
     if options.pack is not None:
         write_pack(runs, options.pack)

@@ -77,9 +77,10 @@ CHECKED: dict[str, Line] = {
     "augmentation": {"augment": True},
 }
 WEIGHED: dict[str, Line] = {
-    "averaged weights": {"tau": 1.1},
+    "averaged weights": {"policy": "gaf", "tau": 1.1},
     "sample weights": {"policy": "mean", "k": 1, "agreement": "prototype"},
     "sample weights with ELR": {"policy": "mean", "k": 1, "agreement": "prototype", "loss": "elr"},
+    "restart": {"policy": "mean", "k": 1, "audit_passes": 0.5, "suspects": "none", "loss": "elr"},
 }
 # of distances: float32 rounding over some tens of steps, and convolution algorithms that a
 # library may choose anew
@@ -158,7 +159,7 @@ def same_state(options: Options, changes: Line) -> Found:
     plain, ours = states
     yield "updates of the average", *(int(one["average"]["n_averaged"]) for one in states), EXACT
     found = ("averaged weights", "average"), ("statistics of samples", "objective")
-    for what, key in found[: 1 + ("agreement" in changes)]:
+    for what, key in found[: 1 + (changes["policy"] == "mean")]:
         a, b = (floats_in(one[key]) for one in (ours, plain))
         yield f"{what}, relative error", relative(a, b), 0.0, STATE_CLOSE
 
@@ -169,7 +170,7 @@ def floats_in(state: Any) -> Tensor:
     for name, value in state.items():
         if isinstance(value, dict):
             found.append(floats_in(value))
-        elif value.is_floating_point():
+        elif isinstance(value, Tensor) and value.is_floating_point():
             part = value[:, :3] if name == "history.table" else value
             found.append(part.double().flatten().cpu())
     return torch.cat(found)

@@ -20,6 +20,7 @@ from gaf.rules.contract import Policy
 from gaf_lab.data.run_data import RunData
 from gaf_lab.training.device_step import DeviceStep
 from gaf_lab.training.objective import Objective
+from gaf_lab.training.restart import restart_step
 from gaf_lab.training.tables import AHEAD, Tables, draws
 from gaf_lab.training.turns import Turns
 
@@ -81,6 +82,7 @@ class OnDevice:
         self._call: Callable[[], None] | None = None
         self._draws: dict[int, Tables] = {}  # by step, made while the device works
         self._launched = range(0)
+        self._restart = restart_step(problem) if problem.config.audit_passes else None
         self._share_optimizer_state()
 
     @property
@@ -97,9 +99,9 @@ class OnDevice:
         self.fetch()
 
     def _steps_ahead(self, step: int, last: int) -> range:
-        """The steps from here to the next evaluation, or to the end; at most AHEAD."""
+        """The steps from here to the next evaluation, a restart or the end; at most AHEAD."""
         for end in range(step + 1, step + AHEAD):
-            if self.problem.evaluation(end) or end == last:
+            if self.problem.evaluation(end) or end in (last, self._restart):
                 return range(step, end)
         return range(step, step + AHEAD)
 
@@ -134,6 +136,14 @@ class OnDevice:
     def micro_gradients(self, step: int) -> Tensor:
         """The losses (k,), on the CPU, of the next step to report. It has been taken."""
         return torch.tensor(self.waiting[0][-self.config.k :])
+
+    @torch.no_grad()
+    def forget(self, optimizer: Optimizer) -> None:
+        """As `GradientSource.forget`: zeros are what a first step finds. Captures anew."""
+        for values in optimizer.state.values():
+            for value in values.values():
+                value.zero_()
+        self._call = None
 
     def step(self) -> None:
         """Reports the next step: counts it, as an Accumulator does when it takes one."""

@@ -30,7 +30,6 @@ def obstacle(config: TrainConfig, world: int = 1) -> str | None:
         "mixup": (not config.mixup, "must be 0"),
         "sam": (not config.sam, "must be 0"),
         "shuffle_weights": (not config.shuffle_weights, "must be off"),
-        "audit_passes": (not config.audit_passes, "must be 0"),
         "bn": (config.bn == "all", "must be 'all'"),
         "metric": (config.metric == "euclidean", "must be 'euclidean'"),
         "scope": (config.scope == "all" or config.policy != "gaf", "must be 'all'"),

@@ -78,6 +78,7 @@ class Training:
         listener.begin(self.problem, self.step, last)
         while self.step < last and not self.over:
             started = time.perf_counter()
+            start_again_if_due(self)
             yield from self.source.ready(self.step, last, self.schedule.next_rates)
             outcome = self.macro_batch()
             self.interval.seconds += time.perf_counter() - started

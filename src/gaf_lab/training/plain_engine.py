@@ -8,6 +8,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 import gaf
 from gaf_lab.data.run_data import RunData
@@ -42,6 +43,10 @@ class GradientSource(Protocol):
         """Makes the micro-gradients of a step ready for the decision; returns their losses (k,)."""
         ...
 
+    def forget(self, optimizer: Optimizer) -> None:
+        """Makes the run's optimizer as new, and the next step that of a changed objective."""
+        ...
+
 
 class OneByOne:
     """Computes the micro-gradients of each step as it comes, in turn.
@@ -72,6 +77,9 @@ class OneByOne:
     def ready(self, step: int, last: int, rates: Callable[[int], list[float]]) -> Turns[None]:
         """Nothing is made ahead."""
         yield from ()
+
+    def forget(self, optimizer: Optimizer) -> None:
+        optimizer.state.clear()
 
     def micro_gradients(self, step: int) -> Tensor:
         return torch.stack([self.micro_gradient(step, i) for i in self.micro_batches])

@@ -22,13 +22,13 @@ def start_again_if_due(training: Any) -> None:
     as in the beginning.
     """
     audit, problem = training.objective.weighing, training.problem
-    if not isinstance(audit, Audit) or training.step != restart_step(problem):
+    if not isinstance(audit, Audit) or audit.ended or training.step != restart_step(problem):
         return
     audit.end()
     if audit.watching:
         return
     torch.manual_seed(derive_seed(training.config.seed, "weights after the audit"))
     training.model.load_state_dict(problem.new_model().state_dict())
-    training.optimizer.state.clear()
+    training.source.forget(training.optimizer)
     if training.average is not None:
         training.average.n_averaged.zero_()

@@ -73,9 +73,11 @@ class Audit:
         each: (samples,), the weights.
         watching: whether the run has not been started again: it averages.
         separation: of the suspects' scores, at the audit's end.
+        ended: whether this object has seen the end.
     """
 
     separation: float | None = None
+    ended = False
 
     def __init__(
         self,
@@ -110,6 +112,7 @@ class Audit:
         Suspects by prototypes, or as many at random, are nothing to act on where the scores are not
         separated.
         """
+        self.ended = True
         if self.config.suspects not in ("network", "none"):
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "gaf: .* labels look wrong")  # `doubts` says it
