@@ -125,8 +125,8 @@ def update_on_device(
 
     Everything, the average's count of updates too, is on one device.
     """
-    kept = torch.where(average.n_averaged > 0, decay, 0.0)
-    new = ((1 - kept) * stepped).float()
+    first = average.n_averaged == 0
+    new = (torch.where(first, 1.0, 1 - decay) * stepped).float()
     pairs = [
         (mine, its.detach())
         for mine, its in zip(_all_tensors(average.module), _all_tensors(model), strict=True)
@@ -137,8 +137,9 @@ def update_on_device(
     torch._foreach_mul_(change, new)
     torch._foreach_add_(ours, change)
     for mine, its in pairs:
-        if not mine.is_floating_point():  # counts
-            mine.copy_(torch.where(stepped, mine * kept + its * (1 - kept), mine))
+        if not mine.is_floating_point():  # counts, which torch's average rounds down
+            moved = (mine * decay + its * (1 - decay)).to(mine.dtype)
+            mine.copy_(torch.where(stepped, torch.where(first, its, moved), mine))
     average.n_averaged += stepped
 
 

@@ -178,6 +178,9 @@ def test_the_engine_decides_and_trains_as_the_plain_path(tmp_path, recorded, cha
     lr = 2 * config.lr if config.optimizer.startswith("adam") else 2e-4
     for (name, a), b in zip(plain[2]["model"].items(), device[2]["model"].values(), strict=True):
         assert torch.allclose(a.float(), b.float(), atol=lr, rtol=1e-3), name
+    for name, a in (plain[2]["average"] or {}).items():
+        b = device[2]["average"][name]
+        assert torch.allclose(a.float(), b.float(), atol=lr, rtol=1e-3), name
 
 
 @pytest.mark.parametrize(

@@ -27,9 +27,11 @@ from gaf_lab.training.run import train
 from gaf_lab.training.techniques import (
     EarlyLearning,
     EarlyStopping,
+    ema_model,
     generalised_cross_entropy,
     mix,
     sam_perturbation,
+    update_on_device,
 )
 from helpers.fakes import Silent
 from helpers.runs import Stop, assert_same, final_state
@@ -620,3 +622,24 @@ def test_a_run_in_another_metric_trains_and_resumes(tmp_path, metric):
 def test_the_optimizers_metric_needs_its_second_moments():
     with pytest.raises(ConfigError, match="metric needs the second moments of adam, adamw or rms"):
         TrainConfig(metric="optimizer")
+
+
+def test_an_average_updated_on_the_device_is_the_same_average():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    plain, ours = ema_model(model, 0.9), ema_model(model, 0.9)
+    for stepped in (False, True, True, False, True):
+        with torch.no_grad():
+            for p in model.parameters():
+                p += torch.randn_like(p)
+        for _ in range(20):
+            model(torch.randn(5, 3))  # moves BatchNorm's statistics and its count
+        if stepped:
+            plain.update_parameters(model)
+        update_on_device(ours, model, 0.9, torch.tensor(stepped))
+        for (name, a), b in zip(
+            plain.state_dict().items(), ours.state_dict().values(), strict=True
+        ):
+            assert a.dtype == b.dtype
+            assert torch.allclose(a, b, atol=1e-6), name
+    assert int(ours.n_averaged) == 3
