@@ -15,10 +15,10 @@ On CIFAR-100N, whose labels are given by people: many rules with 100 classes, th
 ResNet18 with the ImageNet stem, 8 passes over nine tenths of the 50,000 pictures, shifted and
 mirrored at random; about 8 minutes of a CPU core a run, so that the packs hold a part of the plan.
 
-    python benchmarks/label_training.py --long 40 --sets cifar100n --data FOLDER --device cuda \
+    python benchmarks/label_training.py --long 36 --sets cifar100n --data FOLDER --device cuda \
         --workers 20 --out runs/label-training-long --pack results/label-training-long.jsonl
 
-The same network for 40 passes with a cosine schedule, so that it memorises: averaging, ELR and
+The same network for 36 passes with a cosine schedule, so that it memorises: averaging, ELR and
 weights, alone and with ELR. On a GPU many runs share one process, their steps CUDA graphs.
 
     python benchmarks/label_training.py --cost results/label-training-cost.jsonl

@@ -16,6 +16,7 @@ from gaf_lab.commands.report import ReportOptions, run_report
 from gaf_lab.commands.sweep import SweepOptions, run_sweep
 from gaf_lab.commands.train import TrainOptions, run_train, under_torchrun
 from gaf_lab.own_code import own_part, own_place
+from gaf_lab.plain_warnings import plain_warnings
 from gaf_lab.settings.checks import ConfigError, first_line, nearest
 
 COMMANDS: dict[str, tuple[Command, str | None]] = {
@@ -40,6 +41,11 @@ SMALLER = "Lower --b, --k, --rows or --size, or take a smaller --model."
 def main(words: Words | None = None) -> int:
     """Runs `gaf WORDS...`. An error that a user can fix becomes one message and exit code 2."""
     words = sys.argv[1:] if words is None else words
+    with plain_warnings():
+        return run_on_each_rank(words)
+
+
+def run_on_each_rank(words: Words) -> int:
     if not (words[:1] == ["train"] and under_torchrun()):
         return run_command(words, Console(emoji=False))
     from gaf_lab.training import ranks

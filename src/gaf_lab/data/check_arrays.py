@@ -93,7 +93,7 @@ def count_by_labels(train: Tensor, test: Tensor, where: str = "") -> int:
     Args:
         train: labels of all training samples (N,) int64, none below 0.
         test: likewise.
-        where: how messages begin.
+        where: the file, with which messages begin; "" for those of a task.
 
     Raises:
         DataError: for more classes than training samples.
@@ -104,10 +104,12 @@ def count_by_labels(train: Tensor, test: Tensor, where: str = "") -> int:
     found = train.unique()
     classes = max(int(found[-1]), int(test.max())) + 1
     if classes > max(len(train), 2):
+        otherwise = "Targets that are no classes must be floats."
+        if not where:
+            otherwise = "For other targets return Problem(classes=0, loss=...)."
         raise DataError(
             f"{where}labels must be numbers of classes, from 0 on; they go up to {classes - 1:,} "
-            f"for {len(train):,} training samples. Number the classes without gaps. Targets that "
-            "are no classes must be floats, or the task returns Problem(classes=0, loss=...)."
+            f"for {len(train):,} training samples. Number the classes without gaps. {otherwise}"
         )
     if len(found) < classes:
         there = torch.zeros(classes, dtype=torch.bool)

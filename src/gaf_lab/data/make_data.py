@@ -33,7 +33,7 @@ def make_run_data(
     tested = subset(problem.name, count_samples(problem.test), config.limit)
     whole = part_of(problem, problem.train, used, config.limit)
     test = part_of(problem, problem.test, tested, config.limit)
-    classes = count_classes(problem, whole, test)
+    classes = count_classes(problem, whole, test, config.limit)
     check_task(config, problem, whole, test, classes)
     if problem.clean is not None:
         whole = Samples(whole.x, whole.observed, problem.clean[used])
@@ -93,8 +93,11 @@ def part_of(problem: Problem, part: Part, used: Tensor, limit: int) -> Samples:
     return Samples(items, known, known)
 
 
-def count_classes(problem: Problem, train: Samples, test: Samples) -> int:
-    """How many classes the targets have; 0 if they are no classes."""
+def count_classes(problem: Problem, train: Samples, test: Samples, limit: int) -> int:
+    """How many classes the targets have; 0 if they are no classes.
+
+    Of a Dataset under a limit only those of the samples that are used are known.
+    """
     if problem.classes is not None:
         return problem.classes
     labels: list[Tensor] = []
@@ -103,7 +106,8 @@ def count_classes(problem: Problem, train: Samples, test: Samples) -> int:
         if not isinstance(y, Tensor) or y.dtype != torch.int64 or y.dim() != 1 or int(y.min()) < 0:
             return 0
         labels.append(y)
-    if problem.loss is not None:  # it may take whole numbers for what they are
+    part_known = limit > 0 and not isinstance(problem.train, tuple)
+    if problem.loss is not None or part_known:  # a loss may take whole numbers for what they are
         return max(int(y.max()) for y in labels) + 1
     return count_by_labels(labels[0], labels[1])
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from gaf_lab.plain_warnings import plain_warnings
 from gaf_lab.sweeps.jobs import Job, JobEnd, JobProgress
 from gaf_lab.sweeps.worker import Reporter, work
 
@@ -102,6 +103,7 @@ def serve_jobs(pipe: "connection.Connection[Any, Any]", threads: int) -> None:
     """A worker: does one job after the other, until it is terminated or the sweep is gone."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     torch.set_num_threads(threads)
-    with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
+    gone = contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError)
+    with gone, plain_warnings():
         while True:
             pipe.send(work(pipe.recv(), Reporter(pipe.send)))

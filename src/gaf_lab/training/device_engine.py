@@ -46,6 +46,11 @@ class Captured:
         self.graph.replay()
 
 
+def capture(step: DeviceStep) -> Callable[[], None]:
+    """The step as a graph, if its device has graphs. Its tables are filled: it is warmed up."""
+    return Captured(step) if step.device.type == "cuda" else step
+
+
 class OnDevice:
     """Drop-in for gaf.Accumulator that launches many steps at once and reports them one by one.
 
@@ -112,8 +117,6 @@ class OnDevice:
             steps: their numbers in the run.
             rates: learning rates, one for each step that the schedule counts.
         """
-        if self._call is None:
-            self._call = Captured(self.one) if self.one.device.type == "cuda" else self.one
         rows = [self._draws.pop(t, {}) or draws(self.problem, t) for t in steps]
         tables = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
         tables["rates"] = torch.tensor(rates, dtype=torch.float32)
@@ -121,6 +124,8 @@ class OnDevice:
             weights = [self.policy.planned(t, self.config.k) for t in steps]
             tables["weights"] = torch.tensor(weights, dtype=torch.float64)
         self.one.fill(tables)
+        if self._call is None:
+            self._call = capture(self.one)
         for _ in steps:
             self._call()
         self._launched = steps

@@ -127,24 +127,16 @@ def update_on_device(
     """
     first = average.n_averaged == 0
     new = (torch.where(first, 1.0, 1 - decay) * stepped).float()
-    pairs = [
-        (mine, its.detach())
-        for mine, its in zip(_all_tensors(average.module), _all_tensors(model), strict=True)
-    ]
-    floats = [pair for pair in pairs if pair[0].is_floating_point()]
-    ours, theirs = ([pair[side] for pair in floats] for side in (0, 1))
-    change = torch._foreach_sub(theirs, ours)
+    ours = [p.detach() for p in average.module.parameters()]
+    change = torch._foreach_sub([p.detach() for p in model.parameters()], ours)
     torch._foreach_mul_(change, new)
     torch._foreach_add_(ours, change)
-    for mine, its in pairs:
-        if not mine.is_floating_point():  # counts, which torch's average rounds down
-            moved = (mine * decay + its * (1 - decay)).to(mine.dtype)
-            mine.copy_(torch.where(stepped, torch.where(first, its, moved), mine))
+    # a micro-batch that was rejected may have left infinities in them, which times 0 are NaN
+    for mine, its in zip(average.module.buffers(), model.buffers(), strict=True):
+        moved = mine * decay + its * (1 - decay)  # counts are rounded down, as by torch
+        moved = torch.where(first, its, moved.to(mine.dtype))
+        mine.copy_(torch.where(stepped, moved, mine))
     average.n_averaged += stepped
-
-
-def _all_tensors(model: nn.Module) -> list[Tensor]:
-    return [*model.parameters(), *model.buffers()]
 
 
 class EarlyStopping:

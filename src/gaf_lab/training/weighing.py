@@ -151,3 +151,4 @@ class Audit:
         self.criterion.load_state_dict(state["criterion"])
         self.each.copy_(state["each"])
         self.watching, self.separation = state["watching"], state.get("separation")
+        self.ended = False

@@ -5,6 +5,7 @@ import json
 import operator
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -574,3 +575,19 @@ def test_a_file_beside_the_sources_is_the_users_own():
     assert is_installed(json.__file__)
     assert is_installed(pytest.__file__)
     assert not is_installed(f"{ours}_of_mine/task.py")
+
+
+def test_a_warning_of_gaf_is_its_words_alone(monkeypatch):
+    seen = []
+
+    def command(words, console):
+        for text in ("gaf: 2 of 3 classes", "torch: something"):
+            seen.append(warnings.formatwarning(UserWarning(text), UserWarning, "a.py", 7, "code"))
+        return 0
+
+    monkeypatch.setitem(cli.COMMANDS, "data", (command, None))
+    usual = warnings.formatwarning
+    assert cli.main(["data"]) == 0
+    assert seen[0] == "gaf: 2 of 3 classes\n"
+    assert "a.py:7: UserWarning: torch: something" in seen[1]
+    assert warnings.formatwarning is usual

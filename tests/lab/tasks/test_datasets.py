@@ -197,6 +197,19 @@ def test_classes_are_counted_on_all_samples_whatever_the_limit():
         assert make_run_data(config, None, CPU).classes == 12
 
 
+def many(config):
+    data = Squares(400)
+    data.targets = torch.arange(400) % 100
+    return Problem(model=lambda: nn.Linear(2, 100), train=data, test=data)
+
+
+def test_a_dataset_of_which_a_part_is_used_is_asked_nothing_of_the_rest():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert make_run_data(own(many, limit=50), None, CPU).classes > 90
+        assert make_run_data(own(many), None, CPU).classes == 100
+
+
 def counts(config):
     x, y = torch.rand(12, 3), 500 * torch.arange(12)
     loss = lambda output, target: (output[:, 0] - target) ** 2  # noqa: E731

@@ -248,10 +248,21 @@ def test_a_restart_launches_nothing_beyond_it_and_captures_anew(tmp_path, monkey
         launched.append((steps, self._call is None))
         launch(self, steps, rates)
 
+    def as_on_a_gpu(step):
+        step.warm_up()
+        return step
+
     monkeypatch.setattr(OnDevice, "launch", note)
-    changes = {"audit_passes": 1.5, "suspects": "none", "eval_every": 4.0}
-    run(dataclasses.replace(SMALL, engine="device", **ONE, **changes), tmp_path / "run")
-    assert launched == [(range(10), True), (range(10, 27), True)]
+    monkeypatch.setattr("gaf_lab.training.device_engine.capture", as_on_a_gpu)
+    once = {"audit_passes": 64 / 27, "suspects": "none", "passes": 3.0, "eval_every": 3.0}
+    config = dataclasses.replace(SMALL, **ONE | {"b": 10}, **once)
+    plain, device = (
+        run(dataclasses.replace(config, engine=name), tmp_path / name)[2]["model"]
+        for name in ("plain", "device")
+    )
+    assert launched == [(range(64), True), (range(64, 81), True)]
+    for (name, a), b in zip(plain.items(), device.values(), strict=True):
+        assert torch.allclose(a.float(), b.float(), atol=2e-4, rtol=1e-3), name
 
 
 def fresh(**changes) -> DeviceStep:

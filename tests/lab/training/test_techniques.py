@@ -643,3 +643,7 @@ def test_an_average_updated_on_the_device_is_the_same_average():
             assert a.dtype == b.dtype
             assert torch.allclose(a, b, atol=1e-6), name
     assert int(ours.n_averaged) == 3
+    before = copy.deepcopy(ours.state_dict())
+    model[1].running_mean[0] = torch.inf  # as after an overflow in a micro-batch that was rejected
+    update_on_device(ours, model, 0.9, torch.tensor(False))
+    assert_same(dict(before), dict(ours.state_dict()))

@@ -3,6 +3,7 @@
 A run that uses them resumes bit for bit.
 """
 
+import copy
 import dataclasses
 
 import pytest
@@ -212,6 +213,17 @@ def test_a_checkpoint_of_another_shape_is_refused_in_words(tmp_path):
     torch.save(state, path)
     with pytest.raises(CheckpointError, match="must have been written by this version of gaf"):
         train(config, tmp_path / "run", Silent(), resume=True)
+
+
+def test_a_run_taken_back_before_its_restart_starts_again_once_more():
+    training = audited()
+    audit = training.objective.weighing
+    state = copy.deepcopy(audit.state_dict())
+    for _ in range(2):
+        start_again_if_due(training)
+        assert audit.ended and not audit.watching
+        audit.load_state_dict(state)
+        assert audit.watching and not audit.ended
 
 
 def test_controls_of_the_restart_itself_always_start_again():
