@@ -29,13 +29,12 @@ Lines = list[dict[str, Any]]
 BEST_OF_FOLDS = 3  # passes, at which the folds find most
 ON_HUMAN = ("loss", "teacher", "vote", "inner", "plain", "prototype")
 EACH = (ON_HUMAN[0], "margin", *ON_HUMAN[1:])
-BEFORE_COSINES = "label-detection-inner"  # human labels, all prototypes by inner products
 
 
-def found(file: str = "label-detection") -> dict[tuple[str, str, float, str, int], Lines]:
+def found() -> dict[tuple[str, str, float, str, int], Lines]:
     """The seeds of each data set, noise, rate, way and number of passes."""
     groups: dict[tuple[str, str, float, str, int], Lines] = {}
-    text = (ROOT / "results" / f"{file}.jsonl").read_text().splitlines()
+    text = (ROOT / "results" / "label-detection.jsonl").read_text().splitlines()
     for line in sorted(map(json.loads, text[1:]), key=lambda line: line["seed"]):
         place = (line["dataset"], line["noise"], line["rate"], line["way"], line["passes"])
         groups.setdefault(place, []).append(line)
@@ -99,26 +98,69 @@ def by_rate() -> str:
     )
 
 
-def human(file: str = "label-detection") -> list[tuple[tuple[str, str, float, str, int], Lines]]:
-    """The groups with human labels: of one seed, before cosines of three."""
-    groups = [(key, group) for key, group in found(file).items() if key[0] in HUMAN]
-    assert all(len(group) == (3 if file == BEFORE_COSINES else 1) for _, group in groups)
+def human() -> list[tuple[tuple[str, str, float, str, int], Lines]]:
+    """The groups with human labels, of three seeds."""
+    groups = [(key, group) for key, group in found().items() if key[0] in HUMAN]
+    assert all([line["seed"] for line in group] == [0, 1, 2] for _, group in groups)
     return groups
 
 
 def human_differences() -> str:
-    """AUROC of mean inner products after 12 passes, less that of others, on human labels."""
+    """AUROC of mean prototypes after 12 passes, less that of others, on human labels."""
     rows = []
-    for (data, _, _, _, passes), group in human(BEFORE_COSINES):
-        own = scores(group, "history_prototype", "auroc")
-        names = ("loss", "teacher", "plain", "disagreement")
-        others = [scores(group, f"history_{name}", "auroc") for name in names]
-        if passes == 12:
-            rows.append([HUMAN[data], *(Paired.of(own, other).text(3) for other in others)])
+    for (data, _, _, _, passes), group in human():
+        for kind in ("plain", "prototype") if passes == 12 else ():
+            own = scores(group, f"history_{kind}", "auroc")
+            names = ("loss", "teacher", "inner", "disagreement")
+            others = [scores(group, f"history_{name}", "auroc") for name in names]
+            name = {"plain": "plain prototype", "prototype": "prototype"}[kind]
+            rows.append([HUMAN[data], name, *(Paired.of(own, other).text(3) for other in others)])
     return table(
-        "data | against mean loss | mean teacher | mean plain prototype | the network disagreed",
+        "data | mean | against mean loss | mean teacher | mean inner product | "
+        "the network disagreed",
         rows,
     )
+
+
+def test_what_the_page_says_of_human_labels():
+    text = " ".join((ROOT / "docs" / "samples.md").read_text().split())
+    fine, coarse = (group for key, group in human() if key[4] == 12)
+
+    def mean(group: Lines, name: str, measure: str = "auroc") -> float:
+        return statistics.mean(scores(group, f"history_{name}", measure))
+
+    own, loss = ([mean(group, name) for group in (fine, coarse)] for name in ("prototype", "loss"))
+    assert (
+        "AUROC is {:.2f} and {:.2f}, that of the mean loss {:.2f} and {:.2f}".format(*own, *loss)
+        in text
+    )
+    assert f"level with the mean loss, {own[0]:.3f} and {loss[0]:.3f}; with 20 they are" in text
+    plain = mean(coarse, "plain")
+    assert f"{loss[1] - own[1]:.3f} behind it, plain ones {loss[1] - plain:.3f}" in text
+    assert f"it costs {plain - own[1]:.3f} there" in text
+    assert f"gains {own[0] - mean(fine, 'plain'):.3f} with 100" in text
+    gaps = [mean(group, name) for name in ("plain", "inner") for group in (fine, coarse)]
+    assert f"gain {gaps[0] - gaps[2]:.3f} and {gaps[1] - gaps[3]:.3f} AUROC" in text
+    first = [100 * mean(coarse, name, "first100") for name in ("plain", "teacher", "prototype")]
+    assert (
+        "find {:.0f} wrong labels, the teacher {:.0f}, refined prototypes {:.0f}".format(*first)
+        in text
+    )
+    listed, right = (
+        [statistics.mean(line[name] for line in group) for group in (fine, coarse)]
+        for name in ("issues", "issues_wrong")
+    )
+    assert (
+        f"calls {listed[0]:,.0f} of 50,000 labels issues, of which {right[0] / listed[0]:.0%}"
+        in text
+    )
+    assert f"{listed[1]:,.0f} with 20 classes, of which {right[1] / listed[1]:.0%}" in text
+    margins = [
+        statistics.mean(scores(group[1:], "history_margin", "auroc"))
+        - statistics.mean(scores(group[1:], "history_loss", "auroc"))
+        for group in (fine, coarse)
+    ]
+    assert "by {:.3f} with 100 classes and {:.3f} with 20".format(*margins) in text
 
 
 def on_human_labels() -> str:
@@ -145,9 +187,7 @@ def on_human_labels() -> str:
 def reported_on_human_labels() -> str:
     """AUROC, average precision, precision among the first 100, and issues, at the end."""
     rows = []
-    groups = [("", *found) for found in human()]
-    groups += [(", by inner products", *found) for found in human(BEFORE_COSINES)]
-    for before, (data, _, _, _, passes), group in groups:
+    for (data, _, _, _, passes), group in human():
         if passes == 12:
             names = ("loss", "teacher", "plain", "prototype", "disagreement")
             cells = [three(group, f"history_{name}") for name in names]
@@ -155,9 +195,9 @@ def reported_on_human_labels() -> str:
                 round(statistics.mean(line[name] for line in group))
                 for name in ("wrong", "issues", "issues_wrong")
             ]
-            rows.append([f"{HUMAN[data]}{before}", len(group), *cells, *counts])
+            rows.append([HUMAN[data], *cells, *counts])
     return table(
-        "data | seeds | mean loss | mean teacher | mean plain prototype | mean prototype | "
+        "data | mean loss | mean teacher | mean plain prototype | mean prototype | "
         "the network disagreed | wrong | issues of `report()` | of these wrong",
         rows,
     )
