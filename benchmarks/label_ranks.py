@@ -63,15 +63,24 @@ RULES = {  # who judges, and of what the weighted loss is a mean
 
 
 class AsRank(Summing):
-    """What one rank adds to the statistics, of a job in which each is judged by the others."""
+    """What one rank of a job adds to the statistics, kept until the step ends.
 
-    def __init__(self, group: Any, rank: int) -> None:
-        super().__init__(group, True)
+    Args:
+        group: of the ranks that this process stands for.
+        rank: this one.
+        apart: whether each rank is judged by the others.
+    """
+
+    def __init__(self, group: Any, rank: int, apart: bool) -> None:
+        super().__init__(group, apart)
         self.rank = rank
 
     @property
-    def left_out(self) -> int:
-        return self.rank
+    def left_out(self) -> int | None:
+        return self.rank if self.apart else None
+
+    def start(self, sums: Tensor, statistics: ClassStatistics) -> None:
+        self.sums = sums
 
 
 class Judges:
@@ -88,9 +97,10 @@ class Judges:
         given: dict[str, Any] = {"num_samples": n, **o}
         self.each = [gaf.SampleAgreement(CROSS_ENTROPY, head, **given) for _ in range(ranks)]
         shape = head.out_features, head.in_features, ranks, CPU
-        for rank, judge in enumerate(self.each if apart else []):
-            judge._summing = AsRank(judge._summing.group, rank)
-            judge.statistics = ClassStatistics(*shape)
+        for rank, judge in enumerate(self.each):
+            judge._summing = AsRank(judge._summing.group, rank, apart)
+            if apart:
+                judge.statistics = ClassStatistics(*shape)
 
     def weights(self, rank: int, outputs: Tensor, y: Tensor, index: Tensor) -> Tensor:
         """Of the samples of a rank, right after the model's forward pass with them."""
