@@ -237,7 +237,8 @@ def main() -> None:
     parser.add_argument("--pack", type=Path, help="file for the finished runs")
     parser.add_argument("--human", action="store_true", help="CIFAR-100N, not the other data")
     parser.add_argument("--long", type=float, help="passes of long runs on CIFAR-100N, no others")
-    parser.add_argument("--sets", nargs="+", default=list(HUMAN_SETS), choices=HUMAN_SETS)
+    sets: dict[str, Any] = {"nargs": "+", "default": list(HUMAN_SETS), "choices": HUMAN_SETS}
+    parser.add_argument("--sets", **sets, help="for --long: 100 classes, 20 classes")
     parser.add_argument("--data", type=Path, help="folder of the files of a data set")
     parser.add_argument("--cost", type=Path, help="only measure CPU times, for this file")
     parser.add_argument("--device", default="cpu", help="cpu or cuda, for CIFAR-100N")

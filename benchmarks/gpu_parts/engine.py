@@ -95,7 +95,8 @@ def engine(options: Options) -> Iterator[Line]:
         yield from lines(f"engine, {what}", partial(same_decisions, options, changes))
     for what, changes in WEIGHED.items():
         yield from lines(f"engine, {what}", partial(same_state, options, changes))
-    yield from lines("engine", partial(no_call_waits, options))
+    for what, changes in {"GAF": {}, **WEIGHED}.items():
+        yield from lines(f"engine, {what}", partial(no_call_waits, options, changes))
     yield from lines("engine, 4 runs side by side", partial(same_side_by_side, options))
 
 
@@ -180,9 +181,8 @@ def distance_between(a: gaf.Outcome, b: gaf.Outcome) -> float:
     return max(abs(x - y) for x, y in zip(a.distances, b.distances, strict=True))
 
 
-def no_call_waits(options: Options) -> Found:
-    weighed = WEIGHED["sample weights with ELR"]
-    config = small(options, engine="device", augment=True, ema=0.9, **weighed)
+def no_call_waits(options: Options, changes: Line) -> Found:
+    config = small(options, engine="device", augment=True, ema=0.9, **changes)
     accumulator = Training(config, None).accumulator
     assert isinstance(accumulator, OnDevice)
     accumulator.one.warm_up()

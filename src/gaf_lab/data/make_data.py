@@ -106,8 +106,9 @@ def count_classes(problem: Problem, train: Samples, test: Samples, limit: int) -
         if not isinstance(y, Tensor) or y.dtype != torch.int64 or y.dim() != 1 or int(y.min()) < 0:
             return 0
         labels.append(y)
-    part_known = limit > 0 and not isinstance(problem.train, tuple)
-    if problem.loss is not None or part_known:  # a loss may take whole numbers for what they are
+    partly_known = limit > 0 and not isinstance(problem.train, tuple)
+    # a loss of the task's own may take whole numbers for what they are: gaps are no fault then
+    if partly_known or problem.loss is not None:
         return max(int(y.max()) for y in labels) + 1
     return count_by_labels(labels[0], labels[1])
 
